@@ -157,6 +157,9 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
   [[nodiscard]] bool is_transient() const noexcept { return transient_; }
   /// The HTTP status that led to this, or 0 where none did.
   [[nodiscard]] int http_status() const noexcept { return http_status_; }
+  /// How long the server asked to wait before another try (Retry-After), or 0.
+  [[nodiscard]] std::chrono::milliseconds retry_after() const noexcept { return retry_after_; }
+  void retry_after(std::chrono::milliseconds time) noexcept { retry_after_ = time; }
 
  private:
   static bool may_pass(errc code, int status) noexcept {
@@ -166,6 +169,7 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
   errc code_;
   int http_status_;
   bool transient_;
+  std::chrono::milliseconds retry_after_{0};
 };
 
 /// A value or an `error`: the part of std::expected<T, error> that is needed here, under the same names. `value()` on a
@@ -410,7 +414,7 @@ class local_copy {
  public:
   std::filesystem::path path;
   std::uint64_t size = 0;                       ///< bytes
-  std::filesystem::file_time_type modified{};
+  std::chrono::system_clock::time_point modified{};
   /// The run that a receipt says the file came from. Absent for a file that was not restored here, or changed since.
   std::optional<run_path> restored_from;
   /// What was verified when the receipt was written: hex, or empty.
