@@ -1,0 +1,167 @@
+// wandb-stand-in: the stand-in service as a program, for shells and for tests in other languages.
+//
+// SPDX-License-Identifier: MIT
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <array>
+#include <cerrno>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "stand_in.hpp"
+
+namespace {
+
+std::array<int, 2> wake_pipe;
+
+extern "C" void wake(int) {
+  const int kept = errno;
+  const ssize_t written = write(wake_pipe[1], "x", 1);
+  static_cast<void>(written);
+  errno = kept;
+}
+
+/// Until SIGTERM or SIGINT or, if wanted, the end of standard input.
+void wait_for_the_end(bool watch_input) {
+  for (;;) {
+    std::array<pollfd, 2> both{{{wake_pipe[0], POLLIN, 0}, {watch_input ? STDIN_FILENO : -1, POLLIN, 0}}};
+    if (poll(both.data(), both.size(), -1) < 0) continue;  // interrupted: the pipe tells why
+    if (both[0].revents != 0) return;
+    std::array<char, 4096> waste;
+    if (both[1].revents != 0 && read(STDIN_FILENO, waste.data(), waste.size()) <= 0) return;
+  }
+}
+
+std::pair<std::string, std::string> split_at(const std::string& text, char separator, const std::string& what) {
+  const auto at = text.rfind(separator);
+  if (at == std::string::npos) throw std::invalid_argument(what + ": \"" + text + "\" has no '" + separator + "'");
+  return {text.substr(0, at), text.substr(at + 1)};
+}
+
+stand_in::run_ref parse_run(const std::string& text) {
+  const auto [front, id] = split_at(text, '/', "--run ENTITY/PROJECT/RUN");
+  const auto [entity, project] = split_at(front, '/', "--run ENTITY/PROJECT/RUN");
+  if (entity.empty() || project.empty() || id.empty()) throw std::invalid_argument("--run: an empty part");
+  return {entity, project, id};
+}
+
+std::string shell_quoted(const std::string& text) {
+  std::string out = "'";
+  for (const char c : text) out += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return out + "'";
+}
+
+/// Written beside and renamed, so that whoever waits for the file never reads half of it.
+void write_whole(const std::filesystem::path& file, const std::string& text) {
+  const std::filesystem::path beside = file.string() + ".part";
+  {
+    std::ofstream out(beside, std::ios::binary);
+    if (!(out << text << std::flush)) throw std::runtime_error("cannot write " + beside.string());
+  }
+  std::filesystem::rename(beside, file);
+}
+
+struct arguments {
+  std::string folder, run = "stand-in/project/run1", ca_file, env_file;
+  std::vector<std::string> generate, faults;
+  bool is_public = false, plain = false, until_input_ends = false;
+  stand_in::options server;
+};
+
+int serve(arguments& given) {
+  if (given.plain) given.server.service_tls = given.server.storage_tls = false;
+  const stand_in::run_ref asked = parse_run(given.run);
+  given.server.viewer_entity = asked.entity;
+  stand_in::server server(given.server);
+  const auto run = server.add_run(asked.entity, asked.project, asked.id, given.is_public);
+  if (!given.folder.empty()) server.load_folder(run, given.folder);
+  for (const auto& text : given.generate) {
+    const auto [name, size] = split_at(text, '=', "--generate NAME=SIZE");
+    std::uint64_t bytes = 0;
+    if (!CLI::detail::lexical_cast(size, bytes)) throw std::invalid_argument("--generate: no size \"" + size + '"');
+    server.add_file(run, name, stand_in::generated(bytes));
+  }
+  for (const auto& spec : given.faults) server.add_fault(spec);
+
+  std::string ca;
+  if (!given.plain) {
+    const bool own = given.ca_file.empty();
+    const auto file =
+        own ? std::filesystem::temp_directory_path() / ("wandb-stand-in-" + std::to_string(getpid()) + ".pem")
+            : std::filesystem::path(given.ca_file);
+    ca = std::filesystem::absolute(file).string();
+    write_whole(ca, server.ca_pem());
+  }
+  const std::string key = given.is_public ? "" : server.key();
+  if (!given.env_file.empty()) {
+    std::string text = "export WANDB_BASE_URL=" + shell_quoted(server.base_url()) + "\n";
+    if (!ca.empty()) text += "export SSL_CERT_FILE=" + shell_quoted(ca) + "\n";
+    if (!key.empty()) text += "export WANDB_API_KEY=" + shell_quoted(key) + "\n";
+    write_whole(given.env_file, text);
+  }
+  std::cout << "base_url=" << server.base_url() << "\nstorage=" << server.storage_url() << "\nca=" << ca
+            << "\nkey=" << key << "\n";
+  if (given.server.proxy) std::cout << "proxy=" << server.proxy_url() << "\n";
+  std::cout << "ready" << std::endl;
+
+  wait_for_the_end(given.until_input_ends);
+  server.stop();
+  if (!ca.empty() && given.ca_file.empty()) std::filesystem::remove(ca);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  arguments given;
+  CLI::App app("A stand-in for the Weights & Biases service, on 127.0.0.1, which misbehaves on demand.");
+  app.footer("--fault " + stand_in::fault_notation());
+  app.add_option("--folder", given.folder, "serve the files below it")->check(CLI::ExistingDirectory);
+  app.add_option("--run", given.run, "ENTITY/PROJECT/RUN that they belong to")->capture_default_str();
+  app.add_option("--generate", given.generate, "NAME=SIZE: a file of pseudo-random bytes; repeatable")
+      ->allow_extra_args(false);
+  auto* const key = app.add_option("--key", given.server.key, "the API key that is good");
+  app.add_flag("--public", given.is_public, "the run needs no key")->excludes(key);
+  app.add_option("--identity-token", given.server.identity_tokens, "a JWT that /oidc/token takes; repeatable")
+      ->allow_extra_args(false);
+  app.add_option("--port", given.server.service_port, "of the service; 0: any");
+  app.add_option("--storage-port", given.server.storage_port, "of the storage; 0: any");
+  app.add_flag("--plain", given.plain, "HTTP in place of HTTPS");
+  app.add_option("--ca", given.ca_file, "write the CA certificate there (default: a temporary file)");
+  app.add_option("--prefix", given.server.prefix, "of every path of the service, e.g. /wandb");
+  app.add_option("--env", given.env_file,
+                 "write a shell file that exports WANDB_BASE_URL, SSL_CERT_FILE, WANDB_API_KEY");
+  app.add_option("--rate", given.server.body_rate, "bytes per second of each file body");
+  app.add_option("--global-rate", given.server.global_rate, "bytes per second of all of them together");
+  app.add_option("--signature-uses", given.server.signature_uses, "a signed address is good for so many requests");
+  app.add_flag("--proxy", given.server.proxy, "be a forward proxy too, to this stand-in alone");
+  app.add_option("--fault", given.faults, "what goes wrong, see below; repeatable")->allow_extra_args(false);
+  app.add_flag("--until-input-ends", given.until_input_ends, "stop at the end of standard input too");
+  CLI11_PARSE(app, argc, argv);
+
+  if (pipe(wake_pipe.data()) != 0) return EXIT_FAILURE;
+  for (const int end : wake_pipe) {
+    fcntl(end, F_SETFD, FD_CLOEXEC);
+    fcntl(end, F_SETFL, fcntl(end, F_GETFL) | O_NONBLOCK);
+  }
+  struct sigaction how {};
+  how.sa_handler = wake;
+  sigaction(SIGTERM, &how, nullptr);
+  sigaction(SIGINT, &how, nullptr);
+  try {
+    return serve(given);
+  } catch (const std::exception& error) {
+    std::cerr << "wandb-stand-in: " << error.what() << "\n";
+    return 2;
+  }
+}
