@@ -1,0 +1,152 @@
+// How does a user's own unit test run against a service that is not there?
+//
+// With a Transport in memory: it answers the question for a file's facts, and the request for its bytes. Any part of the
+// program that takes a wandb::client<Transport> can then be tested without network, key or server.
+//
+// It needs neither cpp-httplib nor OpenSSL, and links nothing. The two macros may as well come from the command line:
+//
+//   c++ -std=c++17 -DWANDB_RESTORE_NO_HTTPLIB -DWANDB_RESTORE_NO_OPENSSL memory_transport.cpp -pthread
+//
+// and must be the same in all files of a program.
+//
+// SPDX-License-Identifier: MIT
+#ifndef WANDB_RESTORE_NO_HTTPLIB
+#define WANDB_RESTORE_NO_HTTPLIB
+#endif
+#ifndef WANDB_RESTORE_NO_OPENSSL
+#define WANDB_RESTORE_NO_OPENSSL
+#endif
+#include "wandb_restore.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <filesystem>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <string>
+
+namespace {
+
+using json = nlohmann::json;
+
+/// One run's files, name to content. Copies share them, so that a test can look at the counter afterwards.
+class memory_transport {
+ public:
+  explicit memory_transport(std::map<std::string, std::string> files) : shared_(std::make_shared<shared>()) {
+    shared_->files = std::move(files);
+  }
+
+  int requests() const { return shared_->requests; }
+
+  /// One exchange. May be called from several threads at once: nothing here changes but the counter.
+  wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
+    ++shared_->requests;
+    if (request.cancelled()) return wandb::error(wandb::errc::cancelled, "cancelled");
+    return request.method == "POST" ? answer_question(request, sink) : serve_file(request, sink);
+  }
+
+ private:
+  struct shared {
+    std::map<std::string, std::string> files;
+    std::atomic<int> requests{0};
+  };
+
+  /// data.project.run.files.edges[].node is what a client asks for; a name without a node has no file.
+  wandb::result<wandb::http_response> answer_question(const wandb::http_request& request, wandb::body_sink& sink) const {
+    const json question = json::parse(request.body, nullptr, false);
+    const json names = question.value("/variables/fileNames"_json_pointer, json::array());
+    json edges = json::array();
+    for (const auto& [name, content] : shared_->files) {
+      if (!names.empty() && std::find(names.begin(), names.end(), name) == names.end()) continue;
+      edges.push_back({{"node",
+                        {{"name", name},
+                         {"url", "http://wandb.test/files/" + name},
+                         {"sizeBytes", content.size()},
+                         {"md5", nullptr},  // 16 bytes in base64 or hex, where a test wants them checked
+                         {"mimetype", "application/octet-stream"},
+                         {"updatedAt", "2026-01-02T03:04:05Z"}}}});
+    }
+    json answer;
+    answer["data"]["project"]["run"]["files"] = {{"edges", edges}, {"pageInfo", {{"hasNextPage", false}}}};
+    return deliver({200, {{"Content-Type", "application/json"}}}, answer.dump(), sink);
+  }
+
+  /// The bytes, or the range of them that is asked for.
+  wandb::result<wandb::http_response> serve_file(const wandb::http_request& request, wandb::body_sink& sink) const {
+    const std::string start = "http://wandb.test/files/";
+    const auto found = shared_->files.find(request.url.substr(std::min(start.size(), request.url.size())));
+    if (found == shared_->files.end()) return deliver({404, {}}, "", sink);
+    const std::string& content = found->second;
+
+    for (const auto& [name, value] : request.headers) {
+      if (name != "Range" || value.compare(0, 6, "bytes=") != 0) continue;
+      const auto dash = value.find('-');
+      const std::size_t first = std::strtoull(value.c_str() + 6, nullptr, 10);
+      const std::size_t last = dash + 1 < value.size() ? std::strtoull(value.c_str() + dash + 1, nullptr, 10) : content.size();
+      if (first >= content.size()) return deliver({416, {}}, "", sink);
+      const std::string part = content.substr(first, last - first + 1);
+      const std::string range = "bytes " + std::to_string(first) + '-' + std::to_string(first + part.size() - 1) + '/' +
+                                std::to_string(content.size());
+      return deliver({206, {{"Content-Range", range}}}, part, sink);
+    }
+    return deliver({200, {{"Accept-Ranges", "bytes"}}}, content, sink);
+  }
+
+  static wandb::result<wandb::http_response> deliver(wandb::http_response head, const std::string& body,
+                                                     wandb::body_sink& sink) {
+    head.headers.emplace_back("Content-Length", std::to_string(body.size()));
+    if (!sink.start(head) || (!body.empty() && !sink.write(body))) return wandb::error(wandb::errc::cancelled, "cancelled");
+    return head;
+  }
+
+  std::shared_ptr<shared> shared_;
+};
+
+/// What a test is for: some function of the user's program that restores files.
+template <class Transport>
+std::string first_line_of_vocabulary(wandb::client<Transport>& client) {
+  auto file = client.try_restore("data/vocabulary.txt");
+  if (!file) return std::string("none: ") + wandb::to_string(file.error().code());
+  std::string line;
+  std::getline(*file, line);
+  return line;
+}
+
+int failures = 0;
+void check(const char* what, bool holds) {
+  std::cout << (holds ? "ok: " : "FAILED: ") << what << '\n';
+  if (!holds) ++failures;
+}
+
+}  // namespace
+
+int main() {
+  const auto scratch = std::filesystem::temp_directory_path() / "wandb_restore_memory_transport";
+  std::filesystem::remove_all(scratch);
+
+  wandb::settings settings;  // nothing from the environment: a unit test is the same on each machine
+  settings.base_url = "http://wandb.test";
+  settings.entity = "entity";
+  settings.project = "project";
+  settings.run_id = "run";
+  settings.run_dir = scratch;
+
+  {
+    const memory_transport transport({{"data/vocabulary.txt", "apple\nbanana\n"}, {"other.txt", ""}});
+    wandb::client<memory_transport> client(settings, transport);
+    check("the file's first line is found", first_line_of_vocabulary(client) == "apple");
+    const int requests = transport.requests();
+    check("a second time it needs no request", first_line_of_vocabulary(client) == "apple" && transport.requests() == requests);
+  }
+  std::filesystem::remove_all(scratch);
+  {
+    wandb::client<memory_transport> client(settings, memory_transport({}));
+    check("a run without the file is told from a failure", first_line_of_vocabulary(client) == "none: file_not_found");
+  }
+  std::filesystem::remove_all(scratch);
+  return failures == 0 ? 0 : 1;
+}

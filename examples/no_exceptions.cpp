@@ -1,0 +1,26 @@
+// How does a program that is built without exceptions and RTTI restore a file?
+//
+//   c++ -std=c++17 -fno-exceptions -fno-rtti no_exceptions.cpp ...
+//   ./no_exceptions NAME RUN_PATH
+//
+// By try_restore, which is all there is then: every failure is a value, with a code to act on and a text for people.
+//
+// SPDX-License-Identifier: MIT
+#include "wandb_restore.hpp"
+
+#include <cstdio>
+
+int main(int argc, char** argv) {
+  if (argc != 3) {
+    std::fprintf(stderr, "usage: no_exceptions NAME RUN_PATH\n");
+    return 2;
+  }
+  const wandb::result<wandb::restored_file> file = wandb::try_restore(argv[1], argv[2]);
+  if (!file) {
+    const wandb::error& failure = file.error();
+    std::fprintf(stderr, "%s (%s, HTTP status %d)\n", failure.what(), wandb::to_string(failure.code()),
+                 failure.http_status());
+    return 1;
+  }
+  std::printf("%s: %llu bytes\n", file->name().c_str(), static_cast<unsigned long long>(file->size()));
+}

@@ -1,0 +1,62 @@
+// How does a program show how far a restore is, and stop it?
+//
+//   ./progress_and_cancel NAME RUN_PATH [SECONDS]
+//
+// Two ways to stop, for two kinds of programs: the progress callback returns false (here: after SECONDS), or another
+// thread or a signal handler sets an atomic flag (here: Ctrl-C). Either way the call returns errc::cancelled within about
+// a second, the local path holds what it held before, and a later call goes on from what has arrived.
+//
+// SPDX-License-Identifier: MIT
+#include "wandb_restore.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <csignal>
+#include <cstdlib>
+#include <iostream>
+
+namespace {
+
+std::atomic<bool> stop{false};
+extern "C" void on_interrupt(int) { stop = true; }
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 3) {
+    std::cerr << "usage: progress_and_cancel NAME RUN_PATH [SECONDS]\n";
+    return 2;
+  }
+  const double seconds = argc > 3 ? std::atof(argv[3]) : 3600;
+  std::signal(SIGINT, on_interrupt);
+
+  using clock = std::chrono::steady_clock;
+  const auto deadline = clock::now() + std::chrono::duration<double>(seconds);
+  std::uint64_t seen = 0;  // by one thread at a time: needs no lock
+  int shown = -1;
+
+  wandb::restore_options options;
+  options.run_path = argv[2];
+  options.cancel = &stop;
+  options.on_progress = [&](const wandb::progress& now) {
+    seen = now.bytes_done;
+    if (now.bytes_total && *now.bytes_total > 0 && now.phase == wandb::phase::downloading) {
+      const int percent = static_cast<int>(100 * now.bytes_done / *now.bytes_total);
+      if (percent / 10 != shown / 10 || shown < 0) std::cout << percent << " %" << std::endl;
+      shown = percent;
+    }
+    return clock::now() < deadline;
+  };
+
+  const auto file = wandb::try_restore(argv[1], options);
+  if (file) {
+    std::cout << file->name() << " is here: " << file->size() << " bytes\n";
+    return 0;
+  }
+  if (file.error().code() == wandb::errc::cancelled) {
+    std::cout << "stopped after " << seen << " bytes; the next call goes on from there\n";
+    return 0;
+  }
+  std::cerr << file.error().what() << '\n';
+  return 1;
+}

@@ -1,0 +1,509 @@
+// wandb-restore: brings files of Weights & Biases runs to local disk, verified and resumable.
+//
+//   wandb-restore model-best.h5 --run-path entity/project/run_id
+//   wandb-restore --list '*.ckpt' --run-path entity/project/run_id --json
+//
+// Standard output gets the local path of each restored file, a line each (with --json: an object a line). Everything else
+// goes to standard error. The exit status says what went wrong; `exit_status` below is the table.
+//
+// Needs CLI11 2.1 or later beside what wandb_restore.hpp needs.
+// SPDX-License-Identifier: MIT
+#include "wandb_restore.hpp"
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <filesystem>
+#include <iterator>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#ifdef _WIN32
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+// after windows.h
+#include <io.h>
+#include <shellapi.h>
+#else
+#include <sys/ioctl.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+// ---- what a shell sees of an error -----------------------------------------------------------------------------
+
+constexpr int status_done = 0;
+constexpr int status_usage = 2;
+constexpr int status_not_found = 3;
+constexpr int status_disk = 7;
+constexpr int status_interrupted = 130;
+
+int exit_status(wandb::errc code) {
+  switch (code) {
+    case wandb::errc::invalid_argument:
+    case wandb::errc::invalid_run_path: return status_usage;
+    case wandb::errc::run_not_found:
+    case wandb::errc::file_not_found: return status_not_found;
+    case wandb::errc::not_authenticated:
+    case wandb::errc::permission_denied: return 4;
+    case wandb::errc::offline:
+    case wandb::errc::connection_failed:
+    case wandb::errc::http_failure: return 5;
+    case wandb::errc::protocol_violation:
+    case wandb::errc::checksum_mismatch: return 6;
+    case wandb::errc::disk_failure: return status_disk;
+    case wandb::errc::local_conflict: return 8;
+    case wandb::errc::cancelled: return status_interrupted;
+  }
+  return 1;
+}
+
+constexpr const char* help_footer =
+    "NAMEs are paths inside the run. Each is tried; the exit status is the first failure's. With --list they are\n"
+    "patterns: * stands for any text, / included, and ? for one character.\n"
+    "\n"
+    "The key and the defaults for entity, project and run come from where the Python SDK has them: WANDB_API_KEY,\n"
+    "WANDB_BASE_URL, WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_ID, the settings files, netrc.\n"
+    "\n"
+    "Exit status: 0 done; 2 bad arguments or run path; 3 no such run or file; 4 not authenticated or not permitted;\n"
+    "5 network, HTTP or offline; 6 checksum or protocol; 7 disk; 8 the local copy is another run's; 130 interrupted.";
+
+// ---- the platform ----------------------------------------------------------------------------------------------
+
+/// Set by the first Ctrl-C or SIGTERM, and looked at by the library.
+std::atomic<bool> interrupted{false};
+static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler needs this");
+
+extern "C" void on_interrupt(int) {
+  if (interrupted.exchange(true)) std::_Exit(status_interrupted);  // the second one: at once
+}
+
+#ifdef _WIN32
+
+/// The arguments as UTF-8, whatever the code page. The program's own name is left out.
+std::vector<std::string> utf8_arguments(int, char**) {
+  std::vector<std::string> arguments;
+  int count = 0;
+  wchar_t** wide = CommandLineToArgvW(GetCommandLineW(), &count);
+  for (int i = 1; wide != nullptr && i < count; ++i) {
+    arguments.emplace_back();
+    for (const char c : std::filesystem::path(wide[i]).u8string()) arguments.back() += c;
+  }
+  LocalFree(wide);
+  return arguments;
+}
+
+std::filesystem::path utf8_path(const std::string& text) {
+  const int size = static_cast<int>(text.size());
+  std::wstring wide(text.size(), L'\0');  // never more units than bytes
+  wide.resize(static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, text.data(), size, wide.data(), size)));
+  return wide;
+}
+
+bool stderr_is_terminal() { return _isatty(_fileno(stderr)) != 0; }
+
+std::size_t terminal_width() {
+  CONSOLE_SCREEN_BUFFER_INFO info;
+  if (!GetConsoleScreenBufferInfo(GetStdHandle(STD_ERROR_HANDLE), &info)) return 80;
+  return static_cast<std::size_t>(info.srWindow.Right - info.srWindow.Left + 1);
+}
+
+void prepare_process() {
+  std::signal(SIGINT, on_interrupt);
+  std::signal(SIGTERM, on_interrupt);
+  SetConsoleOutputCP(CP_UTF8);
+}
+
+#else
+
+std::vector<std::string> utf8_arguments(int argc, char** argv) { return {argv + (argc > 0 ? 1 : 0), argv + argc}; }
+
+std::filesystem::path utf8_path(const std::string& text) { return text; }
+
+bool stderr_is_terminal() { return isatty(STDERR_FILENO) != 0; }
+
+std::size_t terminal_width() {
+  winsize size{};
+  return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+}
+
+void prepare_process() {
+  std::signal(SIGINT, on_interrupt);
+  std::signal(SIGTERM, on_interrupt);
+  std::signal(SIGPIPE, SIG_IGN);  // a reader that leaves is noticed by `print`
+}
+
+#endif
+
+std::string utf8_text(const std::filesystem::path& path) {
+  std::string text;
+  for (const auto unit : path.u8string()) text += static_cast<char>(unit);  // char, or since C++20 char8_t
+  return text;
+}
+
+// ---- text ------------------------------------------------------------------------------------------------------
+
+/// Names and messages may come from a server: what would steer a terminal is shown as '?'.
+std::string printable(std::string_view text, bool keep_newlines = false) {
+  std::string safe(text);
+  for (char& c : safe) {
+    const auto byte = static_cast<unsigned char>(c);
+    if ((byte < 0x20 || byte == 0x7f) && !(keep_newlines && c == '\n')) c = '?';
+  }
+  return safe;
+}
+
+bool continues_character(char c) { return (static_cast<unsigned char>(c) & 0xC0U) == 0x80U; }  // in UTF-8
+
+/// Columns on a terminal, at most: characters from U+1000 on count as wide.
+std::size_t columns(std::string_view text) {
+  std::size_t count = 0;
+  for (const char c : text) {
+    if (!continues_character(c)) count += static_cast<unsigned char>(c) < 0xE1 ? 1 : 2;
+  }
+  return count;
+}
+
+/// The end of a name, which tells more than its beginning, in so many columns.
+std::string shortened(std::string name, std::size_t width) {
+  if (columns(name) <= width) return name;
+  const std::string_view mark = width > 8 ? "..." : "";
+  std::size_t start = 0;
+  while (start < name.size() &&
+         (continues_character(name[start]) || columns(std::string_view(name).substr(start)) > width - mark.size())) {
+    ++start;
+  }
+  return name.replace(0, start, mark);
+}
+
+std::string padded(const std::string& text, std::size_t width) {
+  return std::string(width - std::min(width, columns(text)), ' ') + text;
+}
+
+/// "312.4 MiB"
+std::string amount(double bytes) {
+  const char* const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
+  std::size_t unit = 0;
+  for (; bytes >= 1023.95 && unit + 1 < std::size(units); ++unit) bytes /= 1024;
+  char text[32];
+  std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : "%.1f %s", bytes, units[unit]);
+  return text;
+}
+
+/// "0:07", "1:02:03"
+std::string clock_time(double seconds) {
+  const auto whole = static_cast<long long>(std::ceil(seconds));
+  char text[48];
+  if (whole < 3600) {
+    std::snprintf(text, sizeof text, "%lld:%02lld", whole / 60, whole % 60);
+  } else {
+    std::snprintf(text, sizeof text, "%lld:%02lld:%02lld", whole / 3600, whole / 60 % 60, whole % 60);
+  }
+  return text;
+}
+
+/// `*` stands for any text, `?` for one character.
+bool matches(std::string_view pattern, std::string_view text) {
+  std::size_t p = 0, t = 0, star = std::string_view::npos, star_end = 0;
+  while (t < text.size()) {
+    if (p < pattern.size() && pattern[p] == '*') {
+      star = p++, star_end = t;  // for nothing, at first
+    } else if (p < pattern.size() && pattern[p] == '?') {
+      for (++p, ++t; t < text.size() && continues_character(text[t]);) ++t;
+    } else if (p < pattern.size() && pattern[p] == text[t]) {
+      ++p, ++t;
+    } else if (star != std::string_view::npos) {
+      p = star + 1, t = ++star_end;  // the last star takes one more
+    } else {
+      return false;
+    }
+  }
+  return pattern.find_first_not_of('*', p) == std::string_view::npos;
+}
+
+// ---- standard error: messages, and on a terminal a line that shows how far a file is ----------------------------
+
+/// "ckpt/best.h5  [######----]   61%   423.1 MiB of 694.0 MiB    54.1 MiB/s     0:05 left", in at most `width` columns:
+/// what does not fit is left out, from the right, and the name is shortened.
+std::string status_line(const wandb::progress& now, std::size_t width) {
+  const auto done = static_cast<double>(now.bytes_done);
+  const auto total = static_cast<double>(now.bytes_total.value_or(0));
+  const double part = total > 0 ? std::min(done / total, 1.0) : 1;
+
+  std::vector<std::string> facts;  // widths do not change while a file arrives, so that nothing jumps
+  if (now.bytes_total) facts.push_back(padded(std::to_string(static_cast<int>(part * 100)) + '%', 4));
+  facts.push_back(padded(amount(done), 10) + (now.bytes_total ? " of " + amount(total) : ""));
+  if (now.phase == wandb::phase::verifying) {
+    facts.emplace_back("verifying");
+  } else {
+    const double rate = now.bytes_per_second;
+    facts.push_back(padded(rate > 0 ? amount(rate) + "/s" : "-", 12));
+    const double seconds = rate > 0 ? (total - done) / rate : -1;
+    if (now.bytes_total) facts.push_back(padded(seconds >= 0 && seconds < 360000 ? clock_time(seconds) : "-", 8) + " left");
+  }
+
+  std::string name = printable(now.name);
+  std::string tail;
+  for (const std::string& fact : facts) {
+    if (tail.size() + 2 + fact.size() + std::min(columns(name), width / 3) > width) break;
+    tail += "  " + fact;
+  }
+  name = shortened(std::move(name), width - tail.size());
+
+  const std::size_t spare = width - tail.size() - columns(name);
+  if (now.bytes_total && spare >= 14) {
+    const std::size_t size = std::min<std::size_t>(spare - 4, 30);
+    const auto filled = static_cast<std::size_t>(part * static_cast<double>(size));
+    name += "  [" + std::string(filled, '#') + std::string(size - filled, '-') + ']';
+  }
+  return name + tail;
+}
+
+class console {
+ public:
+  console(bool with_warnings, bool with_progress) : warnings_(with_warnings), progress_(with_progress) {}
+
+  bool shows_progress() const { return progress_; }
+
+  void error(std::string_view text) { say(text); }
+  void warning(std::string_view text) {
+    if (warnings_) say("warning: " + std::string(text));
+  }
+
+  /// Draws over what was drawn before.
+  void progress(const wandb::progress& now) {
+    if (!progress_) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::string line = status_line(now, terminal_width() - 1);  // in the last column some terminals wrap
+    write('\r' + line + std::string(drawn_ - std::min(drawn_, columns(line)), ' '));
+    drawn_ = columns(line);
+  }
+
+  /// Ends a file's progress with a line that stays, or with none.
+  void finish(std::string_view text) {
+    if (!progress_) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    write(erased() + (text.empty() ? "" : printable(text) + '\n'));
+  }
+
+ private:
+  void say(std::string_view text) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    write(erased() + "wandb-restore: " + printable(text, true) + '\n');
+  }
+  std::string erased() {
+    const std::size_t count = std::min(std::exchange(drawn_, 0), terminal_width() - 1);
+    return count == 0 ? "" : '\r' + std::string(count, ' ') + '\r';
+  }
+  static void write(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stderr); }
+
+  std::mutex mutex_;  // warnings may come from another thread than progress
+  std::size_t drawn_ = 0;
+  bool warnings_, progress_;
+};
+
+// ---- standard output -------------------------------------------------------------------------------------------
+
+/// Writes a line at once, so that whoever reads the other end of a pipe can begin with the file.
+bool print(std::string line, console& out) {
+  line += '\n';
+  if (std::fwrite(line.data(), 1, line.size(), stdout) == line.size() && std::fflush(stdout) == 0) return true;
+  out.error(std::string("cannot write to standard output: ") + std::strerror(errno));
+  return false;
+}
+
+using json = nlohmann::ordered_json;  // keeps the order of fields
+
+std::string text_of(const json& object) { return object.dump(-1, ' ', false, json::error_handler_t::replace); }
+
+json unless_empty(const std::string& text) { return text.empty() ? json(nullptr) : json(text); }
+
+const char* name_of(wandb::source source) {
+  switch (source) {
+    case wandb::source::downloaded: return "downloaded";
+    case wandb::source::local: return "local";
+    case wandb::source::store: return "store";
+  }
+  return "unknown";
+}
+
+// ---- what the program does -------------------------------------------------------------------------------------
+
+struct arguments {
+  std::vector<std::string> names;
+  std::string run_path, root;
+  bool replace = false, refresh = false, list = false, as_json = false, quiet = false, no_progress = false;
+  int connections = wandb::restore_options{}.connections;
+  std::optional<double> timeout;  // seconds
+};
+
+int report(const wandb::error& failure, console& out) {
+  out.error(failure.what());
+  return exit_status(failure.code());
+}
+
+/// Tries each name; a failure does not keep the others from being tried.
+int restore_files(wandb::client<>& client, const arguments& given, console& out) {
+  wandb::restore_options options;
+  options.run_path = given.run_path;
+  options.root = utf8_path(given.root);
+  options.replace = given.replace;
+  if (given.refresh) options.cache = wandb::cache_policy::refresh();
+  options.connections = given.connections;
+  options.cancel = &interrupted;
+  if (out.shows_progress()) {
+    options.on_progress = [&out](const wandb::progress& now) { return out.progress(now), true; };
+  }
+
+  int status = status_done;
+  for (const std::string& name : given.names) {
+    const auto begin = std::chrono::steady_clock::now();
+    auto file = client.try_restore(name, options);
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    if (!file) {
+      const int failure = report(file.error(), out);
+      if (failure == status_interrupted) {
+        out.error("interrupted: the same command goes on from what has arrived");
+        return failure;
+      }
+      if (status == status_done) status = failure;
+      continue;
+    }
+
+    const std::string verified = file->verified() ? ", verified" : ", not verified";
+    if (file->source() == wandb::source::downloaded) {
+      out.finish(name + "  " + amount(static_cast<double>(file->size())) + " in " + clock_time(seconds) + verified);
+    } else {
+      out.finish(name + "  local copy kept" + verified);
+    }
+    const std::string path = utf8_text(file->path());
+    std::string line = path;
+    if (given.as_json) {
+      line = text_of({{"name", name},
+                      {"path", path},
+                      {"size", file->size()},
+                      {"md5", unless_empty(file->md5())},
+                      {"source", name_of(file->source())},
+                      {"verified", file->verified()},
+                      {"seconds", std::round(seconds * 1000) / 1000}});
+    }
+    if (!print(std::move(line), out)) return status == status_done ? status_disk : status;
+  }
+  return status;
+}
+
+/// Lists the files that match any of the patterns. A pattern that matches nothing counts as a file that is not there.
+int list_files(wandb::client<>& client, const arguments& given, console& out) {
+  wandb::restore_options options;
+  options.run_path = given.run_path;
+  options.cancel = &interrupted;
+  const auto files = client.try_list_files(options);
+  if (!files) return report(files.error(), out);
+
+  std::vector<bool> used(given.names.size(), false);
+  for (const wandb::file_info& file : *files) {
+    bool wanted = given.names.empty();
+    for (std::size_t i = 0; i < given.names.size(); ++i) {
+      if (matches(given.names[i], file.name)) wanted = used[i] = true;
+    }
+    if (!wanted) continue;
+    std::string line;
+    if (given.as_json) {
+      line = text_of({{"name", file.name},
+                      {"size", file.size ? json(*file.size) : json(nullptr)},
+                      {"md5", unless_empty(file.md5)},
+                      {"mimetype", unless_empty(file.mimetype)},
+                      {"updated_at", unless_empty(file.updated_at)}});
+    } else {
+      line = (file.size ? std::to_string(*file.size) : "-") + '\t' +
+             (file.updated_at.empty() ? "-" : printable(file.updated_at)) + '\t' + printable(file.name);
+    }
+    if (!print(std::move(line), out)) return status_disk;
+  }
+
+  int status = status_done;
+  for (std::size_t i = 0; i < used.size(); ++i) {
+    if (used[i]) continue;
+    out.error("no file of the run matches \"" + given.names[i] + '"');
+    status = status_not_found;
+  }
+  return status;
+}
+
+int run(int argc, char** argv) {
+  arguments given;
+  CLI::App app{"Restores files of Weights & Biases runs: verified, resumable.", "wandb-restore"};
+  app.footer(help_footer);
+  app.set_version_flag("--version", "wandb-restore " WANDB_RESTORE_VERSION);
+  app.add_option("NAME", given.names, "Files of the run");
+  app.add_option("--run-path", given.run_path, "entity/project/run_id, or a run's address; default: the current run")
+      ->type_name("PATH");
+  auto* replace = app.add_flag("--replace", given.replace, "Download even if there is a local copy");
+  app.add_flag("--refresh", given.refresh, "Download if the local copy differs from the run's file")->excludes(replace);
+  app.add_option("--root", given.root, "Directory to put files under; default: the run's own, else the current one")
+      ->type_name("DIR");
+  app.add_flag("--list", given.list, "List the run's files: size, time of the last change, name");
+  app.add_flag("--json", given.as_json, "One JSON object a line");
+  app.add_option("--connections", given.connections, "At most so many at once, for a large file")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str()
+      ->type_name("N");
+  app.add_option("--timeout", given.timeout, "Give a connection up that is silent for so long; default: 30")
+      ->type_name("SECONDS");
+  app.add_flag("--quiet", given.quiet, "Print no warnings and no progress");
+  app.add_flag("--no-progress", given.no_progress, "Print no progress");
+
+  try {
+    std::vector<std::string> words = utf8_arguments(argc, argv);
+    std::reverse(words.begin(), words.end());  // as CLI11 wants them
+    app.parse(std::move(words));
+    if (given.names.empty() && !given.list) throw CLI::RequiredError("NAME");
+    constexpr double longest = 1e6;  // eleven days
+    if (given.timeout && !(*given.timeout > 0 && *given.timeout <= longest)) {
+      throw CLI::ValidationError("--timeout", "must be more than 0 and at most 1000000 seconds");
+    }
+  } catch (const CLI::ParseError& stop) {
+    return app.exit(stop) == 0 ? status_done : status_usage;  // --help and --version come here too
+  }
+
+  console out(!given.quiet, !given.quiet && !given.no_progress && stderr_is_terminal());
+  wandb::settings settings = wandb::settings::from_environment();
+  settings.on_warning = [&out](std::string_view text) { out.warning(text); };
+  if (given.timeout) {
+    const auto limit = std::chrono::ceil<std::chrono::milliseconds>(std::chrono::duration<double>(*given.timeout));
+    settings.connect_timeout = settings.idle_timeout = limit;
+    settings.retry_timeout = 10 * limit;
+  }
+
+  wandb::client<> client(std::move(settings));
+  return given.list ? list_files(client, given, out) : restore_files(client, given, out);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    prepare_process();
+    return run(argc, argv);
+  } catch (const std::exception& failure) {  // out of memory, say
+    std::fprintf(stderr, "wandb-restore: %s\n", failure.what());
+    return 1;
+  }
+}
