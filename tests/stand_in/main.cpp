@@ -42,9 +42,11 @@ void wait_for_the_end(bool watch_input) {
   }
 }
 
-std::pair<std::string, std::string> split_at(const std::string& text, char separator, const std::string& what) {
+std::pair<std::string, std::string> split_at(const std::string& text, char separator,
+                                             const std::string& what) {
   const auto at = text.rfind(separator);
-  if (at == std::string::npos) throw std::invalid_argument(what + ": \"" + text + "\" has no '" + separator + "'");
+  if (at == std::string::npos)
+    throw std::invalid_argument(what + ": \"" + text + "\" has no '" + separator + "'");
   return {text.substr(0, at), text.substr(at + 1)};
 }
 
@@ -88,7 +90,8 @@ int serve(arguments& given) {
   for (const auto& text : given.generate) {
     const auto [name, size] = split_at(text, '=', "--generate NAME=SIZE");
     std::uint64_t bytes = 0;
-    if (!CLI::detail::lexical_cast(size, bytes)) throw std::invalid_argument("--generate: no size \"" + size + '"');
+    if (!CLI::detail::lexical_cast(size, bytes))
+      throw std::invalid_argument("--generate: no size \"" + size + '"');
     server.add_file(run, name, stand_in::generated(bytes));
   }
   for (const auto& spec : given.faults) server.add_fault(spec);
@@ -143,7 +146,8 @@ int main(int argc, char** argv) {
                  "write a shell file that exports WANDB_BASE_URL, SSL_CERT_FILE, WANDB_API_KEY");
   app.add_option("--rate", given.server.body_rate, "bytes per second of each file body");
   app.add_option("--global-rate", given.server.global_rate, "bytes per second of all of them together");
-  app.add_option("--signature-uses", given.server.signature_uses, "a signed address is good for so many requests");
+  app.add_option("--signature-uses", given.server.signature_uses,
+                 "a signed address is good for so many requests");
   app.add_flag("--proxy", given.server.proxy, "be a forward proxy too, to this stand-in alone");
   app.add_option("--fault", given.faults, "what goes wrong, see below; repeatable")->allow_extra_args(false);
   app.add_flag("--until-input-ends", given.until_input_ends, "stop at the end of standard input too");

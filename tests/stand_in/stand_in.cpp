@@ -1,7 +1,7 @@
-// The stand-in service. It is a blocking HTTP/1.1 server of its own, a thread per connection, over sockets and OpenSSL:
-// a server library would repair, buffer or refuse just what the tests are about, which is exact control of each byte,
-// each reset and each stall. TLS runs over memory BIOs, so that every byte passes through send() with MSG_NOSIGNAL and
-// the host process never sees SIGPIPE.
+// The stand-in service. It is a blocking HTTP/1.1 server of its own, a thread per connection, over sockets
+// and OpenSSL: a server library would repair, buffer or refuse just what the tests are about, which is exact
+// control of each byte, each reset and each stall. TLS runs over memory BIOs, so that every byte passes
+// through send() with MSG_NOSIGNAL and the host process never sees SIGPIPE.
 //
 // SPDX-License-Identifier: MIT
 #ifndef _FILE_OFFSET_BITS
@@ -74,14 +74,17 @@ constexpr std::size_t piece_bytes = 64 * 1024;
 constexpr std::size_t max_head_bytes = 1024 * 1024;
 constexpr std::size_t max_request_body_bytes = 64 * 1024 * 1024;
 
-// ---- text ------------------------------------------------------------------------------------------------------
+// ---- text
+// ------------------------------------------------------------------------------------------------------
 
 bool same_ignoring_case(std::string_view a, std::string_view b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end(),
                     [](unsigned char x, unsigned char y) { return std::tolower(x) == std::tolower(y); });
 }
 
-bool starts_with(std::string_view text, std::string_view start) { return text.substr(0, start.size()) == start; }
+bool starts_with(std::string_view text, std::string_view start) {
+  return text.substr(0, start.size()) == start;
+}
 
 std::string_view trimmed(std::string_view text) {
   const auto from = text.find_first_not_of(" \t\r\n");
@@ -150,7 +153,8 @@ std::string percent_encoded(std::string_view text) {
 std::string percent_decoded(std::string_view text, bool plus_is_space = false) {
   std::string out;
   for (std::size_t i = 0; i < text.size(); ++i) {
-    const auto value = text[i] == '%' && i + 2 < text.size() ? to_number(text.substr(i + 1, 2), 16) : std::nullopt;
+    const auto value =
+        text[i] == '%' && i + 2 < text.size() ? to_number(text.substr(i + 1, 2), 16) : std::nullopt;
     if (value) {
       out += static_cast<char>(*value);
       i += 2;
@@ -203,9 +207,12 @@ void set_header(header_list& fields, const std::string& name, std::string value)
 }
 
 [[noreturn]] void fail(const std::string& what) { throw std::runtime_error("stand-in: " + what); }
-[[noreturn]] void fail_errno(const std::string& what) { fail(what + ": " + std::generic_category().message(errno)); }
+[[noreturn]] void fail_errno(const std::string& what) {
+  fail(what + ": " + std::generic_category().message(errno));
+}
 
-// ---- file descriptors and stopping -----------------------------------------------------------------------------
+// ---- file descriptors and stopping
+// -----------------------------------------------------------------------------
 
 class descriptor {
  public:
@@ -332,7 +339,8 @@ std::pair<descriptor, std::uint16_t> listen_on(std::uint16_t port) {
   return {std::move(fd), ntohs(address.sin_port)};
 }
 
-// ---- TLS -------------------------------------------------------------------------------------------------------
+// ---- TLS
+// -------------------------------------------------------------------------------------------------------
 
 struct openssl_delete {
   void operator()(SSL* p) const { SSL_free(p); }
@@ -379,8 +387,8 @@ identity make_identity(const std::string& name, const identity* issuer, long fro
   X509_gmtime_adj(X509_getm_notAfter(x), to_seconds);
   X509_set_pubkey(x, made.key.get());
   const std::vector<unsigned char> raw(name.begin(), name.end());
-  X509_NAME_add_entry_by_txt(X509_get_subject_name(x), "CN", MBSTRING_UTF8, raw.data(), static_cast<int>(raw.size()),
-                             -1, 0);
+  X509_NAME_add_entry_by_txt(X509_get_subject_name(x), "CN", MBSTRING_UTF8, raw.data(),
+                             static_cast<int>(raw.size()), -1, 0);
   X509* const signer = issuer ? issuer->certificate.get() : x;
   X509_set_issuer_name(x, X509_get_subject_name(signer));
   X509V3_CTX context;
@@ -403,7 +411,8 @@ identity make_authority(const std::string& name) {
                         {NID_subject_key_identifier, "hash"}});
 }
 
-identity make_server_identity(const identity& authority, certificate kind, const std::vector<std::string>& more_hosts) {
+identity make_server_identity(const identity& authority, certificate kind,
+                              const std::vector<std::string>& more_hosts) {
   std::string hosts = "DNS:localhost,IP:127.0.0.1,IP:::1";
   for (const auto& host : more_hosts) hosts += ",DNS:" + host;
   if (kind == certificate::wrong_host) hosts = "DNS:elsewhere.invalid";
@@ -423,8 +432,10 @@ owned<SSL_CTX> make_context(const identity& who, tls_versions versions) {
   check(context && SSL_CTX_use_certificate(context.get(), who.certificate.get()) == 1 &&
             SSL_CTX_use_PrivateKey(context.get(), who.key.get()) == 1,
         "cannot use the certificate");
-  SSL_CTX_set_min_proto_version(context.get(), versions == tls_versions::only_1_3 ? TLS1_3_VERSION : TLS1_2_VERSION);
-  SSL_CTX_set_max_proto_version(context.get(), versions == tls_versions::only_1_2 ? TLS1_2_VERSION : TLS1_3_VERSION);
+  SSL_CTX_set_min_proto_version(context.get(),
+                                versions == tls_versions::only_1_3 ? TLS1_3_VERSION : TLS1_2_VERSION);
+  SSL_CTX_set_max_proto_version(context.get(),
+                                versions == tls_versions::only_1_2 ? TLS1_2_VERSION : TLS1_3_VERSION);
   constexpr unsigned char session_context[] = "stand-in";
   SSL_CTX_set_session_id_context(context.get(), session_context, sizeof session_context - 1);
   return context;
@@ -464,7 +475,8 @@ class connection {
     std::array<char, 16384> room;
     std::size_t got = 0;
     if (tls_) {
-      const int read = advance([&] { return SSL_read(tls_.get(), room.data(), static_cast<int>(room.size())); });
+      const int read =
+          advance([&] { return SSL_read(tls_.get(), room.data(), static_cast<int>(room.size())); });
       got = read > 0 ? static_cast<std::size_t>(read) : 0;
     } else {
       got = receive_some(fd(), room.data(), room.size(), stop_);
@@ -484,8 +496,8 @@ class connection {
     return poll(&one, 1, 0) > 0 && (one.revents & peer_left) != 0;
   }
 
-  /// In good order: close_notify if asked for, FIN, then what the peer still sends is read away for a while, because
-  /// closing with unread bytes would turn into a reset that can overtake what was sent.
+  /// In good order: close_notify if asked for, FIN, then what the peer still sends is read away for a while,
+  /// because closing with unread bytes would turn into a reset that can overtake what was sent.
   void close(bool notify) {
     if (!fd_) return;
     if (tls_ && notify && SSL_is_init_finished(tls_.get())) {
@@ -505,7 +517,8 @@ class connection {
     fd_.close();
   }
 
-  /// RST. Waits until the peer's system has all that was sent, so that the number of bytes it gets is certain.
+  /// RST. Waits until the peer's system has all that was sent, so that the number of bytes it gets is
+  /// certain.
   void reset() {
     if (!fd_) return;
 #ifdef __linux__
@@ -552,7 +565,8 @@ class connection {
   std::vector<char> outgoing_;
 };
 
-// ---- content ---------------------------------------------------------------------------------------------------
+// ---- content
+// ---------------------------------------------------------------------------------------------------
 
 class text_content : public content {
  public:
@@ -607,7 +621,8 @@ class generated_content : public content {
     while (count > 0) {
       const std::uint64_t word = mixed(offset / 8);
       std::array<char, 8> raw;
-      for (unsigned i = 0; i < 8; ++i) raw[i] = static_cast<char>(word >> (8 * i));  // the same on every machine
+      for (unsigned i = 0; i < 8; ++i)
+        raw[i] = static_cast<char>(word >> (8 * i));  // the same on every machine
       const auto skip = static_cast<std::size_t>(offset % 8);
       const std::size_t taken = std::min(count, raw.size() - skip);
       std::memcpy(out, raw.data() + skip, taken);
@@ -616,7 +631,9 @@ class generated_content : public content {
       count -= taken;
     }
   }
-  std::string fingerprint() const override { return std::to_string(size_) + " of seed " + std::to_string(seed_); }
+  std::string fingerprint() const override {
+    return std::to_string(size_) + " of seed " + std::to_string(seed_);
+  }
 
  private:
   /// splitmix64
@@ -634,8 +651,7 @@ class generated_content : public content {
 class filler_content : public content {
  public:
   filler_content(std::string head, std::uint64_t size, std::string tail)
-      : head_(std::move(head)),
-        tail_(std::move(tail)),
+      : head_(std::move(head)), tail_(std::move(tail)),
         size_(std::max<std::uint64_t>(size, head_.size() + tail_.size())) {}
   std::uint64_t size() const override { return size_; }
   void read(std::uint64_t offset, char* out, std::size_t count) const override {
@@ -667,7 +683,9 @@ class altered_content : public content {
       if (offset + i >= from_ && offset + i < to_) out[i] = static_cast<char>(out[i] ^ 0x5a);
     }
   }
-  std::string fingerprint() const override { return base_->fingerprint() + " altered from " + std::to_string(from_); }
+  std::string fingerprint() const override {
+    return base_->fingerprint() + " altered from " + std::to_string(from_);
+  }
 
  private:
   content_ptr base_;
@@ -705,7 +723,8 @@ std::array<unsigned char, 16> md5_of(const content& of) {
 /// A file of a run. Its md5 is computed once, when it is first asked for.
 class stored_file {
  public:
-  stored_file(content_ptr what, file_attributes how) : content_(std::move(what)), attributes_(std::move(how)) {
+  stored_file(content_ptr what, file_attributes how)
+      : content_(std::move(what)), attributes_(std::move(how)) {
     md5_hash hash;
     const std::string print = content_->fingerprint();
     hash.add(print.data(), print.size());
@@ -718,25 +737,19 @@ class stored_file {
   /// With its quotes; empty for none.
   std::string etag() const {
     switch (attributes_.etag) {
-      case etag_form::strong:
-        return etag_;
-      case etag_form::weak:
-        return "W/" + etag_;
-      case etag_form::none:
-        break;
+      case etag_form::strong: return etag_;
+      case etag_form::weak: return "W/" + etag_;
+      case etag_form::none: break;
     }
     return {};
   }
 
   json md5() const {
     switch (attributes_.md5_as) {
-      case md5_form::null:
-        return nullptr;
-      case md5_form::absent:
-        return json(json::value_t::discarded);
+      case md5_form::null: return nullptr;
+      case md5_form::absent: return json(json::value_t::discarded);
       case md5_form::base64:
-      case md5_form::hex:
-        break;
+      case md5_form::hex: break;
     }
     if (attributes_.md5) return *attributes_.md5;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -748,14 +761,10 @@ class stored_file {
   json size_bytes() const {
     const std::uint64_t size = attributes_.size.value_or(content_->size());
     switch (attributes_.size_as) {
-      case size_form::number:
-        return size;
-      case size_form::string:
-        return std::to_string(size);
-      case size_form::null:
-        return nullptr;
-      case size_form::absent:
-        break;
+      case size_form::number: return size;
+      case size_form::string: return std::to_string(size);
+      case size_form::null: return nullptr;
+      case size_form::absent: break;
     }
     return json(json::value_t::discarded);
   }
@@ -769,7 +778,8 @@ class stored_file {
 };
 using file_ptr = std::shared_ptr<const stored_file>;
 
-// ---- GraphQL ---------------------------------------------------------------------------------------------------
+// ---- GraphQL
+// ---------------------------------------------------------------------------------------------------
 
 /// What a GraphQL server refuses a question for.
 class question_error : public std::runtime_error {
@@ -912,7 +922,8 @@ class query_reader {
       const bool given = given_.contains(name);
       if (given) value = given_.at(name);
       if (wanted.required && value.is_null()) {
-        throw question_error("Variable \"$" + name + "\" of required type \"" + wanted.name + "!\" was not provided.");
+        throw question_error("Variable \"$" + name + "\" of required type \"" + wanted.name +
+                             "!\" was not provided.");
       }
       const bool good =
           wanted.list && value.is_array()
@@ -966,7 +977,8 @@ using resolvers = std::map<std::string, resolver, std::less<>>;
 /// The object that the selection asks for, and no more. A discarded value leaves its field out.
 json select(const std::vector<field>& fields, const std::string& type, const resolvers& known,
             const std::vector<std::string>& unknown) {
-  if (fields.empty()) throw question_error("Field of type \"" + type + "\" must have a selection of subfields.");
+  if (fields.empty())
+    throw question_error("Field of type \"" + type + "\" must have a selection of subfields.");
   json out = json::object();
   for (const auto& one : fields) {
     if (one.name == "__typename") {
@@ -990,8 +1002,10 @@ resolver constant(json value) {
 /// SQL's LIKE: % is any text, _ any character.
 bool is_like(std::string_view text, std::string_view pattern) {
   if (pattern.empty()) return text.empty();
-  if (pattern[0] == '%') return is_like(text, pattern.substr(1)) || (!text.empty() && is_like(text.substr(1), pattern));
-  return !text.empty() && (pattern[0] == '_' || pattern[0] == text[0]) && is_like(text.substr(1), pattern.substr(1));
+  if (pattern[0] == '%')
+    return is_like(text, pattern.substr(1)) || (!text.empty() && is_like(text.substr(1), pattern));
+  return !text.empty() && (pattern[0] == '_' || pattern[0] == text[0]) &&
+         is_like(text.substr(1), pattern.substr(1));
 }
 
 json graphql_errors_json(const std::vector<std::string>& texts) {
@@ -1002,7 +1016,8 @@ json graphql_errors_json(const std::vector<std::string>& texts) {
 
 }  // namespace
 
-// ---- faults ----------------------------------------------------------------------------------------------------
+// ---- faults
+// ----------------------------------------------------------------------------------------------------
 
 struct circumstances {
   bool ignore_range = false;
@@ -1069,8 +1084,8 @@ reply json_reply(int status, const json& body) {
 /// An error as object stores word it.
 reply xml_reply(int status, const std::string& code, const std::string& message) {
   return text_reply(status,
-                    "<?xml version='1.0' encoding='UTF-8'?><Error><Code>" + code + "</Code><Message>" + message +
-                        "</Message></Error>",
+                    "<?xml version='1.0' encoding='UTF-8'?><Error><Code>" + code + "</Code><Message>" +
+                        message + "</Message></Error>",
                     "application/xml; charset=UTF-8");
 }
 
@@ -1114,9 +1129,13 @@ action body(std::string text, std::string type) {
   return status(200, {{"Content-Type", std::move(type)}}, std::move(text));
 }
 action malformed_json() { return body(R"({"data":{"project":{"run":{"files":{"edges":[{"node")"); }
-action wrong_shape() { return body(R"({"data":{"project":[{"run":"none"},7],"viewer":"me"},"access_token":{}})"); }
+action wrong_shape() {
+  return body(R"({"data":{"project":[{"run":"none"},7],"viewer":"me"},"access_token":{}})");
+}
 action graphql_errors(std::vector<std::string> texts) { return body(graphql_errors_json(texts).dump()); }
-action redirect_to(std::string location, int code) { return status(code, {{"Location", std::move(location)}}); }
+action redirect_to(std::string location, int code) {
+  return status(code, {{"Location", std::move(location)}});
+}
 action oversize(std::uint64_t size) {
   return on_reply([=](reply& r) {
     r.become(200);
@@ -1170,27 +1189,16 @@ action content_range(bad_range how) {
     if (r.status != 206 || !r.body) return;
     const std::uint64_t first = r.offset, last = r.offset + r.length - 1, total = r.body->size();
     const auto say = [&](std::uint64_t a, std::uint64_t b, const std::string& of) {
-      set_header(r.fields, "Content-Range", "bytes " + std::to_string(a) + "-" + std::to_string(b) + "/" + of);
+      set_header(r.fields, "Content-Range",
+                 "bytes " + std::to_string(a) + "-" + std::to_string(b) + "/" + of);
     };
     switch (how) {
-      case bad_range::missing:
-        remove_header(r.fields, "Content-Range");
-        break;
-      case bad_range::shifted:
-        say(first + 1, last + 1, std::to_string(total + 1));
-        break;
-      case bad_range::wrong_end:
-        say(first, last + 1, std::to_string(total + 1));
-        break;
-      case bad_range::wrong_total:
-        say(first, last, std::to_string(total + 1));
-        break;
-      case bad_range::unknown_total:
-        say(first, last, "*");
-        break;
-      case bad_range::garbage:
-        set_header(r.fields, "Content-Range", "lines one-two/three");
-        break;
+      case bad_range::missing: remove_header(r.fields, "Content-Range"); break;
+      case bad_range::shifted: say(first + 1, last + 1, std::to_string(total + 1)); break;
+      case bad_range::wrong_end: say(first, last + 1, std::to_string(total + 1)); break;
+      case bad_range::wrong_total: say(first, last, std::to_string(total + 1)); break;
+      case bad_range::unknown_total: say(first, last, "*"); break;
+      case bad_range::garbage: set_header(r.fields, "Content-Range", "lines one-two/three"); break;
     }
   });
 }
@@ -1267,10 +1275,12 @@ const std::vector<fault_word>& fault_words() {
          return act::status(small_number_in<int>(a[0]), std::move(fields));
        }},
       {"limit", "SECONDS", "429 with Retry-After", 1, 1, [](args a) { return act::too_many_requests(a[0]); }},
-      {"html", "CODE", "an HTML error page", 1, 1, [](args a) { return act::html(small_number_in<int>(a[0])); }},
+      {"html", "CODE", "an HTML error page", 1, 1,
+       [](args a) { return act::html(small_number_in<int>(a[0])); }},
       {"malformed", "", "JSON that breaks off", 0, 0, [](args) { return act::malformed_json(); }},
       {"shape", "", "JSON of a wrong shape", 0, 0, [](args) { return act::wrong_shape(); }},
-      {"errors", "TEXT[,TEXT...]", "200 with GraphQL errors", 1, 32, [](args a) { return act::graphql_errors(a); }},
+      {"errors", "TEXT[,TEXT...]", "200 with GraphQL errors", 1, 32,
+       [](args a) { return act::graphql_errors(a); }},
       {"redirect", "ADDRESS", "302 to there", 1, 1, [](args a) { return act::redirect_to(a[0]); }},
       {"oversize", "BYTES", "a JSON document of that size", 1, 1,
        [](args a) { return act::oversize(number_in(a[0])); }},
@@ -1294,7 +1304,8 @@ const std::vector<fault_word>& fault_words() {
        [](args a) { return act::length_off_by(small_number_in<std::int64_t>(a[0])); }},
       {"shorter", "BYTES", "Content-Length promises so many fewer", 1, 1,
        [](args a) { return act::length_off_by(-small_number_in<std::int64_t>(a[0])); }},
-      {"content-range", "missing|shifted|wrong-end|wrong-total|unknown-total|garbage", "a wrong Content-Range", 1, 1,
+      {"content-range", "missing|shifted|wrong-end|wrong-total|unknown-total|garbage",
+       "a wrong Content-Range", 1, 1,
        [](args a) {
          static const std::map<std::string, bad_range> known = {{"missing", bad_range::missing},
                                                                 {"shifted", bad_range::shifted},
@@ -1307,11 +1318,13 @@ const std::vector<fault_word>& fault_words() {
          return act::content_range(found->second);
        }},
       {"flip", "OFFSET", "a wrong byte there", 1, 1, [](args a) { return act::flip_byte(number_in(a[0])); }},
-      {"cut", "BYTES", "close after so many bytes of body", 1, 1, [](args a) { return act::cut(number_in(a[0])); }},
+      {"cut", "BYTES", "close after so many bytes of body", 1, 1,
+       [](args a) { return act::cut(number_in(a[0])); }},
       {"cut-abruptly", "BYTES", "the same without TLS close_notify", 1, 1,
        [](args a) { return act::cut_abruptly(number_in(a[0])); }},
       {"reset", "BYTES", "reset after so many", 1, 1, [](args a) { return act::reset(number_in(a[0])); }},
-      {"stall", "BYTES", "send nothing more after so many", 1, 1, [](args a) { return act::stall(number_in(a[0])); }},
+      {"stall", "BYTES", "send nothing more after so many", 1, 1,
+       [](args a) { return act::stall(number_in(a[0])); }},
       {"drip", "MILLISECONDS[,BYTES]", "so many bytes (1) in each interval", 1, 2,
        [](args a) {
          return act::drip(milliseconds(small_number_in<int>(a[0])),
@@ -1327,8 +1340,9 @@ const std::vector<fault_word>& fault_words() {
 
 const std::map<std::string_view, place>& place_names() {
   static const std::map<std::string_view, place> names = {
-      {"any", place::any},     {"connect", place::connect}, {"graphql", place::graphql}, {"oidc", place::oidc},
-      {"files", place::files}, {"storage", place::storage}, {"proxy", place::proxy}};
+      {"any", place::any},    {"connect", place::connect}, {"graphql", place::graphql},
+      {"oidc", place::oidc},  {"files", place::files},     {"storage", place::storage},
+      {"proxy", place::proxy}};
   return names;
 }
 
@@ -1337,7 +1351,8 @@ const std::map<std::string_view, place>& place_names() {
 std::pair<target, action> parse_fault(std::string_view spec) {
   const std::size_t name_end = spec.find_first_of("(#@:");
   const auto known_place = place_names().find(spec.substr(0, name_end));
-  if (known_place == place_names().end()) refuse_spec("no place \"" + std::string(spec.substr(0, name_end)) + '"');
+  if (known_place == place_names().end())
+    refuse_spec("no place \"" + std::string(spec.substr(0, name_end)) + '"');
   if (name_end == std::string_view::npos) refuse_spec("a ':' and what happens are missing");
   target where(known_place->second);
   spec.remove_prefix(name_end);
@@ -1359,7 +1374,9 @@ std::pair<target, action> parse_fault(std::string_view spec) {
     } else if (sign == '#') {
       const bool is_span = value.find('-') != std::string_view::npos;
       const auto first = small_number_in<unsigned>(std::string(take_until(value, '-')));
-      where.nth(first, !is_span ? first : value.empty() ? UINT32_MAX : small_number_in<unsigned>(std::string(value)));
+      where.nth(first, !is_span        ? first
+                       : value.empty() ? UINT32_MAX
+                                       : small_number_in<unsigned>(std::string(value)));
     } else {
       refuse_spec("expected '#', '@' or ':' before \"" + std::string(1, sign) + '"');
     }
@@ -1380,20 +1397,24 @@ std::pair<target, action> parse_fault(std::string_view spec) {
 std::string fault_notation() {
   std::string text =
       "WHERE[(TEXT)][#N[-[M]]][@OFFSET]:WHAT[=ARGUMENT,...]\n"
-      "  WHERE    connect, graphql, oidc, files (where they redirect), storage (where bytes come from), proxy, any\n"
+      "  WHERE    connect, graphql, oidc, files (where they redirect), storage (where bytes come from), "
+      "proxy, any\n"
       "  (TEXT)   only where the path (graphql: the request's body; connect: the origin's name) contains it\n"
-      "  #N-M     only the Nth to the Mth of those requests; #N: that one; #N-: from there on; otherwise all\n"
+      "  #N-M     only the Nth to the Mth of those requests; #N: that one; #N-: from there on; otherwise "
+      "all\n"
       "  @OFFSET  only ranges that contain this offset\n"
       "WHAT is one of\n";
   for (const auto& word : fault_words()) {
-    std::string head = "  " + std::string(word.name) + (*word.arguments ? std::string("=") + word.arguments : "");
+    std::string head =
+        "  " + std::string(word.name) + (*word.arguments ? std::string("=") + word.arguments : "");
     head.resize(std::max<std::size_t>(head.size() + 2, 26), ' ');
     text += head + word.meaning + "\n";
   }
   return text + "for example  storage#1:reset=100000  graphql#1-3:status=503  storage(model.h5)@0:flip=7\n";
 }
 
-// ---- content and records, as declared --------------------------------------------------------------------------
+// ---- content and records, as declared
+// --------------------------------------------------------------------------
 
 content_ptr bytes(std::string text) { return std::make_shared<text_content>(std::move(text)); }
 content_ptr from_disk(const std::filesystem::path& path) { return std::make_shared<disk_content>(path); }
@@ -1416,7 +1437,9 @@ std::string md5_hex(const content& of) {
   return hex(digest.data(), digest.size());
 }
 
-std::optional<std::string> request_record::header(std::string_view name) const { return find_header(headers, name); }
+std::optional<std::string> request_record::header(std::string_view name) const {
+  return find_header(headers, name);
+}
 
 std::string_view name_of(origin at) {
   constexpr std::array<std::string_view, origin_count> names = {"service", "storage", "proxy"};
@@ -1428,7 +1451,8 @@ std::string_view name_of(request_kind kind) {
   return names.at(static_cast<std::size_t>(kind));
 }
 
-// ---- the server ------------------------------------------------------------------------------------------------
+// ---- the server
+// ------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -1459,7 +1483,8 @@ std::optional<span> parse_range(const std::string& text, std::uint64_t size) {
   const bool has_dash = rest.find('-') != std::string_view::npos;
   const std::string_view from = trimmed(take_until(rest, '-')), to = trimmed(rest);
   const auto first = to_number(from), last = to_number(to);
-  if (!has_dash || (!from.empty() && !first) || (!to.empty() && !last) || (!first && !last)) return std::nullopt;
+  if (!has_dash || (!from.empty() && !first) || (!to.empty() && !last) || (!first && !last))
+    return std::nullopt;
   if (!first) return size == 0 || *last == 0 ? span{1, 0} : span{size - std::min(*last, size), size - 1};
   if (last && *last < *first) return std::nullopt;
   return *first >= size ? span{1, 0} : span{*first, std::min(last.value_or(size - 1), size - 1)};
@@ -1579,7 +1604,8 @@ class server::implementation {
     signatures_[secret] = {path, 0};
     ++counters_.signatures_made;
     changed_.notify_all();
-    return address(origin::storage) + "/bucket/" + file_path(run, name) + "?X-Signature=" + secret + "&X-Expires=3600";
+    return address(origin::storage) + "/bucket/" + file_path(run, name) + "?X-Signature=" + secret +
+           "&X-Expires=3600";
   }
 
   // -- threads and connections --
@@ -1637,7 +1663,8 @@ class server::implementation {
     });
     bool open = true;
     const auto closed = [&] {
-      if (std::exchange(open, false)) change([&] { --counters_.by_origin.at(index_of(at)).open_connections; });
+      if (std::exchange(open, false))
+        change([&] { --counters_.by_origin.at(index_of(at)).open_connections; });
     };
     try {
       connection peer(std::move(fd), listeners_.at(index_of(at)).tls.get(), stop_);
@@ -1684,7 +1711,7 @@ class server::implementation {
       bool again = false;
       try {
         again = where.kind == request_kind::proxy ? forward(asked, number, peer, end)
-                                                  : respond(asked, where, at, number, peer, end);
+                                                  : respond(asked, where, number, peer, end);
       } catch (...) {
         finish(number);
         throw;
@@ -1697,15 +1724,12 @@ class server::implementation {
   /// Where a fault wants no answer: how to close. Hanging goes on with the answer once it is released.
   std::optional<reply::ending> not_begun(const reply& what, connection& peer) {
     switch (what.begin) {
-      case reply::opening::answer:
-        return std::nullopt;
+      case reply::opening::answer: return std::nullopt;
       case reply::opening::hang:
         if (hold(peer)) return std::nullopt;
         return reply::ending::abrupt;
-      case reply::opening::drop:
-        return reply::ending::clean;
-      case reply::opening::refuse:
-        break;
+      case reply::opening::drop: return reply::ending::clean;
+      case reply::opening::refuse: break;
     }
     return reply::ending::reset;
   }
@@ -1778,7 +1802,8 @@ class server::implementation {
         const auto size = to_number(trimmed(take_until(line, ';')), 16);
         if (!size || *size > max_request_body_bytes || out.body.size() > max_request_body_bytes) return 400;
         buffer.erase(0, end + 2);
-        if (!take(*size + 2)) return -1;  // the last chunk too ends with an empty line, as trailers are not sent
+        if (!take(*size + 2))
+          return -1;  // the last chunk too ends with an empty line, as trailers are not sent
         out.body.resize(out.body.size() - 2);
         if (*size == 0) return 0;
       }
@@ -1867,7 +1892,7 @@ class server::implementation {
 
   // -- answers --
 
-  bool respond(const request& asked, const route& where, origin at, std::size_t number, connection& peer,
+  bool respond(const request& asked, const route& where, std::size_t number, connection& peer,
                reply::ending& end) {
     const file_ptr file = find_file(where.run, where.name);
     std::optional<span> range;
@@ -1889,26 +1914,21 @@ class server::implementation {
       end = *early;
       return false;
     }
-    static_cast<void>(at);
     const bool wants_close = same_ignoring_case(asked.header("Connection").value_or(""), "close");
     if (wants_close) answer.close = true;
     end = answer.cut_as;
     return send(answer, asked.method == "HEAD", number, peer);
   }
 
-  reply answer_to(const request& asked, const route& where, const file_ptr& file, const circumstances& given) {
+  reply answer_to(const request& asked, const route& where, const file_ptr& file,
+                  const circumstances& given) {
     switch (where.kind) {
-      case request_kind::graphql:
-        return answer_graphql(asked);
-      case request_kind::oidc:
-        return answer_oidc(asked);
-      case request_kind::files:
-        return answer_files(asked, where, file, given);
-      case request_kind::storage:
-        return answer_storage(asked, where, file, given);
+      case request_kind::graphql: return answer_graphql(asked);
+      case request_kind::oidc: return answer_oidc(asked);
+      case request_kind::files: return answer_files(asked, where, file, given);
+      case request_kind::storage: return answer_storage(asked, where, file, given);
       case request_kind::proxy:
-      case request_kind::other:
-        break;
+      case request_kind::other: break;
     }
     return json_reply(404, {{"error", "not found"}});
   }
@@ -1962,7 +1982,8 @@ class server::implementation {
     const json entity = how_.viewer_entity ? json(*how_.viewer_entity) : json();
     const json name = how_.viewer_entity.value_or("somebody");
     const auto teams = [&](const field& one) {
-      return select(one.fields, "EntityConnection", {{"edges", constant(json::array())}}, how_.unknown_fields);
+      return select(one.fields, "EntityConnection", {{"edges", constant(json::array())}},
+                    how_.unknown_fields);
     };
     return select(asked.fields, "User",
                   {{"id", constant("VXNlcjox")},
@@ -2042,7 +2063,8 @@ class server::implementation {
       }
     } else {
       for (const auto& [name, file] : stored.files) {
-        if (!pattern.is_string() || is_like(name, pattern.get<std::string>())) chosen.emplace_back(name, file);
+        if (!pattern.is_string() || is_like(name, pattern.get<std::string>()))
+          chosen.emplace_back(name, file);
       }
     }
     const json limit = asked.arguments.value("first", json());
@@ -2053,16 +2075,19 @@ class server::implementation {
     take_until(cursor_left, ':');
     const auto after = to_number(cursor_left);
     if (!string_argument(asked, "after").empty() && !after) throw question_error("invalid cursor");
-    const std::size_t begin = after ? static_cast<std::size_t>(std::min<std::uint64_t>(*after + 1, chosen.size())) : 0;
+    const std::size_t begin =
+        after ? static_cast<std::size_t>(std::min<std::uint64_t>(*after + 1, chosen.size())) : 0;
     const std::size_t end = begin + std::min(most, chosen.size() - begin);
     const auto cursor_at = [](std::size_t index) { return base64("file:" + std::to_string(index)); };
 
     const auto edges = [&](const field& one) {
       json list = json::array();
       for (std::size_t i = begin; i < end; ++i) {
-        const auto node = [&](const field& inner) { return node_json(inner, run, chosen[i].first, chosen[i].second); };
-        list.push_back(
-            select(one.fields, "FileEdge", {{"node", node}, {"cursor", constant(cursor_at(i))}}, how_.unknown_fields));
+        const auto node = [&](const field& inner) {
+          return node_json(inner, run, chosen[i].first, chosen[i].second);
+        };
+        list.push_back(select(one.fields, "FileEdge", {{"node", node}, {"cursor", constant(cursor_at(i))}},
+                              how_.unknown_fields));
       }
       return list;
     };
@@ -2072,7 +2097,8 @@ class server::implementation {
                     {{"endCursor", constant(last)}, {"hasNextPage", constant(end < chosen.size())}},
                     how_.unknown_fields);
     };
-    return select(asked.fields, "FileConnection", {{"edges", edges}, {"pageInfo", page}}, how_.unknown_fields);
+    return select(asked.fields, "FileConnection", {{"edges", edges}, {"pageInfo", page}},
+                  how_.unknown_fields);
   }
 
   /// `file` is null for a name that was never uploaded, for which the service has a node all the same.
@@ -2081,7 +2107,9 @@ class server::implementation {
     const auto url = [&](const field&) -> json {
       return given.url.value_or(address(origin::service) + files_path(run, name));
     };
-    const auto direct = [&](const field&) -> json { return given.direct_url ? *given.direct_url : sign(run, name); };
+    const auto direct = [&](const field&) -> json {
+      return given.direct_url ? *given.direct_url : sign(run, name);
+    };
     const auto md5 = [&](const field&) -> json { return file ? file->md5() : json("0"); };
     return select(asked.fields, "File",
                   {{"id", constant(base64("File:" + text_of(run) + ":" + name))},
@@ -2106,10 +2134,12 @@ class server::implementation {
     }
     const std::string access = "token-" + random_hex();
     change([&] { tokens_.insert(access); });
-    return json_reply(200, {{"access_token", access}, {"token_type", "Bearer"}, {"expires_in", how_.token_seconds}});
+    return json_reply(
+        200, {{"access_token", access}, {"token_type", "Bearer"}, {"expires_in", how_.token_seconds}});
   }
 
-  reply answer_files(const request& asked, const route& where, const file_ptr& file, const circumstances& given) {
+  reply answer_files(const request& asked, const route& where, const file_ptr& file,
+                     const circumstances& given) {
     const caller by = who(asked);
     redirect to{};
     unsigned hops = 0;
@@ -2137,12 +2167,14 @@ class server::implementation {
     } else {
       location = sign(where.run, where.name);
       if (to == redirect::plain_http && starts_with(location, "https:")) location.erase(4, 1);
-      if (to == redirect::other_host) location.replace(location.find(how_.host), how_.host.size(), how_.other_host);
+      if (to == redirect::other_host)
+        location.replace(location.find(how_.host), how_.host.size(), how_.other_host);
     }
     return text_reply(status, "", "text/html; charset=utf-8", {{"Location", location}});
   }
 
-  reply answer_storage(const request& asked, const route& where, const file_ptr& file, const circumstances& given) {
+  reply answer_storage(const request& asked, const route& where, const file_ptr& file,
+                       const circumstances& given) {
     const auto secret = form_field(asked.query, "X-Signature");
     if (secret && asked.header("Authorization")) {
       return xml_reply(400, "InvalidArgument", "Only one auth mechanism allowed");
@@ -2163,7 +2195,8 @@ class server::implementation {
   }
 
   reply file_reply(const request& asked, const stored_file& file, const circumstances& given) {
-    if (asked.method != "GET" && asked.method != "HEAD") return xml_reply(405, "MethodNotAllowed", "GET or HEAD");
+    if (asked.method != "GET" && asked.method != "HEAD")
+      return xml_reply(405, "MethodNotAllowed", "GET or HEAD");
     reply made;
     made.body = file.what();
     std::string etag = file.etag();
@@ -2212,8 +2245,7 @@ class server::implementation {
     if (!peer.send(head_of(answer))) return false;
     if (answer.endless_header) {
       const std::string filler = "X-Filler: " + std::string(1000, 'a') + "\r\n";
-      while (peer.send(filler)) {
-      }
+      while (peer.send(filler)) {}
       return false;
     }
     const bool whole = head_only || answer.frame == reply::framing::none || send_body(answer, number, peer);
@@ -2263,7 +2295,9 @@ class server::implementation {
       const bool filler = count == 0 && answer.endless_body;
       if (filler) count = piece_bytes;
       if (count == 0) break;
-      const auto limit = [&](std::uint64_t most) { count = std::min(count, std::max<std::uint64_t>(most, 1)); };
+      const auto limit = [&](std::uint64_t most) {
+        count = std::min(count, std::max<std::uint64_t>(most, 1));
+      };
       limit(piece_bytes);
       if (answer.cut_after) limit(*answer.cut_after - sent);
       limit(stall_at - sent);
@@ -2276,7 +2310,8 @@ class server::implementation {
       } else {
         answer.body->read(answer.offset + sent, piece.data(), piece.size());
       }
-      auto when = std::max(own.reserve(piece.size(), each_rate), all_bodies_.reserve(piece.size(), global_rate));
+      auto when =
+          std::max(own.reserve(piece.size(), each_rate), all_bodies_.reserve(piece.size(), global_rate));
       if (answer.drip_interval && sent > 0) when = std::max(when, clock_type::now() + *answer.drip_interval);
       if (when > clock_type::now() && !stop_.wait_until(when)) return false;
       if (is_chunked && !peer.send(chunk_head(piece.size()))) return false;
@@ -2319,18 +2354,20 @@ class server::implementation {
       return false;
     }
     end = answer.cut_as;
-    const bool passes = answer.status == 0 || (tunnel && answer.status == 200 && answer.frame == reply::framing::none);
+    const bool passes =
+        answer.status == 0 || (tunnel && answer.status == 200 && answer.frame == reply::framing::none);
     if (!passes) return send(answer, false, number, peer);
 
     descriptor upstream(socket(AF_INET, SOCK_STREAM, 0));
     const sockaddr_in to = loopback(port);
-    if (!upstream || connect(upstream.get(), reinterpret_cast<const sockaddr*>(&to), sizeof to) != 0) return false;
+    if (!upstream || connect(upstream.get(), reinterpret_cast<const sockaddr*>(&to), sizeof to) != 0)
+      return false;
     prepare_stream(upstream.get());
     if (tunnel) {
       send(answer, false, number, peer);
     } else {
-      std::string head =
-          asked.method + " " + (authority_end < rest.size() ? rest.substr(authority_end) : "/") + " HTTP/1.1\r\n";
+      std::string head = asked.method + " " +
+                         (authority_end < rest.size() ? rest.substr(authority_end) : "/") + " HTTP/1.1\r\n";
       for (const auto& [name, value] : asked.headers) {
         const bool hop_by_hop = starts_with(name, "Proxy-") || same_ignoring_case(name, "Connection");
         if (!hop_by_hop) head += name + ": " + value + "\r\n";
@@ -2445,7 +2482,9 @@ void server::stop() { impl_->stop(); }
 
 std::string server::base_url() const { return impl_->base_url(); }
 std::string server::storage_url() const { return impl_->address(origin::storage); }
-std::string server::proxy_url() const { return impl_->how_.proxy ? impl_->address(origin::proxy) : std::string(); }
+std::string server::proxy_url() const {
+  return impl_->how_.proxy ? impl_->address(origin::proxy) : std::string();
+}
 std::uint16_t server::port(origin at) const { return impl_->listeners_.at(index_of(at)).port; }
 std::string server::key() const {
   const std::lock_guard<std::mutex> lock(impl_->mutex_);
@@ -2469,11 +2508,13 @@ run_ref server::add_run(std::string entity, std::string project, std::string id,
 void server::remove_run(const run_ref& run) {
   impl_->change([&] { impl_->runs_.erase(text_of(run)); });
 }
-void server::add_file(const run_ref& run, const std::string& name, content_ptr what, file_attributes attributes) {
+void server::add_file(const run_ref& run, const std::string& name, content_ptr what,
+                      file_attributes attributes) {
   auto file = std::make_shared<const stored_file>(std::move(what), std::move(attributes));
   impl_->change([&] { impl_->runs_[text_of(run)].files[name] = std::move(file); });
 }
-void server::add_file(const run_ref& run, const std::string& name, std::string text, file_attributes attributes) {
+void server::add_file(const run_ref& run, const std::string& name, std::string text,
+                      file_attributes attributes) {
   add_file(run, name, bytes(std::move(text)), std::move(attributes));
 }
 void server::remove_file(const run_ref& run, const std::string& name) {
@@ -2546,7 +2587,8 @@ std::vector<request_record> server::requests() const {
 }
 std::vector<request_record> server::requests(request_kind kind) const {
   auto all = requests();
-  all.erase(std::remove_if(all.begin(), all.end(), [&](const auto& one) { return one.kind != kind; }), all.end());
+  all.erase(std::remove_if(all.begin(), all.end(), [&](const auto& one) { return one.kind != kind; }),
+            all.end());
   return all;
 }
 counters server::counted() const {

@@ -1,5 +1,5 @@
-// A stand-in for the Weights & Biases service, for tests: it answers as the service and its object storage do, and
-// misbehaves on demand, byte for byte and in a fixed order.
+// A stand-in for the Weights & Biases service, for tests: it answers as the service and its object storage
+// do, and misbehaves on demand, byte for byte and in a fixed order.
 //
 //   stand_in::server server;
 //   auto run = server.add_run("vanpelt", "my-project", "a1b2c3d");
@@ -31,7 +31,8 @@ namespace stand_in {
 
 using header_list = std::vector<std::pair<std::string, std::string>>;
 
-// ---- what is served --------------------------------------------------------------------------------------------
+// ---- what is served
+// --------------------------------------------------------------------------------------------
 
 /// The bytes of a file. Reading is safe from several threads at once.
 class content {
@@ -42,7 +43,8 @@ class content {
   virtual ~content() = default;
 
   virtual std::uint64_t size() const = 0;
-  /// Exactly `count` bytes from `offset` on, all of which lie inside. Throws std::runtime_error if a disk fails.
+  /// Exactly `count` bytes from `offset` on, all of which lie inside. Throws std::runtime_error if a disk
+  /// fails.
   virtual void read(std::uint64_t offset, char* out, std::size_t count) const = 0;
   /// Differs where the bytes differ, and costs no reading of them. Goes into the ETag.
   virtual std::string fingerprint() const = 0;
@@ -71,17 +73,19 @@ enum class etag_form { strong, weak, none };
 /// What the service says of a file beside its bytes.
 struct file_attributes {
   md5_form md5_as = md5_form::base64;
-  std::optional<std::string> md5;  ///< said as it stands ("0", "XXX", another's); otherwise computed on first demand
+  std::optional<std::string>
+      md5;  ///< said as it stands ("0", "XXX", another's); otherwise computed on first demand
   size_form size_as = size_form::number;
   std::optional<std::uint64_t> size;  ///< claimed in place of the true one
   std::string mimetype = "application/octet-stream";
   std::optional<std::string> updated_at = "2024-01-02T03:04:05Z";  ///< nullopt: null
-  std::optional<std::string> url;                                  ///< said as it stands, e.g. "s3://bucket/key"
-  std::optional<std::string> direct_url;                           ///< likewise
+  std::optional<std::string> url;         ///< said as it stands, e.g. "s3://bucket/key"
+  std::optional<std::string> direct_url;  ///< likewise
   etag_form etag = etag_form::strong;
 };
 
-// ---- options ---------------------------------------------------------------------------------------------------
+// ---- options
+// ---------------------------------------------------------------------------------------------------
 
 enum class origin { service, storage, proxy };
 constexpr std::size_t origin_count = 3;
@@ -89,9 +93,9 @@ constexpr std::size_t origin_count = 3;
 enum class certificate { good, wrong_host, expired, other_authority };
 enum class tls_versions { both, only_1_2, only_1_3 };
 
-/// Where `/files/...` leads. `relative`: a path on the service, which then sends the file itself; `none`: it does so
-/// at once; `chain`: over `redirect_hops` addresses of the service; `loop`: for ever; `plain_http`: the storage
-/// address with http in place of https; `other_host`: with `options::other_host` for its host.
+/// Where `/files/...` leads. `relative`: a path on the service, which then sends the file itself; `none`: it
+/// does so at once; `chain`: over `redirect_hops` addresses of the service; `loop`: for ever; `plain_http`:
+/// the storage address with http in place of https; `other_host`: with `options::other_host` for its host.
 enum class redirect { absolute, relative, chain, loop, plain_http, other_host, none };
 
 /// The default API key: 40 characters, as the SDK wants.
@@ -108,16 +112,17 @@ struct options {
   std::string prefix;                    ///< of every path of the service, e.g. "/wandb"
 
   std::string key = default_key;
-  std::optional<std::string> viewer_entity = "stand-in";  ///< the account's default entity; nullopt: it has none
-  std::vector<std::string> identity_tokens;               ///< JWTs that /oidc/token takes
-  std::int64_t token_seconds = 3600;                      ///< its expires_in
+  std::optional<std::string> viewer_entity =
+      "stand-in";                            ///< the account's default entity; nullopt: it has none
+  std::vector<std::string> identity_tokens;  ///< JWTs that /oidc/token takes
+  std::int64_t token_seconds = 3600;         ///< its expires_in
 
   redirect redirect_to = redirect::absolute;
   unsigned redirect_hops = 3;
   int redirect_status = 302;
   unsigned signature_uses = 0;  ///< a signed address is good for so many requests; 0: any number
 
-  bool node_for_missing = true;             ///< a name that is not there: a node whose md5 is "0", else no node
+  bool node_for_missing = true;  ///< a name that is not there: a node whose md5 is "0", else no node
   std::vector<std::string> unknown_fields;  ///< fields of GraphQL that this (older) server does not know
 
   std::uint64_t body_rate = 0;    ///< bytes per second of each file body; 0: no cap
@@ -127,22 +132,24 @@ struct options {
   std::optional<std::string> proxy_credentials;  ///< "user:password", asked for with 407
 };
 
-// ---- faults ----------------------------------------------------------------------------------------------------
+// ---- faults
+// ----------------------------------------------------------------------------------------------------
 
-/// Where a fault strikes. `connect`: a connection that was just accepted, before TLS. `storage`: file bytes, from
-/// whichever origin. `files`: the service's `/files/...`, as long as it redirects.
+/// Where a fault strikes. `connect`: a connection that was just accepted, before TLS. `storage`: file bytes,
+/// from whichever origin. `files`: the service's `/files/...`, as long as it redirects.
 enum class place { any, connect, graphql, oidc, files, storage, proxy };
 
 /// Which requests a fault strikes: those that match, from the `first` such one to the `last`, counted from 1.
 class target {
  public:
-  target(place at_place) : at(at_place) {}  // NOLINT(google-explicit-constructor): add_fault(place::storage, ...)
+  target(place at_place)
+      : at(at_place) {}  // NOLINT(google-explicit-constructor): add_fault(place::storage, ...)
 
   target& nth(unsigned n) { return nth(n, n); }
   target& nth(unsigned from, unsigned to) { return first = from, last = to, *this; }
   target& from(unsigned n) { return nth(n, UINT32_MAX); }
-  /// A part of the decoded path (files, storage, oidc), of the request's body (graphql), of the name of the origin
-  /// (connect: "service", "storage", "proxy"), or of the address asked for (proxy).
+  /// A part of the decoded path (files, storage, oidc), of the request's body (graphql), of the name of the
+  /// origin (connect: "service", "storage", "proxy"), or of the address asked for (proxy).
   target& matching(std::string text) { return match = std::move(text), *this; }
   /// Only requests for a range that contains this offset.
   target& covering(std::uint64_t offset) { return covers = offset, *this; }
@@ -189,22 +196,24 @@ action without_header(std::string name);
 action many_headers(unsigned count);
 action endless_header();
 action garbage_status_line(std::string line = "ICY 200 OK");
-action close_after();                              ///< Connection: close, and it is
-action close_silently();                           ///< closed after the answer that promised to keep the connection
-action chunked();                                  ///< no Content-Length
-action until_close();                              ///< neither length nor chunks
-action length_off_by(std::int64_t promised_more);  ///< > 0: the body ends early; < 0: it is longer than promised
+action close_after();     ///< Connection: close, and it is
+action close_silently();  ///< closed after the answer that promised to keep the connection
+action chunked();         ///< no Content-Length
+action until_close();     ///< neither length nor chunks
+action
+length_off_by(std::int64_t promised_more);  ///< > 0: the body ends early; < 0: it is longer than promised
 action content_range(bad_range how);
 // the bytes
 action flip_byte(std::uint64_t offset);
-action cut(std::uint64_t after);                                         ///< in good order: close_notify, FIN
-action cut_abruptly(std::uint64_t after);                                ///< FIN without close_notify
-action reset(std::uint64_t after);                                       ///< RST, once the peer has what was sent
-action stall(std::uint64_t after);                                       ///< goes on once released
+action cut(std::uint64_t after);           ///< in good order: close_notify, FIN
+action cut_abruptly(std::uint64_t after);  ///< FIN without close_notify
+action reset(std::uint64_t after);         ///< RST, once the peer has what was sent
+action stall(std::uint64_t after);         ///< goes on once released
 action drip(std::chrono::milliseconds interval, std::size_t count = 1);  ///< `count` bytes, then a pause
 action ignore_range();                                                   ///< 200 and all of it
-action etag(std::string text);                   ///< changed: what If-Range and If-Match are held against
-action changed_content(std::uint64_t from = 0);  ///< other bytes from this offset on, and an ETag that says so
+action etag(std::string text);  ///< changed: what If-Range and If-Match are held against
+action
+changed_content(std::uint64_t from = 0);  ///< other bytes from this offset on, and an ETag that says so
 }  // namespace act
 
 /// A fault in the notation of the program's `--fault`; throws std::invalid_argument that says what is wrong.
@@ -212,7 +221,8 @@ std::pair<target, action> parse_fault(std::string_view spec);
 /// That notation, explained, with each fault it knows.
 std::string fault_notation();
 
-// ---- what was seen ---------------------------------------------------------------------------------------------
+// ---- what was seen
+// ---------------------------------------------------------------------------------------------
 
 enum class request_kind { graphql, oidc, files, storage, proxy, other };
 constexpr std::size_t request_kind_count = 6;
@@ -253,7 +263,8 @@ struct counters {
   const kind_counters& of(request_kind kind) const { return by_kind.at(static_cast<std::size_t>(kind)); }
 };
 
-// ---- the server ------------------------------------------------------------------------------------------------
+// ---- the server
+// ------------------------------------------------------------------------------------------------
 
 class server {
  public:
@@ -263,8 +274,8 @@ class server {
   server(const server&) = delete;
   server& operator=(const server&) = delete;
 
-  /// Ends every connection, stalled or not, and joins every thread; idempotent. An on_request callback that blocks
-  /// has to be let go by its test first.
+  /// Ends every connection, stalled or not, and joins every thread; idempotent. An on_request callback that
+  /// blocks has to be let go by its test first.
   void stop();
 
   std::string base_url() const;     ///< with the prefix: what goes into WANDB_BASE_URL
@@ -280,8 +291,10 @@ class server {
   run_ref add_run(std::string entity, std::string project, std::string id, bool is_public = false);
   void remove_run(const run_ref& run);
   /// Adds or replaces; the run is added if it is not there.
-  void add_file(const run_ref& run, const std::string& name, content_ptr what, file_attributes attributes = {});
-  void add_file(const run_ref& run, const std::string& name, std::string text, file_attributes attributes = {});
+  void add_file(const run_ref& run, const std::string& name, content_ptr what,
+                file_attributes attributes = {});
+  void add_file(const run_ref& run, const std::string& name, std::string text,
+                file_attributes attributes = {});
   void remove_file(const run_ref& run, const std::string& name);
   /// Every regular file below `directory`, under its relative name. Returns how many.
   std::size_t load_folder(const run_ref& run, const std::filesystem::path& directory);
@@ -310,8 +323,8 @@ class server {
     const std::vector<request_record>& requests;
     const counters& counts;
   };
-  /// Waits until the predicate holds, which is asked at each change with the log locked, so it must not call the
-  /// server. Returns false when the time is up or the server stopped.
+  /// Waits until the predicate holds, which is asked at each change with the log locked, so it must not call
+  /// the server. Returns false when the time is up or the server stopped.
   bool wait_for(const std::function<bool(const view&)>& predicate, std::chrono::milliseconds timeout) const;
 
  private:
