@@ -293,9 +293,8 @@ class curl_transport {
       case CURLE_SSL_CERTPROBLEM:
       case CURLE_SSL_CIPHER:
       case CURLE_SSL_ISSUER_ERROR:
-      case CURLE_SSL_ENGINE_NOTFOUND:
-      case CURLE_COULDNT_RESOLVE_PROXY:
-      case CURLE_UNSUPPORTED_PROTOCOL: return wandb::error::permanent(errc::connection_failed, text);
+      case CURLE_SSL_ENGINE_NOTFOUND: return wandb::error::permanent(errc::connection_failed, text);
+      case CURLE_UNSUPPORTED_PROTOCOL:  // HTTP/0.9, which anything is that is not HTTP
       case CURLE_WEIRD_SERVER_REPLY:
       case CURLE_BAD_CONTENT_ENCODING:
       case CURLE_URL_MALFORMAT: return {errc::protocol_violation, text};

@@ -1,0 +1,542 @@
+// The command-line example, started as a shell would, against the stand-in: output, exit status, signals, terminal.
+// SPDX-License-Identifier: MIT
+#ifndef _WIN32
+#include "cli_test.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include <optional>
+#include <sstream>
+
+namespace {
+
+using namespace programs;
+using nlohmann::json;
+
+constexpr const char* program = "wandb-restore";
+
+std::vector<std::string> lines_of(const std::string& text) {
+  std::vector<std::string> lines;
+  std::istringstream stream(text);
+  for (std::string line; std::getline(stream, line);) lines.push_back(line);
+  return lines;
+}
+
+std::vector<json> objects_of(const std::string& text) {
+  std::vector<json> objects;
+  for (const std::string& line : lines_of(text)) objects.push_back(json::parse(line));
+  return objects;
+}
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+/// Arguments that go on from `first` with the fixture's run.
+std::vector<std::string> with_run(const fixture& f, std::vector<std::string> first) {
+  first.insert(first.end(), {"--run-path", f.run_path()});
+  return first;
+}
+
+/// What went to standard error is one or more messages, and nothing else.
+void check_messages(const std::string& err) {
+  CHECK(err.rfind("wandb-restore: ", 0) == 0);
+  CHECK(err.back() == '\n');
+  CHECK_FALSE(contains(err, "\r"));
+}
+
+}  // namespace
+
+TEST_SUITE("command line") {
+  TEST_CASE("a restored file: its path on standard output, nothing else anywhere, status 0") {
+    fixture f;
+    f.server.add_file(f.run, "ckpt/model.h5", "twelve bytes");
+    const fs::path root = f.directory.path() / "some root";
+    const outcome result = f.start(program, with_run(f, {"ckpt/model.h5", "--root", root.string()}));
+    CHECK(result.status == 0);
+    CHECK(result.out == (root / "ckpt/model.h5").string() + '\n');
+    CHECK(result.err == "");
+    CHECK(read_file(root / "ckpt/model.h5") == "twelve bytes");
+  }
+
+  TEST_CASE("without --root the file is put where the program runs") {
+    fixture f;
+    f.server.add_file(f.run, "model.h5", "twelve bytes");
+    const outcome result = f.start(program, with_run(f, {"model.h5"}));
+    REQUIRE(result.status == 0);
+    const auto lines = lines_of(result.out);
+    REQUIRE(lines.size() == 1);
+    CHECK(fs::equivalent(f.work() / lines[0], f.work() / "model.h5"));
+  }
+
+  TEST_CASE("the run comes from the environment where none is given") {
+    fixture f;
+    f.server.add_file(f.run, "model.h5", "twelve bytes");
+    f.environment.insert({{"WANDB_ENTITY", f.run.entity}, {"WANDB_PROJECT", f.run.project}, {"WANDB_RUN_ID", f.run.id}});
+    CHECK(f.start(program, {"model.h5"}).status == 0);
+    CHECK(read_file(f.work() / "model.h5") == "twelve bytes");
+  }
+
+  TEST_CASE("--json: an object for each file, with everything that is known of it") {
+    fixture f;
+    f.server.add_file(f.run, "model.h5", "twelve bytes");
+    stand_in::file_attributes no_md5;
+    no_md5.md5_as = stand_in::md5_form::null;
+    f.server.add_file(f.run, "old.h5", "of an old server", no_md5);
+
+    outcome result = f.start(program, with_run(f, {"model.h5", "old.h5", "--root", "here", "--json"}));
+    CHECK(result.status == 0);
+    CHECK(result.err == "");
+    auto objects = objects_of(result.out);
+    REQUIRE(objects.size() == 2);
+    CHECK(objects[0]["name"] == "model.h5");
+    CHECK(objects[0]["path"] == "here/model.h5");
+    CHECK(objects[0]["size"] == 12);
+    CHECK(objects[0]["md5"] == stand_in::md5_hex(*stand_in::bytes("twelve bytes")));
+    CHECK(objects[0]["source"] == "downloaded");
+    CHECK(objects[0]["verified"] == true);
+    CHECK(objects[0]["seconds"].is_number());
+    CHECK(objects[0]["seconds"] >= 0);
+    CHECK(objects[0].size() == 7);
+    CHECK(objects[1]["name"] == "old.h5");
+    CHECK(objects[1]["verified"] == false);
+
+    result = f.start(program, with_run(f, {"model.h5", "--root", "here", "--json"}));
+    objects = objects_of(result.out);
+    REQUIRE(objects.size() == 1);
+    CHECK(objects[0]["source"] == "local");
+    CHECK(objects[0]["verified"] == true);  // a receipt says so
+  }
+
+  TEST_CASE("several names: each is tried, in order, and the status is the first failure's") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", "a");
+    f.server.add_file(f.run, "c.txt", "c");
+    f.server.add_file(f.run, "e.txt", "e");
+    const outcome result = f.start(program, with_run(f, {"a.txt", "b.txt", "c.txt", "../d.txt", "e.txt", "--json"}));
+    CHECK(result.status == 3);  // b.txt is not there; ../d.txt would be 2
+    const auto objects = objects_of(result.out);
+    REQUIRE(objects.size() == 3);
+    CHECK(objects[0]["name"] == "a.txt");
+    CHECK(objects[1]["name"] == "c.txt");
+    CHECK(objects[2]["name"] == "e.txt");
+    check_messages(result.err);
+    const auto b = result.err.find("b.txt");
+    const auto d = result.err.find("../d.txt");
+    CHECK(b != std::string::npos);
+    CHECK(d != std::string::npos);
+    CHECK(b < d);
+  }
+
+  TEST_CASE("several names share connections") {
+    fixture f;
+    for (const char* name : {"a", "b", "c"}) f.server.add_file(f.run, name, name);
+    CHECK(f.start(program, with_run(f, {"a", "b", "c"})).status == 0);
+    CHECK(f.server.counted().of(stand_in::origin::service).handshakes == 1);
+    CHECK(f.server.counted().of(stand_in::origin::storage).handshakes == 1);
+  }
+
+  TEST_CASE("a local copy is kept without a request; --refresh compares; --replace downloads") {
+    fixture f;
+    f.server.add_file(f.run, "model.h5", "first");
+    REQUIRE(f.start(program, with_run(f, {"model.h5"})).status == 0);
+
+    f.server.clear_log();
+    CHECK(f.start(program, with_run(f, {"model.h5"})).status == 0);
+    CHECK(f.requests() == 0);
+
+    CHECK(f.start(program, with_run(f, {"model.h5", "--refresh"})).status == 0);
+    CHECK(f.server.requests(stand_in::request_kind::graphql).size() == 1);
+    CHECK(f.server.requests(stand_in::request_kind::storage).empty());
+
+    f.server.add_file(f.run, "model.h5", "second");
+    CHECK(f.start(program, with_run(f, {"model.h5"})).status == 0);
+    CHECK(read_file(f.work() / "model.h5") == "first");
+    CHECK(f.start(program, with_run(f, {"model.h5", "--refresh"})).status == 0);
+    CHECK(read_file(f.work() / "model.h5") == "second");
+
+    f.server.clear_log();
+    CHECK(f.start(program, with_run(f, {"model.h5", "--replace"})).status == 0);
+    CHECK(f.server.requests(stand_in::request_kind::storage).size() == 1);
+  }
+
+  TEST_CASE("--list: size, time and name, separated by tabs, in the service's order") {
+    fixture f;
+    f.server.add_file(f.run, "a/best.ckpt", "0123456789");
+    stand_in::file_attributes vague;
+    vague.size_as = stand_in::size_form::null;
+    vague.updated_at = std::nullopt;
+    f.server.add_file(f.run, "b.ckpt", "?", vague);
+    f.server.add_file(f.run, "config.yaml", "x: 1\n");
+
+    outcome result = f.start(program, with_run(f, {"--list"}));
+    CHECK(result.status == 0);
+    CHECK(result.err == "");
+    CHECK(result.out == "10\t2024-01-02T03:04:05Z\ta/best.ckpt\n-\t-\tb.ckpt\n5\t2024-01-02T03:04:05Z\tconfig.yaml\n");
+    CHECK(f.server.requests(stand_in::request_kind::storage).empty());
+
+    SUBCASE("patterns choose") {
+      CHECK(lines_of(f.start(program, with_run(f, {"--list", "*.ckpt"})).out).size() == 2);  // * goes across '/'
+      CHECK(lines_of(f.start(program, with_run(f, {"--list", "?.ckpt"})).out).size() == 1);
+      CHECK(lines_of(f.start(program, with_run(f, {"--list", "?.ckpt", "c*g.y?ml"})).out).size() == 2);
+      CHECK(lines_of(f.start(program, with_run(f, {"--list", "config.yaml"})).out).size() == 1);
+      CHECK(lines_of(f.start(program, with_run(f, {"--list", "*"})).out).size() == 3);
+    }
+    SUBCASE("a pattern that matches nothing is a file that is not there") {
+      result = f.start(program, with_run(f, {"--list", "*.h5", "*.yaml"}));
+      CHECK(result.status == 3);
+      CHECK(lines_of(result.out).size() == 1);
+      check_messages(result.err);
+      CHECK(contains(result.err, "*.h5"));
+      CHECK_FALSE(contains(result.err, "*.yaml"));
+    }
+    SUBCASE("--json") {
+      const auto objects = objects_of(f.start(program, with_run(f, {"--list", "--json"})).out);
+      REQUIRE(objects.size() == 3);
+      CHECK(objects[0] == json{{"name", "a/best.ckpt"},
+                               {"size", 10},
+                               {"md5", stand_in::md5_hex(*stand_in::bytes("0123456789"))},
+                               {"mimetype", "application/octet-stream"},
+                               {"updated_at", "2024-01-02T03:04:05Z"}});
+      CHECK(objects[1]["size"].is_null());
+      CHECK(objects[1]["updated_at"].is_null());
+    }
+  }
+
+  TEST_CASE("--list of a run without files prints nothing and is no failure; of no run it is one") {
+    fixture f;
+    const outcome result = f.start(program, with_run(f, {"--list"}));
+    CHECK(result.status == 0);
+    CHECK(result.out == "");
+    CHECK(f.start(program, {"--list", "--run-path", "vanpelt/my-project/nothing"}).status == 3);
+  }
+
+  TEST_CASE("names that would steer a terminal are shown harmless, and told exactly in JSON") {
+    fixture f;
+    f.server.add_file(f.run, "a\x1b[2J\tb", "x");
+    CHECK(f.start(program, with_run(f, {"--list"})).out == "1\t2024-01-02T03:04:05Z\ta?[2J?b\n");
+    const auto objects = objects_of(f.start(program, with_run(f, {"--list", "--json"})).out);
+    REQUIRE(objects.size() == 1);
+    CHECK(objects[0]["name"] == "a\x1b[2J\tb");
+  }
+
+  TEST_CASE("--help and --version go to standard output") {
+    fixture f;
+    outcome result = f.start(program, {"--help"});
+    CHECK(result.status == 0);
+    CHECK(result.err == "");
+    for (const char* option : {"--run-path", "--replace", "--refresh", "--root", "--list", "--json", "--connections", "--timeout",
+                               "--quiet", "--no-progress", "--version", "Exit status"}) {
+      CHECK_MESSAGE(contains(result.out, option), option);
+    }
+    result = f.start(program, {"--version"});
+    CHECK(result.status == 0);
+    CHECK(result.out.rfind("wandb-restore ", 0) == 0);
+    CHECK(f.requests() == 0);
+  }
+
+  TEST_CASE("arguments that make no sense: status 2, a message, and no request") {
+    fixture f;
+    const std::vector<std::vector<std::string>> table = {
+        {},
+        {"--json"},
+        {"a.txt", "--no-such-option"},
+        {"a.txt", "--run-path"},
+        {"a.txt", "--replace", "--refresh"},
+        {"a.txt", "--connections", "0"},
+        {"a.txt", "--connections", "-1"},
+        {"a.txt", "--connections", "many"},
+        {"a.txt", "--connections", "1.5"},
+        {"a.txt", "--timeout", "0"},
+        {"a.txt", "--timeout", "-1"},
+        {"a.txt", "--timeout", "soon"},
+        {"a.txt", "--timeout", "nan"},
+        {"a.txt", "--timeout", "inf"},
+        {"a.txt", "--timeout", "1e300"},
+        {""},
+        {"."},
+        {"../a.txt"},
+        {"a/../../a.txt"},
+        {"/etc/passwd"},
+        {"a.txt", "--run-path", "a/b/c/d/e"},
+        {"a.txt", "--run-path", "e/p/"},
+        {"a.txt", "--run-path", "e//r"},
+        {"--list", "--run-path", "a/b/c/d/e"},
+    };
+    for (const auto& arguments : table) {
+      std::vector<std::string> words = arguments;
+      if (std::find(words.begin(), words.end(), "--run-path") == words.end()) words = with_run(f, words);
+      std::string shown;
+      for (const std::string& word : words) shown += " '" + word + "'";
+      INFO("wandb-restore", shown);
+      const outcome result = f.start(program, words);
+      CHECK(result.status == 2);
+      CHECK(result.out == "");
+      CHECK(result.err != "");
+    }
+    CHECK(f.server.requests(stand_in::request_kind::files).empty());
+    CHECK(f.server.requests(stand_in::request_kind::storage).empty());
+  }
+
+  TEST_CASE("each kind of failure has its exit status, one message, and leaves an old file alone") {
+    using namespace stand_in;
+    struct row {
+      const char* what;
+      int status;
+      std::function<void(fixture&)> prepare;
+      std::vector<std::string> more = {};
+    };
+    const auto environment = [](const char* name, std::string value) {
+      return [name, value](fixture& f) { f.environment[name] = value; };
+    };
+    const auto fault = [](target where, action what) { return [where, what](fixture& f) { f.server.add_fault(where, what); }; };
+    const std::vector<row> table = {
+        {"a base URL that is none", 2, environment("WANDB_BASE_URL", "ftp://127.0.0.1")},
+        {"a key that is none", 2, environment("WANDB_API_KEY", "short")},
+        {"no such run", 3, [](fixture& f) { f.server.remove_run(f.run); }},
+        {"no such file", 3, [](fixture& f) { f.server.remove_file(f.run, "a.txt"); }},
+        {"401", 4, [](fixture& f) { f.server.set_key(std::string(40, 'x')); }},
+        {"403 from the service", 4, fault(place::graphql, act::status(403))},
+        {"403 from storage, again and again", 4, fault(place::storage, act::status(403))},
+        {"WANDB_MODE=offline", 5, environment("WANDB_MODE", "offline")},
+        {"nobody listens", 5, [](fixture& f) { f.server.stop(); }, {"--timeout", "0.5"}},
+        {"no such host", 5, environment("WANDB_BASE_URL", "https://no-such-host.invalid"), {"--timeout", "0.5"}},
+        {"a certificate of somebody else", 5, environment("SSL_CERT_FILE", "/dev/null")},
+        {"a peer that says nothing", 5, fault(place::graphql, act::hang()), {"--timeout", "0.2"}},
+        {"a status that is not retried", 5, fault(place::storage, act::status(404))},
+        {"an answer that is not what was promised", 6, fault(place::graphql, act::wrong_shape())},
+        {"another md5, twice", 6,
+         [](fixture& f) {
+           file_attributes wrong;
+           wrong.md5 = md5_base64(*bytes("another"));
+           f.server.add_file(f.run, "a.txt", "new", wrong);
+         }},
+    };
+    for (const row& r : table) {
+      SUBCASE(r.what) {
+        fixture f;
+        f.server.add_file(f.run, "a.txt", "new");
+        write_file(f.work() / "a.txt", "old");
+        r.prepare(f);
+        std::vector<std::string> words = with_run(f, {"a.txt", "--replace"});
+        words.insert(words.end(), r.more.begin(), r.more.end());
+        const outcome result = f.start(program, words);
+        CHECK(result.status == r.status);
+        CHECK(result.out == "");
+        check_messages(result.err);
+        CHECK(read_file(f.work() / "a.txt") == "old");
+
+        words.push_back("--quiet");  // no warnings, no progress; errors all the same
+        const outcome quiet = f.start(program, words);
+        CHECK(quiet.status == r.status);
+        check_messages(quiet.err);
+      }
+    }
+  }
+
+  TEST_CASE("no run to be had: status 2") {
+    fixture f;
+    CHECK(f.start(program, {"a.txt"}).status == 2);
+  }
+
+  TEST_CASE("an account without a default entity: status 2") {
+    stand_in::options how;
+    how.viewer_entity = std::nullopt;
+    fixture f(how);
+    CHECK(f.start(program, {"a.txt", "--run-path", "my-project/a1b2c3d"}).status == 2);
+  }
+
+  TEST_CASE("a directory in the file's place: status 7") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", "new");
+    write_file(f.work() / "a.txt/b.txt", "mine");
+    const outcome result = f.start(program, with_run(f, {"a.txt", "--replace"}));
+    CHECK(result.status == 7);
+    check_messages(result.err);
+    CHECK(read_file(f.work() / "a.txt/b.txt") == "mine");
+  }
+
+  TEST_CASE("the local copy is another run's: status 8, and the copy stays") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", "one");
+    f.server.add_file({"vanpelt", "my-project", "other"}, "a.txt", "two");
+    REQUIRE(f.start(program, with_run(f, {"a.txt"})).status == 0);
+    const outcome result = f.start(program, {"a.txt", "--run-path", "vanpelt/my-project/other"});
+    CHECK(result.status == 8);
+    check_messages(result.err);
+    CHECK(read_file(f.work() / "a.txt") == "one");
+  }
+
+  TEST_CASE("standard output that takes nothing: status 7, whatever the reason") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", "new");
+    setup how = f.how();
+    pipe_ends nobody_reads = make_pipe();
+    nobody_reads.read.close();
+    const descriptor full(::open("/dev/full", O_WRONLY | O_CLOEXEC));
+    for (const int output : {nobody_reads.write.get(), full.get()}) {
+      if (output < 0) continue;  // no /dev/full here
+      how.standard_output = output;
+      for (const auto& words : {with_run(f, {"a.txt"}), with_run(f, {"--list"}), with_run(f, {"--list", "--json"})}) {
+        child running(example(program), words, how);
+        const outcome result = running.wait();
+        CHECK(result.status == 7);
+        check_messages(result.err);
+        CHECK(contains(result.err, "standard output"));
+      }
+    }
+  }
+
+  TEST_CASE("interrupted: status 130, and the next try goes on from what has arrived") {
+    for (const int number : {SIGINT, SIGTERM}) {
+      CAPTURE(number);
+      fixture f;
+      const auto content = stand_in::generated(3'000'000);
+      f.server.add_file(f.run, "model.h5", content);
+      f.server.add_file(f.run, "next.h5", "next");
+      f.server.add_fault(stand_in::place::storage, stand_in::act::stall(1'000'000));
+
+      child running(example(program), with_run(f, {"model.h5", "next.h5", "--connections", "1"}), f.how());
+      REQUIRE(f.server.wait_for([](const auto& seen) { return seen.counts.stalled >= 1; }, 60s));
+      running.signal(number);
+      outcome result = running.wait();
+      f.check_no_secret(result);
+      CHECK(result.status == 130);
+      CHECK(result.out == "");  // next.h5 was not begun
+      check_messages(result.err);
+      CHECK(contains(result.err, "same command"));
+      CHECK_FALSE(fs::exists(f.work() / "model.h5"));
+
+      f.server.clear_faults();
+      f.server.clear_log();
+      result = f.start(program, with_run(f, {"model.h5", "next.h5", "--connections", "1"}));
+      CHECK(result.status == 0);
+      CHECK(lines_of(result.out).size() == 2);
+      CHECK(read_file(f.work() / "model.h5") == stand_in::read_text(*content));
+      const auto fetched = f.server.requests(stand_in::request_kind::storage);
+      REQUIRE(!fetched.empty());
+      CHECK(fetched[0].range().value_or("").rfind("bytes=", 0) == 0);
+      CHECK(fetched[0].range().value_or("") != "bytes=0-");
+    }
+  }
+
+  TEST_CASE("warnings go to standard error, and --quiet keeps them away") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", "new");
+    f.environment["WANDB_INSECURE_DISABLE_SSL"] = "true";
+    f.environment.erase("SSL_CERT_FILE");
+    outcome result = f.start(program, with_run(f, {"a.txt", "--replace"}));
+    CHECK(result.status == 0);
+    CHECK(result.err.rfind("wandb-restore: warning: ", 0) == 0);
+    result = f.start(program, with_run(f, {"a.txt", "--replace", "--quiet"}));
+    CHECK(result.status == 0);
+    CHECK(result.err == "");
+  }
+
+  // ---- on a terminal
+
+  struct screen {
+    std::vector<std::string> frames;  // what was drawn at the beginning of a line, one after another
+    std::string last;                 // after all
+  };
+
+  screen watch(const std::string& err) {
+    screen seen;
+    std::string frame;
+    for (const char c : err + '\r') {
+      if (c != '\r' && c != '\n') {
+        frame += c;
+      } else if (!frame.empty()) {
+        seen.frames.push_back(std::exchange(frame, ""));
+      }
+    }
+    if (!seen.frames.empty()) seen.last = seen.frames.back();
+    return seen;
+  }
+
+  TEST_CASE("a terminal shows how far the file is, in its width, and a clean line at the end") {
+    for (const unsigned short width : {static_cast<unsigned short>(100), static_cast<unsigned short>(40), static_cast<unsigned short>(12)}) {
+      CAPTURE(width);
+      stand_in::options options;
+      options.global_rate = 4'000'000;
+      fixture f(options);
+      f.server.add_file(f.run, "checkpoints/epoch-12/model-best.h5", stand_in::generated(2'000'000));
+      terminal tty(width);
+      setup how = f.how();
+      how.tty = &tty;
+      child running(example(program), with_run(f, {"checkpoints/epoch-12/model-best.h5"}), how);
+      const outcome result = running.wait();
+      CHECK(result.status == 0);
+      const screen seen = watch(result.err);
+      REQUIRE(seen.frames.size() > 2);
+      bool rate = false;
+      for (const std::string& frame : seen.frames) {
+        if (&frame != &seen.frames.back()) CHECK(frame.size() < width);
+        for (const char c : frame) CHECK((c >= ' ' && c < 127));
+        if (frame.find("iB/s") != std::string::npos) rate = true;
+      }
+      CHECK(contains(seen.frames[0], "%"));
+      if (width == 100) {
+        CHECK(contains(seen.frames[0], "model-best.h5"));
+        CHECK(contains(seen.frames[0], "1.9 MiB"));
+        CHECK(contains(seen.frames[0], "left"));
+        CHECK(rate);
+      }
+      CHECK(contains(seen.last, "verified"));
+      CHECK(result.err.substr(result.err.size() - 2) == "\r\n");
+    }
+  }
+
+  TEST_CASE("the line follows a terminal that changes its width") {
+    stand_in::options options;
+    options.global_rate = 2'000'000;
+    fixture f(options);
+    f.server.add_file(f.run, "model-best.h5", stand_in::generated(4'000'000));
+    terminal tty(120);
+    setup how = f.how();
+    how.tty = &tty;
+    child running(example(program), with_run(f, {"model-best.h5"}), how);
+    REQUIRE(running.read_until([](const std::string& err) { return contains(err, "%"); }));
+    tty.resize(30);
+    const outcome result = running.wait();
+    CHECK(result.status == 0);
+    const screen seen = watch(result.err);
+    REQUIRE(seen.frames.size() >= 4);
+    CHECK(seen.frames[0].size() > 30);
+    CHECK(seen.frames[seen.frames.size() - 3].size() < 30);
+  }
+
+  TEST_CASE("no progress where it is not wanted") {
+    fixture f;
+    f.server.add_file(f.run, "model.h5", "twelve bytes");
+    for (const char* option : {"--quiet", "--no-progress"}) {
+      terminal tty(80);
+      setup how = f.how();
+      how.tty = &tty;
+      child running(example(program), with_run(f, {"model.h5", "--replace", option}), how);
+      const outcome result = running.wait();
+      CHECK(result.status == 0);
+      CHECK(result.err == "");
+    }
+  }
+
+  TEST_CASE("a failure on a terminal takes the line away and says what went wrong") {
+    fixture f;
+    f.server.add_file(f.run, "model.h5", stand_in::generated(2'000'000));
+    f.server.add_fault(stand_in::place::storage, stand_in::act::stall(1'000'000));
+    terminal tty(80);
+    setup how = f.how();
+    how.tty = &tty;
+    child running(example(program), with_run(f, {"model.h5", "--connections", "1"}), how);
+    REQUIRE(running.read_until([](const std::string& err) { return contains(err, "%"); }));
+    running.signal(SIGINT);
+    const outcome result = running.wait();
+    CHECK(result.status == 130);
+    const screen seen = watch(result.err);
+    bool erased = false;
+    for (const std::string& frame : seen.frames) {
+      if (frame.find_first_not_of(' ') == std::string::npos) erased = true;
+      if (contains(frame, "wandb-restore: ")) CHECK(erased);
+    }
+    CHECK(contains(seen.last, "wandb-restore: "));
+  }
+}
+#endif  // _WIN32
