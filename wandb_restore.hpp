@@ -662,3 +662,4783 @@ restored_file restore(std::string_view name, const Text& run_path, bool replace 
 }  // namespace wandb
 
 #endif  // WANDB_RESTORE_HPP
+
+// ------------------------------------------------------------------------------ implementation from here on
+#if (!defined(WANDB_RESTORE_SPLIT) || defined(WANDB_RESTORE_IMPLEMENTATION)) && !defined(WANDB_RESTORE_IMPLEMENTED)
+#define WANDB_RESTORE_IMPLEMENTED
+
+#include <algorithm>           // min, max
+#include <array>               //
+#include <cctype>              // nothing locale-dependent: see detail::lower
+#include <charconv>            // numbers without locale or exceptions
+#include <condition_variable>  // workers, hash and coordinator wait for each other
+#include <cstdio>              // warnings
+#include <cstring>             // memcpy
+#include <ctime>               // HTTP dates
+#include <deque>               //
+#include <map>                 //
+#include <mutex>               //
+#include <random>              // jitter
+#include <set>                 //
+#include <thread>              // sleep_for
+
+#include <nlohmann/json.hpp>
+
+#ifdef _WIN32
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#define WANDB_RESTORE_PRIVATE_LEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#define WANDB_RESTORE_PRIVATE_NOMINMAX
+#endif
+#include <windows.h>
+#ifdef WANDB_RESTORE_PRIVATE_LEAN
+#undef WIN32_LEAN_AND_MEAN
+#undef WANDB_RESTORE_PRIVATE_LEAN
+#endif
+#ifdef WANDB_RESTORE_PRIVATE_NOMINMAX
+#undef NOMINMAX
+#undef WANDB_RESTORE_PRIVATE_NOMINMAX
+#endif
+#include <process.h>  // _beginthreadex
+#else
+#include <cerrno>      //
+#include <fcntl.h>     // open, record locks, fallocate
+#include <pthread.h>   // a thread whose failure to start is a value
+#include <signal.h>    // is that process alive
+#include <sys/stat.h>  //
+#include <sys/statvfs.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/ioctl.h>  // FICLONE
+#endif
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#endif
+#endif
+
+#ifndef WANDB_RESTORE_NO_HTTPLIB
+#ifdef WANDB_RESTORE_NO_OPENSSL
+#ifdef CPPHTTPLIB_OPENSSL_SUPPORT
+#error "WANDB_RESTORE_NO_OPENSSL does not apply: CPPHTTPLIB_OPENSSL_SUPPORT makes httplib.h need OpenSSL; drop one of them"
+#endif
+#elif !defined(CPPHTTPLIB_OPENSSL_SUPPORT)
+#ifdef CPPHTTPLIB_HTTPLIB_H
+#error "httplib.h came before wandb_restore.hpp without CPPHTTPLIB_OPENSSL_SUPPORT: define that macro for the whole \
+program (it changes httplib's classes), or WANDB_RESTORE_NO_OPENSSL if plain HTTP is enough"
+#endif
+#define CPPHTTPLIB_OPENSSL_SUPPORT
+#endif
+#if !WANDB_RESTORE_EXCEPTIONS && !defined(CPPHTTPLIB_NO_EXCEPTIONS)
+#define CPPHTTPLIB_NO_EXCEPTIONS
+#endif
+#ifndef CPPHTTPLIB_RECV_BUFSIZ
+#define CPPHTTPLIB_RECV_BUFSIZ size_t(16384u)  // a TLS record; 4 KiB in older versions. On the stack while a body comes
+#endif
+#include <httplib.h>
+
+#ifndef WANDB_RESTORE_NO_OPENSSL
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#include <openssl/x509v3.h>
+#endif
+#ifdef _WIN32
+#include <winsock2.h>
+#include <ws2tcpip.h>  // getaddrinfo
+#ifndef WANDB_RESTORE_NO_OPENSSL
+#include <wincrypt.h>  // the system's certificates
+#endif
+#else
+#include <netdb.h>        // getaddrinfo
+#include <netinet/in.h>   //
+#include <netinet/tcp.h>  // TCP_NODELAY
+#include <poll.h>         //
+#include <sys/socket.h>   //
+#endif
+#endif  // WANDB_RESTORE_NO_HTTPLIB
+
+namespace wandb {
+inline namespace WANDB_RESTORE_PRIVATE_ABI {
+
+// ==================================================================================================== text
+
+namespace detail {
+
+inline bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+inline bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
+inline bool is_digit(char c) { return c >= '0' && c <= '9'; }
+inline bool is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
+
+inline char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; }
+inline std::string lower(std::string_view text) {
+  std::string out(text);
+  for (char& c : out) c = lower(c);
+  return out;
+}
+inline bool equal_ignoring_case(std::string_view a, std::string_view b) {
+  return a.size() == b.size() &&
+         std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return lower(x) == lower(y); });
+}
+inline bool contains_ignoring_case(std::string_view text, std::string_view part) {
+  return std::search(text.begin(), text.end(), part.begin(), part.end(),
+                     [](char x, char y) { return lower(x) == lower(y); }) != text.end();
+}
+inline bool starts_with(std::string_view text, std::string_view prefix) {
+  return text.substr(0, prefix.size()) == prefix;
+}
+
+inline std::string_view trim(std::string_view text) {
+  while (!text.empty() && is_space(text.front())) text.remove_prefix(1);
+  while (!text.empty() && is_space(text.back())) text.remove_suffix(1);
+  return text;
+}
+
+inline std::vector<std::string_view> split(std::string_view text, char separator) {
+  std::vector<std::string_view> parts;
+  for (;;) {
+    const auto at = text.find(separator);
+    parts.push_back(text.substr(0, at));
+    if (at == std::string_view::npos) return parts;
+    text.remove_prefix(at + 1);
+  }
+}
+
+/// The whole of `text` as a number, or nothing.
+template <class Number>
+std::optional<Number> to_number(std::string_view text, int base = 10) {
+  Number value{};
+  const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value, base);
+  if (failure != std::errc() || end != text.data() + text.size() || text.empty()) return std::nullopt;
+  return value;
+}
+
+inline std::string hex_encode(std::string_view bytes) {
+  static constexpr char digits[] = "0123456789abcdef";
+  std::string out;
+  out.reserve(bytes.size() * 2);
+  for (const char c : bytes) {
+    out += digits[static_cast<unsigned char>(c) >> 4];
+    out += digits[static_cast<unsigned char>(c) & 15];
+  }
+  return out;
+}
+inline std::optional<std::string> hex_decode(std::string_view text) {
+  if (text.size() % 2 != 0) return std::nullopt;
+  std::string out;
+  for (std::size_t i = 0; i < text.size(); i += 2) {
+    const auto byte = to_number<unsigned>(text.substr(i, 2), 16);
+    if (!byte) return std::nullopt;
+    out += static_cast<char>(*byte);
+  }
+  return out;
+}
+inline std::string hex64(std::uint64_t value) {
+  std::string bytes;
+  for (int shift = 56; shift >= 0; shift -= 8) bytes += static_cast<char>(value >> shift & 0xff);
+  return hex_encode(bytes);
+}
+
+inline constexpr std::string_view base64_digits =
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+/// RFC 4648, section 4.
+inline std::string base64_encode(std::string_view bytes) {
+  std::string out;
+  std::uint32_t bits = 0;
+  int held = 0;
+  for (const char c : bytes) {
+    bits = bits << 8 | static_cast<unsigned char>(c);
+    for (held += 8; held >= 6; held -= 6) out += base64_digits[bits >> (held - 6) & 63];
+  }
+  if (held > 0) out += base64_digits[bits << (6 - held) & 63];
+  out.resize((out.size() + 3) / 4 * 4, '=');
+  return out;
+}
+/// Strict: padding is needed, nothing else than the alphabet is taken.
+inline std::optional<std::string> base64_decode(std::string_view text) {
+  if (text.size() % 4 != 0) return std::nullopt;
+  std::size_t padding = 0;
+  while (padding < 2 && !text.empty() && text.back() == '=') text.remove_suffix(1), ++padding;
+  std::string out;
+  std::uint32_t bits = 0;
+  int held = 0;
+  for (const char c : text) {
+    const auto value = base64_digits.find(c);
+    if (value == std::string_view::npos) return std::nullopt;
+    bits = bits << 6 | static_cast<std::uint32_t>(value);
+    held += 6;
+    if (held >= 8) {
+      held -= 8;
+      out += static_cast<char>(bits >> held & 0xff);
+    }
+  }
+  return out;
+}
+
+/// Everything but unreserved characters (RFC 3986, section 2.3) and those of `keep`.
+inline std::string percent_encode(std::string_view bytes, std::string_view keep = "") {
+  std::string out;
+  for (const char c : bytes) {
+    if (is_letter(c) || is_digit(c) || (c != '\0' && std::string_view("-._~").find(c) != std::string_view::npos) ||
+        keep.find(c) != std::string_view::npos) {
+      out += c;
+    } else {
+      out += '%';
+      for (const char digit : hex_encode({&c, 1})) out += is_letter(digit) ? static_cast<char>(digit - 'a' + 'A') : digit;
+    }
+  }
+  return out;
+}
+inline std::optional<std::string> percent_decode(std::string_view text) {
+  std::string out;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    if (text[i] != '%') {
+      out += text[i];
+      continue;
+    }
+    const auto byte = i + 2 < text.size() ? to_number<unsigned>(text.substr(i + 1, 2), 16) : std::nullopt;
+    if (!byte) return std::nullopt;
+    out += static_cast<char>(*byte);
+    i += 2;
+  }
+  return out;
+}
+
+/// For messages: in double quotes, control characters escaped, cut at 200 bytes.
+inline std::string in_quotes(std::string_view text) {
+  std::string out = "\"";
+  for (const char c : text.substr(0, 200)) {
+    if (is_control(c) || c == '"' || c == '\\') {
+      out += is_control(c) ? "\\x" + hex_encode({&c, 1}) : std::string{'\\', c};
+    } else {
+      out += c;
+    }
+  }
+  return out + (text.size() > 200 ? "...\"" : "\"");
+}
+
+/// Names inside runs are UTF-8; so are paths in messages and records, on every system.
+inline std::string utf8(const std::filesystem::path& path) {
+  const auto text = path.u8string();  // of char8_t from C++20 on
+  return std::string(text.begin(), text.end());
+}
+inline std::filesystem::path from_utf8(std::string_view text) {
+#ifdef _WIN32
+  std::wstring wide(text.size(), L'\0');
+  const int length = static_cast<int>(text.size());
+  wide.resize(static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, text.data(), length, wide.data(), length)));
+  return wide;
+#else
+  return text;
+#endif
+}
+template <class Path, std::enable_if_t<std::is_same_v<Path, std::filesystem::path>, int> = 0>  // not for strings
+std::string in_quotes(const Path& path) {
+  return in_quotes(std::string_view(utf8(path)));
+}
+
+/// "12,345,678 bytes" is hard to take in; "11.8 MiB" is not.
+inline std::string readable_bytes(std::uint64_t count) {
+  static constexpr const char* units[] = {"bytes", "KiB", "MiB", "GiB", "TiB"};
+  double value = static_cast<double>(count);
+  std::size_t unit = 0;
+  for (; value >= 1024 && unit < 4; ++unit) value /= 1024;
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]);
+  return text.data();
+}
+
+/// FNV-1a, 64 bits: names for files, never a proof of identity.
+inline std::uint64_t name_hash(std::string_view text) {
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  return hash;
+}
+
+/// The md5 that a service tells, as 32 lower-case hex digits: base64 of 16 bytes, or hex. Anything else is "unknown".
+inline std::string normalised_md5(std::string_view text) {
+  if (text.size() == 32) {
+    const auto bytes = hex_decode(text);
+    return bytes ? hex_encode(*bytes) : std::string();
+  }
+  const auto bytes = base64_decode(text);
+  return bytes && bytes->size() == 16 ? hex_encode(*bytes) : std::string();
+}
+
+/// An HTTP date (RFC 9110, section 5.6.7; the preferred form only) in seconds since 1970.
+inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
+  static constexpr std::string_view months = "JanFebMarAprMayJunJulAugSepOctNovDec";
+  if (text.size() != 29 || text.substr(25) != " GMT") return std::nullopt;
+  const auto month = months.find(text.substr(8, 3));
+  const auto day = to_number<int>(text.substr(5, 2)), year = to_number<int>(text.substr(12, 4)),
+             hour = to_number<int>(text.substr(17, 2)), minute = to_number<int>(text.substr(20, 2)),
+             second = to_number<int>(text.substr(23, 2));
+  if (month == std::string_view::npos || month % 3 != 0 || !day || !year || !hour || !minute || !second) {
+    return std::nullopt;
+  }
+  // Days from the civil calendar: years begin in March, so that the leap day is the last.
+  const std::int64_t m = static_cast<std::int64_t>(month / 3) + 1, y = *year - (m <= 2), era = y / 400;
+  const std::int64_t in_era = (y - era * 400) * 365 + (y - era * 400) / 4 - (y - era * 400) / 100 +
+                              (153 * (m > 2 ? m - 3 : m + 9) + 2) / 5 + *day - 1;
+  return (era * 146097 + in_era - 719468) * 86400 + *hour * 3600 + *minute * 60 + *second;
+}
+
+}  // namespace detail
+
+WANDB_RESTORE_PRIVATE_INLINE const std::string* http_response::header(std::string_view name) const {
+  for (const auto& field : headers) {
+    if (detail::equal_ignoring_case(field.first, name)) return &field.second;
+  }
+  return nullptr;
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
+  const auto fail = [&](const char* why) {
+    return error(errc::protocol_violation,
+                 "cannot use the address " + detail::in_quotes(text.substr(0, text.find_first_of("?#"))) + ": " + why);
+  };
+  if (std::any_of(text.begin(), text.end(), detail::is_control)) return fail("it has control characters");
+  const auto colon = text.find("://");
+  if (colon == std::string_view::npos) return fail("it is not absolute (http:// or https://)");
+  url parsed;
+  parsed.scheme = detail::lower(text.substr(0, colon));
+  if (parsed.scheme != "http" && parsed.scheme != "https") return fail("its scheme is neither http nor https");
+  parsed.port = parsed.scheme == "https" ? 443 : 80;
+
+  text = text.substr(0, text.find('#'));
+  const std::string_view rest = text.substr(colon + 3);
+  std::string_view authority = rest.substr(0, rest.find_first_of("/?"));
+  const std::string_view target = rest.substr(authority.size());
+  if (const auto at = authority.rfind('@'); at != std::string_view::npos) {
+    parsed.user_info = authority.substr(0, at);
+    authority.remove_prefix(at + 1);
+  }
+  std::string_view host = authority, port;
+  if (!authority.empty() && authority.front() == '[') {
+    const auto end = authority.find(']');
+    if (end == std::string_view::npos) return fail("its IPv6 host has no closing bracket");
+    host = authority.substr(1, end - 1);
+    port = authority.substr(end + 1);
+    if (host.find_first_not_of("0123456789abcdefABCDEF:.") != std::string_view::npos) return fail("bad IPv6 host");
+  } else if (const auto at = authority.find(':'); at != std::string_view::npos) {
+    host = authority.substr(0, at);
+    port = authority.substr(at);
+  }
+  if (host.empty()) return fail("it has no host");
+  if (host.find_first_of(" \"<>\\^`{|}%") != std::string_view::npos) return fail("its host is malformed");
+  parsed.host = detail::lower(host);
+  if (port.size() > 1) {
+    const auto number = detail::to_number<int>(port.substr(1));
+    if (port.front() != ':' || !number || *number < 1 || *number > 65535) return fail("its port is malformed");
+    parsed.port = *number;
+  }
+  parsed.target = target.empty() || target.front() != '/' ? "/" : "";
+  for (const char c : target) {
+    const bool plain = static_cast<unsigned char>(c) < 0x80 && c != ' ';
+    parsed.target += plain ? std::string(1, c) : detail::percent_encode({&c, 1});
+  }
+  return parsed;
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<url> url::resolve(std::string_view location) const {
+  const auto mark = location.find_first_of(":/?#");
+  if (mark != std::string_view::npos && location[mark] == ':') return parse(location);
+  if (detail::starts_with(location, "//")) return parse(scheme + ":" + std::string(location));
+  const std::string here = target.substr(0, target.find('?'));
+  if (location.empty() || location.front() == '#') return parse(str());
+  if (location.front() == '?') return parse(origin() + here + std::string(location));
+
+  std::string path(location.substr(0, location.find_first_of("?#")));
+  const std::string tail(location.substr(path.size()));
+  if (path.front() != '/') path = here.substr(0, here.rfind('/') + 1) + path;
+  std::vector<std::string_view> kept;  // dot segments removed (RFC 3986, section 5.2.4)
+  bool directory = false;
+  for (const auto segment : detail::split(std::string_view(path).substr(1), '/')) {
+    directory = segment == "." || segment == "..";
+    if (segment == ".." && !kept.empty()) kept.pop_back();
+    if (!directory) kept.push_back(segment);
+  }
+  std::string joined;
+  for (const auto segment : kept) joined.append("/").append(segment);
+  if (directory || joined.empty()) joined += '/';
+  return parse(origin() + joined + tail);
+}
+
+WANDB_RESTORE_PRIVATE_INLINE std::string url::origin() const {
+  const bool v6 = host.find(':') != std::string::npos;
+  std::string text = scheme + "://" + (v6 ? "[" + host + "]" : host);
+  if (port != (scheme == "https" ? 443 : 80)) text += ":" + std::to_string(port);
+  return text;
+}
+
+namespace detail {
+
+// ------------------------------------------------------------------------------- configuration files, as text
+
+using text_map = std::map<std::string, std::string>;
+
+inline std::vector<std::string_view> split_lines(std::string_view text) {
+  auto lines = split(text, '\n');
+  for (auto& line : lines) {
+    if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+  }
+  return lines;
+}
+
+/// Values may refer to others as `%(name)s` in Python; settings files do not, so that only `%%` (a percent sign) is known.
+inline std::optional<std::string> unescape_percent(std::string_view value) {
+  std::string out;
+  for (std::size_t i = 0; i < value.size(); ++i) {
+    if (value[i] == '%' && (++i == value.size() || value[i] != '%')) return std::nullopt;
+    out += value[i];
+  }
+  return out;
+}
+
+/// The section [default] of a settings file, with what it inherits from [DEFAULT]; keys in lower case. As Python's
+/// configparser reads it: `key = value` or `key : value`, comments on lines of their own, deeper indented lines go on with
+/// the value above. What makes Python refuse the file is an error.
+inline result<text_map> parse_ini(std::string_view text) {
+  std::map<std::string, text_map> sections;
+  text_map* section = nullptr;
+  std::string* value = nullptr;  // the one that an indented line goes on with
+  std::size_t value_indent = 0, number = 0;
+  const auto fail = [&](std::string_view why) {
+    return error(errc::invalid_argument, "line " + std::to_string(number) + ": " + std::string(why));
+  };
+
+  for (const auto line : split_lines(text)) {
+    ++number;
+    const auto content = trim(line);
+    if (content.empty()) {
+      if (value) *value += '\n';
+      continue;
+    }
+    if (content.front() == '#' || content.front() == ';') continue;
+    const auto indent = static_cast<std::size_t>(content.data() - line.data());
+    if (value && indent > value_indent) {
+      value->append("\n").append(content);
+      continue;
+    }
+    value_indent = indent;
+
+    if (const auto end = content.rfind(']'); content.front() == '[' && end != content.npos && end > 1) {
+      const std::string name(content.substr(1, end - 1));
+      const auto [at, is_new] = sections.try_emplace(name);
+      if (!is_new && name != "DEFAULT") return fail("the section [" + name + "] is there twice");
+      section = &at->second;
+      value = nullptr;
+      continue;
+    }
+    if (!section) return fail("a section header is missing, expected [default]");
+    const auto delimiter = content.find_first_of("=:");
+    const std::string key = lower(trim(content.substr(0, delimiter)));
+    if (key.empty() || delimiter == content.npos) return fail("expected key = value");
+    const auto [at, is_new] = section->try_emplace(key, trim(content.substr(delimiter + 1)));
+    if (!is_new) return fail("the key " + in_quotes(std::string_view(key)) + " is there twice");
+    value = &at->second;
+  }
+
+  const auto found = sections.find("default");
+  if (found == sections.end()) return text_map{};
+  text_map values = found->second;
+  values.merge(sections["DEFAULT"]);
+  for (auto& [key, raw] : values) {
+    while (!raw.empty() && is_space(raw.back())) raw.pop_back();
+    auto plain = unescape_percent(raw);
+    if (!plain) return error(errc::invalid_argument, "the value of " + in_quotes(std::string_view(key)) + " has a lone %; write %%");
+    raw = *std::move(plain);
+  }
+  return values;
+}
+
+/// Lines of KEY=VALUE, as in a container's env file. Other lines are passed over; the last of equal keys counts.
+inline text_map parse_key_values(std::string_view text) {
+  text_map values;
+  for (auto line : split_lines(text)) {
+    line = trim(line);
+    const auto at = line.find('=');
+    if (at != line.npos) values[std::string(line.substr(0, at))] = line.substr(at + 1);
+  }
+  return values;
+}
+
+/// Takes the words of a netrc file one by one: separated by white space, "quoted" ones may hold some, a backslash takes
+/// the next character as it is.
+class netrc_reader {
+ public:
+  explicit netrc_reader(std::string_view text) : rest_(text) {}
+
+  /// Absent at the end. A quoted word may be empty.
+  std::optional<std::string> word() {
+    while (!rest_.empty() && is_space(rest_.front())) rest_.remove_prefix(1);
+    if (rest_.empty()) return std::nullopt;
+    const bool in_quotes = rest_.front() == '"';
+    if (in_quotes) rest_.remove_prefix(1);
+    std::string text;
+    while (!rest_.empty() && !(in_quotes ? rest_.front() == '"' : is_space(rest_.front()))) {
+      if (rest_.front() == '\\' && rest_.size() > 1) rest_.remove_prefix(1);
+      text += rest_.front();
+      rest_.remove_prefix(1);
+    }
+    if (in_quotes && !rest_.empty()) rest_.remove_prefix(1);
+    return text;
+  }
+  /// The same where a keyword is expected: a comment is passed over, to the end of its line.
+  std::optional<std::string> keyword() {
+    for (;;) {
+      while (!rest_.empty() && is_space(rest_.front())) rest_.remove_prefix(1);
+      if (rest_.empty() || rest_.front() != '#') return word();
+      skip_line();
+    }
+  }
+  /// The body of a macro goes on to an empty line.
+  void skip_macro() {
+    skip_line();
+    while (!rest_.empty() && !trim(rest_.substr(0, rest_.find('\n'))).empty()) skip_line();
+  }
+
+ private:
+  void skip_line() { rest_.remove_prefix((std::min)(rest_.size(), rest_.substr(0, rest_.find('\n')).size() + 1)); }
+  std::string_view rest_;
+};
+
+/// Machine to password, "default" for the entry of that name. The last of equal entries counts, with or without password.
+inline result<text_map> parse_netrc(std::string_view text) {
+  text_map passwords;
+  std::string* password = nullptr;
+  netrc_reader reader(text);
+  while (const auto word = reader.keyword()) {
+    if (*word == "default") {
+      password = &(passwords["default"] = "");
+      continue;
+    }
+    const bool in_entry = *word == "login" || *word == "user" || *word == "account" || *word == "password";
+    if (!(in_entry && password) && *word != "machine" && *word != "macdef") {
+      // The word itself is not told: it may be a piece of a password.
+      return error(errc::invalid_argument, "expected machine, default or macdef, then login, account or password");
+    }
+    auto argument = reader.word();
+    if (!argument) return error(errc::invalid_argument, "it ends after the word " + *word);
+    if (*word == "machine") password = &(passwords[*argument] = "");
+    if (*word == "password") *password = *std::move(argument);
+    if (*word == "macdef") reader.skip_macro(), password = nullptr;
+  }
+  return passwords;
+}
+
+/// The password for a host, written exactly as in the file (with its port, where it has one), else the default entry's.
+inline std::optional<std::string> find_netrc_password(std::string_view netrc_text, std::string_view netloc) {
+  const auto passwords = parse_netrc(netrc_text);
+  if (!passwords) return std::nullopt;
+  auto found = passwords->find(std::string(netloc));
+  if (found == passwords->end()) found = passwords->find("default");
+  return found == passwords->end() ? std::nullopt : std::optional(found->second);
+}
+
+// ------------------------------------------------------------------------------------------------- run paths
+
+inline std::string replace_all(std::string_view text, std::string_view what, std::string_view with) {
+  std::string out;
+  for (auto at = text.find(what); at != text.npos; at = text.find(what)) {
+    out.append(text.substr(0, at)).append(with);
+    text.remove_prefix(at + what.size());
+  }
+  return out.append(text);
+}
+
+inline bool is_usable_part(std::string_view part) {
+  return !part.empty() && part.find('/') == part.npos && std::none_of(part.begin(), part.end(), is_control);
+}
+
+/// The forms that the SDK knows, with the parts that the text leaves out empty. Absent for anything else.
+inline std::optional<run_path> plain_run_path(std::string_view text) {
+  const std::string plain = replace_all(replace_all(text, "/runs/", "/"), "/sweeps/", "/");
+  const auto first = plain.find_first_not_of("/ "), last = plain.find_last_not_of("/ ");
+  if (first == plain.npos) return std::nullopt;
+  auto parts = split(std::string_view(plain).substr(first, last - first + 1), '/');
+  if (parts.size() == 4 && parts[2] == "runs") parts.erase(parts.begin() + 2);
+  if (parts.size() <= 2) {  // "project:id" at the end, as images are tagged
+    const auto tail = parts.back();
+    if (const auto colon = tail.find(':'); colon != tail.npos) {
+      parts.back() = tail.substr(0, colon);
+      parts.push_back(tail.substr(colon + 1));
+    }
+  }
+  if (parts.size() > 3) return std::nullopt;
+  for (auto& part : parts) {
+    part = trim(part);
+    if (part.empty()) return std::nullopt;
+  }
+  run_path found;
+  found.run_id = parts.back();
+  if (parts.size() > 1) found.project = parts[parts.size() - 2];
+  if (parts.size() > 2) found.entity = parts.front();
+  return found;
+}
+
+inline bool looks_like_host(std::string_view segment) {
+  return segment.find_first_of(".:") != segment.npos || segment == "localhost";
+}
+
+/// What people paste: [scheme://host[/prefix]/]entity/project/runs/run_id[/tail]. Percent-encoded only where there is a host.
+inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_scheme) {
+  if (has_scheme) text.remove_prefix(text.find("://") + 3);
+  auto segments = split(text, '/');
+  segments.erase(std::remove(segments.begin(), segments.end(), std::string_view()), segments.end());
+  const bool has_host = has_scheme || (segments.size() >= 5 && looks_like_host(segments.front()));
+  if (has_host && !segments.empty()) segments.erase(segments.begin());
+
+  // The first "runs" behind two other segments: a project may itself be called "runs".
+  std::size_t runs = 2;
+  while (has_host && runs < segments.size() && segments[runs] != "runs") ++runs;
+  if (runs + 1 >= segments.size() || segments[runs] != "runs") return std::nullopt;
+  run_path found;
+  std::size_t at = runs - 2;
+  for (std::string* part : {&found.entity, &found.project, &found.run_id}) {
+    if (at == runs) ++at;
+    auto plain = has_host ? percent_decode(segments[at++]) : std::string(segments[at++]);
+    if (!plain || !is_usable_part(*plain)) return std::nullopt;
+    *part = trim(*plain);
+  }
+  return found;
+}
+
+/// What a run path names; empty parts where it leaves them out. An empty text leaves out all.
+inline result<run_path> split_run_path(std::string_view text) {
+  if (text.empty()) return run_path{};
+  const auto fail = [&](std::string_view why) {
+    return error(errc::invalid_run_path, "invalid run path " + in_quotes(text) + ": " + std::string(why));
+  };
+  const auto path = trim(text.substr(0, text.find_first_of("?#")));
+  if (std::any_of(path.begin(), path.end(), is_control)) return fail("it has control characters");
+  const std::string start = lower(path.substr(0, 8));
+  const bool has_scheme = starts_with(start, "http://") || start == "https://";
+  // The SDK's reading comes first, so that whatever it accepts keeps its meaning.
+  auto found = has_scheme ? std::nullopt : plain_run_path(path);
+  if (!found) found = pasted_run_path(path, has_scheme);
+  if (found) return *std::move(found);
+  return fail(has_scheme ? "this is no run's address, expected https://host/entity/project/runs/run_id"
+                         : "expected entity/project/run_id, project/run_id or run_id, with no part empty");
+}
+
+/// Whether all three parts are there and usable; `text` is what they were read from.
+inline result<run_path> check_run_path(const run_path& path, std::string_view text) {
+  struct part {
+    const char* name;
+    const char* variable;
+    const std::string& value;
+  };
+  const std::string what = text.empty() ? "no run path was given" : "invalid run path " + in_quotes(text);
+  std::string missing, variables;
+  for (const auto& [name, variable, value] : {part{"entity", "WANDB_ENTITY", path.entity},
+                                              part{"project", "WANDB_PROJECT", path.project},
+                                              part{"run id", "WANDB_RUN_ID", path.run_id}}) {
+    if (value.empty()) {
+      missing.append(missing.empty() ? "no " : ", no ").append(name);
+      variables.append(variables.empty() ? "" : ", ").append(variable);
+    } else if (!is_usable_part(value)) {
+      return error(errc::invalid_run_path, what + ": the " + name + " " + in_quotes(std::string_view(value)) +
+                                               " has a slash or control characters");
+    }
+  }
+  if (missing.empty()) return path;
+  return error(errc::invalid_run_path,
+               what + ": " + missing + "; expected entity/project/run_id, or set " + variables);
+}
+
+}  // namespace detail
+
+WANDB_RESTORE_PRIVATE_INLINE result<run_path> run_path::parse(std::string_view text, const run_path& defaults) {
+  auto parsed = detail::split_run_path(text);
+  if (!parsed) return parsed;
+  if (parsed->entity.empty()) parsed->entity = defaults.entity;
+  if (parsed->project.empty()) parsed->project = defaults.project;
+  if (parsed->run_id.empty()) parsed->run_id = defaults.run_id;
+  return detail::check_run_path(*parsed, text);
+}
+
+// ==================================================================================================== disk
+
+namespace detail {
+
+using path = std::filesystem::path;
+
+#ifdef _WIN32
+inline int last_os_error() { return static_cast<int>(GetLastError()); }
+inline std::string os_message(int code) { return std::system_category().message(code); }
+inline constexpr int no_such_file = ERROR_FILE_NOT_FOUND;
+#else
+inline int last_os_error() { return errno; }
+inline std::string os_message(int code) { return std::generic_category().message(code); }
+inline constexpr int no_such_file = ENOENT;
+#endif
+
+inline error disk_error(std::string_view what, const path& where, int code = last_os_error()) {
+  return error(errc::disk_failure, "cannot " + std::string(what) + " " + in_quotes(where) + ": " + os_message(code));
+}
+
+// A header cannot set _FILE_OFFSET_BITS in time, so files over 2 GiB on 32-bit machines need glibc's explicit names.
+#ifdef __GLIBC__
+#define WANDB_RESTORE_PRIVATE_LARGE(name) name##64
+#else
+#define WANDB_RESTORE_PRIVATE_LARGE(name) name
+#endif
+
+/// What a directory entry is. Symbolic links are followed.
+struct file_facts {
+  bool is_directory = false;
+  std::uint64_t size = 0;             // bytes
+  std::uint64_t allocated = 0;        // bytes that have room on the disk already
+  std::int64_t modified = 0;          // nanoseconds since 1970
+  std::uint64_t device = 0, inode = 0;  // 0 where the system has none
+  unsigned mode = 0;                  // permission bits
+
+  friend bool operator==(const file_facts& a, const file_facts& b) {
+    return a.size == b.size && a.modified == b.modified && a.device == b.device && a.inode == b.inode;
+  }
+};
+
+#ifndef _WIN32
+inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entry) {
+#ifdef __APPLE__
+  const auto modified = entry.st_mtimespec;
+#else
+  const auto modified = entry.st_mtim;
+#endif
+  file_facts facts;
+  facts.is_directory = S_ISDIR(entry.st_mode);
+  facts.size = static_cast<std::uint64_t>(entry.st_size);
+  facts.allocated = static_cast<std::uint64_t>(entry.st_blocks) * 512;
+  facts.modified = static_cast<std::int64_t>(modified.tv_sec) * 1000000000 + modified.tv_nsec;
+  facts.device = static_cast<std::uint64_t>(entry.st_dev);
+  facts.inode = static_cast<std::uint64_t>(entry.st_ino);
+  facts.mode = entry.st_mode & 07777;
+  return facts;
+}
+#endif
+
+/// Absent where there is nothing at that path (or nothing that may be looked at).
+inline std::optional<file_facts> facts_of(const path& where) {
+#ifdef _WIN32
+  WIN32_FILE_ATTRIBUTE_DATA entry;
+  if (!GetFileAttributesExW(where.c_str(), GetFileExInfoStandard, &entry)) return std::nullopt;
+  const auto join = [](DWORD high, DWORD low) { return static_cast<std::uint64_t>(high) << 32 | low; };
+  file_facts facts;
+  facts.is_directory = (entry.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
+  facts.size = join(entry.nFileSizeHigh, entry.nFileSizeLow);
+  // FILETIME counts 100 ns since 1601.
+  facts.modified = (static_cast<std::int64_t>(join(entry.ftLastWriteTime.dwHighDateTime,
+                                                   entry.ftLastWriteTime.dwLowDateTime)) -
+                    116444736000000000) * 100;
+  return facts;
+#else
+  struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
+  if (WANDB_RESTORE_PRIVATE_LARGE(stat)(where.c_str(), &entry) != 0) return std::nullopt;
+  return facts_of(entry);
+#endif
+}
+
+/// An open file, read and written at offsets; different offsets from several threads at once.
+class file {
+ public:
+#ifdef _WIN32
+  using handle = HANDLE;
+  static handle none() { return INVALID_HANDLE_VALUE; }
+#else
+  using handle = int;
+  static constexpr handle none() { return -1; }
+#endif
+  enum class mode {
+    read,
+    update,  // read and write what is there
+    create,  // a new file; fails where there is one
+    lock,    // made where it is missing; on Windows nobody else can open it then, and it goes when it is closed
+  };
+
+  file() = default;
+  file(file&& other) noexcept : handle_(std::exchange(other.handle_, none())) {}
+  file& operator=(file&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~file() { close(); }
+
+  [[nodiscard]] bool is_open() const { return handle_ != none(); }
+  void close() {
+    if (!is_open()) return;
+#ifdef _WIN32
+    CloseHandle(handle_);
+#else
+    ::close(handle_);
+#endif
+    handle_ = none();
+  }
+
+  /// 0, or the system's error code.
+  [[nodiscard]] int open(const path& where, mode how, unsigned permissions = 0666) {
+    close();
+#ifdef _WIN32
+    (void)permissions;
+    const bool exclusive = how == mode::lock;
+    handle_ = CreateFileW(where.c_str(), how == mode::read ? GENERIC_READ : GENERIC_READ | GENERIC_WRITE,
+                          exclusive ? 0 : FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, nullptr,
+                          how == mode::create ? CREATE_NEW : exclusive ? OPEN_ALWAYS : OPEN_EXISTING,
+                          exclusive ? FILE_ATTRIBUTE_HIDDEN | FILE_FLAG_DELETE_ON_CLOSE : FILE_ATTRIBUTE_NORMAL, nullptr);
+    return is_open() ? 0 : last_os_error();
+#else
+    const int flags = how == mode::read     ? O_RDONLY
+                      : how == mode::update ? O_RDWR
+                      : how == mode::create ? O_RDWR | O_CREAT | O_EXCL
+                                            : O_RDWR | O_CREAT;
+    do {
+      handle_ = WANDB_RESTORE_PRIVATE_LARGE(open)(where.c_str(), flags | O_CLOEXEC, permissions);
+    } while (!is_open() && errno == EINTR);
+    return is_open() ? 0 : errno;
+#endif
+  }
+
+  /// Writes all of it; 0, or the system's error code.
+  [[nodiscard]] int write_at(std::uint64_t offset, std::string_view bytes) const {
+    while (!bytes.empty()) {
+#ifdef _WIN32
+      OVERLAPPED at{};
+      at.Offset = static_cast<DWORD>(offset);
+      at.OffsetHigh = static_cast<DWORD>(offset >> 32);
+      DWORD count = 0;
+      if (!WriteFile(handle_, bytes.data(), static_cast<DWORD>((std::min<std::size_t>)(bytes.size(), 1u << 30)), &count, &at)) {
+        return last_os_error();
+      }
+#else
+      const auto count = WANDB_RESTORE_PRIVATE_LARGE(pwrite)(handle_, bytes.data(), bytes.size(),
+                                                              static_cast<std::int64_t>(offset));
+      if (count < 0 && errno == EINTR) continue;
+      if (count < 0) return errno;
+#endif
+      if (count == 0) return no_space();
+      offset += static_cast<std::uint64_t>(count);
+      bytes.remove_prefix(static_cast<std::size_t>(count));
+    }
+    return 0;
+  }
+
+  /// Reads up to `size` bytes; fewer only at the end of the file. Negative: the system's error code.
+  [[nodiscard]] std::int64_t read_at(std::uint64_t offset, char* into, std::size_t size) const {
+    std::size_t done = 0;
+    while (done < size) {
+#ifdef _WIN32
+      OVERLAPPED at{};
+      at.Offset = static_cast<DWORD>(offset + done);
+      at.OffsetHigh = static_cast<DWORD>((offset + done) >> 32);
+      DWORD count = 0;
+      if (!ReadFile(handle_, into + done, static_cast<DWORD>((std::min<std::size_t>)(size - done, 1u << 30)), &count, &at) &&
+          GetLastError() != ERROR_HANDLE_EOF) {
+        return -last_os_error();
+      }
+#else
+      const auto count = WANDB_RESTORE_PRIVATE_LARGE(pread)(handle_, into + done, size - done,
+                                                            static_cast<std::int64_t>(offset + done));
+      if (count < 0 && errno == EINTR) continue;
+      if (count < 0) return -errno;
+#endif
+      if (count == 0) break;
+      done += static_cast<std::size_t>(count);
+    }
+    return static_cast<std::int64_t>(done);
+  }
+
+  [[nodiscard]] int resize(std::uint64_t size) const {
+#ifdef _WIN32
+    FILE_END_OF_FILE_INFO end;
+    end.EndOfFile.QuadPart = static_cast<LONGLONG>(size);
+    return SetFileInformationByHandle(handle_, FileEndOfFileInfo, &end, sizeof end) ? 0 : last_os_error();
+#else
+    return WANDB_RESTORE_PRIVATE_LARGE(ftruncate)(handle_, static_cast<std::int64_t>(size)) == 0 ? 0 : errno;
+#endif
+  }
+
+  /// Content on stable storage; 0, or the system's error code.
+  [[nodiscard]] int sync() const {
+#ifdef _WIN32
+    return FlushFileBuffers(handle_) ? 0 : last_os_error();
+#elif defined(__APPLE__)
+    return ::fsync(handle_) == 0 ? 0 : errno;
+#else
+    return ::fdatasync(handle_) == 0 ? 0 : errno;
+#endif
+  }
+
+  /// Room for `size` bytes, without writing any. Where the file system cannot do it this does nothing and returns 0.
+  [[nodiscard]] int reserve(std::uint64_t size) const {
+#ifdef __linux__
+    if (size > 0 && WANDB_RESTORE_PRIVATE_LARGE(fallocate)(handle_, 0, 0, static_cast<std::int64_t>(size)) != 0) {
+      return errno == ENOSPC || errno == EDQUOT || errno == EFBIG ? errno : 0;
+    }
+#else
+    (void)size;
+#endif
+    return 0;
+  }
+
+  [[nodiscard]] std::optional<file_facts> facts() const {
+#ifdef _WIN32
+    LARGE_INTEGER size;
+    FILETIME written;
+    if (!GetFileSizeEx(handle_, &size) || !GetFileTime(handle_, nullptr, nullptr, &written)) return std::nullopt;
+    file_facts facts;
+    facts.size = static_cast<std::uint64_t>(size.QuadPart);
+    facts.modified = (static_cast<std::int64_t>(static_cast<std::uint64_t>(written.dwHighDateTime) << 32 |
+                                                written.dwLowDateTime) - 116444736000000000) * 100;
+    return facts;
+#else
+    struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
+    if (WANDB_RESTORE_PRIVATE_LARGE(fstat)(handle_, &entry) != 0) return std::nullopt;
+    return facts_of(entry);
+#endif
+  }
+
+  [[nodiscard]] handle native() const { return handle_; }
+
+ private:
+  static int no_space() {
+#ifdef _WIN32
+    return ERROR_DISK_FULL;
+#else
+    return ENOSPC;
+#endif
+  }
+  handle handle_ = none();
+};
+
+/// Moves a file over another in one step. 0, or the system's error code.
+[[nodiscard]] inline int rename_over(const path& from, const path& to) {
+#ifdef _WIN32
+  return MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING) ? 0 : last_os_error();
+#else
+  return ::rename(from.c_str(), to.c_str()) == 0 ? 0 : errno;
+#endif
+}
+
+/// A rename is on stable storage once its directory is.
+inline void sync_directory(const path& directory) {
+#ifndef _WIN32
+  const int fd = ::open(directory.empty() ? "." : directory.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return;
+  ::fsync(fd);  // some file systems refuse this for directories; there is nothing better to do then
+  ::close(fd);
+#else
+  (void)directory;
+#endif
+}
+
+inline void remove_quietly(const path& where) {
+  std::error_code ignored;
+  std::filesystem::remove(where, ignored);
+}
+
+inline result<void> make_directories(const path& directory) {
+  std::error_code failure;
+  if (!directory.empty()) std::filesystem::create_directories(directory, failure);
+  if (failure && !std::filesystem::is_directory(directory, failure)) {
+    return error(errc::disk_failure, "cannot make the directory " + in_quotes(directory) + ": " + failure.message());
+  }
+  return {};
+}
+
+/// The whole of a file of at most `limit` bytes. errc::disk_failure for a longer or unreadable one.
+inline result<std::string> read_small_file(const path& where, std::size_t limit) {
+  file in;
+  if (const int code = in.open(where, file::mode::read)) return disk_error("open", where, code);
+  std::string text(limit + 1, '\0');
+  const auto count = in.read_at(0, text.data(), text.size());
+  if (count < 0) return disk_error("read", where, static_cast<int>(-count));
+  text.resize(static_cast<std::size_t>(count));
+  if (text.size() > limit) {
+    return error(errc::disk_failure, "cannot use " + in_quotes(where) + ": it is longer than " + readable_bytes(limit));
+  }
+  return text;
+}
+
+/// Bytes that an ordinary user may still write there; absent where the system does not tell.
+inline std::optional<std::uint64_t> free_space(const path& directory) {
+#if defined(__GLIBC__)
+  struct statvfs64 volume;
+  if (::statvfs64(directory.empty() ? "." : directory.c_str(), &volume) != 0) return std::nullopt;
+  return static_cast<std::uint64_t>(volume.f_bavail) * volume.f_frsize;
+#else
+  std::error_code failure;
+  const auto space = std::filesystem::space(directory.empty() ? path(".") : directory, failure);
+  return failure ? std::nullopt : std::optional<std::uint64_t>(space.available);
+#endif
+}
+
+/// Puts a small file in its place in one step, whole or not at all.
+inline result<void> replace_small_file(const path& where, std::string_view text, unsigned permissions = 0666) {
+  if (auto made = make_directories(where.parent_path()); !made) return made;
+  path beside = where;
+  beside += ".new-" + std::to_string(static_cast<unsigned long long>(
+                          std::chrono::steady_clock::now().time_since_epoch().count())) + '-' +
+            hex64(static_cast<std::uint64_t>(std::random_device()()));
+  file out;
+  int code = out.open(beside, file::mode::create, permissions);
+  if (code == 0) code = out.write_at(0, text);
+  if (code == 0) code = out.sync();
+  out.close();
+  if (code == 0) code = rename_over(beside, where);
+  if (code == 0) return {};
+  remove_quietly(beside);
+  return disk_error("write", where, code);
+}
+
+// ---- who is who: processes that own partial files
+
+using process_id = std::uint64_t;
+
+inline process_id own_process() {
+#ifdef _WIN32
+  return GetCurrentProcessId();
+#else
+  return static_cast<process_id>(::getpid());
+#endif
+}
+
+/// When that process started, in the system's own unit; absent where there is no such process (a zombie counts as gone),
+/// 0 where the system does not tell.
+inline std::optional<std::uint64_t> process_start(process_id id) {
+#if defined(_WIN32)
+  HANDLE process = OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, FALSE, static_cast<DWORD>(id));
+  if (process == nullptr) {
+    return GetLastError() == ERROR_INVALID_PARAMETER ? std::nullopt : std::optional<std::uint64_t>(0);
+  }
+  FILETIME created{}, exited{}, kernel{}, user{};
+  DWORD status = 0;
+  const bool known = GetProcessTimes(process, &created, &exited, &kernel, &user) != 0;
+  const bool over = GetExitCodeProcess(process, &status) && status != STILL_ACTIVE;
+  CloseHandle(process);
+  if (over) return std::nullopt;
+  return known ? static_cast<std::uint64_t>(created.dwHighDateTime) << 32 | created.dwLowDateTime : 0;
+#elif defined(__linux__)
+  const auto text = read_small_file("/proc/" + std::to_string(id) + "/stat", 4096);
+  if (!text) return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt : std::optional<std::uint64_t>(0);
+  // Field 2 is the program's name in parentheses and may hold anything; field 3 is the state, field 22 the start.
+  const auto fields = split(std::string_view(*text).substr((std::min)(text->rfind(')') + 2, text->size())), ' ');
+  if (fields.size() < 20) return 0;
+  if (fields[0] == "Z" || fields[0] == "X") return std::nullopt;
+  return to_number<std::uint64_t>(fields[19]).value_or(0);
+#elif defined(__APPLE__)
+  struct kinfo_proc process {};
+  std::size_t size = sizeof process;
+  int query[] = {CTL_KERN, KERN_PROC, KERN_PROC_PID, static_cast<int>(id)};
+  if (::sysctl(query, 4, &process, &size, nullptr, 0) != 0) return 0;
+  if (size == 0 || process.kp_proc.p_stat == SZOMB) return std::nullopt;
+  return static_cast<std::uint64_t>(process.kp_proc.p_starttime.tv_sec) * 1000000 +
+         static_cast<std::uint64_t>(process.kp_proc.p_starttime.tv_usec);
+#else
+  return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt : std::optional<std::uint64_t>(0);
+#endif
+}
+
+/// Where process ids of this process mean something: host, boot and pid namespace, hashed. Empty where that is unknown.
+inline std::string process_realm() {
+#if defined(_WIN32)
+  std::array<char, 256> name{};
+  DWORD size = static_cast<DWORD>(name.size());
+  return GetComputerNameA(name.data(), &size) ? hex64(name_hash({name.data(), size})) : std::string();
+#elif defined(__linux__)
+  const auto boot = read_small_file("/proc/sys/kernel/random/boot_id", 64);
+  std::error_code failure;
+  const path space = std::filesystem::read_symlink("/proc/self/ns/pid", failure);
+  return boot && !failure ? hex64(name_hash(*boot + space.native())) : std::string();
+#elif defined(__APPLE__)
+  std::array<char, 64> boot{};
+  std::size_t size = boot.size();
+  return ::sysctlbyname("kern.bootsessionuuid", boot.data(), &size, nullptr, 0) == 0
+             ? hex64(name_hash({boot.data(), size})) : std::string();
+#else
+  return {};
+#endif
+}
+
+/// Names the writer of a partial file: "<realm>.<process>.<start>.<serial>"; a writer that is done calls itself "free".
+struct owner {
+  std::string realm;
+  process_id process = 0;
+  std::uint64_t start = 0;
+  std::uint64_t serial = 0;
+
+  static owner self() {
+    static std::atomic<std::uint64_t> next{0};
+    // The serial also tells apart what two copies of this header in one process write: it is unique by its address.
+    const auto salt = name_hash(std::to_string(reinterpret_cast<std::uintptr_t>(&next)));
+    return {process_realm(), own_process(), process_start(own_process()).value_or(0), (salt << 20) + next++};
+  }
+  [[nodiscard]] std::string str() const {
+    return (realm.empty() ? "unknown" : realm) + '.' + std::to_string(process) + '.' + std::to_string(start) + '.' +
+           std::to_string(serial);
+  }
+  static std::optional<owner> parse(std::string_view text) {
+    const auto parts = split(text, '.');
+    if (parts.size() != 4) return std::nullopt;
+    const auto process = to_number<process_id>(parts[1]);
+    const auto start = to_number<std::uint64_t>(parts[2]), serial = to_number<std::uint64_t>(parts[3]);
+    if (!process || !start || !serial) return std::nullopt;
+    return owner{std::string(parts[0]), *process, *start, *serial};
+  }
+  /// Not merely silent: gone for certain.
+  [[nodiscard]] bool provably_dead() const {
+    if (realm.empty() || realm != process_realm()) return false;
+    const auto now = process_start(process);
+    return !now || (*now != 0 && start != 0 && *now != start);
+  }
+};
+
+// ---- partial files
+
+/// The place a file is restored to, and the names of the hidden files beside it.
+struct place {
+  path target;     // root / name
+  path directory;  // of the target
+  std::string tag; // tells hidden files of different targets apart
+
+  explicit place(path where) : target(std::move(where)), directory(target.parent_path()) {
+    tag = ".wandb-restore-" + hex64(name_hash(utf8(target.filename())));
+  }
+  [[nodiscard]] path lock() const { return directory / (tag + ".lock"); }
+  [[nodiscard]] path partial(const std::string& md5, const std::string& writer) const {
+    return directory / (tag + '-' + (md5.empty() ? "unknown" : md5) + '-' + writer + ".part");
+  }
+};
+
+/// A hidden partial file found beside a target.
+struct found_partial {
+  path where;
+  std::string md5;
+  std::optional<owner> writer;  // absent: released, or not of this spelling
+  bool released = false;
+  file_facts facts;
+
+  /// Nobody writes to it any more, for certain.
+  [[nodiscard]] bool abandoned() const { return released || (writer && writer->provably_dead()); }
+};
+
+inline std::vector<found_partial> find_partials(const place& at) {
+  std::vector<found_partial> found;
+  std::error_code failure;
+  std::filesystem::directory_iterator entry(at.directory.empty() ? path(".") : at.directory, failure), end;
+  for (; !failure && entry != end; entry.increment(failure)) {
+    const std::string name = utf8(entry->path().filename());
+    constexpr std::string_view suffix = ".part";
+    if (!starts_with(name, at.tag + '-') || name.size() < at.tag.size() + suffix.size() + 2 ||
+        name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) {
+      continue;
+    }
+    const std::string_view middle =
+        std::string_view(name).substr(at.tag.size() + 1, name.size() - at.tag.size() - 1 - suffix.size());
+    const auto dash = middle.find('-');
+    const auto facts = facts_of(at.directory / entry->path().filename());
+    if (dash == std::string_view::npos || !facts) continue;
+    const std::string_view writer = middle.substr(dash + 1);
+    found.push_back({at.directory / entry->path().filename(), std::string(middle.substr(0, dash)), owner::parse(writer),
+                     starts_with(writer, "free"), *facts});
+  }
+  return found;
+}
+
+/// A file on its way: content at its own offsets, and behind it a record of the blocks that are present. One inode holds
+/// both, so that a rename hands over both. A block is recorded after it was written; the record is a claim that only the
+/// whole file's md5 proves.
+class partial_file {
+ public:
+  static constexpr std::uint64_t block = 64 * 1024;  // bytes
+  static constexpr std::uint64_t quiet = 60;         // seconds after which a writer that cannot be asked counts as gone
+
+  /// Goes on from what an earlier writer left of this content, or starts a new file. `size` is in bytes.
+  static result<std::unique_ptr<partial_file>> open(const place& at, const std::string& md5, std::uint64_t size);
+  /// Starts a new file: a new inode, whatever there is.
+  static result<std::unique_ptr<partial_file>> create(const place& at, const std::string& md5, std::uint64_t size);
+  partial_file(const partial_file&) = delete;
+  partial_file& operator=(const partial_file&) = delete;
+  /// Removes the file unless it was released or published.
+  ~partial_file() {
+    if (where_.empty()) return;
+    out_.close();
+    remove_quietly(where_);
+  }
+
+  [[nodiscard]] const file& content() const { return out_; }
+  [[nodiscard]] const path& where() const { return where_; }
+  [[nodiscard]] std::uint64_t size() const { return size_; }
+  [[nodiscard]] bool has(std::uint64_t index) const { return (bits_[index / 8] >> (index % 8) & 1) != 0; }
+  [[nodiscard]] std::uint64_t blocks() const { return (size_ + block - 1) / block; }
+
+  /// Writes bytes at their offset. Several threads at once.
+  result<void> write(std::uint64_t offset, std::string_view bytes) const {
+    if (const int code = out_.write_at(offset, bytes)) return disk_error("write", where_, code);
+    return {};
+  }
+  /// Records that blocks [first, last) have been written. One thread at a time.
+  result<void> record(std::uint64_t first, std::uint64_t last) {
+    if (first >= last) return {};
+    for (auto i = first; i < last; ++i) bits_[i / 8] = static_cast<char>(bits_[i / 8] | 1 << (i % 8));
+    const std::string_view changed(bits_.data() + first / 8, (last - 1) / 8 - first / 8 + 1);
+    return write(record_offset() + header_size + first / 8, changed);
+  }
+  /// Content of unknown length: the size is known only at its end.
+  void set_size(std::uint64_t size) { size_ = size; }
+
+  /// An error where the disk has no room for the rest; otherwise the room is taken, where the file system can.
+  result<void> reserve() const;
+
+  /// Keeps the file for whoever restores this content next.
+  void release(const place& at, const std::string& md5) {
+    out_.close();
+    if (md5.empty() || bits_.empty()) return;  // nothing says what it is worth: it goes
+    if (rename_over(where_, at.partial(md5, "free-" + owner::self().str())) == 0) where_.clear();
+  }
+  /// Puts the finished content in the target's place and returns a stream on it, opened on this very inode.
+  result<std::ifstream> publish(const place& at);
+
+ private:
+  static constexpr std::string_view magic = "wandb-restore 1\n";
+  static constexpr std::uint64_t header_size = 32;
+
+  partial_file(file out, path where, std::uint64_t size)
+      : out_(std::move(out)), where_(std::move(where)), size_(size), bits_((blocks() + 7) / 8, '\0') {}
+  [[nodiscard]] std::uint64_t record_offset() const { return (size_ + block - 1) / block * block; }
+  [[nodiscard]] std::string header() const {
+    std::string text(magic);
+    for (int shift = 0; shift < 64; shift += 8) text += static_cast<char>(size_ >> shift & 0xff);
+    return text.append(header_size - text.size(), '\0');
+  }
+  /// Takes over the record that the file holds; false where there is none for this size.
+  bool load_record() {
+    std::string text(header_size, '\0');
+    if (out_.read_at(record_offset(), text.data(), text.size()) != static_cast<std::int64_t>(text.size()) ||
+        text != header()) {
+      return false;
+    }
+    return out_.read_at(record_offset() + header_size, bits_.data(), bits_.size()) ==
+           static_cast<std::int64_t>(bits_.size());
+  }
+  /// Copies what another partial file says is present; what cannot be copied is fetched again.
+  void adopt(const path& other);
+
+  file out_;
+  path where_;
+  std::uint64_t size_;
+  std::string bits_;
+};
+
+inline result<std::unique_ptr<partial_file>> partial_file::create(const place& at, const std::string& md5,
+                                                                  std::uint64_t size) {
+  const path where = at.partial(md5, owner::self().str());
+  file out;
+  if (const int code = out.open(where, file::mode::create)) return disk_error("create", where, code);
+  std::unique_ptr<partial_file> made(new partial_file(std::move(out), where, size));
+  if (size > 0) {
+    if (auto done = made->write(made->record_offset(), made->header() + made->bits_); !done) return done.error();
+  }
+  return made;
+}
+
+inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at, const std::string& md5,
+                                                                std::uint64_t size) {
+  if (md5.empty()) return create(at, md5, size);
+  auto candidates = find_partials(at);
+  candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
+                                  [&](const found_partial& one) { return one.md5 != md5; }),
+                   candidates.end());
+  std::sort(candidates.begin(), candidates.end(), [](const found_partial& a, const found_partial& b) {
+    return a.facts.allocated > b.facts.allocated;  // the fullest first
+  });
+  for (const auto& one : candidates) {
+    if (!one.abandoned()) continue;
+    const path mine = at.partial(md5, owner::self().str());
+    if (rename_over(one.where, mine) != 0) continue;  // another claimant was faster
+    file out;
+    if (out.open(mine, file::mode::update) != 0) continue;
+    std::unique_ptr<partial_file> claimed(new partial_file(std::move(out), mine, size));
+    if (claimed->load_record()) return claimed;  // a foreign or torn file goes with its owner
+  }
+  auto made = create(at, md5, size);
+  if (!made) return made;
+  const auto now = (*made)->out_.facts();  // the file system's own clock
+  for (const auto& one : candidates) {
+    if (!one.abandoned() && now && now->modified - one.facts.modified > static_cast<std::int64_t>(quiet) * 1000000000) {
+      (*made)->adopt(one.where);
+    }
+  }
+  return made;
+}
+
+inline void partial_file::adopt(const path& other) {
+  file in;
+  if (in.open(other, file::mode::read) != 0) return;
+  partial_file theirs(std::move(in), {}, size_);
+  if (!theirs.load_record()) return;
+#if defined(__linux__) && defined(FICLONE)
+  const bool empty = bits_.find_first_not_of('\0') == std::string::npos;
+  if (empty && ::ioctl(out_.native(), FICLONE, theirs.out_.native()) == 0) {
+    // The clone may be newer than the record that was read: what it holds is at least what that record says.
+    if (!load_record()) bits_.assign(bits_.size(), '\0');
+    return;
+  }
+#endif
+  std::string buffer(static_cast<std::size_t>(block), '\0');
+  for (std::uint64_t i = 0; i < blocks(); ++i) {
+    if (has(i) || !theirs.has(i)) continue;
+    const auto wanted = static_cast<std::size_t>((std::min)(block, size_ - i * block));
+    if (theirs.out_.read_at(i * block, buffer.data(), wanted) != static_cast<std::int64_t>(wanted)) return;
+    if (!write(i * block, {buffer.data(), wanted}) || !record(i, i + 1)) return;
+  }
+}
+
+inline result<void> partial_file::reserve() const {
+  const auto facts = out_.facts();
+  const std::uint64_t whole = record_offset() + header_size + bits_.size();
+  const std::uint64_t missing = facts && facts->allocated < whole ? whole - facts->allocated : 0;
+  const auto space = free_space(where_.parent_path());
+  const bool short_of_space = space && missing > *space;
+  if (!short_of_space && out_.reserve(whole) == 0) return {};
+  return error(errc::disk_failure,
+               "not enough room in " + in_quotes(where_.parent_path().empty() ? path(".") : where_.parent_path()) + ": " +
+                   std::to_string(missing) + " bytes are needed" +
+                   (space ? ", " + std::to_string(*space) + " are free, " +
+                                std::to_string(missing > *space ? missing - *space : 0) + " are missing"
+                          : std::string()) +
+                   "; free some, or set root to another disk");
+}
+
+inline result<std::ifstream> partial_file::publish(const place& at) {
+  const auto old = facts_of(at.target);
+  if (old && old->is_directory) {
+    return error(errc::disk_failure, "cannot put a file in the place of the directory " + in_quotes(at.target));
+  }
+  if (const int code = out_.resize(size_)) return disk_error("shorten", where_, code);
+  if (const int code = out_.sync()) return disk_error("sync", where_, code);
+#ifdef _WIN32
+  out_.close();  // a stream that is open would forbid the rename here
+  if (const int code = rename_over(where_, at.target)) return disk_error("rename a finished file to", at.target, code);
+  where_.clear();
+  std::ifstream stream(at.target, std::ios::binary);
+#else
+  if (old) (void)::fchmod(out_.native(), static_cast<mode_t>(old->mode));  // a courtesy: the old file's permissions
+  std::ifstream stream(where_, std::ios::binary);
+  if (const int code = rename_over(where_, at.target)) return disk_error("rename a finished file to", at.target, code);
+  where_.clear();
+  out_.close();
+  sync_directory(at.directory);
+#endif
+  if (!stream) return disk_error("open", at.target);
+  return stream;
+}
+
+/// Removes hidden files that nobody uses any more: of other contents always, of this content after it was published.
+inline void clean_up(const place& at) {
+  for (const auto& one : find_partials(at)) {
+    if (one.abandoned()) remove_quietly(one.where);
+  }
+}
+
+// ---- locks: a courtesy that spares duplicate work; correctness never rests on them
+
+/// Keeps other threads and, where the file system's locks work, other processes away from a place. Never blocks.
+class place_lock {
+ public:
+  enum class outcome { held, busy, unavailable };
+
+  explicit place_lock(const place& at) : where_(at.lock()) {
+    std::error_code failure;
+    key_ = std::filesystem::absolute(at.target, failure).lexically_normal();
+  }
+  place_lock(const place_lock&) = delete;
+  place_lock& operator=(const place_lock&) = delete;
+  ~place_lock() {
+    if (outcome_ == outcome::held) remove_quietly(where_);  // while it is still held: see the check of the inode
+    out_.close();
+    if (outcome_ != outcome::busy) {
+      const std::lock_guard<std::mutex> guard(mutex());
+      threads().erase(key_);
+    }
+  }
+
+  outcome try_acquire() {
+    if (outcome_ != outcome::busy) return outcome_;
+    {
+      const std::lock_guard<std::mutex> guard(mutex());
+      if (!threads().insert(key_).second) return outcome::busy;
+    }
+    outcome_ = try_file();
+    if (outcome_ == outcome::busy) {
+      const std::lock_guard<std::mutex> guard(mutex());
+      threads().erase(key_);
+    }
+    return outcome_;
+  }
+
+ private:
+  static std::mutex& mutex() {
+    static std::mutex one;
+    return one;
+  }
+  static std::set<path>& threads() {
+    static std::set<path> one;
+    return one;
+  }
+  outcome try_file() {
+#ifdef _WIN32
+    const int code = out_.open(where_, file::mode::lock);
+    return code == 0 ? outcome::held : code == ERROR_SHARING_VIOLATION ? outcome::busy : outcome::unavailable;
+#else
+    if (out_.open(where_, file::mode::lock) != 0) return outcome::unavailable;
+    struct WANDB_RESTORE_PRIVATE_LARGE(flock) whole {};
+    whole.l_type = F_WRLCK;
+    whole.l_whence = SEEK_SET;
+#if defined(F_OFD_SETLK)
+    constexpr int set = F_OFD_SETLK;
+#elif defined(__GLIBC__)
+    constexpr int set = F_SETLK64;
+#else
+    constexpr int set = F_SETLK;
+#endif
+    if (::fcntl(out_.native(), set, &whole) != 0) {
+      const bool busy = errno == EAGAIN || errno == EACCES;
+      out_.close();
+      return busy ? outcome::busy : outcome::unavailable;
+    }
+    // The holder before may have removed the file between our open and our lock: then the next try makes a new one.
+    const auto mine = out_.facts(), named = facts_of(where_);
+    if (mine && named && mine->inode == named->inode && mine->device == named->device) return outcome::held;
+    out_.close();
+    return outcome::busy;
+#endif
+  }
+
+  path where_;
+  path key_;
+  file out_;
+  outcome outcome_ = outcome::busy;
+};
+
+// ---- receipts: what is remembered of a restored file, in the user's cache directory
+
+struct receipt {
+  run_path run;
+  std::uint64_t size = 0;      // bytes
+  std::int64_t modified = 0;   // nanoseconds since 1970
+  std::string md5;             // verified, in hex; or empty
+};
+
+inline path absolute_path(const path& where) {
+  std::error_code failure;
+  const path whole = std::filesystem::absolute(where, failure);
+  return (failure ? where : whole).lexically_normal();
+}
+inline path receipt_path(const path& cache, const path& target) {
+  return cache / "receipts" / (hex64(name_hash(utf8(absolute_path(target)))) + ".json");
+}
+
+/// Without a cache directory, or where it cannot be written, there is no receipt: the file counts as the user's own.
+inline void write_receipt(const path& cache, const path& target, const receipt& facts) {
+  if (cache.empty()) return;
+  const nlohmann::json record = {{"path", percent_encode(utf8(absolute_path(target)), "/")},
+                                 {"entity", percent_encode(facts.run.entity)},
+                                 {"project", percent_encode(facts.run.project)},
+                                 {"run_id", percent_encode(facts.run.run_id)},
+                                 {"size", facts.size},
+                                 {"modified_ns", facts.modified},
+                                 {"md5", facts.md5}};
+  (void)replace_small_file(receipt_path(cache, target), record.dump(2) + '\n');
+}
+
+/// The receipt for a file, if there is one and the file has not changed since.
+inline std::optional<receipt> read_receipt(const path& cache, const path& target, const file_facts& now) {
+  if (cache.empty()) return std::nullopt;
+  const auto text = read_small_file(receipt_path(cache, target), 64 * 1024);
+  const auto record = text ? nlohmann::json::parse(*text, nullptr, false) : nlohmann::json();
+  if (!record.is_object()) return std::nullopt;
+  const auto field = [&](const char* name) {
+    const auto found = record.find(name);
+    return found != record.end() && found->is_string()
+               ? percent_decode(found->get_ref<const std::string&>()).value_or(std::string()) : std::string();
+  };
+  const auto number = [&](const char* name) {
+    const auto found = record.find(name);
+    return found != record.end() && found->is_number_integer() ? found->get<std::int64_t>() : -1;
+  };
+  if (field("path") != utf8(absolute_path(target)) || number("size") != static_cast<std::int64_t>(now.size) ||
+      number("modified_ns") != now.modified) {
+    return std::nullopt;
+  }
+  return receipt{{field("entity"), field("project"), field("run_id")}, now.size, now.modified, field("md5")};
+}
+
+}  // namespace detail
+
+// ================================================================================================== digest
+
+namespace detail {
+
+/// MD5 (RFC 1321), streamed. Our own, since FIPS configurations of OpenSSL refuse it, and as fast as theirs.
+class md5 {
+ public:
+  void update(std::string_view bytes) {
+    length_ += bytes.size();
+    if (held_ > 0) {
+      const auto taken = (std::min)(bytes.size(), buffer_.size() - held_);
+      std::memcpy(buffer_.data() + held_, bytes.data(), taken);
+      held_ += taken;
+      bytes.remove_prefix(taken);
+      if (held_ < buffer_.size()) return;
+      compress(state_, buffer_.data(), 1);
+      held_ = 0;
+    }
+    const auto blocks = bytes.size() / buffer_.size();
+    if (blocks > 0) compress(state_, bytes.data(), blocks);
+    bytes.remove_prefix(blocks * buffer_.size());
+    if (!bytes.empty()) std::memcpy(buffer_.data(), bytes.data(), bytes.size());
+    held_ = bytes.size();
+  }
+
+  /// 32 lower-case hex digits of all that was given. The object is spent then.
+  std::string finish() {
+    const std::uint64_t bits = length_ * 8;
+    std::string tail(1, '\x80');
+    tail.append((buffer_.size() * 2 - 9 - held_) % buffer_.size(), '\0');
+    for (int shift = 0; shift < 64; shift += 8) tail += static_cast<char>(bits >> shift & 0xff);
+    update(tail);
+    std::string digest;
+    for (const auto word : state_) {
+      for (int shift = 0; shift < 32; shift += 8) digest += static_cast<char>(word >> shift & 0xff);
+    }
+    return hex_encode(digest);
+  }
+
+ private:
+  using words = std::array<std::uint32_t, 4>;
+
+  // Most of the time of a verified download on a fast network goes here, in programs built without optimisation as well.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__OPTIMIZE__)
+  __attribute__((optimize("O2")))
+#endif
+  static void compress(words& state, const char* bytes, std::size_t blocks) {
+    auto [a, b, c, d] = state;
+    for (; blocks > 0; --blocks, bytes += 64) {
+      std::uint32_t x[16];
+      for (int i = 0; i < 16; ++i) {
+        unsigned char byte[4];
+        std::memcpy(byte, bytes + 4 * i, 4);
+        x[i] = static_cast<std::uint32_t>(byte[0]) | static_cast<std::uint32_t>(byte[1]) << 8 |
+               static_cast<std::uint32_t>(byte[2]) << 16 | static_cast<std::uint32_t>(byte[3]) << 24;
+      }
+      const auto a0 = a, b0 = b, c0 = c, d0 = d;
+// One step of each round. The terms stand in an order that keeps what depends on the step before short: in the second
+// round the two halves of G share no bit, so that their sum may be taken apart.
+#define WANDB_RESTORE_PRIVATE_STEP(mix, w, p, q, r, k, s, t) \
+  w += x[k] + t##u;                                          \
+  mix(w, p, q, r);                                           \
+  w = (w << s | w >> (32 - s)) + p;
+#define WANDB_RESTORE_PRIVATE_F(w, p, q, r) w += r ^ (p & (q ^ r))
+#define WANDB_RESTORE_PRIVATE_G(w, p, q, r) w += q & ~r, w += p & r
+#define WANDB_RESTORE_PRIVATE_H(w, p, q, r) w += p ^ (q ^ r)
+#define WANDB_RESTORE_PRIVATE_I(w, p, q, r) w += q ^ (p | ~r)
+#define WANDB_RESTORE_PRIVATE_FOUR(mix, k0, s0, t0, k1, s1, t1, k2, s2, t2, k3, s3, t3) \
+  WANDB_RESTORE_PRIVATE_STEP(mix, a, b, c, d, k0, s0, t0)                               \
+  WANDB_RESTORE_PRIVATE_STEP(mix, d, a, b, c, k1, s1, t1)                               \
+  WANDB_RESTORE_PRIVATE_STEP(mix, c, d, a, b, k2, s2, t2)                               \
+  WANDB_RESTORE_PRIVATE_STEP(mix, b, c, d, a, k3, s3, t3)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 0, 7, 0xd76aa478, 1, 12, 0xe8c7b756, 2, 17, 0x242070db, 3, 22, 0xc1bdceee)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 4, 7, 0xf57c0faf, 5, 12, 0x4787c62a, 6, 17, 0xa8304613, 7, 22, 0xfd469501)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 8, 7, 0x698098d8, 9, 12, 0x8b44f7af, 10, 17, 0xffff5bb1, 11, 22, 0x895cd7be)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 12, 7, 0x6b901122, 13, 12, 0xfd987193, 14, 17, 0xa679438e, 15, 22, 0x49b40821)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 1, 5, 0xf61e2562, 6, 9, 0xc040b340, 11, 14, 0x265e5a51, 0, 20, 0xe9b6c7aa)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 5, 5, 0xd62f105d, 10, 9, 0x02441453, 15, 14, 0xd8a1e681, 4, 20, 0xe7d3fbc8)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 9, 5, 0x21e1cde6, 14, 9, 0xc33707d6, 3, 14, 0xf4d50d87, 8, 20, 0x455a14ed)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 13, 5, 0xa9e3e905, 2, 9, 0xfcefa3f8, 7, 14, 0x676f02d9, 12, 20, 0x8d2a4c8a)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 5, 4, 0xfffa3942, 8, 11, 0x8771f681, 11, 16, 0x6d9d6122, 14, 23, 0xfde5380c)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 1, 4, 0xa4beea44, 4, 11, 0x4bdecfa9, 7, 16, 0xf6bb4b60, 10, 23, 0xbebfbc70)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 13, 4, 0x289b7ec6, 0, 11, 0xeaa127fa, 3, 16, 0xd4ef3085, 6, 23, 0x04881d05)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 9, 4, 0xd9d4d039, 12, 11, 0xe6db99e5, 15, 16, 0x1fa27cf8, 2, 23, 0xc4ac5665)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 0, 6, 0xf4292244, 7, 10, 0x432aff97, 14, 15, 0xab9423a7, 5, 21, 0xfc93a039)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 12, 6, 0x655b59c3, 3, 10, 0x8f0ccc92, 10, 15, 0xffeff47d, 1, 21, 0x85845dd1)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 8, 6, 0x6fa87e4f, 15, 10, 0xfe2ce6e0, 6, 15, 0xa3014314, 13, 21, 0x4e0811a1)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 4, 6, 0xf7537e82, 11, 10, 0xbd3af235, 2, 15, 0x2ad7d2bb, 9, 21, 0xeb86d391)
+#undef WANDB_RESTORE_PRIVATE_STEP
+#undef WANDB_RESTORE_PRIVATE_F
+#undef WANDB_RESTORE_PRIVATE_G
+#undef WANDB_RESTORE_PRIVATE_H
+#undef WANDB_RESTORE_PRIVATE_I
+#undef WANDB_RESTORE_PRIVATE_FOUR
+      a += a0, b += b0, c += c0, d += d0;
+    }
+    state = {a, b, c, d};
+  }
+
+  words state_ = {0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476};
+  std::array<char, 64> buffer_{};
+  std::size_t held_ = 0;
+  std::uint64_t length_ = 0;
+};
+
+/// The md5 of a whole file in hex; empty where it cannot be read.
+inline std::string md5_of_file(const path& where) {
+  file in;
+  if (in.open(where, file::mode::read) != 0) return {};
+  md5 hash;
+  std::string buffer(256 * 1024, '\0');
+  for (std::uint64_t offset = 0;;) {
+    const auto count = in.read_at(offset, buffer.data(), buffer.size());
+    if (count < 0) return {};
+    if (count == 0) return hash.finish();
+    hash.update({buffer.data(), static_cast<std::size_t>(count)});
+    offset += static_cast<std::uint64_t>(count);
+  }
+}
+
+}  // namespace detail
+
+WANDB_RESTORE_PRIVATE_INLINE std::string local_copy::md5() const {
+  return receipt_md5.empty() ? detail::md5_of_file(path) : receipt_md5;
+}
+
+// ====================================================================================== settings, resolved
+
+namespace detail {
+
+// ------------------------------------------------------------------------------------------ the environment
+
+/// The value of an environment variable, in UTF-8 on Windows. An empty one counts as set.
+inline std::optional<std::string> environment(const char* name) {
+#ifdef _WIN32
+  const wchar_t* wide = _wgetenv(std::wstring(name, name + std::strlen(name)).c_str());
+  if (!wide) return std::nullopt;
+  const std::size_t length = std::wcslen(wide);
+  std::string text(length * 3, '\0');  // a UTF-16 unit takes three bytes at most
+  text.resize(static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide, static_cast<int>(length), text.data(),
+                                                           static_cast<int>(text.size()), nullptr, nullptr)));
+  return text;
+#else
+  const char* value = std::getenv(name);
+  return value ? std::optional<std::string>(value) : std::nullopt;
+#endif
+}
+
+/// The value of the first of these variables that is set and not empty, else "".
+inline std::string first_of_environment(std::initializer_list<const char*> names) {
+  for (const char* name : names) {
+    if (auto value = environment(name); value && !value->empty()) return *std::move(value);
+  }
+  return {};
+}
+
+/// The user's home directory; empty where the environment does not tell.
+inline path home_directory() {
+#ifdef _WIN32
+  if (auto profile = first_of_environment({"USERPROFILE"}); !profile.empty()) return from_utf8(profile);
+  return from_utf8(first_of_environment({"HOMEDRIVE"}) + first_of_environment({"HOMEPATH"}));
+#else
+  return from_utf8(first_of_environment({"HOME"}));
+#endif
+}
+
+/// A path from a setting: "~" at its start is the home directory.
+inline path expand_home(std::string_view text) {
+  const bool from_home = text == "~" || starts_with(text, "~/") ||
+                         (path::preferred_separator == '\\' && starts_with(text, "~\\"));
+  const path home = home_directory();
+  if (!from_home || home.empty()) return from_utf8(text);
+  return text.size() <= 2 ? home : home / from_utf8(text.substr(2));
+}
+
+/// <home>/a/b, or empty where there is no home: never a path in the working directory by accident.
+inline path in_home(std::string_view below) {
+  const path home = home_directory();
+  return home.empty() ? path() : home / from_utf8(below);
+}
+
+/// The SDK's cache: $WANDB_CACHE_DIR, else "wandb" in the platform's own place. Empty where there is none.
+inline path wandb_cache_directory() {
+  if (const auto chosen = first_of_environment({"WANDB_CACHE_DIR"}); !chosen.empty()) return expand_home(chosen);
+#if defined(_WIN32)
+  const path base = from_utf8(first_of_environment({"LOCALAPPDATA"}));
+#elif defined(__APPLE__)
+  const path base = in_home("Library/Caches");
+#else
+  const auto chosen = first_of_environment({"XDG_CACHE_HOME"});
+  const path base = chosen.empty() ? in_home(".cache") : from_utf8(chosen);
+#endif
+  return base.empty() ? base : base / "wandb";
+}
+
+// -------------------------------------------------------------------------------------------- plain checks
+
+/// An API key is 40 characters or more, behind an optional prefix and a dash; or a JWT. Never told in the error's text.
+/// Source: wandb/sdk/lib/wbauth/validation.py.
+inline result<void> check_api_key(std::string_view key) {
+  const auto fail = [](const std::string& why) {
+    return error(errc::invalid_argument, "the API key " + why + "; copy it again from https://wandb.ai/authorize");
+  };
+  const auto is_word = [](std::string_view text) {
+    return std::all_of(text.begin(), text.end(),
+                       [](char c) { return is_letter(c) || is_digit(c) || c == '_' || c == '-'; });
+  };
+  if (key.empty()) return fail("is empty");
+  if (trim(key).size() != key.size()) return fail("begins or ends with white space");
+  if (std::any_of(key.begin(), key.end(), is_control)) return fail("has control characters");
+  const auto parts = split(key, '.');
+  if (parts.size() == 3 && std::all_of(parts.begin(), parts.end(), [&](std::string_view part) {
+        return !part.empty() && is_word(part);
+      })) {
+    return {};
+  }
+  const auto dash = key.find('-');
+  const auto secret = dash == key.npos ? key : key.substr(dash + 1);
+  if (!is_word(secret)) return fail("has other characters than letters, digits, - and _");
+  if (secret.size() < 40) return fail("has " + std::to_string(secret.size()) + " characters instead of 40 or more");
+  return {};
+}
+
+/// The service's address, without trailing slashes.
+/// Source: wandb/sdk/lib/wbauth/host_url.py; in addition, what could not be sent on as written is refused.
+inline result<url> parse_base_url(std::string_view text) {
+  const auto fail = [&](std::string_view why) {
+    return error(errc::invalid_argument, "cannot use the base URL " + in_quotes(text) + ": " + std::string(why));
+  };
+  if (text.find('@') != text.npos) {  // not quoted: there may be a password in it
+    return error(errc::invalid_argument, "the base URL has an @: a user name or password has no place in it");
+  }
+  if (text.find_first_of("?#") != text.npos) return fail("it has a query or a fragment");
+  if (text.find(' ') != text.npos) return fail("it has a space");
+  auto parsed = url::parse(text);
+  if (!parsed) return error(errc::invalid_argument, "the base URL is no good: " + std::string(parsed.error().what()));
+  const std::string_view host = parsed->host;
+  if (host == "wandb.ai" || (host.size() > 9 && host.substr(host.size() - 9) == ".wandb.ai")) {
+    if (host.find("api.") == host.npos) return fail("did you mean https://api.wandb.ai?");
+    if (parsed->scheme != "https") return fail("http is not secure, use https://api.wandb.ai");
+  }
+  while (parsed->target.size() > 1 && parsed->target.back() == '/') parsed->target.pop_back();
+  return parsed;
+}
+
+/// Whether an address is the base URL's or below it: same origin, path equal or longer by whole segments. An address with
+/// dot segments is not, plain or percent-encoded: a server may take it for one elsewhere.
+inline bool under_base(const url& base, const url& candidate) {
+  if (base.origin() != candidate.origin()) return false;
+  const std::string target = candidate.target.substr(0, candidate.target.find('?'));
+  auto plain = percent_decode(target);
+  if (!plain) return false;
+  std::replace(plain->begin(), plain->end(), '\\', '/');
+  for (const auto segment : split(*plain, '/')) {
+    if (segment == "." || segment == "..") return false;
+  }
+  std::string_view prefix = base.target;
+  while (!prefix.empty() && prefix.back() == '/') prefix.remove_suffix(1);
+  return starts_with(target, prefix) && (target.size() == prefix.size() || target[prefix.size()] == '/');
+}
+
+inline std::optional<bool> parse_bool(std::string_view text) {
+  const std::string word = lower(text);
+  for (const char* yes : {"y", "yes", "t", "true", "on", "1"}) {
+    if (word == yes) return true;
+  }
+  for (const char* no : {"n", "no", "f", "false", "off", "0"}) {
+    if (word == no) return false;
+  }
+  return std::nullopt;
+}
+
+/// Seconds with an optional fraction, more than zero. By hand: from_chars for double came late to standard libraries.
+inline std::optional<std::chrono::milliseconds> parse_seconds(std::string_view text) {
+  text = trim(text);
+  const auto dot = text.find('.');
+  const auto seconds = to_number<std::uint32_t>(text.substr(0, dot));
+  std::string fraction(dot == text.npos ? "" : text.substr(dot + 1, 3));
+  fraction.resize(3, '0');
+  const auto thousandths = to_number<std::uint32_t>(fraction);
+  if (!seconds || !thousandths || *seconds + *thousandths == 0) return std::nullopt;
+  return std::chrono::seconds(*seconds) + std::chrono::milliseconds(*thousandths);
+}
+
+/// A JSON object of strings, as pairs; absent for anything else.
+inline std::optional<http_headers> parse_string_object(std::string_view text) {
+  const auto json = nlohmann::json::parse(text, nullptr, false);
+  if (!json.is_object()) return std::nullopt;
+  http_headers pairs;
+  for (const auto& item : json.items()) {
+    if (!item.value().is_string()) return std::nullopt;
+    pairs.emplace_back(item.key(), item.value().template get<std::string>());
+  }
+  return pairs;
+}
+
+/// Whether a header field may be sent as it is (RFC 9110, section 5): a line break in it would begin another one.
+inline bool is_header(const std::pair<std::string, std::string>& field) {
+  const auto& [name, value] = field;
+  return !name.empty() && std::none_of(value.begin(), value.end(), is_control) &&
+         std::all_of(name.begin(), name.end(), [](char c) {
+           return is_letter(c) || is_digit(c) || std::string_view("!#$%&'*+-.^_`|~").find(c) != std::string_view::npos;
+         });
+}
+
+// ------------------------------------------------------------------------------------------------- proxies
+
+using ip_address = std::array<unsigned char, 16>;  // an IPv4 address as ::ffff:a.b.c.d
+
+/// Appends the bytes of "1.2.3.4".
+inline bool parse_ipv4(std::string_view text, std::vector<unsigned char>& bytes) {
+  const auto parts = split(text, '.');
+  for (const auto part : parts) {
+    const auto number = to_number<unsigned>(part);
+    if (!number || *number > 255 || (part.size() > 1 && part.front() == '0')) return false;
+    bytes.push_back(static_cast<unsigned char>(*number));
+  }
+  return parts.size() == 4;
+}
+
+/// Appends the bytes of "1:2:ffff" or "1:2:1.2.3.4"; of nothing, none.
+inline bool parse_ipv6_groups(std::string_view text, std::vector<unsigned char>& bytes) {
+  if (text.empty()) return true;
+  const auto groups = split(text, ':');
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    if (i + 1 == groups.size() && groups[i].find('.') != std::string_view::npos) return parse_ipv4(groups[i], bytes);
+    const auto number = to_number<unsigned>(groups[i], 16);
+    if (!number || groups[i].size() > 4) return false;
+    bytes.push_back(static_cast<unsigned char>(*number >> 8));
+    bytes.push_back(static_cast<unsigned char>(*number & 0xff));
+  }
+  return true;
+}
+
+inline std::optional<ip_address> parse_ip(std::string_view text) {
+  std::vector<unsigned char> head, tail;
+  const auto gap = text.find("::");
+  if (text.find(':') == text.npos) {
+    head.assign(12, 0);
+    head[10] = head[11] = 0xff;
+    if (!parse_ipv4(text, head)) return std::nullopt;
+  } else if (!parse_ipv6_groups(text.substr(0, gap), head) ||
+             (gap != text.npos && !parse_ipv6_groups(text.substr(gap + 2), tail))) {
+    return std::nullopt;
+  }
+  const std::size_t known = head.size() + tail.size();
+  if (gap == text.npos ? known != 16 : known > 14) return std::nullopt;
+  ip_address address{};
+  std::copy(head.begin(), head.end(), address.begin());
+  std::copy(tail.begin(), tail.end(), address.end() - static_cast<std::ptrdiff_t>(tail.size()));
+  return address;
+}
+
+inline bool is_ipv4(const ip_address& address) {
+  static constexpr unsigned char mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
+  return std::equal(std::begin(mapped), std::end(mapped), address.begin());
+}
+
+/// Whether an address is in a network like "10.0.0.0/8" or "fd00::/8".
+inline bool in_network(const ip_address& address, std::string_view network) {
+  const auto slash = network.find('/');
+  const auto base = parse_ip(network.substr(0, slash));
+  auto bits = to_number<std::size_t>(network.substr(slash + 1));
+  if (!base || !bits || is_ipv4(*base) != is_ipv4(address) || *bits > (is_ipv4(*base) ? 32u : 128u)) return false;
+  if (is_ipv4(*base)) *bits += 96;
+  for (std::size_t bit = 0; bit < *bits; ++bit) {
+    if (((*base)[bit / 8] ^ address[bit / 8]) & (0x80 >> bit % 8)) return false;
+  }
+  return true;
+}
+
+/// Whether one entry of NO_PROXY covers a host. "example.com" covers its subdomains too, ".example.com" and
+/// "*.example.com" them alone; an address stands for itself; each may have a port.
+/// Source: golang.org/x/net/http/httpproxy, which the SDK's core uses.
+inline bool bypasses(std::string_view entry, const url& target) {
+  if (entry == "*") return true;
+  const auto address = parse_ip(target.host);
+  if (entry.find('/') != entry.npos) return address && in_network(*address, entry);
+
+  std::string_view host = entry, port;
+  if (!entry.empty() && entry.front() == '[') {
+    const auto end = (std::min)(entry.find(']'), entry.size());
+    host = entry.substr(1, end - 1);
+    port = entry.substr((std::min)(end + 1, entry.size()));
+  } else if (const auto colon = entry.find(':'); colon != entry.npos && colon == entry.rfind(':')) {
+    host = entry.substr(0, colon);
+    port = entry.substr(colon);
+  }
+  if (!port.empty() && (port.front() != ':' || to_number<int>(port.substr(1)) != target.port)) return false;
+  if (const auto wanted = parse_ip(host)) return address == wanted;
+  if (starts_with(host, "*.")) host.remove_prefix(1);
+  if (host.empty() || address) return false;
+  const std::string_view name = target.host;
+  if (equal_ignoring_case(name, host)) return true;
+  const std::string suffix = (host.front() == '.' ? "" : ".") + std::string(host);
+  return name.size() > suffix.size() && equal_ignoring_case(name.substr(name.size() - suffix.size()), suffix);
+}
+
+/// The proxy to ask for an address, or "" for a direct connection.
+inline std::string proxy_for(const settings& configuration, const url& target) {
+  const auto& proxy = target.scheme == "https" ? configuration.https_proxy : configuration.http_proxy;
+  if (proxy.url.empty()) return {};
+  for (const auto entry : split(proxy.bypass, ',')) {
+    if (!trim(entry).empty() && bypasses(trim(entry), target)) return {};
+  }
+  return proxy.url;
+}
+
+/// A proxy as people write it ("host:port" will do), as settings want it. Absent where it is something else.
+inline std::optional<std::string> proxy_address(std::string_view text) {
+  const auto parsed = url::parse(text.find("://") == text.npos ? "http://" + std::string(text) : std::string(text));
+  if (!parsed || parsed->scheme != "http") return std::nullopt;
+  const std::string user = parsed->user_info.empty() ? "" : parsed->user_info + "@";
+  return "http://" + user + parsed->origin().substr(7);
+}
+
+// --------------------------------------------------------------------------------------------------- netrc
+
+/// The API key that the netrc file has for a server, or "". A file that cannot be read or understood is a warning.
+/// Source: wandb/sdk/lib/wbauth/wbnetrc.py.
+inline std::string api_key_from_netrc(const settings& configuration, const url& base,
+                                      std::vector<std::string>& warnings) {
+  const path& where = configuration.netrc_file;
+  if (where.empty() || !facts_of(where)) return {};
+  const auto text = read_small_file(where, 1 << 20);
+  if (!text) {
+    warnings.push_back(text.error().what());
+    return {};
+  }
+  const auto passwords = parse_netrc(*text);
+  if (!passwords) {
+    warnings.push_back("the netrc file " + in_quotes(where) + " is not used: " + passwords.error().what());
+    return {};
+  }
+  // The SDK looks for the host as it is written in the base URL; other spellings of the same origin are as good.
+  const std::string_view written = configuration.base_url;
+  const auto start = written.find("://");
+  const auto authority = start == written.npos ? written : written.substr(start + 3);
+  const std::string origin = base.origin();
+  auto found = passwords->find(std::string(authority.substr(0, authority.find('/'))));
+  if (found == passwords->end()) found = passwords->find(origin.substr(origin.find("://") + 3));
+  if (found == passwords->end()) found = passwords->find("default");
+  if (found == passwords->end()) return {};
+  if (found->second.empty()) {
+    warnings.push_back("the netrc file " + in_quotes(where) + " has no password for " + in_quotes(std::string_view(found->first)));
+  }
+  return found->second;
+}
+
+// ------------------------------------------------------------------------------------ shared access tokens
+
+struct access_token {
+  std::string value;
+  std::chrono::system_clock::time_point expires_at;
+};
+
+/// A token that runs out within this time is not used any more.
+inline constexpr std::chrono::minutes token_margin{5};
+
+/// Days from 1970-01-01 to a date of the civil calendar. Counted in years that begin in March, so that a leap day is the last.
+inline std::int64_t days_from_civil(int year, int month, int day) {
+  const std::int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, of_era = y - era * 400;
+  const std::int64_t of_year = (153 * (month > 2 ? month - 3 : month + 9) + 2) / 5 + day - 1;
+  return era * 146097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719468;
+}
+
+/// "YYYY-MM-DD HH:MM:SS", UTC.
+inline std::optional<std::chrono::system_clock::time_point> parse_utc(std::string_view text) {
+  if (text.size() != 19 || text[4] != '-' || text[7] != '-' || text[10] != ' ' || text[13] != ':' || text[16] != ':') {
+    return std::nullopt;
+  }
+  std::array<int, 6> part{};  // year, month, day, hour, minute, second
+  for (std::size_t i = 0; i < part.size(); ++i) {
+    const auto number = to_number<unsigned>(i == 0 ? text.substr(0, 4) : text.substr(i * 3 + 2, 2));
+    if (!number) return std::nullopt;
+    part[i] = static_cast<int>(*number);
+  }
+  const auto [year, month, day, hour, minute, second] = part;
+  if (month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60) return std::nullopt;
+  const std::int64_t seconds = days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 + second;
+  return std::chrono::system_clock::time_point(std::chrono::seconds(seconds));
+}
+
+inline std::string format_utc(std::chrono::system_clock::time_point time) {
+  const std::time_t seconds = std::chrono::system_clock::to_time_t(time);
+  std::tm parts{};
+#ifdef _WIN32
+  gmtime_s(&parts, &seconds);
+#else
+  gmtime_r(&seconds, &parts);
+#endif
+  std::array<char, 32> text{};
+  return std::string(text.data(), std::strftime(text.data(), text.size(), "%Y-%m-%d %H:%M:%S", &parts));
+}
+
+/// The file of access tokens that the SDK shares between processes: {"credentials": {base URL: token}}. It is a cache:
+/// where there is none, or something else, an empty one is as good.
+inline result<nlohmann::json> read_credentials(const path& where) {
+  auto json = nlohmann::json::object();
+  if (facts_of(where)) {
+    const auto text = read_small_file(where, 1 << 20);
+    if (!text) return text.error();
+    json = nlohmann::json::parse(*text, nullptr, false);
+    if (!json.is_object()) json = nlohmann::json::object();
+  }
+  if (!json["credentials"].is_object()) json["credentials"] = nlohmann::json::object();
+  return json;
+}
+
+/// The access token kept there for a server, unless it runs out soon. `base_url` has no trailing slash.
+/// Source: core/internal/api/credentials.go, as is the format.
+inline std::optional<access_token> read_shared_token(const path& where, const std::string& base_url,
+                                                     std::chrono::system_clock::time_point now) {
+  const auto json = read_credentials(where);
+  if (!json) return std::nullopt;
+  const auto& tokens = (*json)["credentials"];
+  const auto entry = tokens.find(base_url);
+  if (entry == tokens.end() || !entry->is_object()) return std::nullopt;
+  const auto text = [&](const char* key) {
+    const auto at = entry->find(key);
+    return at != entry->end() && at->is_string() ? at->get<std::string>() : std::string();
+  };
+  const auto expires_at = parse_utc(text("expires_at"));
+  auto value = text("access_token");
+  if (value.empty() || std::any_of(value.begin(), value.end(), is_control)) return std::nullopt;
+  if (!expires_at || *expires_at - now <= token_margin) return std::nullopt;
+  return access_token{std::move(value), *expires_at};
+}
+
+/// Keeps a token there, beside what else is in the file; readable by its owner only, and whole at any time.
+inline result<void> write_shared_token(const path& where, const std::string& base_url, const access_token& token) {
+  auto json = read_credentials(where);
+  if (!json) return json.error();
+  (*json)["credentials"][base_url] = {{"expires_at", format_utc(token.expires_at)}, {"access_token", token.value}};
+  std::error_code failure;  // a link to the file stays one
+  const path target = std::filesystem::canonical(where, failure);
+  return replace_small_file(failure ? where : target,
+                            json->dump(2, ' ', false, nlohmann::json::error_handler_t::replace), 0600);
+}
+
+// ------------------------------------------------------------------------- where settings come from, in order
+
+/// One setting as it was found, and where.
+struct found_setting {
+  std::string value;
+  std::string source;      ///< for messages
+  bool in_file = false;
+
+  explicit operator bool() const { return !value.empty(); }
+};
+
+/// Everything that settings are looked up in. Environment variables come before settings files, and of these the local
+/// one before the global.
+class settings_sources {
+ public:
+  explicit settings_sources(settings& target) : target_(target) {
+    const auto config = first_of_environment({"WANDB_CONFIG_DIR"});
+    load(config.empty() ? in_home(".config/wandb/settings") : expand_home(config) / "settings");
+    const path root = expand_home(first_of_environment({"WANDB_DIR"}));
+    std::error_code failure;
+    wandb_directory = root / (std::filesystem::exists(root / ".wandb", failure) ? ".wandb" : "wandb");
+    load(wandb_directory / "settings");
+    load_sagemaker();
+  }
+
+  /// Where the SDK keeps a project's runs, its settings and its resume file.
+  path wandb_directory;
+  /// What Amazon SageMaker's training jobs are handed as a key: the last resort.
+  std::string sagemaker_api_key;
+
+  /// The first that is set and not empty: the variables, then the key of the settings files.
+  found_setting find(std::initializer_list<const char*> variables, const char* key = nullptr) const {
+    for (const char* name : variables) {
+      if (auto value = variable(name); value && !value->empty()) return {*std::move(value), name, false};
+    }
+    const auto at = key ? files_.find(key) : files_.end();
+    if (at == files_.end()) return {};
+    return {at->second, "the setting " + std::string(key) + " of a settings file", true};
+  }
+  /// For names: a variable that is set but empty hides the settings files.
+  std::string find_name(const char* name, const char* key) const {
+    if (auto value = variable(name)) return *std::move(value);
+    return find({}, key).value;
+  }
+  /// A value that cannot be used: an error where the environment has it, as in the SDK; a warning where a file does.
+  void reject(const found_setting& setting, const std::string& why) const {
+    const std::string text = setting.source + " cannot be used: " + why;  // without the value: it may hold a password
+    if (setting.in_file) {
+      target_.warnings.push_back(text);
+    } else if (!target_.problem) {
+      target_.problem = error(errc::invalid_argument, text);
+    }
+  }
+
+ private:
+  std::optional<std::string> variable(const char* name) const {
+    if (auto value = environment(name)) return value;
+    const auto at = secrets_.find(name);
+    return at == secrets_.end() ? std::nullopt : std::optional(at->second);
+  }
+  void load(const path& where) {
+    if (where.empty() || !facts_of(where)) return;
+    const auto text = read_small_file(where, 1 << 20);
+    auto values = text ? parse_ini(*text) : result<text_map>(text.error());
+    if (!values) {
+      target_.warnings.push_back("the settings file " + in_quotes(where) + " is not used: " + values.error().what());
+      return;
+    }
+    values->merge(files_);  // what was loaded before counts less
+    files_ = *std::move(values);
+  }
+  /// Source: wandb/integration/sagemaker. There, secrets.env goes over the environment; here it only adds to it.
+  void load_sagemaker() {
+    const path hyperparameters = "/opt/ml/input/config/hyperparameters.json";
+    const auto training = environment("SM_TRAINING_ENV");
+    if (!training && !facts_of(hyperparameters)) return;
+    if (const auto text = read_small_file("secrets.env", 1 << 20)) secrets_ = parse_key_values(*text);
+    const auto file_text = read_small_file(hyperparameters, 1 << 20);
+    for (const std::string& text : {file_text ? *file_text : std::string(), training.value_or("")}) {
+      const auto json = nlohmann::json::parse(text, nullptr, false);
+      const auto at = json.is_object() ? json.find("wandb_api_key") : json.end();
+      if (!json.is_object() || at == json.end() || !at->is_string()) continue;
+      std::string_view key = at->get_ref<const std::string&>();
+      while (!key.empty() && key.front() == '"') key.remove_prefix(1);  // parameter searches quote values once more
+      while (!key.empty() && key.back() == '"') key.remove_suffix(1);
+      sagemaker_api_key = key;
+    }
+    if (const auto at = secrets_.find("WANDB_API_KEY"); sagemaker_api_key.empty() && at != secrets_.end()) {
+      sagemaker_api_key = at->second;
+    }
+    secrets_.erase("WANDB_API_KEY");  // comes after netrc, unlike the environment's
+  }
+
+  settings& target_;
+  text_map files_, secrets_;
+};
+
+/// The default run.
+inline void find_run(settings& s, const settings_sources& from) {
+  s.entity = from.find_name("WANDB_ENTITY", "entity");
+  s.project = from.find_name("WANDB_PROJECT", "project");
+  s.run_id = from.find({"WANDB_RUN_ID"}, "run_id").value;
+  const path resume_file = from.wandb_directory / "wandb-resume.json";
+  if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" || !facts_of(resume_file)) return;
+  const auto text = read_small_file(resume_file, 1 << 20);
+  const auto json = nlohmann::json::parse(text ? *text : "", nullptr, false);
+  if (const auto id = json.is_object() ? json.find("run_id") : json.end(); id != json.end() && id->is_string()) {
+    s.run_id = id->get<std::string>();
+  } else {
+    s.warnings.push_back("the resume file " + in_quotes(resume_file) + " names no run and is not used");
+  }
+}
+
+/// A key from the environment, else an identity token file, else what netrc or, last, settings files and SageMaker have.
+inline void find_credentials(settings& s, const settings_sources& from) {
+  s.netrc_file = expand_home(first_of_environment({"NETRC"}));
+  if (s.netrc_file.empty()) {
+    const path usual = in_home(".netrc"), windows = in_home("_netrc");
+    const bool prefer_windows = !facts_of(usual) && (facts_of(windows) || path::preferred_separator == '\\');
+    s.netrc_file = prefer_windows ? windows : usual;
+  }
+  const auto credentials = from.find({"WANDB_CREDENTIALS_FILE"}, "credentials_file");
+  s.credentials_file = credentials ? expand_home(credentials.value) : in_home(".config/wandb/credentials.json");
+  s.identity_token_file = from.find({"WANDB_IDENTITY_TOKEN_FILE"}).value;
+  const auto key = from.find({"WANDB_API_KEY"});
+  s.api_key = key.value;
+  if (key && !s.identity_token_file.empty()) {
+    from.reject(key, "WANDB_IDENTITY_TOKEN_FILE is set too; unset one of them");
+  } else if (const auto checked = check_api_key(s.api_key); key && !checked) {
+    from.reject(key, checked.error().what());
+  }
+  if (key || !s.identity_token_file.empty()) return;
+
+  const std::string last_resort =
+      from.sagemaker_api_key.empty() ? from.find({}, "api_key").value : from.sagemaker_api_key;
+  if (last_resort.empty()) return;
+  const auto base = parse_base_url(s.base_url);
+  std::vector<std::string> ignored;  // the session looks into netrc again, and tells them
+  if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = last_resort;
+}
+
+inline void find_manners(settings& s, const settings_sources& from) {
+  if (const auto mode = from.find({"WANDB_MODE"}, "mode")) {
+    s.offline = mode.value == "offline" || mode.value == "dryrun" || mode.value == "disabled";
+    if (!s.offline && mode.value != "online" && mode.value != "run" && mode.value != "shared") {
+      from.reject(mode, "expected online, offline, dryrun, disabled, run or shared");
+    }
+  }
+  if (const auto timeout = from.find({"WANDB_HTTP_TIMEOUT", "WANDB_X_GRAPHQL_TIMEOUT_SECONDS",
+                                      "WANDB__GRAPHQL_TIMEOUT_SECONDS"}, "x_graphql_timeout_seconds")) {
+    if (const auto time = parse_seconds(timeout.value)) {
+      s.connect_timeout = s.idle_timeout = *time;
+      s.retry_timeout = *time * 10;
+    } else {
+      from.reject(timeout, "expected a number of seconds, more than 0");
+    }
+  }
+  if (const auto headers = from.find({"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"},
+                                     "x_extra_http_headers")) {
+    auto pairs = parse_string_object(headers.value);
+    if (pairs && std::all_of(pairs->begin(), pairs->end(), is_header)) {
+      s.extra_headers = *std::move(pairs);
+    } else {
+      from.reject(headers, R"(expected a JSON object of header names and values, like {"X-Team": "blue"})");
+    }
+  }
+  s.username = from.find({"WANDB_USERNAME"}, "username").value;
+  s.user_email = from.find({"WANDB_USER_EMAIL"}, "email").value;
+  const path cache = wandb_cache_directory();
+  s.cache_dir = cache.empty() ? cache : cache / "restore";
+}
+
+/// SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own, and what the SDK's core reads. Where neither is set, the variables of
+/// Python's requests and of curl count, which may name a file or a directory.
+inline void find_certificates(settings& s, const settings_sources& from) {
+  s.ca_file = from_utf8(first_of_environment({"SSL_CERT_FILE"}));
+  s.ca_directory = from_utf8(first_of_environment({"SSL_CERT_DIR"}));
+  const path bundle = expand_home(first_of_environment({"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}));
+  if (s.ca_file.empty() && s.ca_directory.empty()) {
+    const auto facts = facts_of(bundle);
+    (facts && facts->is_directory ? s.ca_directory : s.ca_file) = bundle;
+  }
+  if (const auto insecure = from.find({"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl")) {
+    if (const auto yes = parse_bool(insecure.value)) {
+      s.verify_tls = !*yes;
+    } else {
+      from.reject(insecure, "expected true or false");
+    }
+  }
+}
+
+/// The proxy for one scheme: WANDB__PROXIES, then WANDB_<SCHEME>_PROXY, both whatever NO_PROXY says; then what the
+/// environment has for every program, which never leads to this machine itself through a proxy.
+inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool tls) {
+  found_setting chosen = from.find({tls ? "WANDB_HTTPS_PROXY" : "WANDB_HTTP_PROXY"}, tls ? "https_proxy" : "http_proxy");
+  if (auto legacy = from.find({"WANDB__PROXIES"})) {
+    if (const auto proxies = parse_string_object(legacy.value)) {
+      for (const auto& [scheme, address] : *proxies) {
+        if (scheme == (tls ? "https" : "http") && !address.empty()) chosen = {address, legacy.source, false};
+      }
+    } else {
+      from.reject(legacy, R"(expected a JSON object, like {"https": "http://proxy:3128"})");
+    }
+  }
+  std::string bypass;
+  if (!chosen) {
+    const char* name = tls ? "HTTPS_PROXY" : "HTTP_PROXY";
+    chosen = {tls ? first_of_environment({"HTTPS_PROXY", "https_proxy"})
+                  : first_of_environment({"HTTP_PROXY", "http_proxy"}), name, false};
+    if (!tls && chosen && !first_of_environment({"REQUEST_METHOD"}).empty()) {
+      // In a CGI program that variable is the request's Proxy header: https://httpoxy.org
+      s.warnings.push_back("HTTP_PROXY is not used in a CGI program");
+      return {};
+    }
+    bypass = first_of_environment({"NO_PROXY", "no_proxy"}) + ",localhost,127.0.0.0/8,::1";
+  }
+  if (!chosen) return {};
+  auto address = proxy_address(chosen.value);
+  if (!address) {
+    from.reject(chosen, "expected an address like http://[user:password@]host:port (no other kinds of proxy are known)");
+    return {};
+  }
+  return {*std::move(address), std::move(bypass)};
+}
+
+}  // namespace detail
+
+WANDB_RESTORE_PRIVATE_INLINE settings settings::from_environment() {
+  settings s;
+  const detail::settings_sources from(s);
+  if (auto base = from.find({"WANDB_BASE_URL"}, "base_url")) s.base_url = std::move(base.value);
+  detail::find_run(s, from);
+  detail::find_credentials(s, from);
+  detail::find_manners(s, from);
+  detail::find_certificates(s, from);
+  s.http_proxy = detail::find_proxy(s, from, false);
+  s.https_proxy = detail::find_proxy(s, from, true);
+  return s;
+}
+
+// ================================================================================================ exchange
+
+namespace detail {
+
+using clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+inline std::string seconds_text(milliseconds time) {
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), "%g s", static_cast<double>(time.count()) / 1000);
+  return text.data();
+}
+
+/// One call of the user: how it may be ended, and whether anything has answered yet.
+class call {
+ public:
+  call(const settings& configuration, const std::atomic<bool>* cancel)
+      : config(configuration), cancel_(cancel), began_(clock::now()) {}
+
+  const settings& config;
+  std::atomic<bool> reached{false};  // some server has answered
+
+  [[nodiscard]] bool cancelled() const {
+    return stopped_ || (cancel_ != nullptr && cancel_->load(std::memory_order_relaxed)) || out_of_time();
+  }
+  void stop() { stopped_ = true; }  // as the caller's flag does
+  [[nodiscard]] error why_cancelled() const {
+    if (!stopped_ && out_of_time()) {
+      return error::permanent(errc::connection_failed, "not done within " + seconds_text(config.total_timeout) +
+                                                           " (total_timeout); what has arrived is kept for the next try");
+    }
+    return error(errc::cancelled, "cancelled; what has arrived is kept, so that the next try goes on from there");
+  }
+  /// False if cancelled meanwhile.
+  [[nodiscard]] bool sleep(milliseconds time) const {
+    for (const auto end = clock::now() + time; !cancelled();) {
+      const auto left = std::chrono::duration_cast<milliseconds>(end - clock::now());
+      if (left.count() <= 0) return true;
+      std::this_thread::sleep_for((std::min)(left, milliseconds(20)));
+    }
+    return false;
+  }
+
+ private:
+  [[nodiscard]] bool out_of_time() const {
+    return config.total_timeout.count() > 0 && clock::now() - began_ > config.total_timeout;
+  }
+  const std::atomic<bool>* cancel_;
+  std::atomic<bool> stopped_{false};
+  clock::time_point began_;
+};
+
+/// How long one goes on trying: exponential backoff with full jitter, Retry-After, and an end to it all.
+class patience {
+ public:
+  explicit patience(const call& of) : call_(of) {}
+
+  /// Something arrived: the count and the clock start anew.
+  void progressed() {
+    tries_ = 0;
+    since_ = clock::now();
+  }
+  /// After a failure: how long to wait before the next try, or the error to give up with.
+  [[nodiscard]] result<milliseconds> after(const error& failure) {
+    if (call_.cancelled()) return call_.why_cancelled();
+    if (!failure.is_transient()) return failure;
+    const auto limit = call_.reached ? call_.config.retry_timeout : call_.config.connect_timeout;
+    const auto spent = std::chrono::duration_cast<milliseconds>(clock::now() - since_);
+    const milliseconds ceiling((std::min)(30000, 500 << (std::min)(tries_++, 6)));
+    const auto wait = (std::max)(jitter(ceiling), failure.retry_after());
+    if (spent + wait < limit) return wait;
+    std::string text = failure.what();
+    if (failure.retry_after().count() > 0) text += "; it asks to wait " + seconds_text(failure.retry_after());
+    text += " (gave up after " + std::to_string(tries_) + (tries_ == 1 ? " try in " : " tries in ") +
+            seconds_text(spent) + "; the limit without progress is " + seconds_text(limit) + ")";
+    return error::permanent(failure.code(), text, failure.http_status());
+  }
+  /// The same with the waiting done: nothing, or the error to give up with.
+  [[nodiscard]] std::optional<error> wait_after(const error& failure) {
+    const auto wait = after(failure);
+    if (!wait) return wait.error();
+    if (!call_.sleep(*wait)) return call_.why_cancelled();
+    return std::nullopt;
+  }
+
+ private:
+  static milliseconds jitter(milliseconds ceiling) {
+    thread_local std::minstd_rand random{std::random_device{}()};
+    return milliseconds(std::uniform_int_distribution<std::int64_t>(0, ceiling.count())(random));
+  }
+  const call& call_;
+  int tries_ = 0;
+  clock::time_point since_ = clock::now();
+};
+
+/// RFC 9110, section 10.2.3: seconds (fractions are met, too) or a date; past ones mean now.
+inline milliseconds parse_retry_after(const http_response& head) {
+  const std::string* field = head.header("Retry-After");
+  if (field == nullptr) return milliseconds(0);
+  const auto text = trim(*field);
+  if (const auto date = parse_http_date(text)) {
+    const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
+    return milliseconds((std::max<std::int64_t>)(0, *date - static_cast<std::int64_t>(now)) * 1000);
+  }
+  const auto whole = to_number<std::int64_t>(text.substr(0, text.find('.')));
+  return milliseconds(whole && *whole >= 0 ? (std::min<std::int64_t>)(*whole, 86400) * 1000 + (text.find('.') < text.size() ? 1000 : 0)
+                                           : 0);
+}
+
+/// What came back in the end, from the last hop.
+struct answer {
+  http_response head;
+  std::string body;  // of answers that are not streamed: its beginning
+};
+
+/// Between a transport and whoever takes the bytes: bounds the head, watches the pace, and keeps the beginning of bodies
+/// that are no good (redirects, errors) away from the taker.
+class guarded_sink final : public body_sink {
+ public:
+  static constexpr std::size_t max_fields = 200, max_head = 64 * 1024, max_error_body = 16 * 1024;
+
+  guarded_sink(call& of, body_sink& taker, std::string what)
+      : call_(of), taker_(taker), what_(std::move(what)), since_(clock::now()) {}
+
+  bool start(const http_response& head) override {
+    call_.reached = true;
+    started_ = true;
+    std::size_t size = 0;
+    for (const auto& field : head.headers) size += field.first.size() + field.second.size() + 4;
+    if (head.headers.size() > max_fields || size > max_head) return refuse("its header is too large");
+    head_ = head;
+    streamed_ = head.status == 200 || head.status == 206;
+    const std::string* coding = head.header("Content-Encoding");
+    if (streamed_ && coding != nullptr && !equal_ignoring_case(trim(*coding), "identity")) {
+      return refuse("it is encoded (" + in_quotes(*coding) + "), although identity was asked for");
+    }
+    return !streamed_ || taker_.start(head);
+  }
+
+  bool write(std::string_view bytes) override {
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      window_bytes_ += bytes.size();
+    }
+    if (cancelled()) return false;
+    if (streamed_) return taker_.write(bytes);
+    kept_.append(bytes.substr(0, max_error_body - kept_.size()));
+    return kept_.size() < max_error_body;  // no answer of that kind is worth more
+  }
+
+  /// For http_request::is_cancelled: the call is, or the peer is too slow.
+  bool cancelled() {
+    if (call_.cancelled()) return true;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto now = clock::now();
+    const auto span = std::chrono::duration_cast<milliseconds>(now - since_);
+    const auto allowed = call_.config.idle_timeout + (started_ ? milliseconds(0) : call_.config.connect_timeout);
+    if (span < allowed) return false;
+    const auto least = call_.config.low_speed * static_cast<std::uint64_t>(span.count()) / 1000;
+    slow_ = slow_ || !started_ || window_bytes_ < least;
+    since_ = now;
+    window_bytes_ = 0;
+    return slow_;
+  }
+
+  /// What a transport's failure was really about.
+  [[nodiscard]] std::optional<error> verdict(const error& failure) const {
+    if (refused_) return refused_;
+    if (call_.cancelled()) return call_.why_cancelled();
+    if (slow_) {
+      return error(errc::connection_failed,
+                   what_ + (started_ ? ": sent less than " + readable_bytes(call_.config.low_speed) + " a second for " +
+                                           seconds_text(call_.config.idle_timeout)
+                                     : std::string(": no answer in time")));
+    }
+    if (failure.code() == errc::cancelled && kept_.size() >= max_error_body) return std::nullopt;  // enough was read
+    return failure;
+  }
+  [[nodiscard]] const http_response& head() const { return head_; }
+  [[nodiscard]] std::string take_body() { return std::move(kept_); }
+
+ private:
+  bool refuse(const std::string& why) {
+    refused_ = error(errc::protocol_violation, what_ + ": cannot use the answer: " + why);
+    return false;
+  }
+  call& call_;
+  body_sink& taker_;
+  std::string what_;
+  http_response head_;
+  std::string kept_;
+  std::optional<error> refused_;
+  std::atomic<bool> started_{false}, slow_{false};
+  bool streamed_ = false;
+  std::mutex mutex_;
+  clock::time_point since_;
+  std::uint64_t window_bytes_ = 0;
+};
+
+/// Takes a body of at most `limit` bytes into memory.
+class collecting_sink final : public body_sink {
+ public:
+  explicit collecting_sink(std::size_t limit) : limit_(limit) {}
+  bool start(const http_response&) override { return true; }
+  bool write(std::string_view bytes) override {
+    overflow = overflow || text.size() + bytes.size() > limit_;
+    if (!overflow) text.append(bytes);
+    return !overflow;
+  }
+  std::string text;
+  bool overflow = false;
+
+ private:
+  std::size_t limit_;
+};
+
+inline bool is_redirect(int status) {
+  return status == 301 || status == 302 || status == 303 || status == 307 || status == 308;
+}
+
+/// An address under the base URL; `target` begins with a slash.
+inline url beneath(url base, std::string_view target) {
+  if (base.target == "/") base.target.clear();
+  base.target += target;
+  return base;
+}
+
+/// Settings, transport and what is learned between calls. Safe to use from several threads.
+class session {
+ public:
+  session(settings configuration, transport_ref transport, cache_policy policy_)
+      : config(std::move(configuration)), policy(std::move(policy_)), transport_(transport) {}
+
+  const settings config;
+  const cache_policy policy;
+
+  /// The base URL, once the settings are found fit for a request; warnings are passed on here.
+  result<url> ready();
+
+  /// One exchange, redirects followed (RFC 9110, section 15.4; at most 10, never from https to http). `here` is where to
+  /// begin and, from the sink's first call on, where one has got to. The Authorization value and the extra headers go
+  /// to addresses under the base URL only. 200 and 206 are streamed to the sink; any other answer is returned with the
+  /// beginning of its body. Statuses are not judged here.
+  result<answer> send(call& of, http_request request, const std::string& authorization, body_sink& sink, url& here);
+
+  /// An Authorization value for the base URL; empty where no credentials are to be had.
+  result<std::string> authorization(call& of);
+  /// For messages about refused or missing credentials.
+  [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
+  /// An error for a status that is not what was hoped for, in the service's words where it has any.
+  [[nodiscard]] error status_error(const std::string& what, const answer& got, const url& from,
+                                   const std::string& authorization) const;
+
+  void warn(const std::string& text) const {
+    if (config.on_warning) {
+      config.on_warning(text);
+    } else {
+      std::fprintf(stderr, "wandb_restore: warning: %s\n", text.c_str());
+    }
+  }
+
+  std::mutex mutex;                            // guards what follows
+  std::optional<std::string> default_entity;   // as the server told
+
+ private:
+  void add_credentials(http_request& request, bool home, const std::string& authorization) const;
+  result<std::string> bearer(call& of, const url& base);
+  result<access_token> exchange_identity(call& of, const url& base);
+
+  transport_ref transport_;
+  bool warned_ = false;
+  std::optional<std::string> netrc_key_;
+  std::optional<access_token> token_;
+};
+
+inline result<url> session::ready() {
+  if (config.offline) {
+    return error(errc::offline, "WANDB_MODE says offline, so nothing can be asked of " + config.base_url +
+                                    ": restore the file where there is a network first, or unset WANDB_MODE");
+  }
+  if (config.problem) return *config.problem;
+  auto base = parse_base_url(config.base_url);
+  const std::lock_guard<std::mutex> guard(mutex);
+  if (base && !std::exchange(warned_, true)) {
+    for (const auto& text : config.warnings) warn(text);
+    if (!config.verify_tls && base->scheme == "https") {
+      warn("certificates are not checked (WANDB_INSECURE_DISABLE_SSL): anybody on the way can read the API key "
+           "and change the files");
+    }
+  }
+  return base;
+}
+
+inline result<answer> session::send(call& of, http_request request, const std::string& authorization,
+                                    body_sink& sink, url& here) {
+  const auto base = parse_base_url(config.base_url);
+  if (!base) return base.error();
+  const http_headers own = std::exchange(request.headers, {});
+  const auto unwanted = std::exchange(request.is_cancelled, {});
+  const std::string first = here.redacted();
+  request.connect_timeout = config.connect_timeout;
+  request.idle_timeout = config.idle_timeout;
+  for (int hop = 0; hop <= 10; ++hop) {
+    request.url = here.str();
+    request.proxy = proxy_for(config, here);
+    request.headers = {{"User-Agent", config.user_agent}, {"Accept", "*/*"}, {"Accept-Encoding", "identity"}};
+    request.headers.insert(request.headers.end(), own.begin(), own.end());
+    add_credentials(request, under_base(*base, here), authorization);
+
+    guarded_sink guard(of, sink, request.method + " " + here.redacted());
+    request.is_cancelled = [&] { return guard.cancelled() || (unwanted && unwanted()); };
+    auto got = transport_.send(transport_.object, request, guard);
+    if (!got) {
+      if (auto failure = guard.verdict(got.error())) return *std::move(failure);
+      got = guard.head();  // cut off on purpose
+    }
+    const std::string* location = got->header("Location");
+    if (!is_redirect(got->status) || location == nullptr) return answer{*std::move(got), guard.take_body()};
+
+    // A POST that is redirected otherwise than by 307 and 308 would become a GET: then the base URL is wrong.
+    const bool repeatable = request.method == "GET" || got->status == 307 || got->status == 308;
+    auto next = here.resolve(trim(*location));
+    const bool downgrade = next && here.scheme == "https" && next->scheme == "http";
+    if (!repeatable || !next || downgrade) {
+      return error(errc::protocol_violation,
+                   request.method + " " + here.redacted() + " was redirected to " +
+                       (next ? next->redacted() : std::string("an address that cannot be used")) +
+                       (downgrade ? ", from https to http: refused" : ": refused; is the base URL right?"),
+                   got->status);
+    }
+    here = *std::move(next);
+  }
+  return error(errc::protocol_violation, "more than 10 redirects from " + first);
+}
+
+/// The one place where credentials meet a request.
+inline void session::add_credentials(http_request& request, bool home, const std::string& authorization) const {
+  if (home && !authorization.empty()) request.headers.emplace_back("Authorization", authorization);
+  for (const auto& field : config.extra_headers) {
+    const bool set = std::any_of(request.headers.begin(), request.headers.end(), [&](const auto& other) {
+      return equal_ignoring_case(other.first, field.first);
+    });
+    if (equal_ignoring_case(field.first, "Proxy-Authorization")) {
+      request.proxy_authorization = field.second;
+    } else if (home && !set) {
+      request.headers.push_back(field);
+    }
+  }
+}
+
+inline result<std::string> session::authorization(call& of) {
+  auto base = ready();
+  if (!base) return base.error();
+  if (!config.identity_token_file.empty() && config.api_key.empty()) return bearer(of, *base);
+  std::string key = config.api_key;
+  if (key.empty()) {
+    const std::lock_guard<std::mutex> guard(mutex);
+    if (!netrc_key_) {
+      std::vector<std::string> warnings;
+      netrc_key_ = api_key_from_netrc(config, *base, warnings);
+      for (const auto& text : warnings) warn(text);
+    }
+    key = *netrc_key_;
+  }
+  if (key.empty()) return std::string();
+  if (auto good = check_api_key(key); !good) return good.error();
+  return "Basic " + base64_encode("api:" + key);
+}
+
+inline result<std::string> session::bearer(call& of, const url& base) {
+  const std::lock_guard<std::mutex> guard(mutex);  // one exchange for all who wait
+  const auto now = std::chrono::system_clock::now();
+  const auto fresh = [&](const std::optional<access_token>& one) {
+    return one && one->expires_at - now > std::chrono::minutes(5);
+  };
+  if (!fresh(token_)) token_ = read_shared_token(config.credentials_file, config.base_url, now);
+  if (!fresh(token_)) {
+    auto got = exchange_identity(of, base);
+    if (!got) return got.error();
+    token_ = *got;
+    if (auto kept = write_shared_token(config.credentials_file, config.base_url, *token_); !kept) {
+      warn(kept.error().what());
+    }
+  }
+  return "Bearer " + token_->value;
+}
+
+/// RFC 7523: a signed statement of identity for an access token.
+inline result<access_token> session::exchange_identity(call& of, const url& base) {
+  const auto identity = read_small_file(from_utf8(config.identity_token_file), 64 * 1024);
+  if (!identity) {
+    return error(errc::invalid_argument, std::string("identity token (WANDB_IDENTITY_TOKEN_FILE): ") + identity.error().what());
+  }
+  http_request request;
+  request.method = "POST";
+  request.headers = {{"Content-Type", "application/x-www-form-urlencoded"}};
+  request.body = "grant_type=" + percent_encode("urn:ietf:params:oauth:grant-type:jwt-bearer") +
+                 "&assertion=" + percent_encode(trim(*identity));
+  const std::string what = "exchanging the identity token at " + base.redacted();
+  for (patience tries(of);;) {
+    collecting_sink body(64 * 1024);
+    url here = beneath(base, "/oidc/token");
+    auto got = send(of, request, {}, body, here);
+    error failure(errc::protocol_violation, what + ": the answer has no access token");
+    if (!got) {
+      failure = got.error();
+    } else if (got->head.status != 200) {
+      failure = status_error(what, *got, here, "Bearer");
+    } else {
+      const auto answer = nlohmann::json::parse(body.text, nullptr, false);
+      const auto token = answer.is_object() ? answer.find("access_token") : answer.end();
+      const auto lifetime = answer.is_object() ? answer.find("expires_in") : answer.end();
+      if (answer.is_object() && token != answer.end() && token->is_string() && lifetime != answer.end() &&
+          lifetime->is_number()) {
+        const auto seconds = static_cast<std::int64_t>((std::min)((std::max)(lifetime->get<double>(), 0.0), 1e9));
+        return access_token{token->get<std::string>(), std::chrono::system_clock::now() + std::chrono::seconds(seconds)};
+      }
+    }
+    if (auto end = tries.wait_after(failure)) return *end;
+  }
+}
+
+inline std::string session::credentials_hint(const std::string& authorization) const {
+  const auto base = parse_base_url(config.base_url);
+  const std::string host = base ? base->host : config.base_url;
+  if (authorization.empty()) {
+    return "no API key for " + host + ": set WANDB_API_KEY or run `wandb login` (looked in the settings, the environment and " +
+           (config.netrc_file.empty() ? std::string("no netrc file") : in_quotes(config.netrc_file)) + ")";
+  }
+  return starts_with(authorization, "Bearer")
+             ? "the access token for " + host + " was refused: is the identity token (WANDB_IDENTITY_TOKEN_FILE) current?"
+             : "the API key for " + host + " was refused: check WANDB_API_KEY, or run `wandb login --relogin`";
+}
+
+/// What a backend says in an error body: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
+inline std::string backend_message(const nlohmann::json& body) {
+  const auto text_of = [](const nlohmann::json& one) {
+    if (one.is_string()) return one.get<std::string>();
+    const auto message = one.is_object() ? one.find("message") : one.end();
+    return one.is_object() && message != one.end() && message->is_string() ? message->get<std::string>() : std::string();
+  };
+  std::string joined;
+  const auto add = [&](const std::string& text) {
+    if (!text.empty()) joined += (joined.empty() ? "" : "; ") + text;
+  };
+  if (!body.is_object()) return joined;
+  if (const auto one = body.find("error"); one != body.end()) add(text_of(*one));
+  if (const auto all = body.find("errors"); all != body.end() && all->is_array()) {
+    for (const auto& one : *all) add(text_of(one));
+  }
+  return joined;
+}
+
+inline error session::status_error(const std::string& what, const answer& got, const url& from,
+                                   const std::string& authorization) const {
+  const int status = got.head.status;
+  std::string text = what + ": HTTP status " + std::to_string(status);
+  const auto base = parse_base_url(config.base_url);
+  if (base && under_base(*base, from)) {  // storage's bodies may repeat signatures
+    const auto said = backend_message(nlohmann::json::parse(got.body, nullptr, false));
+    // A server that repeats what it was sent must not make us repeat it.
+    const bool secret = !config.api_key.empty() && said.find(config.api_key) != std::string::npos;
+    if (!said.empty() && !secret) text += ", " + in_quotes(said);
+    if (status == 401) return error(errc::not_authenticated, text + "; " + credentials_hint(authorization), status);
+    if (status == 403 || contains_ignoring_case(said, "permission denied")) {
+      return error(errc::permission_denied,
+                   text + "; " + (authorization.empty() ? credentials_hint(authorization)
+                                                        : "this account may not see it: ask its owner, or use another key"),
+                   status);
+    }
+    if (status == 404 && contains_ignoring_case(said, "not found")) return error(errc::run_not_found, text, status);
+    if (status == 404) text += "; is " + config.base_url + " the base URL of a W&B server?";
+  }
+  error failure(errc::http_failure, text, status);
+  failure.retry_after(parse_retry_after(got.head));
+  return failure;
+}
+
+}  // namespace detail
+
+// ================================================================================================= service
+
+namespace detail {
+
+/// A file of a run as the service knows it, and where to get it.
+struct remote_file {
+  file_info info;
+  std::string address;  // absolute; may be signed: never for messages
+};
+
+/// The questions that are put to the service over GraphQL, and what their answers mean.
+class service {
+ public:
+  service(session& with, call& of) : session_(with), call_(of) {}
+
+  /// Does the run exist, does the file exist, where is it, how long, which md5? One request.
+  result<remote_file> find_file(const run_path& run, const std::string& name);
+  /// All files of a run, a request a page.
+  result<std::vector<file_info>> list_files(const run_path& run);
+  /// The entity that a run path without one means; asked for once a session.
+  result<std::string> default_entity();
+
+ private:
+  using json = nlohmann::json;
+  static constexpr std::size_t max_answer = 16 * 1024 * 1024;  // bytes; a page of files is far below that
+
+  result<json> ask(const std::string& what, const char* query, json variables);
+  result<json> ask_once(const std::string& what, const url& base, const std::string& authorization,
+                        const std::string& body);
+  result<json> files_page(const std::string& what, const run_path& run, json variables);
+  [[nodiscard]] static file_info info_of(const json& node);
+  [[nodiscard]] result<std::string> address_of(const std::string& what, const json& node) const;
+  [[nodiscard]] std::string host() const {
+    const auto base = parse_base_url(session_.config.base_url);
+    return base ? base->host : session_.config.base_url;
+  }
+
+  static std::string text(const json& object, const char* name) {
+    const auto found = object.is_object() ? object.find(name) : object.end();
+    return object.is_object() && found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
+  }
+  static const json& member(const json& object, const char* name) {
+    static const json null;
+    if (!object.is_object()) return null;
+    const auto found = object.find(name);
+    return found != object.end() ? *found : null;
+  }
+
+  session& session_;
+  call& call_;
+  bool anonymous_ = false;
+};
+
+inline result<nlohmann::json> service::ask(const std::string& what, const char* query, json variables) {
+  auto base = session_.ready();
+  if (!base) return base.error();
+  auto authorization = session_.authorization(call_);
+  if (!authorization) return authorization.error();
+  anonymous_ = authorization->empty();
+  const json question = {{"query", query}, {"variables", std::move(variables)}};
+  const std::string body = question.dump(-1, ' ', false, json::error_handler_t::replace);
+  for (patience tries(call_);;) {
+    auto data = ask_once(what, *base, *authorization, body);
+    if (data) return data;
+    if (auto end = tries.wait_after(data.error())) return *end;
+  }
+}
+
+inline result<nlohmann::json> service::ask_once(const std::string& what, const url& base,
+                                                const std::string& authorization, const std::string& body) {
+  http_request request;
+  request.method = "POST";
+  request.body = body;
+  request.headers = {{"Content-Type", "application/json"}, {"Use-Admin-Privileges", "true"}};
+  if (!session_.config.username.empty()) request.headers.emplace_back("X-WANDB-USERNAME", session_.config.username);
+  if (!session_.config.user_email.empty()) request.headers.emplace_back("X-WANDB-USER-EMAIL", session_.config.user_email);
+
+  collecting_sink answered(max_answer);
+  url here = beneath(base, "/graphql");
+  auto got = session_.send(call_, std::move(request), authorization, answered, here);
+  if (answered.overflow) {
+    return error(errc::protocol_violation, what + ": the answer of " + host() + " is longer than " + readable_bytes(max_answer));
+  }
+  if (!got) return error(got.error());
+  if (got->head.status != 200) return session_.status_error(what, *got, here, authorization);
+  auto body_read = json::parse(answered.text, nullptr, false);
+  if (!body_read.is_object()) {
+    return error(errc::protocol_violation,
+                 what + ": the answer of " + host() + " is not what a W&B server sends (no JSON object): is " +
+                     session_.config.base_url + " its base URL?",
+                 200);
+  }
+  if (const auto said = backend_message(body_read); !said.empty()) {
+    const std::string full = what + ": " + host() + " answers " + in_quotes(said);
+    if (contains_ignoring_case(said, "permission denied") || contains_ignoring_case(said, "access denied")) {
+      return error(errc::permission_denied, full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
+    }
+    if (contains_ignoring_case(said, "not found") || contains_ignoring_case(said, "could not find")) {
+      return error(errc::run_not_found, full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
+    }
+    return error(errc::http_failure, full, 200);
+  }
+  return json(member(body_read, "data"));
+}
+
+/// `project(...).run(...).files` of the answer.
+inline result<nlohmann::json> service::files_page(const std::string& what, const run_path& run, json variables) {
+  // The names of the variables are the SDK's (RunFiles in wandb/apis/public/files.py).
+  static constexpr const char* query =
+      "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
+      "$fileLimit: Int = 50, $fileNames: [String] = [], $pattern: String) { "
+      "project(name: $project, entityName: $entity) { run(name: $name) { fileCount "
+      "files(names: $fileNames, after: $fileCursor, first: $fileLimit, pattern: $pattern) { "
+      "edges { node { id name url directUrl sizeBytes mimetype updatedAt md5 } cursor } "
+      "pageInfo { endCursor hasNextPage } } } } }";
+  variables["project"] = run.project;
+  variables["entity"] = run.entity;
+  variables["name"] = run.run_id;
+  auto data = ask(what, query, std::move(variables));
+  if (!data) return data;
+  if (!data->is_object() || !data->contains("project")) {
+    return error(errc::protocol_violation, what + ": the answer of " + host() + " has no project in it");
+  }
+  const json& found = member(member(*data, "project"), "run");
+  if (!found.is_object()) {
+    const bool no_project = !member(*data, "project").is_object();
+    return error(errc::run_not_found,
+                 what + ": " + host() + " knows no " +
+                     (no_project ? "project " + in_quotes(run.entity + "/" + run.project) : "run " + in_quotes(run.str())) +
+                     " that may be seen " +
+                     (anonymous_ ? "without a key; " + session_.credentials_hint({}) : std::string("with this key; check the run path")));
+  }
+  json files = member(found, "files");
+  if (!member(files, "edges").is_array()) {
+    return error(errc::protocol_violation, what + ": the answer of " + host() + " has no list of files in it");
+  }
+  return files;
+}
+
+inline file_info service::info_of(const json& node) {
+  file_info info;
+  info.name = text(node, "name");
+  info.md5 = normalised_md5(trim(text(node, "md5")));
+  info.mimetype = text(node, "mimetype");
+  info.updated_at = text(node, "updatedAt");
+  const json& size = member(node, "sizeBytes");  // a number or a string; the SDK reads null as 0
+  if (size.is_number_unsigned()) info.size = size.get<std::uint64_t>();
+  if (size.is_string()) info.size = to_number<std::uint64_t>(size.get_ref<const std::string&>());
+  if (info.size == std::uint64_t{0} && info.md5 != md5().finish()) info.size.reset();  // 0 may stand for null
+  return info;
+}
+
+inline result<std::string> service::address_of(const std::string& what, const json& node) const {
+  std::string address = text(node, "url");
+  if (address.empty()) address = text(node, "directUrl");
+  const std::string shown = in_quotes(address.substr(0, address.find('?')));
+  if (address.empty()) {
+    return error(errc::protocol_violation, what + ": the answer of " + host() + " tells no address for it");
+  }
+  if (address.find("://") != std::string::npos && !starts_with(lower(address), "http")) {
+    return error(errc::protocol_violation,
+                 what + ": it is a reference to " + shown + ", which is kept elsewhere and not served over HTTP");
+  }
+  const auto base = parse_base_url(session_.config.base_url);
+  if (!base) return base.error();
+  const auto absolute = base->resolve(address);
+  if (!absolute) return error(errc::protocol_violation, what + ": " + absolute.error().what());
+  if (base->scheme == "https" && absolute->scheme == "http") {
+    return error(errc::protocol_violation, what + ": its address " + shown + " is not https: refused");
+  }
+  return absolute->str();
+}
+
+inline result<remote_file> service::find_file(const run_path& run, const std::string& name) {
+  const std::string what = "looking for " + in_quotes(name) + " in " + run.str();
+  auto files = files_page(what, run, {{"fileNames", {name}}, {"fileLimit", 1}});
+  if (!files) return files.error();
+  for (const auto& edge : member(*files, "edges")) {
+    const json& node = member(edge, "node");
+    if (!node.is_object() || (!text(node, "name").empty() && text(node, "name") != name)) continue;
+    if (text(node, "md5") == "0") {
+      return error(errc::file_not_found, what + ": it was never uploaded (yet): if the run still writes it, try again later");
+    }
+    auto address = address_of(what, node);
+    if (!address) return address.error();
+    return remote_file{info_of(node), *std::move(address)};
+  }
+  return error(errc::file_not_found, what + ": the run has no such file (the list of its files shows the names)");
+}
+
+inline result<std::vector<file_info>> service::list_files(const run_path& run) {
+  const std::string what = "listing the files of " + run.str();
+  std::vector<file_info> all;
+  for (std::string cursor;;) {
+    json variables = {{"fileLimit", 500}};
+    if (!cursor.empty()) variables["fileCursor"] = cursor;
+    auto files = files_page(what, run, std::move(variables));
+    if (!files) return files.error();
+    std::string last;
+    for (const auto& edge : member(*files, "edges")) {
+      last = text(edge, "cursor");
+      if (text(member(edge, "node"), "md5") != "0") all.push_back(info_of(member(edge, "node")));
+    }
+    const json& page = member(*files, "pageInfo");
+    if (last.empty()) last = text(page, "endCursor");
+    const json& more = member(page, "hasNextPage");
+    if (!more.is_boolean() || !more.get<bool>() || last.empty() || last == cursor) return all;
+    cursor = last;
+  }
+}
+
+inline result<std::string> service::default_entity() {
+  {
+    const std::lock_guard<std::mutex> guard(session_.mutex);
+    if (session_.default_entity) return *session_.default_entity;
+  }
+  const std::string what = "asking for the account's default entity";
+  auto data = ask(what, "query Viewer { viewer { id entity } }", json::object());
+  if (!data) return data.error();
+  const std::string entity = text(member(*data, "viewer"), "entity");
+  if (entity.empty()) {
+    return error(errc::invalid_run_path,
+                 what + ": " + host() + " tells none; set WANDB_ENTITY or name it in the run path (entity/project/run_id)" +
+                     (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()));
+  }
+  const std::lock_guard<std::mutex> guard(session_.mutex);
+  session_.default_entity = entity;
+  return entity;
+}
+
+}  // namespace detail
+
+// ================================================================================================ download
+
+namespace detail {
+
+/// A thread whose failure to start is a value: std::thread throws, which would end a program without exceptions.
+class thread {
+ public:
+  thread() = default;
+  thread(const thread&) = delete;
+  thread& operator=(const thread&) = delete;
+  ~thread() { join(); }
+
+  [[nodiscard]] bool start(std::function<void()> body) {
+    auto owned = std::make_unique<std::function<void()>>(std::move(body));
+#ifdef _WIN32
+    handle_ = reinterpret_cast<HANDLE>(_beginthreadex(nullptr, 0, &run, owned.get(), 0, nullptr));
+    started_ = handle_ != nullptr;
+#else
+    started_ = ::pthread_create(&handle_, nullptr, &run, owned.get()) == 0;
+#endif
+    if (started_) (void)owned.release();  // the thread's now
+    return started_;
+  }
+  void join() {
+    if (!std::exchange(started_, false)) return;
+#ifdef _WIN32
+    WaitForSingleObject(handle_, INFINITE);
+    CloseHandle(handle_);
+#else
+    ::pthread_join(handle_, nullptr);
+#endif
+  }
+
+ private:
+#ifdef _WIN32
+  static unsigned __stdcall run(void* body) {
+#else
+  static void* run(void* body) {
+#endif
+    (*std::unique_ptr<std::function<void()>>(static_cast<std::function<void()>*>(body)))();
+    return {};
+  }
+#ifdef _WIN32
+  HANDLE handle_ = nullptr;
+#else
+  pthread_t handle_{};
+#endif
+  bool started_ = false;
+};
+
+/// Bytes [begin, end) of a file.
+struct byte_range {
+  std::uint64_t begin = 0, end = 0;
+};
+
+/// Who fetches which bytes. Pieces are given out from the front, so that the digest, which follows the frontier, always has
+/// something to do; they grow with a connection's pace and shrink towards the end; what is left when nothing is left
+/// to give is shared with the slowest. Calls are guarded by the download's mutex, but for what is atomic.
+class range_plan {
+ public:
+  static constexpr std::uint64_t block = partial_file::block;
+  static constexpr std::uint64_t mebibyte = 1024 * 1024;
+  static constexpr std::uint64_t first_piece = 4 * mebibyte, largest_piece = 64 * mebibyte, smallest_piece = mebibyte;
+  static constexpr std::uint64_t smallest_share = 4 * block;
+  static constexpr std::uint64_t worth_splitting = 2 * first_piece;
+  static constexpr std::uint64_t endless = ~std::uint64_t{0};  // the end of what has no known size
+
+  /// One connection's work: what it holds and how it fares.
+  struct slot {
+    std::atomic<std::uint64_t> at{0};   // the next byte to arrive
+    std::atomic<std::uint64_t> end{0};  // lowered when another takes over
+    std::uint64_t flushed = 0;          // everything of the range before this is on disk and recorded
+    std::atomic<bool> revoked{false};   // the end was lowered: what comes after it is not wanted
+    std::atomic<std::uint64_t> received{0};
+    std::uint64_t seen = 0;             // `received` when the pace was last measured
+    double pace = 0;                    // bytes a second; 0: not known yet
+    bool busy = false;
+  };
+
+  range_plan(std::size_t connections, std::deque<byte_range> gaps) : gaps_(std::move(gaps)), slots_(connections) {}
+
+  slot& operator[](std::size_t index) { return slots_[index]; }
+  [[nodiscard]] std::size_t connections() const { return slots_.size(); }
+
+  /// Gives connection `me` something to fetch; false where there is nothing (now).
+  bool take(std::size_t me) {
+    slot& mine = slots_[me];
+    if (gaps_.empty()) return share(mine);
+    byte_range& gap = gaps_.front();
+    const byte_range given{gap.begin, gap.begin + (std::min)(gap.end - gap.begin, piece(mine))};
+    gap.begin = given.end;
+    if (gap.begin == gap.end) gaps_.pop_front();
+    assign(mine, given);
+    return true;
+  }
+  /// All of it is one connection's: the server sends nothing but the whole.
+  void take_whole(std::size_t me, std::uint64_t size) {
+    gaps_.clear();
+    for (slot& other : slots_) revoke(other, other.at);
+    assign(slots_[me], {0, size});
+  }
+  void done(std::size_t me) { slots_[me].busy = false; }
+  /// What a connection that ends has not fetched is for the others.
+  void give_back(std::size_t me) {
+    slot& mine = slots_[me];
+    if (mine.busy && mine.flushed < mine.end) gaps_.push_front({mine.flushed, mine.end});
+    mine.busy = false;
+  }
+  /// Measures each connection's pace over the last `seconds`.
+  void measure(double seconds) {
+    for (slot& one : slots_) {
+      const auto received = one.received.load();
+      const double now = static_cast<double>(received - one.seen) / seconds;
+      one.seen = received;
+      if (one.busy) one.pace = one.pace == 0 ? now : 0.7 * one.pace + 0.3 * now;
+    }
+  }
+
+ private:
+  static void assign(slot& to, byte_range range) {
+    to.flushed = range.begin;
+    to.at = range.begin;
+    to.end = range.end;
+    to.revoked = false;
+    to.busy = true;
+  }
+  static void revoke(slot& from, std::uint64_t end) {
+    from.end = end;
+    from.revoked = true;
+  }
+  [[nodiscard]] std::uint64_t piece(const slot& of) const {
+    if (slots_.size() == 1) return endless;
+    std::uint64_t left = 0;
+    for (const auto& gap : gaps_) left += gap.end - gap.begin;
+    const auto wanted = of.pace == 0 ? first_piece : static_cast<std::uint64_t>(of.pace * 2);  // two seconds' worth
+    const auto fair = left / (2 * slots_.size());
+    const auto bounded = (std::max)((std::min)({wanted, fair, largest_piece}), smallest_piece);
+    return (bounded + block - 1) / block * block;
+  }
+  /// Half of what the slowest still has to do; all of it where that is too little to share and too slow to wait for.
+  bool share(slot& mine) {
+    slot* slowest = nullptr;
+    double longest = 0;
+    for (slot& other : slots_) {
+      if (&other == &mine || !other.busy || other.end == endless || other.at >= other.end) continue;
+      const double time = static_cast<double>(other.end - other.at) / (std::max)(other.pace, 1.0);
+      if (time > longest) longest = time, slowest = &other;
+    }
+    if (slowest == nullptr) return false;
+    const std::uint64_t at = slowest->at, end = slowest->end;
+    const auto middle = (at + (end - at) / 2 + block - 1) / block * block;
+    if (end - at >= 2 * smallest_share) {
+      revoke(*slowest, middle);
+      assign(mine, {middle, end});
+      return true;
+    }
+    if (longest < 1 || mine.pace < 4 * slowest->pace) return false;
+    const auto begin = slowest->flushed;
+    revoke(*slowest, begin);
+    assign(mine, {begin, end});
+    return true;
+  }
+
+  std::deque<byte_range> gaps_;  // in ascending order, given to nobody
+  std::vector<slot> slots_;
+};
+
+/// Content-Range: bytes begin-end/size (RFC 9110, section 14.4); `end` is exclusive here, a size of * is absent.
+struct content_range {
+  byte_range bytes;
+  std::optional<std::uint64_t> size;
+
+  static std::optional<content_range> parse(std::string_view text) {
+    text = trim(text);
+    if (!equal_ignoring_case(text.substr(0, 6), "bytes ")) return std::nullopt;
+    const auto dash = text.find('-'), slash = text.find('/');
+    if (dash == std::string_view::npos || slash == std::string_view::npos || dash > slash) return std::nullopt;
+    const auto first = to_number<std::uint64_t>(trim(text.substr(6, dash - 6)));
+    const auto last = to_number<std::uint64_t>(trim(text.substr(dash + 1, slash - dash - 1)));
+    const auto size = to_number<std::uint64_t>(trim(text.substr(slash + 1)));
+    if (!first || !last || *last < *first || (!size && trim(text.substr(slash + 1)) != "*")) return std::nullopt;
+    return content_range{{*first, *last + 1}, size};
+  }
+};
+
+/// One file on its way to a place: ranges are fetched by a thread a connection, hashed by another, and watched over by the
+/// caller's. One object for one try from what is there (or from nothing).
+class download {
+ public:
+  download(session& with, call& of, const run_path& run, const std::string& name, remote_file remote,
+           const restore_options& options)
+      : session_(with), call_(of), run_(run), name_(name), options_(options), remote_(std::move(remote)) {}
+  download(const download&) = delete;
+  download& operator=(const download&) = delete;
+  ~download() { stop(); }  // also where the caller's on_progress throws
+
+  /// Fills the partial file and checks it.
+  result<void> run(partial_file& into);
+  /// The file is not what it was when the download began: worth another start from nothing.
+  [[nodiscard]] bool entity_changed() const { return entity_changed_; }
+
+ private:
+  class range_sink;
+  using lock = std::unique_lock<std::mutex>;
+
+  void work(std::size_t me);
+  bool next_range(std::size_t me);
+  std::optional<error> fetch(std::size_t me, std::string& buffer, patience& tries);
+  result<url> address(lock& held);
+  std::optional<error> judge(const answer& got, const url& from, std::uint64_t used,
+                             const std::string& authorization);
+  result<void> flush(std::size_t me, std::string& buffer);
+  void retire(std::size_t me, const error& why);
+  void fail(const error& why);
+  void stop();
+  void hash_along();
+  void tick(phase now);
+  [[nodiscard]] std::string what() const { return "downloading " + in_quotes(name_) + " of " + run_.str(); }
+  [[nodiscard]] bool checked() const { return options_.verify && !remote_.info.md5.empty(); }
+
+  session& session_;
+  call& call_;
+  const run_path& run_;
+  const std::string& name_;
+  const restore_options& options_;
+  partial_file* into_ = nullptr;
+  std::unique_ptr<range_plan> plan_;
+
+  std::mutex mutex_;  // guards what follows, and the plan and the record of the partial file
+  std::condition_variable changed_;   // anything but the next
+  std::condition_variable advanced_;  // the frontier, for the digest
+  remote_file remote_;
+  std::optional<url> final_;       // where the redirects led
+  bool resolving_ = false;         // one connection is finding that out, the others wait
+  std::uint64_t generation_ = 0;   // of final_
+  bool renewed_ = false;           // and nothing has arrived since
+  std::string entity_tag_;
+  std::uint64_t frontier_ = 0;     // all bytes before this are on disk
+  std::uint64_t present_ = 0;      // bytes on disk
+  std::size_t alive_ = 0;          // connections
+  bool complete_ = false;
+  std::optional<error> failure_;
+  std::string digest_;
+  bool hashed_all_ = false;
+
+  std::atomic<bool> stopped_{false};
+  std::atomic<bool> entity_changed_{false};
+  std::atomic<std::uint64_t> hashed_{0};
+  std::atomic<std::uint64_t> received_{0};
+  std::uint64_t received_before_ = 0;
+  double pace_ = 0;
+  clock::time_point ticked_ = clock::now();
+  std::deque<thread> threads_;  // last: joined before anything they use goes
+};
+
+/// Checks HTTP's promises about a response and brings its bytes to their places, a few blocks at a time.
+class download::range_sink final : public body_sink {
+ public:
+  static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes written at once, and each connection's buffer
+
+  range_sink(download& of, std::size_t me, std::string& buffer, bool ranged, const url& here)
+      : of_(of), me_(me), slot_((*of.plan_)[me]), buffer_(buffer), ranged_(ranged), here_(here) {}
+
+  bool start(const http_response& head) override {
+    const lock held(of_.mutex_);
+    failure_ = check(head);
+    if (failure_ || of_.stopped_) return false;
+    if (of_.resolving_ || !of_.final_) {
+      of_.final_ = here_;
+      of_.resolving_ = false;
+      of_.changed_.notify_all();
+    }
+    return true;
+  }
+
+  bool write(std::string_view bytes) override {
+    slot_.received += bytes.size();
+    of_.received_ += bytes.size();
+    while (!bytes.empty()) {
+      const std::uint64_t at = slot_.at, end = slot_.end;
+      if (of_.stopped_ || at >= end) {
+        surplus_ = true;
+        return false;
+      }
+      const auto boundary = (std::min)((at / chunk + 1) * chunk, end);
+      const auto taken = static_cast<std::size_t>((std::min<std::uint64_t>)(bytes.size(), boundary - at));
+      buffer_.append(bytes.substr(0, taken));
+      bytes.remove_prefix(taken);
+      slot_.at = at + taken;
+      if (at + taken == boundary) {
+        if (auto written = of_.flush(me_, buffer_); !written) {
+          failure_ = written.error();
+          return false;
+        }
+      }
+    }
+    return true;
+  }
+
+  [[nodiscard]] const std::optional<error>& failure() const { return failure_; }
+  /// More came than was promised or is still wanted.
+  [[nodiscard]] bool surplus() const { return surplus_; }
+
+ private:
+  [[nodiscard]] error violation(const std::string& why) const {
+    return error(errc::protocol_violation, of_.what() + ": " + here_.redacted() + " " + why);
+  }
+  std::optional<error> check(const http_response& head) {
+    const std::string* tag = head.header("ETag");
+    if (tag != nullptr && !of_.entity_tag_.empty() && *tag != of_.entity_tag_) {
+      of_.entity_changed_ = true;
+      return violation("changed while it was being fetched (its entity tag is another now)");
+    }
+    if (tag != nullptr) of_.entity_tag_ = *tag;
+    return head.status == 206 ? check_part(head) : check_whole(head);
+  }
+  /// RFC 9110, section 15.3.7.
+  std::optional<error> check_part(const http_response& head) {
+    const std::string* field = head.header("Content-Range");
+    const auto range = field != nullptr ? content_range::parse(*field) : std::nullopt;
+    if (!ranged_ || !range) return violation("answers 206 without a range that was asked for");
+    if (range->size && of_.remote_.info.size && *range->size != *of_.remote_.info.size) return wrong_size(*range->size);
+    if (range->bytes.begin != slot_.at || range->bytes.end > asked_end_) {
+      return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
+    }
+    return std::nullopt;
+  }
+  /// A server that ignores Range sends everything from the start: one stream, then.
+  std::optional<error> check_whole(const http_response& head) {
+    const std::string* field = head.header("Content-Length");
+    const auto length = field != nullptr ? to_number<std::uint64_t>(trim(*field)) : std::nullopt;
+    auto& size = of_.remote_.info.size;
+    if (length && size && *length != *size) return wrong_size(*length);
+    of_.plan_->take_whole(me_, size ? *size : length.value_or(range_plan::endless));
+    buffer_.clear();
+    of_.changed_.notify_all();
+    return std::nullopt;
+  }
+  [[nodiscard]] error wrong_size(std::uint64_t got) const {
+    return error(errc::checksum_mismatch,
+                 of_.what() + ": " + here_.redacted() + " has " + std::to_string(got) + " bytes, the service says " +
+                     std::to_string(*of_.remote_.info.size));
+  }
+
+  download& of_;
+  std::size_t me_;
+  range_plan::slot& slot_;
+  std::string& buffer_;
+  bool ranged_;
+  const url& here_;
+  std::uint64_t asked_end_ = slot_.end;
+  std::optional<error> failure_;
+  bool surplus_ = false;
+};
+
+inline result<void> download::run(partial_file& into) {
+  into_ = &into;
+  const bool known = remote_.info.size.has_value();
+  std::deque<byte_range> gaps;
+  if (!known) gaps.push_back({0, range_plan::endless});
+  for (std::uint64_t i = 0; i < into.blocks(); ++i) {
+    const byte_range one{i * partial_file::block, (std::min)((i + 1) * partial_file::block, into.size())};
+    if (into.has(i)) {
+      present_ += one.end - one.begin;
+      if (frontier_ == one.begin) frontier_ = one.end;
+    } else if (!gaps.empty() && gaps.back().end == one.begin) {
+      gaps.back().end = one.end;
+    } else {
+      gaps.push_back(one);
+    }
+  }
+  complete_ = gaps.empty();
+  const std::uint64_t missing = into.size() - present_;
+  const auto most = missing < range_plan::worth_splitting
+                        ? 1 : (std::min)(static_cast<std::uint64_t>(options_.connections), missing / range_plan::first_piece);
+  plan_ = std::make_unique<range_plan>(static_cast<std::size_t>(most), std::move(gaps));
+
+  bool hashing = false;
+  if (checked()) hashing = threads_.emplace_back().start([this] { hash_along(); });
+  if (!complete_) {
+    alive_ = plan_->connections();
+    std::size_t started = 0;
+    while (started < plan_->connections() && threads_.emplace_back().start([this, started] { work(started); })) ++started;
+    const lock held(mutex_);
+    alive_ -= plan_->connections() - started;  // no more threads to be had: fewer connections
+    if (started == 0) failure_ = error(errc::disk_failure, what() + ": the system starts no thread (a limit on processes?)");
+  }
+
+  for (lock held(mutex_); !complete_ && !failure_;) {
+    changed_.wait_for(held, milliseconds(100));
+    held.unlock();
+    tick(phase::downloading);
+    held.lock();
+    if (call_.cancelled() && !failure_) failure_ = call_.why_cancelled();
+  }
+  for (lock held(mutex_); hashing && !failure_ && !hashed_all_;) {
+    changed_.wait_for(held, milliseconds(100));
+    held.unlock();
+    tick(phase::verifying);
+    held.lock();
+    if (call_.cancelled() && !failure_) failure_ = call_.why_cancelled();
+  }
+  stop();
+  if (failure_) return *failure_;
+  if (checked() && !hashing) digest_ = md5_of_file(into.where());
+  const progress end{name_, checked() ? phase::verifying : phase::downloading, into.size(), into.size(), pace_};
+  if (options_.on_progress && !options_.on_progress(end)) call_.stop();
+  if (call_.cancelled()) return call_.why_cancelled();
+  if (checked() && digest_ != remote_.info.md5) {
+    return error(errc::checksum_mismatch, what() + ": its md5 is " + (digest_.empty() ? "unreadable" : digest_) + " after " +
+                                              std::to_string(into.size()) + " bytes, the service says " + remote_.info.md5);
+  }
+  return {};
+}
+
+inline void download::stop() {
+  {
+    const lock held(mutex_);
+    stopped_ = true;
+    changed_.notify_all();
+    advanced_.notify_all();
+  }
+  for (auto& one : threads_) one.join();
+}
+
+inline void download::fail(const error& why) {
+  const lock held(mutex_);
+  if (!failure_) failure_ = why;
+  stopped_ = true;
+  changed_.notify_all();
+}
+
+/// A connection that brings nothing ends; the last one's error is the download's.
+inline void download::retire(std::size_t me, const error& why) {
+  const lock held(mutex_);
+  plan_->give_back(me);
+  if (--alive_ == 0 && !complete_ && !failure_) failure_ = why;
+  changed_.notify_all();
+}
+
+inline void download::tick(phase now) {
+  const auto time = clock::now();
+  const double seconds = std::chrono::duration<double>(time - ticked_).count();
+  if (seconds < 0.09) return;
+  ticked_ = time;
+  const auto received = received_.load();
+  const double lately = static_cast<double>(received - received_before_) / seconds;
+  received_before_ = received;
+  pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
+  progress report{name_, now, 0, {}, pace_};
+  {
+    const lock held(mutex_);
+    plan_->measure(seconds);
+    report.bytes_done = now == phase::verifying ? hashed_.load() : present_;
+    report.bytes_total = remote_.info.size;
+  }
+  if (options_.on_progress && !options_.on_progress(report)) call_.stop();
+}
+
+/// MD5 is sequential and about as fast as a fast network: it follows the frontier while ranges still come in.
+inline void download::hash_along() {
+  md5 hash;
+  std::string buffer(static_cast<std::size_t>(range_sink::chunk), '\0');
+  bool readable = true;
+  for (std::uint64_t offset = 0;;) {
+    std::uint64_t until = 0;
+    {
+      lock held(mutex_);
+      advanced_.wait(held, [&] { return stopped_ || complete_ || frontier_ > offset; });
+      if (stopped_) return;
+      until = frontier_;
+      if (complete_ && (offset >= until || !readable)) {
+        digest_ = readable ? hash.finish() : std::string();
+        hashed_all_ = true;
+        changed_.notify_all();
+        return;
+      }
+    }
+    while (offset < until && !stopped_) {
+      const auto wanted = (std::min<std::uint64_t>)(buffer.size(), until - offset);
+      const auto count = into_->content().read_at(offset, buffer.data(), static_cast<std::size_t>(wanted));
+      readable = readable && count == static_cast<std::int64_t>(wanted);
+      if (readable) hash.update({buffer.data(), static_cast<std::size_t>(wanted)});
+      offset += wanted;
+      hashed_ = offset;
+    }
+  }
+}
+
+/// Writes what a connection has buffered, then records it.
+inline result<void> download::flush(std::size_t me, std::string& buffer) {
+  auto& mine = (*plan_)[me];
+  if (buffer.empty()) return {};
+  if (auto written = into_->write(mine.flushed, buffer); !written) return written;
+  const auto begin = mine.flushed, end = begin + buffer.size();
+  buffer.clear();
+  const lock held(mutex_);
+  mine.flushed = end;
+  renewed_ = false;
+  if (!remote_.info.size) {
+    frontier_ = present_ = (std::max)(frontier_, end);
+    advanced_.notify_all();
+    return {};
+  }
+  const auto first = begin / partial_file::block;
+  const auto last = end == into_->size() ? into_->blocks() : end / partial_file::block;
+  for (auto i = first; i < last; ++i) {
+    if (!into_->has(i)) present_ += (std::min)(into_->size(), (i + 1) * partial_file::block) - i * partial_file::block;
+  }
+  if (auto recorded = into_->record(first, last); !recorded) return recorded;
+  const auto before = frontier_;
+  while (frontier_ < into_->size() && into_->has(frontier_ / partial_file::block)) {
+    frontier_ = (std::min)(into_->size(), (frontier_ / partial_file::block + 1) * partial_file::block);
+  }
+  complete_ = present_ == into_->size();
+  if (complete_) changed_.notify_all();
+  if (complete_ || frontier_ != before) advanced_.notify_all();
+  return {};
+}
+
+inline void download::work(std::size_t me) {
+  patience tries(call_);
+  std::string buffer;
+  buffer.reserve(static_cast<std::size_t>(range_sink::chunk));
+  while (next_range(me)) {
+    buffer.clear();
+    while (auto failure = fetch(me, buffer, tries)) {
+      if (stopped_) return;
+      if (!failure->is_transient()) return fail(*failure);
+      const auto wait = tries.after(*failure);
+      if (!wait) return wait.error().code() == errc::cancelled ? fail(wait.error()) : retire(me, wait.error());
+      lock held(mutex_);
+      const auto& mine = (*plan_)[me];
+      changed_.wait_for(held, *wait, [&] { return stopped_ || complete_ || mine.at >= mine.end; });
+    }
+    const lock held(mutex_);
+    plan_->done(me);
+  }
+}
+
+/// Waits for something to fetch; false when there is nothing more to do.
+inline bool download::next_range(std::size_t me) {
+  lock held(mutex_);
+  while (!stopped_ && !complete_ && !failure_) {
+    if (plan_->take(me)) return true;
+    changed_.wait_for(held, milliseconds(50));  // paces change, and connections give back
+  }
+  return false;
+}
+
+/// Where the file is: what the redirects led to or, for the one that finds it out, the service's own address.
+inline result<url> download::address(lock& held) {
+  while (resolving_ && !stopped_) changed_.wait_for(held, milliseconds(50));
+  if (final_) return *final_;
+  resolving_ = true;
+  if (generation_ > 0) {  // an address that has expired: ask the service for the file again
+    held.unlock();
+    auto fresh = service(session_, call_).find_file(run_, name_);
+    held.lock();
+    if (!fresh) return fresh.error();
+    if (fresh->info.md5 != remote_.info.md5 || fresh->info.size != remote_.info.size) {
+      entity_changed_ = true;
+      return error(errc::protocol_violation, what() + ": the run replaced the file while it was being fetched; try again");
+    }
+    remote_.address = fresh->address;
+  }
+  return url::parse(remote_.address);
+}
+
+/// One exchange for what is left of a connection's range; nothing where that is done.
+inline std::optional<error> download::fetch(std::size_t me, std::string& buffer, patience& tries) {
+  auto& mine = (*plan_)[me];
+  const auto authorization = session_.authorization(call_);
+  if (!authorization) return authorization.error();
+
+  lock held(mutex_);
+  if (stopped_ || mine.at >= mine.end) return std::nullopt;
+  auto here = address(held);
+  const bool resolving = !final_;
+  const auto used = generation_;
+  const auto settle = [&] {  // whatever became of it, the others need not wait any longer
+    if (resolving && generation_ == used) resolving_ = false;
+    changed_.notify_all();
+  };
+  if (!here) {
+    settle();
+    return here.error();
+  }
+  http_request request;
+  const std::uint64_t begin = mine.at, end = mine.end;
+  const bool ranged = begin > 0 || (remote_.info.size && end < *remote_.info.size);
+  if (ranged) {
+    request.headers.emplace_back("Range", "bytes=" + std::to_string(begin) + '-' +
+                                              (end == range_plan::endless ? std::string() : std::to_string(end - 1)));
+    // RFC 9110, section 13.1.5: a strong entity tag only; with another one the whole comes back, which is noticed.
+    if (!entity_tag_.empty() && !starts_with(entity_tag_, "W/")) request.headers.emplace_back("If-Range", entity_tag_);
+  }
+  range_sink sink(*this, me, buffer, ranged, *here);
+  held.unlock();
+
+  request.is_cancelled = [&] { return stopped_ || (mine.revoked && mine.at >= mine.end); };
+  const auto got = session_.send(call_, std::move(request), *authorization, sink, *here);
+  if (mine.at > begin) tries.progressed();
+
+  held.lock();
+  settle();
+  if (sink.failure()) return sink.failure();
+  if (got && got->head.status != 200 && got->head.status != 206) {
+    if (auto failure = judge(*got, *here, used, *authorization)) return failure;
+    held.unlock();
+    return fetch(me, buffer, tries);  // from the new address
+  }
+  if (mine.revoked && mine.at >= mine.end) return std::nullopt;  // another has the rest
+  if (!got && !sink.surplus()) return got.error();
+  if (sink.surplus()) {
+    if (stopped_) return call_.why_cancelled();
+    return error(errc::protocol_violation, what() + ": " + here->redacted() + " sends more than it promised");
+  }
+  if (mine.end == range_plan::endless || !remote_.info.size) {  // nobody said how much: it is what came
+    held.unlock();
+    if (auto written = flush(me, buffer); !written) return written.error();
+    held.lock();
+    into_->set_size(mine.at);
+    complete_ = mine.end == range_plan::endless || mine.at == mine.end;
+    changed_.notify_all();
+    advanced_.notify_all();
+    if (complete_) return std::nullopt;
+  }
+  if (mine.at >= mine.end) return std::nullopt;
+  return error(errc::connection_failed, what() + ": " + here->redacted() + " ended " +
+                                            std::to_string(mine.end - mine.at) + " bytes early");
+}
+
+/// Statuses of a file's address that are neither 200 nor 206. A signature that has expired is nothing wrong: the address
+/// is renewed, once for all connections, and again only after something has arrived.
+inline std::optional<error> download::judge(const answer& got, const url& from, std::uint64_t used,
+                                            const std::string& authorization) {
+  const int status = got.head.status;
+  const auto base = parse_base_url(session_.config.base_url);
+  const bool storage = base && !under_base(*base, from);
+  error failure = session_.status_error(what() + ": " + from.redacted(), got, from, authorization);
+  if (!storage || (status != 401 && status != 403 && status != 410)) return failure;
+  if (generation_ != used) return std::nullopt;  // another has renewed it
+  if (renewed_) {
+    return error(status == 410 ? errc::http_failure : errc::permission_denied,
+                 std::string(failure.what()) + ", also with a new address", status);
+  }
+  renewed_ = true;
+  ++generation_;
+  final_.reset();
+  changed_.notify_all();
+  return std::nullopt;
+}
+
+}  // namespace detail
+
+// ============================================================================================== the story
+
+WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::keep() {
+  return rule([](const local_copy&, const file_info*) { return verdict::keep; });
+}
+WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::replace() {
+  return rule([](const local_copy&, const file_info*) { return verdict::fetch; });
+}
+WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::refresh() {
+  return rule([](const local_copy& local, const file_info* remote) {
+    if (remote == nullptr) return verdict::ask;
+    if (remote->md5.empty() || (remote->size && *remote->size != local.size)) return verdict::fetch;
+    return local.md5() == remote->md5 ? verdict::keep : verdict::fetch;
+  });
+}
+
+namespace detail {
+
+/// Refuses what would leave root, under the rules of any system (the SDK's wandb/sdk/lib/paths.py).
+inline result<void> check_name(std::string_view name) {
+  const auto refuse = [&](const char* why) {
+    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": " + why +
+                                             "; a name is a path inside the run, such as \"model.h5\" or \"ckpt/best.h5\"");
+  };
+  if (name.empty()) return refuse("the name is empty");
+  if (name.find('\0') != std::string_view::npos) return refuse("the name has a NUL in it");
+  if (name.front() == '/' || name.front() == '\\') return refuse("it is absolute");
+  if (name.size() > 1 && name[1] == ':' && is_letter(name[0])) return refuse("it names a drive");
+  std::string_view last;
+  for (const auto part : split(name, '/')) {
+    last = part;
+    for (const auto piece : split(part, '\\')) {
+      if (piece == "..") return refuse("it leaves the directory");
+    }
+  }
+  if (last.empty() || last == ".") return refuse("it is a directory");
+  return {};
+}
+
+/// The name as the service knows it: without "." and empty segments.
+inline std::string service_name(std::string_view name) {
+  std::string joined;
+  for (const auto part : split(name, '/')) {
+    if (!part.empty() && part != ".") joined.append(joined.empty() ? "" : "/").append(part);
+  }
+  return joined;
+}
+
+/// The run that is meant, as far as that is known without a request: the entity may be missing.
+inline result<run_path> run_of(const settings& configuration, std::string_view text) {
+  auto run = split_run_path(text.empty() ? std::string_view(configuration.run_id) : text);
+  if (text.empty()) run = run_path{{}, {}, configuration.run_id};
+  if (!run) return run;
+  if (run->entity.empty()) run->entity = configuration.entity;
+  if (run->project.empty()) run->project = configuration.project;
+  if (run->run_id.empty()) {
+    return error(errc::invalid_run_path,
+                 "no run path was given and there is no current run: pass entity/project/run_id, or set WANDB_RUN_ID");
+  }
+  if (run->project.empty()) {
+    return error(errc::invalid_run_path, "no project for run " + in_quotes(run->run_id) +
+                                             ": pass entity/project/run_id, or set WANDB_PROJECT");
+  }
+  return run;
+}
+
+/// One restore, from name to stream.
+class restoring {
+ public:
+  restoring(session& with, call& of, const restore_options& options, std::string name, run_path run, place at)
+      : session_(with), call_(of), options_(options), name_(std::move(name)), run_(std::move(run)), at_(std::move(at)) {}
+
+  result<restored_file> operator()() {
+    const auto seen = facts_of(at_.target);
+    if (seen && seen->is_directory) {
+      return error(errc::disk_failure, "cannot restore " + in_quotes(name_) + ": " + in_quotes(at_.target) + " is a directory");
+    }
+    const auto policy = options_.replace ? cache_policy::replace() : options_.cache.value_or(session_.policy);
+    auto verdict = seen ? policy(copy_of(*seen), nullptr) : cache_policy::verdict::fetch;
+    if (verdict == cache_policy::verdict::keep) return open_local(*seen);
+
+    service asked(session_, call_);
+    if (auto ready = session_.ready(); !ready) return ready.error();
+    if (run_.entity.empty()) {
+      auto entity = asked.default_entity();
+      if (!entity) return entity.error();
+      run_.entity = *std::move(entity);
+    }
+    auto remote = asked.find_file(run_, name_);
+    if (!remote) return remote.error();
+    if (verdict == cache_policy::verdict::ask) {
+      const auto copy = copy_of(*seen);
+      if (policy(copy, &remote->info) == cache_policy::verdict::keep) return keep(copy, remote->info);
+    }
+    return fetch(*std::move(remote), seen);
+  }
+
+ private:
+  [[nodiscard]] local_copy copy_of(const file_facts& facts) const {
+    local_copy copy;
+    copy.path = at_.target;
+    copy.size = facts.size;
+    copy.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(std::chrono::nanoseconds(facts.modified));
+    if (const auto known = read_receipt(session_.config.cache_dir, at_.target, facts)) {
+      copy.restored_from = known->run;
+      copy.receipt_md5 = known->md5;
+    }
+    return copy;
+  }
+
+  /// Without a request: what is known of the asked run must not contradict where the file came from.
+  result<restored_file> open_local(const file_facts& facts) {
+    const auto copy = copy_of(facts);
+    if (const auto& from = copy.restored_from) {
+      if (from->run_id != run_.run_id || from->project != run_.project ||
+          (!run_.entity.empty() && from->entity != run_.entity)) {
+        const run_path asked{run_.entity.empty() ? "(default entity)" : run_.entity, run_.project, run_.run_id};
+        return error(errc::local_conflict, in_quotes(at_.target) + " was restored from " + from->str() + ", but " +
+                                               asked.str() + " is asked for: replace or refresh it, or set another root");
+      }
+    }
+    return open({at_.target, copy.size, copy.receipt_md5, source::local, !copy.receipt_md5.empty()});
+  }
+
+  /// After the service was asked.
+  result<restored_file> keep(const local_copy& copy, const file_info& remote) {
+    const bool verified = !remote.md5.empty() && copy.md5() == remote.md5;
+    remember(verified ? remote.md5 : std::string());
+    return open({at_.target, copy.size, verified ? remote.md5 : std::string(), source::local, verified});
+  }
+
+  result<restored_file> open(restored_file::facts facts) const {
+    std::ifstream stream(at_.target, std::ios::binary);
+    if (!stream) return disk_error("open", at_.target);
+    return restored_file(std::move(stream), std::move(facts));
+  }
+
+  void remember(const std::string& md5) const {
+    if (const auto facts = facts_of(at_.target)) {
+      write_receipt(session_.config.cache_dir, at_.target, {run_, facts->size, facts->modified, md5});
+    }
+  }
+
+  result<restored_file> fetch(remote_file remote, const std::optional<file_facts>& seen) {
+    if (auto made = make_directories(at_.directory); !made) return made.error();
+    place_lock lock(at_);
+    if (!wait_for(lock)) return call_.why_cancelled();
+    const auto now = facts_of(at_.target);
+    if (now && !(seen && *seen == *now) && !remote.info.md5.empty()) {  // another process brought it meanwhile
+      const auto copy = copy_of(*now);
+      if (copy.md5() == remote.info.md5) return keep(copy, remote.info);
+    }
+    for (bool again = false;; again = true) {
+      auto opened = again ? partial_file::create(at_, remote.info.md5, remote.info.size.value_or(0))
+                          : partial_file::open(at_, remote.info.md5, remote.info.size.value_or(0));
+      if (!opened) return opened.error();
+      partial_file& partial = **opened;
+      if (auto room = partial.reserve(); !room) return keep_for_later(partial, remote, room.error());
+
+      bool changed = false;
+      auto done = [&] {
+        download transfer(session_, call_, run_, name_, remote, options_);
+        auto outcome = transfer.run(partial);
+        changed = transfer.entity_changed();
+        return outcome;
+      }();
+      if (done) return publish(partial, remote);
+      const bool wrong = done.error().code() == errc::checksum_mismatch;
+      if (!wrong && !changed) return keep_for_later(partial, remote, done.error());
+      if (again) {
+        return error(done.error().code(), std::string(done.error().what()) +
+                                              (wrong ? " (fetched twice; the run may be writing it: try again later)" : " (twice)"));
+      }
+      auto fresh = service(session_, call_).find_file(run_, name_);  // what is right may be another content by now
+      if (!fresh) return fresh.error();
+      remote = *std::move(fresh);
+    }
+  }
+
+  error keep_for_later(partial_file& partial, const remote_file& remote, error why) const {
+    partial.release(at_, remote.info.md5);
+    return why;
+  }
+
+  result<restored_file> publish(partial_file& partial, const remote_file& remote) {
+    auto stream = partial.publish(at_);
+    if (!stream) return stream.error();
+    const bool verified = options_.verify && !remote.info.md5.empty();
+    const std::string md5 = verified ? remote.info.md5 : std::string();
+    remember(md5);
+    clean_up(at_);
+    return restored_file(*std::move(stream), {at_.target, partial.size(), md5, source::downloaded, verified});
+  }
+
+  /// Another downloader of this target is given time as long as it makes progress. False if cancelled.
+  bool wait_for(place_lock& lock) {
+    std::vector<std::int64_t> before;
+    for (auto since = clock::now(); lock.try_acquire() == place_lock::outcome::busy;) {
+      std::vector<std::int64_t> now;
+      for (const auto& one : find_partials(at_)) now.push_back(one.facts.modified);
+      std::sort(now.begin(), now.end());
+      if (now != before) since = clock::now();
+      before = std::move(now);
+      if (clock::now() - since > std::chrono::seconds(partial_file::quiet)) return true;  // it has lost its turn
+      if (options_.on_progress && !options_.on_progress({name_, phase::downloading, 0, {}, 0})) call_.stop();
+      if (!call_.sleep(milliseconds(100))) return false;
+    }
+    return true;
+  }
+
+  session& session_;
+  call& call_;
+  const restore_options& options_;
+  std::string name_;
+  run_path run_;
+  place at_;
+};
+
+WANDB_RESTORE_PRIVATE_INLINE std::shared_ptr<session> open_session(settings configuration, transport_ref transport,
+                                                                   cache_policy policy) {
+  return std::make_shared<session>(std::move(configuration), transport, std::move(policy));
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::string_view name,
+                                                           const restore_options& options) {
+  if (auto good = check_name(name); !good) return good.error();
+  if (options.connections < 1) {
+    return error(errc::invalid_argument, "connections must be at least 1, not " + std::to_string(options.connections));
+  }
+  for (const auto time : {with.config.connect_timeout, with.config.idle_timeout, with.config.retry_timeout}) {
+    if (time.count() <= 0) return error(errc::invalid_argument, "connect, idle and retry timeouts must be more than 0");
+  }
+  auto run = run_of(with.config, options.run_path);
+  if (!run) return run.error();
+  const path root = options.root.empty() ? with.config.run_dir : options.root;
+  call of(with.config, options.cancel);
+  return restoring(with, of, options, service_name(name), *std::move(run), place(root / from_utf8(name)))();
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& with, const restore_options& options) {
+  auto run = run_of(with.config, options.run_path);
+  if (!run) return run.error();
+  call of(with.config, options.cancel);
+  service asked(with, of);
+  if (auto ready = with.ready(); !ready) return ready.error();
+  if (run->entity.empty()) {
+    auto entity = asked.default_entity();
+    if (!entity) return entity.error();
+    run->entity = *std::move(entity);
+  }
+  return asked.list_files(*run);
+}
+
+}  // namespace detail
+
+#ifndef WANDB_RESTORE_NO_HTTPLIB
+// ======================================================================================= httplib_transport
+
+#ifndef WANDB_RESTORE_NO_HTTPLIB
+
+// cpp-httplib drives an exchange and takes the framing off its body. What lies beneath it, sockets and TLS, and the two
+// heads are made here, because its versions (0.11 to 0.41 were read) differ in what they get wrong: they percent-decode
+// header values, rewrite queries, know of no interim response but 100, bound no or not all parts of a head, load the
+// CA store for each connection, raise SIGPIPE, and can be cancelled neither while they connect nor while they wait.
+namespace detail {
+
+// ---- what the systems call differently
+
+#ifdef _WIN32
+using socket_handle = SOCKET;
+inline constexpr socket_handle no_socket = INVALID_SOCKET;
+inline constexpr int send_flags = 0;
+inline int socket_error() { return WSAGetLastError(); }
+inline bool would_block(int code) { return code == WSAEWOULDBLOCK; }
+inline void close_socket(socket_handle handle) { closesocket(handle); }
+inline int poll_socket(pollfd& entry, int milliseconds) { return WSAPoll(&entry, 1, milliseconds); }
+inline int io_size(std::size_t size) { return static_cast<int>((std::min)(size, std::size_t{1} << 30)); }
+inline bool make_nonblocking(socket_handle handle) {
+  u_long on = 1;
+  return ioctlsocket(handle, FIONBIO, &on) == 0;
+}
+#else
+using socket_handle = int;
+inline constexpr socket_handle no_socket = -1;
+#ifdef MSG_NOSIGNAL
+inline constexpr int send_flags = MSG_NOSIGNAL;
+#else
+inline constexpr int send_flags = 0;  // macOS: SO_NOSIGPIPE
+#endif
+inline int socket_error() { return errno; }
+inline bool would_block(int code) {
+  return code == EAGAIN || code == EWOULDBLOCK || code == EINPROGRESS || code == EINTR;
+}
+inline void close_socket(socket_handle handle) { ::close(handle); }
+inline int poll_socket(pollfd& entry, int milliseconds) { return ::poll(&entry, 1, milliseconds); }
+inline std::size_t io_size(std::size_t size) { return size; }
+inline bool make_nonblocking(socket_handle handle) {
+  return ::fcntl(handle, F_SETFD, FD_CLOEXEC) == 0 && ::fcntl(handle, F_SETFL, O_NONBLOCK) == 0;
+}
+#endif
+
+inline std::string system_text(int code) { return std::system_category().message(code); }
+
+// ---- where an exchange goes, and how it fares
+
+/// The address of a request, and the proxy on the way to it.
+struct route {
+  url to;
+  std::optional<url> via;
+  std::string authorization;  ///< for that proxy
+
+  bool is_secure() const { return to.scheme == "https"; }
+  /// A plain request goes to a proxy whole; a secure one goes through it, in a tunnel that is made by CONNECT.
+  bool asks_proxy() const { return via && !is_secure(); }
+  /// "host:port", as CONNECT and messages say it.
+  static std::string authority(const url& of) {
+    return (of.host.find(':') == std::string::npos ? of.host : '[' + of.host + ']') + ':' + std::to_string(of.port);
+  }
+  /// Equal for requests that may share a connection.
+  std::string key() const { return to.origin() + '\n' + (via ? via->origin() : "") + '\n' + authorization; }
+
+  static result<route> of(const http_request& request) {
+    auto to = url::parse(request.url);
+    if (!to) return std::move(to).error();
+    route made{*std::move(to), std::nullopt, request.proxy_authorization};
+    if (request.proxy.empty()) return made;
+
+    const bool has_scheme = request.proxy.find("://") != std::string::npos;
+    auto via = url::parse(has_scheme ? request.proxy : "http://" + request.proxy);
+    if (!via || via->scheme != "http") {  // its text may hold a password
+      return error(errc::invalid_argument,
+                   "the proxy for " + made.to.origin() + " cannot be used: http://[user:password@]host:port is expected");
+    }
+    if (made.authorization.empty() && !via->user_info.empty()) {
+      made.authorization = "Basic " + base64_encode(percent_decode(via->user_info).value_or(via->user_info));
+    }
+    made.via = *std::move(via);
+    return made;
+  }
+};
+
+/// What one exchange is about, what came of it, and why it failed.
+struct exchange {
+  const http_request& request;
+  body_sink& sink;
+  const route& way;
+  http_response head = {};
+  bool was_answered = false;  ///< a byte came back
+  std::optional<wandb::error> failure = {};
+
+  std::string label() const { return request.method + ' ' + way.to.redacted() + ": "; }
+  /// The first failure counts: later ones follow from it. Returns false.
+  bool fail(errc code, const std::string& why) { return fail(error(code, label() + why)); }
+  bool fail(error why) {
+    if (!failure) failure.emplace(std::move(why));
+    return false;
+  }
+  bool is_cancelled() { return request.cancelled() && !fail(errc::cancelled, "cancelled"); }
+};
+
+// ---- bytes to and from a peer
+
+/// A TCP connection, with TLS on top where that was started. Never blocks but in `wait`. Does not own the socket:
+/// httplib closes it.
+class channel {
+ public:
+  using clock = std::chrono::steady_clock;
+
+  channel() = default;
+  channel(const channel&) = delete;
+  channel& operator=(const channel&) = delete;
+  ~channel() { end(); }
+
+  socket_handle socket() const { return socket_; }
+
+  void begin(exchange& now) { exchange_ = &now; }
+  /// What a time-out is blamed on. With a limit, the whole stage has to be over by then; without one, each wait may take
+  /// the request's idle timeout.
+  void enter(const char* stage, std::optional<clock::time_point> limit = std::nullopt) {
+    stage_ = stage;
+    limit_ = limit;
+  }
+
+  bool connect(const url& to) {
+    addrinfo hints{};
+    hints.ai_socktype = SOCK_STREAM;
+    addrinfo* list = nullptr;
+    if (const int code = getaddrinfo(to.host.c_str(), std::to_string(to.port).c_str(), &hints, &list)) {
+      return fail("the name " + detail::in_quotes(to.host) + " cannot be resolved: " + resolver_text(code));
+    }
+    struct freer {
+      void operator()(addrinfo* each) const { freeaddrinfo(each); }
+    };
+    const std::unique_ptr<addrinfo, freer> addresses(list);
+
+    int left = 0;
+    for (const addrinfo* each = list; each; each = each->ai_next) ++left;
+    std::string why;
+    const auto limit = clock::now() + exchange_->request.connect_timeout;
+    for (const addrinfo* each = list; each; each = each->ai_next, --left) {
+      enter("connecting", clock::now() + (limit - clock::now()) / left);  // one dead address must not use up the time
+      const int code = connect(*each);
+      if (exchange_->failure) return false;
+      if (code == 0) {
+        enter("connecting", limit);
+        return true;
+      }
+      why = code < 0 ? "no answer in time" : system_text(code);
+    }
+    return fail("cannot connect to " + route::authority(to) + ": " + why);
+  }
+
+  bool write(std::string_view bytes) {
+    while (!bytes.empty()) {
+      const long count = write_some(bytes);
+      if (count < 0) return false;
+      bytes.remove_prefix(static_cast<std::size_t>(count));
+    }
+    return true;
+  }
+
+  /// At least one byte; 0: the peer has ended in good order; -1: see the exchange's failure.
+  long read(char* out, std::size_t size) {
+#ifndef WANDB_RESTORE_NO_OPENSSL
+    if (tls_) return secure([&] { return SSL_read(tls_, out, static_cast<int>((std::min)(size, buffer_bytes))); });
+#endif
+    for (;;) {
+      const long count = receive(out, size);
+      if (count >= 0) return count;
+      if (!would_block(code_)) return lost();
+      if (!wait(POLLIN)) return -1;
+    }
+  }
+
+  /// An idle connection can be used again if it is open and nothing came that was not asked for.
+  bool is_quiet() {
+    if (socket_ == no_socket || begin_ != end_) return false;
+    char byte;
+#ifndef WANDB_RESTORE_NO_OPENSSL
+    if (tls_) {  // reads what TLS itself has to say, session tickets for one
+      ERR_clear_error();
+      const int count = SSL_peek(tls_, &byte, 1);
+      return count <= 0 && SSL_get_error(tls_, count) == SSL_ERROR_WANT_READ;
+    }
+#endif
+    return ::recv(socket_, &byte, 1, MSG_PEEK) < 0 && would_block(socket_error());
+  }
+
+  /// Nothing refers to the exchange any more.
+  void rest() { exchange_ = nullptr; }
+  /// Says goodbye where there is TLS, and forgets the socket.
+  void end() {
+#ifndef WANDB_RESTORE_NO_OPENSSL
+    if (tls_) {
+      if (is_sound_) SSL_shutdown(tls_);
+      SSL_free(tls_);
+      ERR_clear_error();
+    }
+    tls_ = nullptr;
+#endif
+    socket_ = no_socket;
+    begin_ = end_ = 0;
+  }
+
+#ifndef WANDB_RESTORE_NO_OPENSSL
+  bool start_tls(SSL_CTX* context, const std::string& host) {
+    stage_ = "waiting for the TLS handshake";
+    tls_ = SSL_new(context);
+    BIO* const bio = BIO_new(bio_method());
+    if (!tls_ || !bio) {
+      BIO_free(bio);
+      return fail("OpenSSL could not begin: out of memory");
+    }
+    BIO_set_data(bio, this);
+    SSL_set_bio(tls_, bio, bio);
+    is_sound_ = true;
+
+    X509_VERIFY_PARAM* const expected = SSL_get0_param(tls_);
+    if (X509_VERIFY_PARAM_set1_ip_asc(expected, host.c_str()) != 1) {  // a name, then
+      X509_VERIFY_PARAM_set_hostflags(expected, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
+      void* const name = const_cast<char*>(host.c_str());  // SSL_set_tlsext_host_name casts as C does
+      if (X509_VERIFY_PARAM_set1_host(expected, host.c_str(), host.size()) != 1 ||
+          SSL_ctrl(tls_, SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name, name) != 1) {
+        return exchange_->fail(errc::invalid_argument, "TLS cannot use the host name " + detail::in_quotes(host));
+      }
+    }
+    const long done = secure([&] { return SSL_connect(tls_); });
+    return done > 0 || (done == 0 && fail("the peer closed the connection in the TLS handshake"));
+  }
+#endif
+
+ private:
+  static constexpr std::size_t buffer_bytes = 65536;
+
+  bool fail(const std::string& why) { return exchange_->fail(errc::connection_failed, why); }
+
+  static std::string resolver_text(int code) {
+#ifdef _WIN32
+    return system_text(code);
+#else
+    return gai_strerror(code);
+#endif
+  }
+
+  /// 0, an error code, or -1 when the time was up.
+  int connect(const addrinfo& to) {
+    const socket_handle made = ::socket(to.ai_family, to.ai_socktype, to.ai_protocol);
+    if (made == no_socket) return socket_error();
+    socket_ = made;
+    const int on = 1;
+    set_option(IPPROTO_TCP, TCP_NODELAY, on);
+#ifdef SO_NOSIGPIPE
+    set_option(SOL_SOCKET, SO_NOSIGPIPE, on);
+#endif
+    int code = 0;
+    if (!make_nonblocking(made) || ::connect(made, to.ai_addr, static_cast<socklen_t>(to.ai_addrlen)) != 0) {
+      code = socket_error();
+    }
+    if (would_block(code)) {
+      code = -1;
+      socklen_t size = sizeof code;
+      if (poll_until(POLLOUT, *limit_)) {
+        ::getsockopt(made, SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&code), &size);
+      }
+    }
+    if (code != 0) {
+      close_socket(made);
+      socket_ = no_socket;
+    }
+    return code;
+  }
+
+  void set_option(int level, int name, int value) {
+    ::setsockopt(socket_, level, name, reinterpret_cast<const char*>(&value), sizeof value);
+  }
+
+  /// Looks at the cancellation ten times a second. False: that, or the time is up (then there is no failure yet).
+  bool poll_until(short events, clock::time_point limit) {
+    using std::chrono::milliseconds;
+    for (;;) {
+      if (exchange_->is_cancelled()) return false;
+      const auto left = std::chrono::ceil<milliseconds>(limit - clock::now()).count();
+      pollfd entry{};
+      entry.fd = socket_;
+      entry.events = events;
+      const int count = poll_socket(entry, static_cast<int>((std::clamp<std::int64_t>)(left, 0, 100)));
+      if (count > 0) return true;  // an error or a hang-up shows in the call that follows
+      if (count < 0 && !would_block(socket_error())) return fail("poll: " + system_text(socket_error()));
+      if (left <= 0) return false;
+    }
+  }
+  bool wait(short events) {
+    return poll_until(events, limit_ ? *limit_ : clock::now() + exchange_->request.idle_timeout) ||
+           fail(std::string("timed out while ") + stage_);
+  }
+
+  /// As recv, through a buffer: what is read in small pieces (TLS records, lines) costs no system call each.
+  long receive(char* out, std::size_t size) {
+    if (begin_ == end_) {
+      if (exchange_ && exchange_->is_cancelled()) return code_ = 0, -1;
+      const auto count = ::recv(socket_, buffer_.data(), io_size(buffer_.size()), 0);
+      code_ = count < 0 ? socket_error() : 0;
+      has_ended_ = count == 0;
+      if (count <= 0) return static_cast<long>(count);
+      begin_ = 0;
+      end_ = static_cast<std::size_t>(count);
+    }
+    const auto count = (std::min)(size, end_ - begin_);
+    std::memcpy(out, buffer_.data() + begin_, count);
+    begin_ += count;
+    return static_cast<long>(count);
+  }
+  long transmit(const char* data, std::size_t size) {
+    const auto count = ::send(socket_, data, io_size(size), send_flags);
+    code_ = count < 0 ? socket_error() : 0;
+    return static_cast<long>(count);
+  }
+
+  long write_some(std::string_view bytes) {
+#ifndef WANDB_RESTORE_NO_OPENSSL
+    if (tls_) {
+      const int size = static_cast<int>((std::min)(bytes.size(), buffer_bytes));
+      const long count = secure([&] { return SSL_write(tls_, bytes.data(), size); });
+      return count != 0 ? count : lost();
+    }
+#endif
+    for (;;) {
+      const long count = transmit(bytes.data(), bytes.size());
+      if (count >= 0) return count;
+      if (!would_block(code_)) return lost();
+      if (!wait(POLLOUT)) return -1;
+    }
+  }
+
+  long lost() {
+    fail(std::string("the connection was lost while ") + stage_ + (code_ != 0 ? ": " + system_text(code_) : ""));
+    return -1;
+  }
+
+#ifndef WANDB_RESTORE_NO_OPENSSL
+  /// Repeats a call of OpenSSL until it has done something: > 0; 0: the peer said goodbye; -1: see the failure.
+  template <class Call>
+  long secure(Call call) {
+    for (;;) {
+      ERR_clear_error();
+      const int done = call();
+      if (done > 0) return done;
+      switch (SSL_get_error(tls_, done)) {
+        case SSL_ERROR_WANT_READ:
+          if (!wait(POLLIN)) return is_sound_ = false, -1;
+          break;
+        case SSL_ERROR_WANT_WRITE:
+          if (!wait(POLLOUT)) return is_sound_ = false, -1;
+          break;
+        case SSL_ERROR_ZERO_RETURN: return 0;
+        default: is_sound_ = false; return refused();
+      }
+    }
+  }
+
+  long refused() {
+    const long verdict = SSL_get_verify_result(tls_);
+    if (SSL_get_verify_mode(tls_) != SSL_VERIFY_NONE && verdict != X509_V_OK) {
+      exchange_->fail(error::permanent(
+          errc::connection_failed,
+          exchange_->label() + "the server's certificate is refused: " + X509_verify_cert_error_string(verdict) +
+              " (for a private authority, or a proxy that inspects TLS, name its CA bundle in SSL_CERT_FILE or "
+              "REQUESTS_CA_BUNDLE; otherwise check the host name and this machine's clock)"));
+      return -1;
+    }
+    const char* const reason = ERR_reason_error_string(ERR_peek_error());
+    if (code_ != 0 || has_ended_ || !reason) return lost();
+    fail(std::string("TLS failed while ") + stage_ + ": " + reason);
+    return -1;
+  }
+
+  // OpenSSL's own socket BIO makes two system calls for each record, and raises SIGPIPE.
+  static BIO_METHOD* bio_method() {
+    static BIO_METHOD* const made = [] {
+      BIO_METHOD* const method = BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "wandb_restore channel");
+      if (!method) return method;
+      BIO_meth_set_read(method, [](BIO* bio, char* out, int size) {
+        BIO_clear_retry_flags(bio);
+        channel& self = *static_cast<channel*>(BIO_get_data(bio));
+        const long count = self.receive(out, static_cast<std::size_t>(size));
+        if (count < 0 && would_block(self.code_)) BIO_set_retry_read(bio);
+        return static_cast<int>(count);
+      });
+      BIO_meth_set_write(method, [](BIO* bio, const char* data, int size) {
+        BIO_clear_retry_flags(bio);
+        channel& self = *static_cast<channel*>(BIO_get_data(bio));
+        const long count = self.transmit(data, static_cast<std::size_t>(size));
+        if (count < 0 && would_block(self.code_)) BIO_set_retry_write(bio);
+        return static_cast<int>(count);
+      });
+      BIO_meth_set_ctrl(method, [](BIO*, int what, long, void*) { return what == BIO_CTRL_FLUSH ? 1L : 0L; });
+      BIO_meth_set_create(method, [](BIO* bio) { return BIO_set_init(bio, 1), 1; });
+      return method;
+    }();
+    return made;
+  }
+
+  SSL* tls_ = nullptr;
+  bool is_sound_ = false;  // otherwise OpenSSL does not want a goodbye
+#endif
+  socket_handle socket_ = no_socket;
+  exchange* exchange_ = nullptr;
+  const char* stage_ = "";
+  std::optional<clock::time_point> limit_;
+  int code_ = 0;            // of the last system call
+  bool has_ended_ = false;  // the peer's side of the socket
+  std::vector<char> buffer_ = std::vector<char>(buffer_bytes);
+  std::size_t begin_ = 0, end_ = 0;  // what in it is unread
+};
+
+// ---- heads (RFC 9112, sections 2 to 5)
+
+inline constexpr std::size_t max_head_bytes = 65536;
+
+inline bool is_token(std::string_view text) {
+  return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
+    return is_letter(c) || is_digit(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
+  });
+}
+inline bool is_field_value(std::string_view text) {
+  return std::none_of(text.begin(), text.end(), [](char c) { return is_control(c) && c != '\t'; });
+}
+
+/// Whether a header that is a list of tokens has this one.
+inline bool has_token(const http_response& head, std::string_view name, std::string_view token) {
+  for (const auto& [field, value] : head.headers) {
+    if (!equal_ignoring_case(field, name)) continue;
+    for (const auto part : split(value, ',')) {
+      if (equal_ignoring_case(trim(part), token)) return true;
+    }
+  }
+  return false;
+}
+
+/// The head of a final response; interim ones are skipped. Reads byte by byte, so that nothing of the body is taken.
+class head_reader {
+ public:
+  head_reader(channel& from, exchange& now) : from_(from), exchange_(now) {}
+
+  bool read(http_response& head) {
+    do {
+      head = {};
+      if (!next_line() || !status_line(head)) return false;
+      for (;;) {
+        if (!next_line()) return false;
+        if (line_.empty()) break;
+        const auto colon = line_.find(':');
+        if (colon == std::string::npos || !is_token({line_.data(), colon}) || !is_field_value(line_)) {
+          return malformed("a header line");
+        }
+        const auto value = trim(std::string_view(line_).substr(colon + 1));
+        head.headers.emplace_back(line_.substr(0, colon), value);
+      }
+    } while (head.status < 200);
+    return true;
+  }
+  /// The peer speaks HTTP/1.1 or better: the connection stays open unless one of the two says otherwise.
+  bool is_persistent() const { return is_persistent_; }
+
+ private:
+  bool next_line() {
+    line_.clear();
+    for (char c = 0;;) {
+      const long count = from_.read(&c, 1);
+      if (count < 0) return false;
+      if (count == 0) return exchange_.fail(errc::connection_failed, "the peer closed the connection without a response");
+      exchange_.was_answered = true;
+      if (left_-- == 0) {
+        return exchange_.fail(errc::protocol_violation,
+                              "the head of the response has more than " + readable_bytes(max_head_bytes));
+      }
+      if (c == '\n') break;
+      line_ += c;
+    }
+    if (!line_.empty() && line_.back() == '\r') line_.pop_back();
+    return true;
+  }
+  bool status_line(http_response& head) {
+    const std::string_view line = line_;
+    const auto status = to_number<int>(line.substr((std::min)(line.size(), std::size_t{9}), 3));
+    if (!starts_with(line, "HTTP/1.") || line.size() < 12 || !is_digit(line[7]) || line[8] != ' ' || !status ||
+        *status < 100 || *status == 101 || (line.size() > 12 && line[12] != ' ')) {
+      return malformed("the status line");
+    }
+    head.status = *status;
+    is_persistent_ = line[7] != '0';
+    return true;
+  }
+  bool malformed(const char* what) {
+    return exchange_.fail(errc::protocol_violation, std::string(what) + " of the response is malformed: " + detail::in_quotes(line_));
+  }
+
+  channel& from_;
+  exchange& exchange_;
+  std::string line_;
+  std::size_t left_ = max_head_bytes;
+  bool is_persistent_ = false;
+};
+
+/// Head and body of a request, or nothing where a header would break out of its line.
+inline std::optional<std::string> request_message(const http_request& request, const route& way) {
+  const std::string origin = way.to.origin();
+  std::string text = request.method + ' ' + (way.asks_proxy() ? origin : "") + way.to.target + " HTTP/1.1\r\n";
+  const auto add = [&](std::string_view name, std::string_view value) {
+    text.append(name).append(": ").append(value).append("\r\n");
+    return is_token(name) && is_field_value(value);
+  };
+  bool is_clean = is_token(request.method) && add("Host", origin.substr(origin.find("//") + 2));
+  for (const auto& [name, value] : request.headers) is_clean = add(name, value) && is_clean;
+  if (way.asks_proxy() && !way.authorization.empty()) {
+    is_clean = add("Proxy-Authorization", way.authorization) && is_clean;
+  }
+  if (!request.body.empty() || request.method == "POST" || request.method == "PUT" || request.method == "PATCH") {
+    add("Content-Length", std::to_string(request.body.size()));
+  }
+  if (!is_clean) return std::nullopt;
+  return text + "\r\n" + request.body;
+}
+
+/// The proxy did not do what it was asked for.
+inline error proxy_refusal(const exchange& now, int status) {
+  const std::string text = now.label() + "the proxy " + now.way.via->origin() + " answered " + std::to_string(status) +
+                           (status == 407 ? " (check the user and password in the proxy's address)" : "");
+  return status >= 500 ? error(errc::connection_failed, text, status)
+                       : error::permanent(errc::connection_failed, text, status);
+}
+
+// ---- between httplib and the channel
+
+// Neither this class nor the next says `override`: versions of httplib differ in which of these functions they know.
+
+/// What httplib takes for the peer. It hears our request instead of httplib's, and httplib hears of the response's head
+/// what it needs to take the framing off the body.
+class wire final : public httplib::Stream {
+ public:
+  wire(channel& to, exchange& now, const std::string& message) : channel_(to), exchange_(now), message_(message) {}
+
+  bool is_chunked() const { return is_chunked_; }
+  /// httplib took the whole response, and the peer keeps the connection.
+  bool is_reusable() const { return is_reusable_; }
+  /// The last four bytes that httplib read, the first of them in the highest byte.
+  std::uint32_t tail() const { return tail_; }
+
+  ssize_t write(const char*, std::size_t size) {
+    if (!is_sent_ && !channel_.write(message_)) return -1;
+    is_sent_ = true;
+    return static_cast<ssize_t>(size);
+  }
+  ssize_t read(char* out, std::size_t size) {
+    if (!has_head_ && !read_head()) return -1;
+    has_head_ = true;
+    if (!framing_.empty()) {
+      const auto count = framing_.copy(out, size);
+      framing_.erase(0, count);
+      return static_cast<ssize_t>(count);
+    }
+    const long count = channel_.read(out, size);
+    if (count == 0 && !ends_with_connection_) {
+      exchange_.fail(errc::connection_failed, "the peer closed the connection before the end of the body");
+      return -1;
+    }
+    for (long i = (std::max)(0L, count - 4); is_chunked_ && i < count; ++i) {
+      tail_ = tail_ << 8 | static_cast<unsigned char>(out[i]);
+    }
+    return static_cast<ssize_t>(count);
+  }
+
+  bool is_readable() const { return true; }
+  bool is_writable() const { return true; }
+  bool wait_readable() const { return true; }
+  bool wait_writable() const { return true; }
+  bool is_peer_alive() const { return true; }
+  void get_remote_ip_and_port(std::string&, int&) const {}
+  void get_local_ip_and_port(std::string&, int&) const {}
+  socket_handle socket() const { return channel_.socket(); }
+  time_t duration() const { return 0; }
+
+ private:
+  bool read_head() {
+    http_response& head = exchange_.head;
+    channel_.enter("waiting for the response", channel::clock::now() + exchange_.request.idle_timeout);
+    head_reader reader(channel_, exchange_);
+    if (!reader.read(head)) return false;
+    if (head.status == 407 && exchange_.way.asks_proxy()) return exchange_.fail(proxy_refusal(exchange_, head.status));
+    is_reusable_ = reader.is_persistent() && !has_token(head, "Connection", "close");
+    if (!frame(head)) return false;
+    channel_.enter("receiving the body");
+    return exchange_.sink.start(head) || exchange_.fail(errc::cancelled, "stopped by the receiver");
+  }
+
+  /// How the end of the body is known (RFC 9112, section 6.3), as a head that httplib understands.
+  bool frame(const http_response& head) {
+    const std::string* length = nullptr;
+    const std::string* coding = nullptr;
+    for (const auto& [name, value] : head.headers) {
+      if (equal_ignoring_case(name, "Content-Length")) {
+        if (!to_number<std::uint64_t>(value) || (length && *length != value)) {
+          return exchange_.fail(errc::protocol_violation, "bad Content-Length in the response: " + detail::in_quotes(value));
+        }
+        length = &value;
+      } else if (equal_ignoring_case(name, "Transfer-Encoding")) {
+        if (coding || !equal_ignoring_case(value, "chunked")) {
+          return exchange_.fail(errc::protocol_violation, "unknown Transfer-Encoding in the response: " + detail::in_quotes(value));
+        }
+        coding = &value;
+      }
+    }
+    framing_ = "HTTP/1.1 200 OK\r\n";
+    if (exchange_.request.method == "HEAD" || head.status == 204 || head.status == 304) {
+      framing_ += "Content-Length: 0\r\n";
+    } else if (coding) {
+      is_chunked_ = true;
+      framing_ += "Transfer-Encoding: chunked\r\n";
+      if (length) is_reusable_ = false;  // someone on the way was confused, or wants us to be
+    } else if (length) {
+      framing_ += "Content-Length: " + *length + "\r\n";
+    } else {
+      ends_with_connection_ = true;
+      is_reusable_ = false;
+    }
+    framing_ += "\r\n";
+    return true;
+  }
+
+  channel& channel_;
+  exchange& exchange_;
+  const std::string& message_;
+  std::string framing_;  // what of that head httplib has not read yet
+  bool is_sent_ = false, has_head_ = false, is_chunked_ = false, ends_with_connection_ = false, is_reusable_ = false;
+  std::uint32_t tail_ = 0;
+};
+
+#ifndef WANDB_RESTORE_NO_OPENSSL
+using tls_context = SSL_CTX;
+#else
+using tls_context = void;
+#endif
+
+/// A connection to an origin, kept between exchanges. To httplib it is always a plain one.
+class connection final : public httplib::ClientImpl {
+ public:
+  connection(const route& way, std::shared_ptr<tls_context> tls)
+      : ClientImpl(way.to.host, way.to.port), key_(way.key()), tls_(std::move(tls)) {
+    set_keep_alive(true);
+  }
+
+  const std::string& key() const { return key_; }
+  /// After an exchange, or in the pool: good for another one.
+  bool is_reusable() { return is_reusable_ && channel_.is_quiet(); }
+
+  bool perform(exchange& now, const std::string& message) {
+    exchange_ = &now;
+    message_ = &message;
+    channel_.begin(now);
+    httplib::Request request;
+    request.method = "GET";
+    request.path = "/";
+    request.content_receiver = [&now](const char* data, std::size_t size, auto, auto) {
+      return now.sink.write({data, size}) || now.fail(errc::cancelled, "stopped by the receiver");
+    };
+    httplib::Response response;
+    auto ignored = httplib::Error::Success;
+    if (!send(request, response, ignored)) now.fail(errc::protocol_violation, "the body's chunks are malformed");
+    channel_.rest();
+    is_reusable_ = is_reusable_ && !now.failure;
+    return !now.failure;
+  }
+
+ private:
+  bool create_and_connect_socket(Socket& socket, httplib::Error&) {
+    const route& way = exchange_->way;
+    if (!channel_.connect(way.via ? *way.via : way.to)) return false;
+    socket.sock = channel_.socket();
+    if (!way.is_secure()) return true;
+    if (way.via && !open_tunnel(way)) return false;
+#ifndef WANDB_RESTORE_NO_OPENSSL
+    return channel_.start_tls(tls_.get(), way.to.host);
+#else
+    return false;  // not reached: send refuses https
+#endif
+  }
+  bool open_tunnel(const route& way) {
+    const std::string to = route::authority(way.to);
+    std::string message = "CONNECT " + to + " HTTP/1.1\r\nHost: " + to + "\r\n";
+    if (!way.authorization.empty()) message += "Proxy-Authorization: " + way.authorization + "\r\n";
+    http_response answer;
+    if (!channel_.write(message + "\r\n") || !head_reader(channel_, *exchange_).read(answer)) return false;
+    return answer.status < 300 || exchange_->fail(proxy_refusal(*exchange_, answer.status));
+  }
+  void shutdown_ssl(Socket&, bool) { channel_.end(); }  // what httplib does before it closes the socket
+
+  using in_wire = std::function<bool(httplib::Stream&)>;
+  bool process_socket(const Socket&, in_wire exchange_with) { return through_wire(exchange_with); }
+  bool process_socket(const Socket&, std::chrono::steady_clock::time_point, in_wire exchange_with) {
+    return through_wire(exchange_with);
+  }
+  bool through_wire(const in_wire& exchange_with) {
+    channel_.enter("sending the request");
+    wire between(channel_, *exchange_, *message_);
+    if (!exchange_with(between)) return false;
+    is_reusable_ = between.is_reusable();
+    return !between.is_chunked() || between.tail() == 0x0d0a0d0a;  // 0.11 takes a wrong end of a chunk for the end
+  }
+
+  const std::string key_;
+  const std::shared_ptr<tls_context> tls_;
+  channel channel_;
+  exchange* exchange_ = nullptr;          // the one that is made
+  const std::string* message_ = nullptr;  // its request
+  bool is_reusable_ = false;
+};
+
+#ifndef WANDB_RESTORE_NO_OPENSSL
+#ifdef _WIN32
+inline bool load_system_certificates(SSL_CTX* into) {
+  const HCERTSTORE store = CertOpenSystemStoreW(0, L"ROOT");
+  if (!store) return false;
+  for (PCCERT_CONTEXT each = nullptr; (each = CertEnumCertificatesInStore(store, each)) != nullptr;) {
+    const unsigned char* der = each->pbCertEncoded;
+    if (X509* const certificate = d2i_X509(nullptr, &der, static_cast<long>(each->cbCertEncoded))) {
+      X509_STORE_add_cert(SSL_CTX_get_cert_store(into), certificate);
+      X509_free(certificate);
+    }
+  }
+  return CertCloseStore(store, 0) != 0;
+}
+#else
+inline bool load_system_certificates(SSL_CTX* into) { return SSL_CTX_set_default_verify_paths(into) == 1; }
+#endif
+
+/// How all connections of a transport do TLS; holds the CA store.
+inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::path& ca_file,
+                                                         const std::filesystem::path& ca_directory, bool verify) {
+  const auto unusable = [](const char* what, const std::filesystem::path& where) {
+    ERR_clear_error();
+    return error(errc::invalid_argument, std::string("the CA ") + what + ' ' + detail::in_quotes(where) +
+                                             " is not readable, or has no certificates in PEM form");
+  };
+  std::shared_ptr<SSL_CTX> made(SSL_CTX_new(TLS_client_method()), SSL_CTX_free);
+  if (!made) return error::permanent(errc::connection_failed, "OpenSSL could not be set up");
+  SSL_CTX_set_min_proto_version(made.get(), TLS1_2_VERSION);
+  SSL_CTX_set_mode(made.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_RELEASE_BUFFERS);
+  if (!verify) return made;
+
+  SSL_CTX_set_verify(made.get(), SSL_VERIFY_PEER, nullptr);
+  if (!ca_file.empty() && SSL_CTX_load_verify_locations(made.get(), utf8(ca_file).c_str(), nullptr) != 1) {
+    return unusable("file", ca_file);
+  }
+  std::error_code ignored;
+  if (!ca_directory.empty() &&
+      (!std::filesystem::is_directory(ca_directory, ignored) ||  // OpenSSL would only notice in the handshake
+       SSL_CTX_load_verify_locations(made.get(), nullptr, utf8(ca_directory).c_str()) != 1)) {
+    return unusable("directory", ca_directory);
+  }
+  if (ca_file.empty() && ca_directory.empty() && !load_system_certificates(made.get())) {
+    return error::permanent(errc::connection_failed,
+                            "the system's CA certificates cannot be loaded: name a CA bundle in SSL_CERT_FILE");
+  }
+  return made;
+}
+#endif
+
+}  // namespace detail
+
+struct httplib_transport::state {
+  explicit state(const settings& configuration)
+      : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory), verify(configuration.verify_tls) {}
+
+  const std::filesystem::path ca_file, ca_directory;
+  const bool verify;
+  std::mutex mutex;  // of what follows
+  std::shared_ptr<detail::tls_context> tls;
+  std::vector<std::unique_ptr<detail::connection>> idle;  // the one used last at the end
+
+  static constexpr std::size_t max_idle = 64;
+
+  /// A connection without exchange on it, which it is safe to use; null: there is none.
+  std::unique_ptr<detail::connection> take(const std::string& key) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (auto at = idle.size(); at-- > 0;) {
+      if (idle[at]->key() != key) continue;
+      auto taken = std::move(idle[at]);
+      idle.erase(idle.begin() + static_cast<std::ptrdiff_t>(at));
+      if (taken->is_reusable()) return taken;
+    }
+    return nullptr;
+  }
+  void give_back(std::unique_ptr<detail::connection> used) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (idle.size() == max_idle) idle.erase(idle.begin());
+    idle.push_back(std::move(used));
+  }
+
+  /// Made by the first exchange that needs it.
+  result<std::shared_ptr<detail::tls_context>> shared_tls() {
+#ifndef WANDB_RESTORE_NO_OPENSSL
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!tls) {
+      auto made = detail::make_tls_context(ca_file, ca_directory, verify);
+      if (!made) return made;
+      tls = *std::move(made);
+    }
+    return tls;
+#else
+    return error(errc::invalid_argument, "https needs OpenSSL, and this program was built with WANDB_RESTORE_NO_OPENSSL");
+#endif
+  }
+};
+
+WANDB_RESTORE_PRIVATE_INLINE httplib_transport::httplib_transport() : httplib_transport(settings{}) {}
+WANDB_RESTORE_PRIVATE_INLINE httplib_transport::httplib_transport(const settings& configuration)
+    : state_(std::make_shared<state>(configuration)) {}
+
+WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const http_request& request,
+                                                                          body_sink& sink) {
+  const auto way = detail::route::of(request);
+  if (!way) return way.error();
+  const auto message = detail::request_message(request, *way);
+  if (!message) return error(errc::invalid_argument, "a header for " + way->to.redacted() + " is malformed");
+  std::shared_ptr<detail::tls_context> tls;
+  if (way->is_secure()) {
+    auto shared = state_->shared_tls();
+    if (!shared) return std::move(shared).error();
+    tls = *std::move(shared);
+  }
+
+  auto link = state_->take(way->key());
+  for (;;) {
+    const bool is_fresh = !link;
+    if (is_fresh) link = std::make_unique<detail::connection>(*way, tls);
+    detail::exchange now{request, sink, *way};
+    if (link->perform(now, *message)) {
+      if (link->is_reusable()) state_->give_back(std::move(link));
+      return std::move(now.head);
+    }
+    // A peer may close an idle connection just when it is used again: such a request, if it may be made twice, goes out
+    // once more (RFC 9112, section 9.3.1).
+    const bool may_be_repeated = request.method == "GET" || request.method == "HEAD";
+    if (is_fresh || now.was_answered || !may_be_repeated || now.failure->code() != errc::connection_failed) {
+      return *std::move(now.failure);
+    }
+    link = nullptr;
+  }
+}
+
+#endif  // WANDB_RESTORE_NO_HTTPLIB
+#endif  // WANDB_RESTORE_NO_HTTPLIB
+
+}  // namespace WANDB_RESTORE_PRIVATE_ABI
+}  // namespace wandb
+
+#endif  // implementation
