@@ -197,25 +197,49 @@ std::string padded(const std::string& text, std::size_t width) {
   return std::string(width - std::min(width, columns(text)), ' ') + text;
 }
 
-/// "312.4 MiB"
-std::string amount(double bytes) {
-  const char* const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
-  std::size_t unit = 0;
-  for (; bytes >= 1023.95 && unit + 1 < std::size(units); ++unit) bytes /= 1024;
+/// A unit of bytes that suits an amount.
+struct unit {
+  const char* name;
+  double bytes;
+};
+unit unit_for(double bytes) {
+  const char* const names[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
+  unit found{names[0], 1};
+  for (std::size_t i = 1; i < std::size(names) && bytes >= 999.5 * found.bytes; ++i) found = {names[i], found.bytes * 1024};
+  return found;
+}
+
+/// "694", "52.1" of some unit: four characters at most.
+std::string number(double bytes, unit in) {
   char text[32];
-  std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : "%.1f %s", bytes, units[unit]);
+  const double value = bytes / in.bytes;
+  std::snprintf(text, sizeof text, in.bytes > 1 && value < 99.95 ? "%.1f" : "%.0f", value);
   return text;
+}
+
+/// "694 MiB"
+std::string amount(double bytes) {
+  const unit in = unit_for(bytes);
+  return number(bytes, in) + ' ' + in.name;
 }
 
 /// "0:07", "1:02:03"
 std::string clock_time(double seconds) {
   const auto whole = static_cast<long long>(std::ceil(seconds));
-  char text[48];
+  char text[64];
   if (whole < 3600) {
     std::snprintf(text, sizeof text, "%lld:%02lld", whole / 60, whole % 60);
   } else {
     std::snprintf(text, sizeof text, "%lld:%02lld:%02lld", whole / 3600, whole / 60 % 60, whole % 60);
   }
+  return text;
+}
+
+/// "3.2 s", "1:02"
+std::string duration(double seconds) {
+  if (seconds >= 60) return clock_time(seconds);
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f s", seconds);
   return text;
 }
 
@@ -240,23 +264,28 @@ bool matches(std::string_view pattern, std::string_view text) {
 
 // ---- standard error: messages, and on a terminal a line that shows how far a file is ----------------------------
 
-/// "ckpt/best.h5  [######----]   61%   423.1 MiB of 694.0 MiB    54.1 MiB/s     0:05 left", in at most `width` columns:
-/// what does not fit is left out, from the right, and the name is shortened.
+/// "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s   0:05 left", in at most `width` columns: what does not
+/// fit is left out, from the right, and the name is shortened.
 std::string status_line(const wandb::progress& now, std::size_t width) {
   const auto done = static_cast<double>(now.bytes_done);
   const auto total = static_cast<double>(now.bytes_total.value_or(0));
   const double part = total > 0 ? std::min(done / total, 1.0) : 1;
 
   std::vector<std::string> facts;  // widths do not change while a file arrives, so that nothing jumps
-  if (now.bytes_total) facts.push_back(padded(std::to_string(static_cast<int>(part * 100)) + '%', 4));
-  facts.push_back(padded(amount(done), 10) + (now.bytes_total ? " of " + amount(total) : ""));
+  if (now.bytes_total) {
+    const unit in = unit_for(total);
+    facts.push_back(padded(std::to_string(static_cast<int>(part * 100)) + '%', 4));
+    facts.push_back(padded(number(done, in), 4) + '/' + amount(total));
+  } else {
+    facts.push_back(padded(amount(done), 8));
+  }
   if (now.phase == wandb::phase::verifying) {
     facts.emplace_back("verifying");
   } else {
     const double rate = now.bytes_per_second;
-    facts.push_back(padded(rate > 0 ? amount(rate) + "/s" : "-", 12));
-    const double seconds = rate > 0 ? (total - done) / rate : -1;
-    if (now.bytes_total) facts.push_back(padded(seconds >= 0 && seconds < 360000 ? clock_time(seconds) : "-", 8) + " left");
+    facts.push_back(padded(rate > 0 ? amount(rate) + "/s" : "-", 10));
+    const double seconds = rate > 0 ? (total - done) / rate : 0;
+    if (now.bytes_total) facts.push_back(padded(rate > 0 && seconds < 360000 ? clock_time(seconds) : "-", 5) + " left");
   }
 
   std::string name = printable(now.name);
@@ -389,7 +418,7 @@ int restore_files(wandb::client<>& client, const arguments& given, console& out)
 
     const std::string verified = file->verified() ? ", verified" : ", not verified";
     if (file->source() == wandb::source::downloaded) {
-      out.finish(name + "  " + amount(static_cast<double>(file->size())) + " in " + clock_time(seconds) + verified);
+      out.finish(name + "  " + amount(static_cast<double>(file->size())) + " in " + duration(seconds) + verified);
     } else {
       out.finish(name + "  local copy kept" + verified);
     }
@@ -452,17 +481,16 @@ int run(int argc, char** argv) {
   CLI::App app{"Restores files of Weights & Biases runs: verified, resumable.", "wandb-restore"};
   app.footer(help_footer);
   app.set_version_flag("--version", "wandb-restore " WANDB_RESTORE_VERSION);
-  app.add_option("NAME", given.names, "Files of the run");
+  app.add_option("NAME", given.names, "Files of the run")->type_name("");
   app.add_option("--run-path", given.run_path, "entity/project/run_id, or a run's address; default: the current run")
       ->type_name("PATH");
-  auto* replace = app.add_flag("--replace", given.replace, "Download even if there is a local copy");
-  app.add_flag("--refresh", given.refresh, "Download if the local copy differs from the run's file")->excludes(replace);
+  app.add_flag("--replace", given.replace, "Download even if there is a local copy");
+  app.add_flag("--refresh", given.refresh, "Download if the local copy differs from the run's file");
   app.add_option("--root", given.root, "Directory to put files under; default: the run's own, else the current one")
       ->type_name("DIR");
   app.add_flag("--list", given.list, "List the run's files: size, time of the last change, name");
   app.add_flag("--json", given.as_json, "One JSON object a line");
   app.add_option("--connections", given.connections, "At most so many at once, for a large file")
-      ->check(CLI::PositiveNumber)
       ->capture_default_str()
       ->type_name("N");
   app.add_option("--timeout", given.timeout, "Give a connection up that is silent for so long; default: 30")
@@ -475,6 +503,8 @@ int run(int argc, char** argv) {
     std::reverse(words.begin(), words.end());  // as CLI11 wants them
     app.parse(std::move(words));
     if (given.names.empty() && !given.list) throw CLI::RequiredError("NAME");
+    if (given.replace && given.refresh) throw CLI::ExcludesError("--replace", "--refresh");
+    if (given.connections < 1) throw CLI::ValidationError("--connections", "must be at least 1");
     constexpr double longest = 1e6;  // eleven days
     if (given.timeout && !(*given.timeout > 0 && *given.timeout <= longest)) {
       throw CLI::ValidationError("--timeout", "must be more than 0 and at most 1000000 seconds");

@@ -99,7 +99,7 @@ enum class tls_versions { both, only_1_2, only_1_3 };
 enum class redirect { absolute, relative, chain, loop, plain_http, other_host, none };
 
 /// The default API key: 40 characters, as the SDK wants.
-constexpr const char* default_key = "stand-in-0123456789abcdef0123456789abcdef";
+constexpr const char* default_key = "standin00123456789abcdef0123456789abcdef0123";
 
 struct options {
   std::uint16_t service_port = 0, storage_port = 0, proxy_port = 0;  ///< 0: any free one
