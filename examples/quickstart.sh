@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# From a fresh machine to a restored file, in one go: installs what is missing (Debian, Ubuntu, Fedora), builds
+# wandb-restore, and restores a file with it.
+#
+#   examples/quickstart.sh
+#       from a server that stands in for the service on this machine: no account, no network
+#   WANDB_API_KEY=... examples/quickstart.sh model-best.h5 --run-path entity/project/run_id
+#       from the real service; the arguments are those of wandb-restore
+set -euo pipefail
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+case ${1:-} in
+  -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+esac
+
+# shellcheck source=../.ci/dependencies.sh
+. "$top/.ci/dependencies.sh"
+install_missing "$to_build"
+
+scratch=$(mktemp -d)
+server=
+clean_up() {
+  if [ -n "$server" ]; then
+    kill "$server" 2> /dev/null || true
+    wait "$server" 2> /dev/null || true
+  fi
+  rm -rf "$scratch"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+echo "Building wandb-restore (once; it takes about a minute)" >&2
+build=$top/build
+generator=()
+[ -e "$build/CMakeCache.txt" ] || generator=(-G Ninja)
+if ! (cmake -S "$top" -B "$build" "${generator[@]}" -DWANDB_RESTORE_TESTS=ON -DWANDB_RESTORE_EXAMPLES=ON &&
+  cmake --build "$build" --parallel "$(nproc)" --target example_wandb-restore wandb-stand-in) > "$scratch/log" 2>&1; then
+  cat "$scratch/log" >&2
+  exit 1
+fi
+
+if [ $# = 0 ]; then
+  # What the user's environment says of servers, keys, proxies and certificates is not for the stand-in.
+  unset "${!WANDB_@}" REQUESTS_CA_BUNDLE CURL_CA_BUNDLE SSL_CERT_FILE SSL_CERT_DIR
+  unset HTTP_PROXY HTTPS_PROXY ALL_PROXY http_proxy https_proxy all_proxy
+  export XDG_CACHE_HOME=$scratch/cache
+
+  pace=()
+  [ ! -t 2 ] || pace=(--global-rate 33554432) # slow enough for a progress bar to be seen
+  echo "Starting a stand-in for the service, with a model file of 64 MiB" >&2
+  "$build/tests/wandb-stand-in" --run team/project/a1b2c3d --generate model-best.h5=67108864 \
+    --ca "$scratch/ca.pem" --env "$scratch/env" "${pace[@]}" > "$scratch/log" 2>&1 < /dev/null &
+  server=$!
+  for ((i = 0; i < 300; i++)); do # the file is there once the server listens
+    [ ! -e "$scratch/env" ] || break
+    kill -0 "$server" 2> /dev/null || break
+    sleep 0.1
+  done
+  if [ ! -e "$scratch/env" ]; then
+    cat "$scratch/log" >&2
+    echo "The stand-in server did not start." >&2
+    exit 1
+  fi
+  # shellcheck disable=SC1091
+  . "$scratch/env"
+  set -- model-best.h5 --run-path team/project/a1b2c3d --root "$scratch/restored"
+fi
+
+echo "wandb-restore $*" >&2
+status=0
+"$build/examples/wandb-restore" --json "$@" > "$scratch/result" || status=$?
+
+while IFS= read -r line; do
+  name=$(sed -n 's/.*"name": *"\(\([^"\\]\|\\.\)*\)".*/\1/p' <<< "$line")
+  size=$(sed -n 's/.*"size": *\([0-9]*\).*/\1/p' <<< "$line")
+  case $line in
+    *'"verified":true'* | *'"verified": true'*) verified="verified" ;;
+    *) verified="not verified" ;;
+  esac
+  echo "$name: $size bytes, $verified"
+done < "$scratch/result"
+exit "$status"
