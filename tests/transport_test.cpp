@@ -1,0 +1,755 @@
+// The default transport against the stand-in server, and against sockets that misbehave below HTTP.
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "stand_in.hpp"
+#include "wandb_restore.hpp"
+
+#ifndef _WIN32
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
+#if !defined(WANDB_RESTORE_NO_HTTPLIB) && !defined(_WIN32)
+
+namespace {
+
+using namespace std::chrono_literals;
+using clock_type = std::chrono::steady_clock;
+using stand_in::act::chunked;
+
+/// Keeps what arrives, and tells when.
+class collector final : public wandb::body_sink {
+ public:
+  wandb::http_response head;
+  std::string body;
+  int starts = 0;
+  std::size_t stop_after = SIZE_MAX;  ///< bytes
+  bool wants_body = true;
+
+  bool start(const wandb::http_response& response) override {
+    ++starts;
+    head = response;
+    return wants_body;
+  }
+  bool write(std::string_view bytes) override {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      body += bytes;
+    }
+    arrived_.notify_all();
+    return body.size() < stop_after;
+  }
+  void wait_for_bytes(std::size_t count) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    REQUIRE(arrived_.wait_for(lock, 10s, [&] { return body.size() >= count; }));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable arrived_;
+};
+
+/// A directory for the CA file of a server.
+class scratch {
+ public:
+  scratch() {
+    std::string name = (std::filesystem::temp_directory_path() / "wandb_restore_transport_XXXXXX").string();
+    REQUIRE(mkdtemp(name.data()) != nullptr);
+    path_ = name;
+  }
+  ~scratch() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  scratch(const scratch&) = delete;
+  scratch& operator=(const scratch&) = delete;
+  std::filesystem::path operator/(const char* name) const { return path_ / name; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+/// A server with one file, and a transport that trusts it.
+struct bench {
+  explicit bench(stand_in::options how = {}) : server(std::move(how)) {
+    run = server.add_run("e", "p", "r");
+    server.write_ca(files / "ca.pem");
+    trusting.ca_file = files / "ca.pem";
+  }
+  void add(std::uint64_t size) {
+    content = stand_in::generated(size);
+    server.add_file(run, "a.bin", content);
+    address = server.signed_url(run, "a.bin");
+  }
+  wandb::http_request get() const {
+    wandb::http_request request;
+    request.url = address;
+    request.headers = {{"User-Agent", "test"}, {"Accept", "*/*"}, {"Accept-Encoding", "identity"}};
+    request.connect_timeout = 10s;
+    request.idle_timeout = 10s;
+    return request;
+  }
+  std::uint64_t connections() const { return server.counted().of(stand_in::origin::storage).connections; }
+
+  scratch files;
+  stand_in::server server;
+  stand_in::run_ref run;
+  stand_in::content_ptr content;
+  std::string address;
+  wandb::settings trusting;
+};
+
+stand_in::options plain() {
+  stand_in::options how;
+  how.service_tls = how.storage_tls = false;
+  return how;
+}
+
+/// A listening socket on 127.0.0.1 that nobody accepts from, unless the test does.
+class listener {
+ public:
+  explicit listener(int backlog = 8) : handle_(::socket(AF_INET, SOCK_STREAM, 0)) {
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof address;
+    REQUIRE(::bind(handle_, reinterpret_cast<sockaddr*>(&address), size) == 0);
+    REQUIRE(::listen(handle_, backlog) == 0);
+    REQUIRE(::getsockname(handle_, reinterpret_cast<sockaddr*>(&address), &size) == 0);
+    address_ = address;
+  }
+  ~listener() { close(); }
+  listener(const listener&) = delete;
+  listener& operator=(const listener&) = delete;
+
+  void close() {
+    if (handle_ >= 0) ::close(handle_);
+    handle_ = -1;
+  }
+  int accept() const { return ::accept(handle_, nullptr, nullptr); }
+  const sockaddr_in& address() const { return address_; }
+  std::string url(const char* scheme, const char* host = "127.0.0.1") const {
+    return std::string(scheme) + "://" + host + ':' + std::to_string(ntohs(address_.sin_port)) + "/x?secret=1";
+  }
+
+ private:
+  int handle_;
+  sockaddr_in address_{};
+};
+
+/// A server that gives each connection the next of some answers, as they stand, once a whole head has come, and keeps
+/// what it was asked. An answer to be split over writes is no matter here.
+class scripted {
+ public:
+  explicit scripted(std::vector<std::string> answers, bool closes = true)
+      : worker_([this, answers = std::move(answers), closes] {
+          for (const auto& answer : answers) {
+            const int peer = socket_.accept();
+            if (peer < 0) return;
+            std::string head;
+            for (char c = 0; head.find("\r\n\r\n") == std::string::npos && ::recv(peer, &c, 1, 0) == 1;) head += c;
+            asked.push_back(head);
+            (void)!::send(peer, answer.data(), answer.size(), MSG_NOSIGNAL);
+            if (!closes) {  // until the other side does
+              char c = 0;
+              while (::recv(peer, &c, 1, 0) > 0) {}
+            }
+            ::close(peer);
+          }
+        }) {}
+  ~scripted() { join(); }
+  void join() {
+    if (worker_.joinable()) worker_.join();
+  }
+  std::string url(const char* host = "127.0.0.1") const { return socket_.url("http", host); }
+
+  std::vector<std::string> asked;  ///< read it after join
+
+ private:
+  listener socket_;
+  std::thread worker_;
+};
+
+wandb::result<wandb::http_response> ask(const std::string& url, collector& sink, const std::string& method = "GET") {
+  wandb::http_request request;
+  request.method = method;
+  request.url = url;
+  request.idle_timeout = 5s;
+  wandb::httplib_transport transport;
+  return transport.send(request, sink);
+}
+
+template <class Result>
+void check_failed(const Result& outcome, wandb::errc code, const char* text) {
+  REQUIRE(!outcome.has_value());
+  CAPTURE(outcome.error().what());
+  CHECK(outcome.error().code() == code);
+  CHECK(std::string(outcome.error().what()).find(text) != std::string::npos);
+  CHECK(std::string(outcome.error().what()).find("secret") == std::string::npos);
+}
+
+/// Runs an exchange in a thread, cancels it once `is_under_way` says so, and checks that it ends soon.
+void check_cancel(wandb::httplib_transport& transport, wandb::http_request request, collector& sink,
+                  const std::function<void()>& is_under_way) {
+  std::atomic<bool> cancelled{false};
+  request.is_cancelled = [&] { return cancelled.load(); };
+  std::thread canceller;
+  clock_type::time_point at;
+  canceller = std::thread([&] {
+    is_under_way();
+    at = clock_type::now();
+    cancelled = true;
+  });
+  const auto outcome = transport.send(request, sink);
+  const auto end = clock_type::now();
+  canceller.join();
+  check_failed(outcome, wandb::errc::cancelled, "cancelled");
+  CHECK(end - at < 900ms);
+}
+
+}  // namespace
+
+TEST_SUITE("httplib_transport") {
+  TEST_CASE("head and body arrive as they are, over TLS and over plain TCP") {
+    for (const bool tls : {true, false}) {
+      CAPTURE(tls);
+      bench b(tls ? stand_in::options{} : plain());
+      b.add(3'000'001);
+      wandb::httplib_transport transport(b.trusting);
+      collector sink;
+      const auto answer = transport.send(b.get(), sink);
+      REQUIRE_MESSAGE(answer.has_value(), answer.error().what());
+      CHECK(answer->status == 200);
+      CHECK(sink.starts == 1);
+      REQUIRE(answer->header("content-length") != nullptr);
+      CHECK(*answer->header("content-length") == "3000001");
+      CHECK(sink.body == stand_in::read_text(*b.content));
+    }
+  }
+
+  TEST_CASE("one connection and one handshake for requests that follow each other") {
+    bench b;
+    b.add(100'000);
+    wandb::httplib_transport transport(b.trusting);
+    for (int i = 0; i < 5; ++i) {
+      collector sink;
+      REQUIRE(transport.send(b.get(), sink).has_value());
+      CHECK(sink.body.size() == 100'000);
+    }
+    CHECK(b.connections() == 1);
+    CHECK(b.server.counted().of(stand_in::origin::storage).handshakes == 1);
+  }
+
+  TEST_CASE("the target, the headers and the body go out byte for byte") {
+    scripted peer({"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"});
+    wandb::http_request request;
+    request.method = "POST";
+    const std::string origin = peer.url().substr(0, peer.url().rfind('/'));
+    request.url = origin + "/a%2Fb%20c?x=%2B+%7e&y=&&z";
+    request.headers = {{"X-Z", "1"}, {"X-A", "2"}};
+    request.body = std::string(5000, 'b');
+    collector sink;
+    wandb::httplib_transport transport;
+    REQUIRE(transport.send(request, sink).has_value());
+    peer.join();
+    CHECK(peer.asked.at(0) == "POST /a%2Fb%20c?x=%2B+%7e&y=&&z HTTP/1.1\r\nHost: " + origin.substr(7) +
+                                  "\r\nX-Z: 1\r\nX-A: 2\r\nContent-Length: 5000\r\n\r\n");
+  }
+
+  TEST_CASE("a header that would break out of its line is refused") {
+    collector sink;
+    wandb::http_request request;
+    request.url = "http://127.0.0.1:9/";
+    request.headers = {{"X-A", "1\r\nX-B: 2"}};
+    wandb::httplib_transport transport;
+    check_failed(transport.send(request, sink), wandb::errc::invalid_argument, "malformed");
+  }
+
+  TEST_CASE("header values are not decoded, their order is kept, interim responses are skipped") {
+    scripted peer({"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+                   "HTTP/1.1 302 Found\r\nLocation: http://h/%2B%2f?s=%2B\r\nX-B: 1\r\nX-A:2  \r\nContent-Length: 0\r\n\r\n"});
+    collector sink;
+    const auto answer = ask(peer.url(), sink);
+    REQUIRE(answer.has_value());
+    CHECK(answer->status == 302);
+    CHECK(answer->headers == wandb::http_headers{{"Location", "http://h/%2B%2f?s=%2B"},
+                                                  {"X-B", "1"},
+                                                  {"X-A", "2"},
+                                                  {"Content-Length", "0"}});
+    CHECK(sink.starts == 1);
+  }
+
+  TEST_CASE("responses without a body leave the connection usable") {
+    bench b(plain());
+    b.add(10);
+    wandb::httplib_transport transport;
+    auto head = b.get();
+    head.method = "HEAD";
+    collector first, second;
+    REQUIRE(transport.send(head, first).has_value());
+    CHECK(first.starts == 1);
+    CHECK(first.body.empty());
+    REQUIRE(transport.send(b.get(), second).has_value());
+    CHECK(second.body.size() == 10);
+  }
+
+  TEST_CASE("every framing of a body is understood") {
+    const std::string head = "HTTP/1.1 200 OK\r\n";
+    SUBCASE("chunks") {
+      scripted peer({head + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n"}, false);
+      collector sink;
+      REQUIRE(ask(peer.url(), sink).has_value());
+      CHECK(sink.body == "abcde");
+    }
+    SUBCASE("until the connection closes") {
+      scripted peer({head + "\r\nabc"});
+      collector sink;
+      REQUIRE(ask(peer.url(), sink).has_value());
+      CHECK(sink.body == "abc");
+    }
+    SUBCASE("HTTP/1.0") {
+      scripted peer({"HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nabc"});
+      collector sink;
+      REQUIRE(ask(peer.url(), sink).has_value());
+      CHECK(sink.body == "abc");
+    }
+  }
+
+  TEST_CASE("a response that breaks the protocol is a protocol_violation") {
+    using answer_list = std::vector<std::string>;
+    const std::string head = "HTTP/1.1 200 OK\r\n";
+    const std::string chunks = head + "Transfer-Encoding: chunked\r\n\r\n";
+    for (const auto& answer : answer_list{
+             "ICY 200 OK\r\n\r\n", "HTTP/1.1 abc\r\n\r\n", "HTTP/1.1 2000\r\n\r\n", "\r\n\r\n",
+             "HTTP/1.1 101 Switching\r\n\r\n", head + "Content-Length: -1\r\n\r\nabc",
+             head + "Content-Length: 3x\r\n\r\nabc", head + "Content-Length: 99999999999999999999\r\n\r\nabc",
+             head + "Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", head + "no colon\r\n\r\n",
+             head + " folded: x\r\n\r\n", head + "A : x\r\n\r\n", head + std::string("A: \0x\r\n\r\n", 9),
+             head + "Transfer-Encoding: gzip, chunked\r\n\r\n", chunks + "zz\r\nabc\r\n0\r\n\r\n",
+             chunks + "2\r\nabc\r\n0\r\n\r\n"}) {
+      CAPTURE(answer);
+      scripted peer({answer}, false);
+      collector sink;
+      check_failed(ask(peer.url(), sink), wandb::errc::protocol_violation, "GET http://127.0.0.1");
+    }
+  }
+
+  TEST_CASE("a head is bounded, as a whole") {
+    for (const bool many_lines : {true, false}) {
+      CAPTURE(many_lines);
+      bench b;
+      b.add(10);
+      b.server.add_fault(stand_in::place::storage,
+                         many_lines ? stand_in::act::endless_header() : stand_in::act::header("X", std::string(70'000, 'x')));
+      wandb::httplib_transport transport(b.trusting);
+      collector sink;
+      check_failed(transport.send(b.get(), sink), wandb::errc::protocol_violation, "64");
+      CHECK(sink.starts == 0);
+    }
+  }
+
+  TEST_CASE("a body that ends early is connection_failed, whatever its framing, over TLS too") {
+    namespace act = stand_in::act;
+    for (const bool tls : {true, false}) {
+      for (const auto& cut : {act::cut(70'000), act::cut_abruptly(70'000), act::reset(70'000)}) {
+        for (const bool in_chunks : {true, false}) {
+          CAPTURE(tls);
+          CAPTURE(in_chunks);
+          bench b(tls ? stand_in::options{} : plain());
+          b.add(200'000);
+          b.server.add_fault(stand_in::place::storage, cut);
+          if (in_chunks) b.server.add_fault(stand_in::place::storage, chunked());
+          wandb::httplib_transport transport(b.trusting);
+          collector sink;
+          const auto answer = transport.send(b.get(), sink);
+          check_failed(answer, wandb::errc::connection_failed, "the body");
+          CHECK(answer.error().is_transient());
+          CHECK(sink.starts == 1);
+        }
+      }
+    }
+  }
+
+  TEST_CASE("a body without any framing that is cut without a TLS goodbye is not taken for whole") {
+    bench b;
+    b.add(200'000);
+    b.server.add_fault(stand_in::place::storage, stand_in::act::until_close());
+    b.server.add_fault(stand_in::place::storage, stand_in::act::cut_abruptly(70'000));
+    wandb::httplib_transport transport(b.trusting);
+    collector sink;
+    check_failed(transport.send(b.get(), sink), wandb::errc::connection_failed, "the body");
+  }
+
+  TEST_CASE("more bytes than promised are not taken for the next response") {
+    for (const bool tls : {true, false}) {
+      CAPTURE(tls);
+      bench b(tls ? stand_in::options{} : plain());
+      b.add(1000);
+      b.server.add_fault(stand_in::target(stand_in::place::storage).nth(1), stand_in::act::length_off_by(-10));
+      wandb::httplib_transport transport(b.trusting);
+      collector first, second;
+      REQUIRE(transport.send(b.get(), first).has_value());
+      CHECK(first.body.size() == 990);
+      REQUIRE(transport.send(b.get(), second).has_value());
+      CHECK(second.body == stand_in::read_text(*b.content));
+      CHECK(b.connections() == 2);
+    }
+  }
+
+  TEST_CASE("a connection that the server closed while it was idle is replaced") {
+    for (const bool tls : {true, false}) {
+      CAPTURE(tls);
+      bench b(tls ? stand_in::options{} : plain());
+      b.add(1000);
+      b.server.add_fault(stand_in::target(stand_in::place::storage).nth(1), stand_in::act::close_silently());
+      wandb::httplib_transport transport(b.trusting);
+      for (int i = 0; i < 2; ++i) {
+        collector sink;
+        const auto answer = transport.send(b.get(), sink);
+        REQUIRE_MESSAGE(answer.has_value(), answer.error().what());
+        CHECK(sink.body.size() == 1000);
+      }
+      CHECK(b.connections() == 2);
+    }
+  }
+
+  TEST_CASE("a request that meets a connection just being closed goes out once more if it may") {
+    for (const bool tls : {true, false}) {
+      CAPTURE(tls);
+      bench b(tls ? stand_in::options{} : plain());
+      b.add(1000);
+      b.server.add_fault(stand_in::target(stand_in::place::storage).nth(2), stand_in::act::drop());
+      wandb::httplib_transport transport(b.trusting);
+      collector first, second, third;
+      REQUIRE(transport.send(b.get(), first).has_value());
+      REQUIRE(transport.send(b.get(), second).has_value());
+      CHECK(second.body.size() == 1000);
+      b.server.clear_faults();
+      b.server.add_fault(stand_in::place::storage, stand_in::act::drop());
+      check_failed(transport.send(b.get(), third), wandb::errc::connection_failed, "without a response");
+    }
+  }
+
+  TEST_CASE("the sink may stop at the head or in the body") {
+    bench b;
+    b.add(5'000'000);
+    wandb::httplib_transport transport(b.trusting);
+    collector at_head, in_body;
+    at_head.wants_body = false;
+    check_failed(transport.send(b.get(), at_head), wandb::errc::cancelled, "stopped");
+    in_body.stop_after = 100'000;
+    check_failed(transport.send(b.get(), in_body), wandb::errc::cancelled, "stopped");
+    CHECK(in_body.body.size() < 300'000);
+    CHECK(b.server.wait_for(
+        [](const auto& seen) { return seen.counts.of(stand_in::origin::storage).open_connections == 0; }, 10s));
+  }
+
+  TEST_CASE("cancelled while connecting") {
+    listener full(0);  // one connection fills the queue, and the next one's SYN goes unanswered
+    std::vector<int> fillers;
+    for (int i = 0; i < 4; ++i) {
+      fillers.push_back(::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0));
+      (void)!::connect(fillers.back(), reinterpret_cast<const sockaddr*>(&full.address()), sizeof(sockaddr_in));
+    }
+    wandb::httplib_transport transport;
+    for (const char* scheme : {"http", "https"}) {
+      wandb::http_request request;
+      request.url = full.url(scheme);
+      std::atomic<int> looks{0};
+      std::atomic<bool> cancelled{false};
+      request.is_cancelled = [&] { return looks > 3 || (++looks, false) || cancelled; };
+      collector sink;
+      const auto begin = clock_type::now();
+      check_failed(transport.send(request, sink), wandb::errc::cancelled, "cancelled");
+      CHECK(clock_type::now() - begin < 2s);
+
+      request.is_cancelled = nullptr;
+      request.connect_timeout = 300ms;
+      check_failed(transport.send(request, sink), wandb::errc::connection_failed, "no answer in time");
+    }
+    for (const int each : fillers) ::close(each);
+  }
+
+  TEST_CASE("cancelled, or out of time, while TLS shakes hands") {
+    const listener silent;  // the kernel connects, nobody answers
+    wandb::httplib_transport transport;
+    wandb::http_request request;
+    request.url = silent.url("https");
+    collector sink;
+    check_cancel(transport, request, sink, [&] { ::close(silent.accept()); });  // an accepted one shows that it runs
+    request.connect_timeout = 300ms;
+    const auto begin = clock_type::now();
+    check_failed(transport.send(request, sink), wandb::errc::connection_failed, "TLS handshake");
+    CHECK(clock_type::now() - begin < 2s);
+  }
+
+  TEST_CASE("cancelled, or idle for too long, while the response is waited for and in the body") {
+    namespace act = stand_in::act;
+    for (const bool tls : {true, false}) {
+      for (const bool in_body : {true, false}) {
+        CAPTURE(tls);
+        CAPTURE(in_body);
+        bench b(tls ? stand_in::options{} : plain());
+        b.add(200'000);
+        b.server.add_fault(stand_in::place::storage, in_body ? act::stall(70'000) : act::hang());
+        wandb::httplib_transport transport(b.trusting);
+        collector sink;
+        check_cancel(transport, b.get(), sink, [&] {
+          REQUIRE(b.server.wait_for([](const auto& seen) { return seen.counts.stalled > 0; }, 10s));
+          if (in_body) sink.wait_for_bytes(70'000);
+        });
+        auto impatient = b.get();
+        impatient.idle_timeout = 300ms;
+        collector second;
+        const auto begin = clock_type::now();
+        check_failed(transport.send(impatient, second), wandb::errc::connection_failed, "timed out");
+        CHECK(clock_type::now() - begin < 3s);
+      }
+    }
+  }
+
+  TEST_CASE("cancelled while the request is sent") {
+    const listener deaf;
+    wandb::httplib_transport transport;
+    wandb::http_request request;
+    request.method = "POST";
+    request.url = deaf.url("http");
+    request.body = std::string(64u << 20, 'x');
+    collector sink;
+    int peer = -1;
+    check_cancel(transport, request, sink, [&] { peer = deaf.accept(); });
+    ::close(peer);
+  }
+
+  TEST_CASE("connections that do not come about say why") {
+    listener gone;
+    gone.close();
+    collector sink;
+    check_failed(ask(gone.url("http"), sink), wandb::errc::connection_failed, "cannot connect to 127.0.0.1:");
+    check_failed(ask("http://no-such-host.invalid/", sink), wandb::errc::connection_failed, "cannot be resolved");
+    check_failed(ask("ftp://host/", sink), wandb::errc::protocol_violation, "scheme");
+  }
+
+  TEST_CASE("IPv6 literals") {
+    scripted peer({"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"});
+    collector sink;
+    const auto answer = ask(peer.url("[::ffff:127.0.0.1]"), sink);
+    REQUIRE_MESSAGE(answer.has_value(), answer.error().what());
+    peer.join();
+    CHECK(peer.asked.at(0).find("\r\nHost: [::ffff:127.0.0.1]:") != std::string::npos);
+  }
+
+  TEST_CASE("certificates: the wrong host, an expired one, an unknown authority are refused for good") {
+    using stand_in::certificate;
+    for (const auto kind : {certificate::wrong_host, certificate::expired, certificate::other_authority}) {
+      for (const char* host : {"127.0.0.1", "localhost"}) {
+        CAPTURE(static_cast<int>(kind));
+        stand_in::options how;
+        how.host = host;
+        how.storage_certificate = kind;
+        bench b(how);
+        b.add(10);
+        {
+          wandb::httplib_transport transport(b.trusting);
+          collector sink;
+          const auto answer = transport.send(b.get(), sink);
+          check_failed(answer, wandb::errc::connection_failed, "certificate is refused");
+          CHECK(!answer.error().is_transient());
+          CHECK(std::string(answer.error().what()).find("SSL_CERT_FILE") != std::string::npos);
+          CHECK(sink.starts == 0);
+          CHECK(b.server.requests(stand_in::request_kind::storage).empty());
+        }
+        b.trusting.verify_tls = false;
+        wandb::httplib_transport careless(b.trusting);
+        collector sink;
+        CHECK(careless.send(b.get(), sink).has_value());
+      }
+    }
+  }
+
+  TEST_CASE("certificates: without the CA of the server the system's own do not help") {
+    bench b;
+    b.add(10);
+    wandb::httplib_transport transport;
+    collector sink;
+    check_failed(transport.send(b.get(), sink), wandb::errc::connection_failed, "certificate is refused");
+  }
+
+  TEST_CASE("certificates: an unusable CA file or directory is an invalid_argument that names it") {
+    bench b;
+    b.add(10);
+    std::ofstream(b.files / "garbage.pem") << "not a certificate";
+    for (const char* name : {"absent.pem", "garbage.pem"}) {
+      wandb::settings unusable;
+      unusable.ca_file = b.files / name;
+      wandb::httplib_transport transport(unusable);
+      collector sink;
+      check_failed(transport.send(b.get(), sink), wandb::errc::invalid_argument, name);
+    }
+    wandb::settings unusable;
+    unusable.ca_directory = b.files / "absent";
+    wandb::httplib_transport transport(unusable);
+    collector sink;
+    check_failed(transport.send(b.get(), sink), wandb::errc::invalid_argument, "absent");
+  }
+
+  TEST_CASE("certificates: the CA file is read once for a transport") {
+    bench b;
+    b.add(10);
+    b.server.add_fault(stand_in::place::storage, stand_in::act::close_after());
+    wandb::httplib_transport transport(b.trusting);
+    collector first, second;
+    REQUIRE(transport.send(b.get(), first).has_value());
+    std::filesystem::remove(b.trusting.ca_file);
+    REQUIRE(transport.send(b.get(), second).has_value());
+    CHECK(b.connections() == 2);
+  }
+
+  TEST_CASE("both TLS versions") {
+    for (const auto version : {stand_in::tls_versions::only_1_2, stand_in::tls_versions::only_1_3}) {
+      stand_in::options how;
+      how.versions = version;
+      bench b(how);
+      b.add(500'000);
+      wandb::httplib_transport transport(b.trusting);
+      for (int i = 0; i < 3; ++i) {
+        collector sink;
+        REQUIRE(transport.send(b.get(), sink).has_value());
+        CHECK(sink.body.size() == 500'000);
+      }
+      CHECK(b.connections() == 1);
+    }
+  }
+
+  TEST_CASE("a proxy: tunnels and whole addresses, and each credential goes where it belongs") {
+    for (const bool tls : {true, false}) {
+      CAPTURE(tls);
+      stand_in::options how = tls ? stand_in::options{} : plain();
+      how.proxy = true;
+      how.proxy_credentials = "us er:p@ss";
+      bench b(how);
+      b.add(100'000);
+      const std::string proxy = b.server.proxy_url();
+      const std::string authority = proxy.substr(proxy.find("//") + 2);
+      wandb::httplib_transport transport(b.trusting);
+
+      auto with_user = b.get();
+      with_user.headers.emplace_back("X-Secret", "for the origin");
+      with_user.proxy = "http://us%20er:p%40ss@" + authority;
+      auto with_header = with_user;
+      with_header.proxy = authority;  // without a scheme, too
+      with_header.proxy_authorization = "Basic dXMgZXI6cEBzcw==";
+      for (const auto& request : {with_user, with_user, with_header}) {
+        collector sink;
+        const auto answer = transport.send(request, sink);
+        REQUIRE_MESSAGE(answer.has_value(), answer.error().what());
+        CHECK(sink.body.size() == 100'000);
+      }
+      for (const auto& seen : b.server.requests(stand_in::request_kind::storage)) {
+        CHECK(!seen.header("Proxy-Authorization"));
+        CHECK(seen.header("X-Secret") == "for the origin");
+      }
+      for (const auto& seen : b.server.requests(stand_in::request_kind::proxy)) {
+        CHECK(seen.header("Proxy-Authorization") == "Basic dXMgZXI6cEBzcw==");
+        if (tls) CHECK(!seen.header("X-Secret"));
+      }
+
+      auto refused = b.get();
+      refused.proxy = proxy;
+      collector sink;
+      const auto answer = transport.send(refused, sink);
+      check_failed(answer, wandb::errc::connection_failed, "407");
+      CHECK(!answer.error().is_transient());
+      CHECK(sink.starts == 0);
+    }
+  }
+
+  TEST_CASE("a proxy's address that cannot be used says so, without its password") {
+    for (const char* proxy : {"https://u:secret@127.0.0.1:1", "socks5://u:secret@127.0.0.1:1", "http://u:secret@"}) {
+      wandb::http_request request;
+      request.url = "https://127.0.0.1:9/";
+      request.proxy = proxy;
+      collector sink;
+      wandb::httplib_transport transport;
+      check_failed(transport.send(request, sink), wandb::errc::invalid_argument, "http://[user:password@]host:port");
+    }
+  }
+
+  TEST_CASE("many threads at once") {
+    bench b;
+    b.add(300'000);
+    wandb::httplib_transport transport(b.trusting);
+    const std::string whole = stand_in::read_text(*b.content);
+    std::atomic<int> right{0};
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 8; ++t) {
+      threads.emplace_back([&, t] {
+        for (int i = 0; i < 10; ++i) {
+          collector sink;
+          if ((t + i) % 5 == 0) sink.stop_after = 1;
+          const auto answer = transport.send(b.get(), sink);
+          if (answer ? sink.body == whole : answer.error().code() == wandb::errc::cancelled) ++right;
+        }
+      });
+    }
+    for (auto& thread : threads) thread.join();
+    CHECK(right == 80);
+  }
+
+  TEST_CASE("SIGPIPE never reaches the program, which has its default handler") {
+    bench b;
+    b.add(1000);
+    b.server.add_fault(stand_in::place::storage, stand_in::act::refuse());
+    const listener leaver;
+    int has_left[2];
+    REQUIRE(::pipe(has_left) == 0);
+    const pid_t child = ::fork();  // a child, so that a signal would end it alone; the server's threads stay behind
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      ::signal(SIGPIPE, SIG_DFL);
+      wandb::httplib_transport transport(b.trusting);
+      wandb::http_request request = b.get();
+      request.method = "POST";
+      request.body = std::string(16u << 20, 'x');
+      collector sink;
+      (void)transport.send(request, sink).has_value();
+      request.url = leaver.url("http");
+      bool waited = false;
+      request.is_cancelled = [&] {  // asked between connecting and sending
+        char byte = 0;
+        if (!waited) waited = ::read(has_left[0], &byte, 1) == 1;
+        return false;
+      };
+      const auto answer = transport.send(request, sink);
+      ::_exit(!answer && answer.error().code() == wandb::errc::connection_failed ? 7 : 8);
+    }
+    const int peer = leaver.accept();
+    ::shutdown(peer, SHUT_RDWR);  // FIN, and RST for what comes after it: from then on writing raises the signal
+    CHECK(::write(has_left[1], "x", 1) == 1);
+    int status = 0;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    for (const int each : {peer, has_left[0], has_left[1]}) ::close(each);
+    REQUIRE(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 7);
+  }
+}
+
+#endif
