@@ -408,10 +408,7 @@ int restore_files(wandb::client<>& client, const arguments& given, console& out)
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     if (!file) {
       const int failure = report(file.error(), out);
-      if (failure == status_interrupted) {
-        out.error("interrupted: the same command goes on from what has arrived");
-        return failure;
-      }
+      if (failure == status_interrupted) return failure;
       if (status == status_done) status = failure;
       continue;
     }
