@@ -264,7 +264,7 @@ bool matches(std::string_view pattern, std::string_view text) {
 
 // ---- standard error: messages, and on a terminal a line that shows how far a file is ----------------------------
 
-/// "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s   0:05 left", in at most `width` columns: what does not
+/// "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s     0:05 left", in at most `width` columns: what does not
 /// fit is left out, from the right, and the name is shortened.
 std::string status_line(const wandb::progress& now, std::size_t width) {
   const auto done = static_cast<double>(now.bytes_done);
@@ -285,7 +285,7 @@ std::string status_line(const wandb::progress& now, std::size_t width) {
     const double rate = now.bytes_per_second;
     facts.push_back(padded(rate > 0 ? amount(rate) + "/s" : "-", 10));
     const double seconds = rate > 0 ? (total - done) / rate : 0;
-    if (now.bytes_total) facts.push_back(padded(rate > 0 && seconds < 360000 ? clock_time(seconds) : "-", 5) + " left");
+    if (now.bytes_total) facts.push_back(padded(rate > 0 && seconds < 360000 ? clock_time(seconds) : "-", 7) + " left");
   }
 
   std::string name = printable(now.name);
