@@ -3849,7 +3849,7 @@ struct content_range {
     const auto first = to_number<std::uint64_t>(trim(text.substr(6, dash - 6)));
     const auto last = to_number<std::uint64_t>(trim(text.substr(dash + 1, slash - dash - 1)));
     const auto size = to_number<std::uint64_t>(trim(text.substr(slash + 1)));
-    if (!first || !last || *last < *first || (!size && trim(text.substr(slash + 1)) != "*")) return std::nullopt;
+    if (!first || !last || *last < *first || *last + 1 == 0 || (!size && trim(text.substr(slash + 1)) != "*")) return std::nullopt;
     return content_range{{*first, *last + 1}, size};
   }
 };
