@@ -1666,6 +1666,7 @@ inline std::optional<std::uint64_t> free_space(const path& directory) {
 #if defined(__GLIBC__)
   struct statvfs64 volume;
   if (::statvfs64(directory.empty() ? "." : directory.c_str(), &volume) != 0) return std::nullopt;
+  if (volume.f_blocks == 0) return std::nullopt;  // some file systems of remote stores say 0 of everything
   return static_cast<std::uint64_t>(volume.f_bavail) * volume.f_frsize;
 #else
   std::error_code failure;
@@ -1722,10 +1723,11 @@ inline std::optional<std::uint64_t> process_start(process_id id) {
 #elif defined(__linux__)
   const auto text = read_small_file("/proc/" + std::to_string(id) + "/stat", 4096);
   if (!text) return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt : std::optional<std::uint64_t>(0);
-  // Field 2 is the program's name in parentheses and may hold anything; field 3 is the state, field 22 the start.
+  // Field 2 is the program's name in parentheses and may hold anything; field 3 is the state, field 20 the number of
+  // threads, field 22 the start. A process whose first thread has ended looks like a zombie while others go on.
   const auto fields = split(std::string_view(*text).substr((std::min)(text->rfind(')') + 2, text->size())), ' ');
   if (fields.size() < 20) return 0;
-  if (fields[0] == "Z" || fields[0] == "X") return std::nullopt;
+  if ((fields[0] == "Z" && to_number<int>(fields[17]).value_or(0) <= 1) || fields[0] == "X") return std::nullopt;
   return to_number<std::uint64_t>(fields[19]).value_or(0);
 #elif defined(__APPLE__)
   struct kinfo_proc process {};
@@ -1890,11 +1892,13 @@ class partial_file {
 
   /// An error where the disk has no room for the rest; otherwise the room is taken, where the file system can.
   result<void> reserve() const;
+  /// An error where a directory's disk has no room for so many bytes more.
+  static result<void> check_room(const path& directory, std::uint64_t missing);
 
   /// Keeps the file for whoever restores this content next.
   void release(const place& at, const std::string& md5) {
     out_.close();
-    if (md5.empty() || bits_.empty()) return;  // nothing says what it is worth: it goes
+    if (md5.empty() || bits_.find_first_not_of('\0') == std::string::npos) return;  // it is worth nothing: it goes
     if (rename_over(where_, at.partial(md5, "free-" + owner::self().str())) == 0) where_.clear();
   }
   /// Puts the finished content in the target's place and returns a stream on it, opened on this very inode.
@@ -1933,6 +1937,8 @@ class partial_file {
 
 inline result<std::unique_ptr<partial_file>> partial_file::create(const place& at, const std::string& md5,
                                                                   std::uint64_t size) {
+  // Before anything is made of a size that the service tells.
+  if (auto room = check_room(at.directory, size); !room) return room.error();
   const path where = at.partial(md5, owner::self().str());
   file out;
   if (const int code = out.open(where, file::mode::create)) return disk_error("create", where, code);
@@ -1959,6 +1965,10 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
     if (rename_over(one.where, mine) != 0) continue;  // another claimant was faster
     file out;
     if (out.open(mine, file::mode::update) != 0) continue;
+    if (one.facts.size < size) {  // no record of so long a content
+      remove_quietly(mine);
+      continue;
+    }
     std::unique_ptr<partial_file> claimed(new partial_file(std::move(out), mine, size));
     if (claimed->load_record()) return claimed;  // a foreign or torn file goes with its owner
   }
@@ -1995,20 +2005,26 @@ inline void partial_file::adopt(const path& other) {
   }
 }
 
+inline result<void> partial_file::check_room(const path& directory, std::uint64_t missing) {
+  const auto space = free_space(directory);
+  if (!space || missing <= *space) return {};
+  return error(errc::disk_failure, "not enough room in " + in_quotes(directory.empty() ? path(".") : directory) + ": " +
+                                       std::to_string(missing) + " bytes are needed, " + std::to_string(*space) +
+                                       " are free, " + std::to_string(missing - *space) +
+                                       " are missing; free some, or set root to another disk");
+}
+
 inline result<void> partial_file::reserve() const {
   const auto facts = out_.facts();
   const std::uint64_t whole = record_offset() + header_size + bits_.size();
   const std::uint64_t missing = facts && facts->allocated < whole ? whole - facts->allocated : 0;
-  const auto space = free_space(where_.parent_path());
-  const bool short_of_space = space && missing > *space;
-  if (!short_of_space && out_.reserve(whole) == 0) return {};
-  return error(errc::disk_failure,
-               "not enough room in " + in_quotes(where_.parent_path().empty() ? path(".") : where_.parent_path()) + ": " +
-                   std::to_string(missing) + " bytes are needed" +
-                   (space ? ", " + std::to_string(*space) + " are free, " +
-                                std::to_string(missing > *space ? missing - *space : 0) + " are missing"
-                          : std::string()) +
-                   "; free some, or set root to another disk");
+  const path directory = where_.parent_path();
+  if (auto room = check_room(directory, missing); !room) return room;
+  const int code = out_.reserve(whole);
+  if (code == 0) return {};
+  return error(errc::disk_failure, "not enough room in " + in_quotes(directory.empty() ? path(".") : directory) + ": " +
+                                       std::to_string(missing) + " bytes are missing: " + os_message(code) +
+                                       "; free some (or raise the quota), or set root to another disk");
 }
 
 inline result<std::ifstream> partial_file::publish(const place& at) {
@@ -3083,7 +3099,12 @@ class guarded_sink final : public body_sink {
 
   bool start(const http_response& head) override {
     call_.reached = true;
-    started_ = true;
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      started_ = true;  // from here on the body's pace counts, not what it took to get here
+      since_ = clock::now();
+      window_bytes_ = 0;
+    }
     std::size_t size = 0;
     for (const auto& field : head.headers) size += field.first.size() + field.second.size() + 4;
     if (head.headers.size() > max_fields || size > max_head) return refuse("its header is too large");
@@ -3364,7 +3385,7 @@ inline result<access_token> session::exchange_identity(call& of, const url& base
     if (!got) {
       failure = got.error();
     } else if (got->head.status != 200) {
-      failure = status_error(what, *got, here, "Bearer");
+      failure = status_error(what, *got, here, "Bearer " + std::string(trim(*identity)));
     } else {
       const auto answer = nlohmann::json::parse(body.text, nullptr, false);
       const auto token = answer.is_object() ? answer.find("access_token") : answer.end();
@@ -3410,16 +3431,27 @@ inline std::string backend_message(const nlohmann::json& body) {
   return joined;
 }
 
+/// A server that repeats what it was sent must not make us repeat it.
+inline std::string without_secrets(std::string said, const std::string& authorization) {
+  const auto behind = [](const std::string& text, char mark) {
+    const auto at = text.find(mark);
+    return at == text.npos ? std::string() : text.substr(at + 1);
+  };
+  const auto secret = behind(authorization, ' ');
+  if (!secret.empty()) said = replace_all(said, secret, "***");
+  const auto key = starts_with(authorization, "Basic ") ? behind(base64_decode(secret).value_or(""), ':') : std::string();
+  if (!key.empty()) said = replace_all(said, key, "***");
+  return said;
+}
+
 inline error session::status_error(const std::string& what, const answer& got, const url& from,
                                    const std::string& authorization) const {
   const int status = got.head.status;
   std::string text = what + ": HTTP status " + std::to_string(status);
   const auto base = parse_base_url(config.base_url);
   if (base && under_base(*base, from)) {  // storage's bodies may repeat signatures
-    const auto said = backend_message(nlohmann::json::parse(got.body, nullptr, false));
-    // A server that repeats what it was sent must not make us repeat it.
-    const bool secret = !config.api_key.empty() && said.find(config.api_key) != std::string::npos;
-    if (!said.empty() && !secret) text += ", " + in_quotes(said);
+    const auto said = without_secrets(backend_message(nlohmann::json::parse(got.body, nullptr, false)), authorization);
+    if (!said.empty()) text += ", " + in_quotes(said);
     if (status == 401) return error(errc::not_authenticated, text + "; " + credentials_hint(authorization), status);
     if (status == 403 || contains_ignoring_case(said, "permission denied")) {
       return error(errc::permission_denied,
@@ -3521,7 +3553,7 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const u
     return error(errc::protocol_violation, what + ": the answer of " + host() + " is longer than " + readable_bytes(max_answer));
   }
   if (!got) return error(got.error());
-  if (got->head.status != 200) return session_.status_error(what, *got, here, authorization);
+  if (got->head.status != 200) return session_.status_error(what + " at " + host(), *got, here, authorization);
   auto body_read = json::parse(answered.text, nullptr, false);
   if (!body_read.is_object()) {
     return error(errc::protocol_violation,
@@ -3529,7 +3561,7 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const u
                      session_.config.base_url + " its base URL?",
                  200);
   }
-  if (const auto said = backend_message(body_read); !said.empty()) {
+  if (const auto said = without_secrets(backend_message(body_read), authorization); !said.empty()) {
     const std::string full = what + ": " + host() + " answers " + in_quotes(said);
     if (contains_ignoring_case(said, "permission denied") || contains_ignoring_case(said, "access denied")) {
       return error(errc::permission_denied, full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
@@ -3908,6 +3940,7 @@ class download {
   std::string entity_tag_;
   std::uint64_t frontier_ = 0;     // all bytes before this are on disk
   std::uint64_t present_ = 0;      // bytes on disk
+  std::vector<bool> claimed_;      // blocks that are on disk, or that one connection is writing
   std::size_t alive_ = 0;          // connections
   bool complete_ = false;
   std::optional<error> failure_;
@@ -4040,6 +4073,8 @@ inline result<void> download::run(partial_file& into) {
       gaps.push_back(one);
     }
   }
+  claimed_.resize(static_cast<std::size_t>(into.blocks()));
+  for (std::size_t i = 0; i < claimed_.size(); ++i) claimed_[i] = into.has(i);
   complete_ = gaps.empty();
   const std::uint64_t missing = into.size() - present_;
   const auto most = missing < range_plan::worth_splitting
@@ -4158,27 +4193,49 @@ inline void download::hash_along() {
   }
 }
 
-/// Writes what a connection has buffered, then records it.
+/// Writes what a connection has buffered, then records it. Nothing is written twice, whatever is fetched twice: what was
+/// hashed stays as it was, so that the digest speaks of the bytes on disk.
 inline result<void> download::flush(std::size_t me, std::string& buffer) {
   auto& mine = (*plan_)[me];
   if (buffer.empty()) return {};
-  if (auto written = into_->write(mine.flushed, buffer); !written) return written;
   const auto begin = mine.flushed, end = begin + buffer.size();
-  buffer.clear();
-  const lock held(mutex_);
-  mine.flushed = end;
-  renewed_ = false;
-  if (!remote_.info.size) {
+  const std::string_view bytes = buffer;
+  if (!remote_.info.size) {  // one connection, which may have had to begin again
+    const auto behind = (std::min)((std::max)(frontier_, begin) - begin, end - begin);
+    if (auto written = into_->write(begin + behind, bytes.substr(static_cast<std::size_t>(behind))); !written) return written;
+    buffer.clear();
+    const lock held(mutex_);
+    mine.flushed = end;
+    renewed_ = false;
     frontier_ = present_ = (std::max)(frontier_, end);
     advanced_.notify_all();
     return {};
   }
   const auto first = begin / partial_file::block;
   const auto last = end == into_->size() ? into_->blocks() : end / partial_file::block;
-  for (auto i = first; i < last; ++i) {
-    if (!into_->has(i)) present_ += (std::min)(into_->size(), (i + 1) * partial_file::block) - i * partial_file::block;
+  std::vector<byte_range> mine_to_write;  // in blocks; mostly all of them at once
+  {
+    const lock held(mutex_);
+    for (auto i = first; i < last; ++i) {
+      if (claimed_[static_cast<std::size_t>(i)]) continue;
+      claimed_[static_cast<std::size_t>(i)] = true;
+      if (mine_to_write.empty() || mine_to_write.back().end != i) mine_to_write.push_back({i, i});
+      mine_to_write.back().end = i + 1;
+    }
   }
-  if (auto recorded = into_->record(first, last); !recorded) return recorded;
+  for (const auto& run : mine_to_write) {
+    const auto from = run.begin * partial_file::block, until = (std::min)(run.end * partial_file::block, end);
+    const auto part = bytes.substr(static_cast<std::size_t>(from - begin), static_cast<std::size_t>(until - from));
+    if (auto written = into_->write(from, part); !written) return written;
+  }
+  buffer.clear();
+  const lock held(mutex_);
+  mine.flushed = end;
+  renewed_ = false;
+  for (const auto& run : mine_to_write) {
+    present_ += (std::min)(into_->size(), run.end * partial_file::block) - run.begin * partial_file::block;
+    if (auto recorded = into_->record(run.begin, run.end); !recorded) return recorded;
+  }
   const auto before = frontier_;
   while (frontier_ < into_->size() && into_->has(frontier_ / partial_file::block)) {
     frontier_ = (std::min)(into_->size(), (frontier_ / partial_file::block + 1) * partial_file::block);
@@ -4222,6 +4279,7 @@ inline bool download::next_range(std::size_t me) {
 /// Where the file is: what the redirects led to or, for the one that finds it out, the service's own address.
 inline result<url> download::address(lock& held) {
   while (resolving_ && !stopped_) changed_.wait_for(held, milliseconds(50));
+  if (stopped_) return call_.why_cancelled();
   if (final_) return *final_;
   resolving_ = true;
   if (generation_ > 0) {  // an address that has expired: ask the service for the file again
@@ -4291,6 +4349,10 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
     held.unlock();
     if (auto written = flush(me, buffer); !written) return written.error();
     held.lock();
+    if (mine.at < frontier_) {
+      entity_changed_ = true;
+      return error(errc::protocol_violation, what() + ": " + here->redacted() + " became shorter while it was being fetched");
+    }
     into_->set_size(mine.at);
     complete_ = mine.end == range_plan::endless || mine.at == mine.end;
     changed_.notify_all();
@@ -4352,7 +4414,7 @@ inline result<void> check_name(std::string_view name) {
   if (name.empty()) return refuse("the name is empty");
   if (name.find('\0') != std::string_view::npos) return refuse("the name has a NUL in it");
   if (name.front() == '/' || name.front() == '\\') return refuse("it is absolute");
-  if (name.size() > 1 && name[1] == ':' && is_letter(name[0])) return refuse("it names a drive");
+  if (name.size() > 1 && name[1] == ':') return refuse("it names a drive");
   std::string_view last;
   for (const auto part : split(name, '/')) {
     last = part;
@@ -4391,6 +4453,21 @@ inline result<run_path> run_of(const settings& configuration, std::string_view t
   return run;
 }
 
+/// A run of which the entity may be unknown, for messages.
+inline std::string shown(const run_path& run) {
+  return run.entity.empty() ? run.project + '/' + run.run_id + " (of the default entity)" : run.str();
+}
+
+/// The failure of a call with what the call was about in front, unless the text names that itself.
+inline error in_context(const error& failure, const std::string& doing, std::initializer_list<std::string> names) {
+  const std::string_view text = failure.what();
+  if (std::all_of(names.begin(), names.end(), [&](const auto& name) { return text.find(name) != text.npos; })) return failure;
+  error whole(failure.code(), doing + ": " + failure.what(), failure.http_status());
+  if (!failure.is_transient()) whole = error::permanent(failure.code(), whole.what(), failure.http_status());
+  whole.retry_after(failure.retry_after());
+  return whole;
+}
+
 /// One restore, from name to stream.
 class restoring {
  public:
@@ -4404,10 +4481,9 @@ class restoring {
     }
     const auto policy = options_.replace ? cache_policy::replace() : options_.cache.value_or(session_.policy);
     auto verdict = seen ? policy(copy_of(*seen), nullptr) : cache_policy::verdict::fetch;
-    if (verdict == cache_policy::verdict::keep) return open_local(*seen);
+    if (verdict == cache_policy::verdict::keep) return open_local(copy_of(*seen));
 
     service asked(session_, call_);
-    if (auto ready = session_.ready(); !ready) return ready.error();
     if (run_.entity.empty()) {
       auto entity = asked.default_entity();
       if (!entity) return entity.error();
@@ -4435,25 +4511,23 @@ class restoring {
     return copy;
   }
 
-  /// Without a request: what is known of the asked run must not contradict where the file came from.
-  result<restored_file> open_local(const file_facts& facts) {
-    const auto copy = copy_of(facts);
+  /// On the policy's word alone: what is known of the asked run must not contradict where the file came from.
+  result<restored_file> open_local(const local_copy& copy) {
     if (const auto& from = copy.restored_from) {
       if (from->run_id != run_.run_id || from->project != run_.project ||
           (!run_.entity.empty() && from->entity != run_.entity)) {
-        const run_path asked{run_.entity.empty() ? "(default entity)" : run_.entity, run_.project, run_.run_id};
         return error(errc::local_conflict, in_quotes(at_.target) + " was restored from " + from->str() + ", but " +
-                                               asked.str() + " is asked for: replace or refresh it, or set another root");
+                                               shown(run_) + " is asked for: replace or refresh it, or set another root");
       }
     }
     return open({at_.target, copy.size, copy.receipt_md5, source::local, !copy.receipt_md5.empty()});
   }
 
-  /// After the service was asked.
+  /// After the service was asked. What it has too is the asked run's, wherever it came from.
   result<restored_file> keep(const local_copy& copy, const file_info& remote) {
-    const bool verified = !remote.md5.empty() && copy.md5() == remote.md5;
-    remember(verified ? remote.md5 : std::string());
-    return open({at_.target, copy.size, verified ? remote.md5 : std::string(), source::local, verified});
+    if (remote.md5.empty() || copy.md5() != remote.md5) return open_local(copy);
+    remember(remote.md5);
+    return open({at_.target, copy.size, remote.md5, source::local, true});
   }
 
   result<restored_file> open(restored_file::facts facts) const {
@@ -4561,21 +4635,28 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
   if (!run) return run.error();
   const path root = options.root.empty() ? with.config.run_dir : options.root;
   call of(with.config, options.cancel);
-  return restoring(with, of, options, service_name(name), *std::move(run), place(root / from_utf8(name)))();
+  const std::string inside = service_name(name);
+  auto restored = restoring(with, of, options, inside, *run, place(root / from_utf8(name)))();
+  if (restored) return restored;
+  return in_context(restored.error(), "restoring " + in_quotes(inside) + " from " + shown(*run),
+                    {in_quotes(inside), run->project + '/' + run->run_id});
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& with, const restore_options& options) {
   auto run = run_of(with.config, options.run_path);
   if (!run) return run.error();
   call of(with.config, options.cancel);
-  service asked(with, of);
-  if (auto ready = with.ready(); !ready) return ready.error();
-  if (run->entity.empty()) {
-    auto entity = asked.default_entity();
-    if (!entity) return entity.error();
-    run->entity = *std::move(entity);
-  }
-  return asked.list_files(*run);
+  auto listed = [&]() -> result<std::vector<file_info>> {
+    service asked(with, of);
+    if (run->entity.empty()) {
+      auto entity = asked.default_entity();
+      if (!entity) return entity.error();
+      run->entity = *std::move(entity);
+    }
+    return asked.list_files(*run);
+  }();
+  if (listed) return listed;
+  return in_context(listed.error(), "listing the files of " + shown(*run), {run->project + '/' + run->run_id});
 }
 
 }  // namespace detail

@@ -1,0 +1,86 @@
+// The forms that a caller writes with braces: designated initialisers from C++20 on, empty braces in any version. Where the
+// compiler has no C++20 the same promises are kept with a restore_options that is filled in.
+#include "restore_fixture.hpp"
+
+using namespace restore_tests;
+
+namespace {
+
+/// Settings of the free functions for a fixture.
+class environment {
+ public:
+  explicit environment(fixture& f)
+      : set_{{"WANDB_BASE_URL", f.server.base_url()}, {"WANDB_API_KEY", f.server.key()}, {"SSL_CERT_FILE", f.ca().string()},
+             {"WANDB_ENTITY", "vanpelt"},             {"WANDB_PROJECT", "my-project"},   {"WANDB_RUN_ID", "a1b2c3d"},
+             {"XDG_CACHE_HOME", (f.directory / "home-cache").string()}},
+        there_(f.root()) {}
+
+ private:
+  scoped_environment set_;
+  scoped_working_directory there_;
+};
+
+}  // namespace
+
+TEST_SUITE("braced forms") {
+  TEST_CASE("empty braces mean the defaults, in every form") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", "text");
+    const environment there(f);
+    CHECK(wandb::restore("a.txt", {}).path() == "a.txt");
+    CHECK(wandb::try_restore("a.txt", {}).has_value());
+    wandb::client<> client;
+    CHECK(client.restore("a.txt", {}).path() == "a.txt");
+    CHECK(client.try_restore("a.txt", {}).has_value());
+    CHECK(client.try_list_files({}).value().size() == 1);
+    CHECK(f.server.counted().of(request_kind::storage).requests == 1);
+  }
+
+  TEST_CASE("keyword arguments") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", "text");
+    const environment there(f);
+#if defined(__cpp_designated_initializers) && __cpp_designated_initializers >= 201707L
+    auto one = wandb::restore("a.txt", {.run_path = fixture::path, .replace = true, .root = "ckpt"});
+    CHECK(one.path() == fs::path("ckpt") / "a.txt");
+    CHECK(wandb::restore("a.txt", {.run_path = fixture::path}).path() == "a.txt");
+    CHECK(wandb::restore("a.txt", {.replace = true}).source() == wandb::source::downloaded);
+    CHECK(wandb::restore("a.txt", {.root = "ckpt"}).source() == wandb::source::local);
+    CHECK(wandb::restore("a.txt", {.cache = wandb::cache_policy::refresh()}).source() == wandb::source::local);
+    CHECK(wandb::restore("a.txt", {.cache = [](const wandb::local_copy&, const wandb::file_info*) {
+                           return wandb::cache_policy::verdict::fetch;
+                         }}).source() == wandb::source::downloaded);
+    CHECK(wandb::try_restore("a.txt", {.run_path = fixture::path, .connections = 1, .verify = false}).has_value());
+    wandb::client<> client;
+    CHECK(client.restore("a.txt", {.run_path = fixture::path}).path() == "a.txt");
+    CHECK(client.try_restore("a.txt", {.on_progress = [](const wandb::progress&) { return true; }}).has_value());
+    wandb::client<> told({.base_url = f.server.base_url(), .api_key = f.server.key(), .ca_file = f.ca()});
+    CHECK(told.restore("a.txt", {.run_path = fixture::path, .root = "told"}).verified());
+#else
+    MESSAGE("this compiler has no designated initialisers");
+    wandb::restore_options options;
+    options.run_path = fixture::path;
+    options.replace = true;
+    options.root = "ckpt";
+    CHECK(wandb::restore("a.txt", options).path() == fs::path("ckpt") / "a.txt");
+#endif
+  }
+
+  TEST_CASE("run paths of every kind of string choose the form of the SDK") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", "text");
+    const environment there(f);
+    const char* pointer = fixture::path;
+    const std::string string = fixture::path;
+    const std::string_view view = string;
+    char array[64] = "vanpelt/my-project/a1b2c3d";
+    for (int i = 0; i < 2; ++i) {
+      CHECK(wandb::restore("a.txt", pointer).path() == "a.txt");
+      CHECK(wandb::restore("a.txt", string).path() == "a.txt");
+      CHECK(wandb::restore("a.txt", view, false, "r").path() == fs::path("r") / "a.txt");
+      CHECK(wandb::restore("a.txt", array, false).path() == "a.txt");
+      CHECK(wandb::restore(string.substr(0, 0) + "a.txt", "vanpelt/my-project/a1b2c3d").path() == "a.txt");
+    }
+    CHECK(f.server.counted().of(request_kind::storage).requests == 2);
+  }
+}
