@@ -1,0 +1,55 @@
+// Loaded into nginx (LD_PRELOAD): has the kernel pace each connection that is accepted on one port. nginx's own
+// limit_rate is per request, and gives each a second's worth at once, so that it caps nobody who asks for small ranges.
+//
+// PACE_FILE holds five 32-bit numbers, shared with the benchmark, which may change them at any time: the port; bytes a
+// second for a connection; the same for the slow one; which connection that is (1: the first; 0: none); how many there
+// were.
+// SPDX-License-Identifier: MIT
+#include <arpa/inet.h>
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+
+namespace {
+
+struct control {
+  std::atomic<std::uint32_t> port, rate, slow_rate, slow, count;
+};
+
+control* open_control() {
+  const char* name = std::getenv("PACE_FILE");
+  const int file = name != nullptr ? open(name, O_RDWR | O_CLOEXEC) : -1;
+  if (file < 0) return nullptr;
+  void* const shared = mmap(nullptr, sizeof(control), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  close(file);
+  return shared != MAP_FAILED ? static_cast<control*>(shared) : nullptr;
+}
+
+void pace(int connection) {
+  static control* const all = open_control();
+  sockaddr_in here{};
+  socklen_t size = sizeof here;
+  if (all == nullptr || getsockname(connection, reinterpret_cast<sockaddr*>(&here), &size) != 0 ||
+      here.sin_family != AF_INET || ntohs(here.sin_port) != all->port) {
+    return;
+  }
+  const std::uint32_t number = ++all->count;
+  const unsigned long rate = number == all->slow ? all->slow_rate : all->rate;
+  setsockopt(connection, SOL_SOCKET, SO_MAX_PACING_RATE, &rate, sizeof rate);
+}
+
+}  // namespace
+
+extern "C" int accept4(int listener, sockaddr* address, socklen_t* size, int flags) {
+  using function = int (*)(int, sockaddr*, socklen_t*, int);
+  static const auto real = reinterpret_cast<function>(dlsym(RTLD_NEXT, "accept4"));
+  const int connection = real(listener, address, size, flags);
+  if (connection >= 0) pace(connection);
+  return connection;
+}
