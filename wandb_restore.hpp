@@ -4681,7 +4681,7 @@ inline constexpr int send_flags = 0;
 inline int socket_error() { return WSAGetLastError(); }
 inline bool would_block(int code) { return code == WSAEWOULDBLOCK; }
 inline void close_socket(socket_handle handle) { closesocket(handle); }
-inline int poll_socket(pollfd& entry, int milliseconds) { return WSAPoll(&entry, 1, milliseconds); }
+inline int poll_socket(pollfd& entry, int timeout_ms) { return WSAPoll(&entry, 1, timeout_ms); }
 inline int io_size(std::size_t size) { return static_cast<int>((std::min)(size, std::size_t{1} << 30)); }
 inline bool make_nonblocking(socket_handle handle) {
   u_long on = 1;
@@ -4700,7 +4700,7 @@ inline bool would_block(int code) {
   return code == EAGAIN || code == EWOULDBLOCK || code == EINPROGRESS || code == EINTR;
 }
 inline void close_socket(socket_handle handle) { ::close(handle); }
-inline int poll_socket(pollfd& entry, int milliseconds) { return ::poll(&entry, 1, milliseconds); }
+inline int poll_socket(pollfd& entry, int timeout_ms) { return ::poll(&entry, 1, timeout_ms); }
 inline std::size_t io_size(std::size_t size) { return size; }
 inline bool make_nonblocking(socket_handle handle) {
   return ::fcntl(handle, F_SETFD, FD_CLOEXEC) == 0 && ::fcntl(handle, F_SETFL, O_NONBLOCK) == 0;
