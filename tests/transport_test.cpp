@@ -147,7 +147,8 @@ class listener {
   int accept() const { return ::accept(handle_, nullptr, nullptr); }
   const sockaddr_in& address() const { return address_; }
   std::string url(const char* scheme, const char* host = "127.0.0.1") const {
-    return std::string(scheme) + "://" + host + ':' + std::to_string(ntohs(address_.sin_port)) + "/x?secret=1";
+    return std::string(scheme) + "://" + host + ':' + std::to_string(ntohs(address_.sin_port)) +
+           "/x?secret=1";
   }
 
  private:
@@ -155,8 +156,8 @@ class listener {
   sockaddr_in address_{};
 };
 
-/// A server that gives each connection the next of some answers, as they stand, once a whole head has come, and keeps
-/// what it was asked. An answer to be split over writes is no matter here.
+/// A server that gives each connection the next of some answers, as they stand, once a whole head has come,
+/// and keeps what it was asked. An answer to be split over writes is no matter here.
 class scripted {
  public:
   explicit scripted(std::vector<std::string> answers, bool closes = true)
@@ -165,7 +166,8 @@ class scripted {
             const int peer = socket_.accept();
             if (peer < 0) return;
             std::string head;
-            for (char c = 0; head.find("\r\n\r\n") == std::string::npos && ::recv(peer, &c, 1, 0) == 1;) head += c;
+            for (char c = 0; head.find("\r\n\r\n") == std::string::npos && ::recv(peer, &c, 1, 0) == 1;)
+              head += c;
             asked.push_back(head);
             (void)!::send(peer, answer.data(), answer.size(), MSG_NOSIGNAL);
             if (!closes) {  // until the other side does
@@ -188,7 +190,8 @@ class scripted {
   std::thread worker_;
 };
 
-wandb::result<wandb::http_response> ask(const std::string& url, collector& sink, const std::string& method = "GET") {
+wandb::result<wandb::http_response> ask(const std::string& url, collector& sink,
+                                        const std::string& method = "GET") {
   wandb::http_request request;
   request.method = method;
   request.url = url;
@@ -285,15 +288,15 @@ TEST_SUITE("httplib_transport") {
 
   TEST_CASE("header values are not decoded, their order is kept, interim responses are skipped") {
     scripted peer({"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
-                   "HTTP/1.1 302 Found\r\nLocation: http://h/%2B%2f?s=%2B\r\nX-B: 1\r\nX-A:2  \r\nContent-Length: 0\r\n\r\n"});
+                   "HTTP/1.1 302 Found\r\nLocation: http://h/%2B%2f?s=%2B\r\nX-B: 1\r\nX-A:2  "
+                   "\r\nContent-Length: 0\r\n\r\n"});
     collector sink;
     const auto answer = ask(peer.url(), sink);
     REQUIRE(answer.has_value());
     CHECK(answer->status == 302);
-    CHECK(answer->headers == wandb::http_headers{{"Location", "http://h/%2B%2f?s=%2B"},
-                                                  {"X-B", "1"},
-                                                  {"X-A", "2"},
-                                                  {"Content-Length", "0"}});
+    CHECK(answer->headers ==
+          wandb::http_headers{
+              {"Location", "http://h/%2B%2f?s=%2B"}, {"X-B", "1"}, {"X-A", "2"}, {"Content-Length", "0"}});
     CHECK(sink.starts == 1);
   }
 
@@ -358,7 +361,8 @@ TEST_SUITE("httplib_transport") {
       bench b;
       b.add(10);
       b.server.add_fault(stand_in::place::storage,
-                         many_lines ? stand_in::act::endless_header() : stand_in::act::header("X", std::string(70'000, 'x')));
+                         many_lines ? stand_in::act::endless_header()
+                                    : stand_in::act::header("X", std::string(70'000, 'x')));
       wandb::httplib_transport transport(b.trusting);
       collector sink;
       check_failed(transport.send(b.get(), sink), wandb::errc::protocol_violation, "64");
@@ -403,7 +407,8 @@ TEST_SUITE("httplib_transport") {
       CAPTURE(tls);
       bench b(tls ? stand_in::options{} : plain());
       b.add(1000);
-      b.server.add_fault(stand_in::target(stand_in::place::storage).nth(1), stand_in::act::length_off_by(-10));
+      b.server.add_fault(stand_in::target(stand_in::place::storage).nth(1),
+                         stand_in::act::length_off_by(-10));
       wandb::httplib_transport transport(b.trusting);
       collector first, second;
       REQUIRE(transport.send(b.get(), first).has_value());
@@ -459,7 +464,8 @@ TEST_SUITE("httplib_transport") {
     check_failed(transport.send(b.get(), in_body), wandb::errc::cancelled, "stopped");
     CHECK(in_body.body.size() < 300'000);
     CHECK(b.server.wait_for(
-        [](const auto& seen) { return seen.counts.of(stand_in::origin::storage).open_connections == 0; }, 10s));
+        [](const auto& seen) { return seen.counts.of(stand_in::origin::storage).open_connections == 0; },
+        10s));
   }
 
   TEST_CASE("cancelled while connecting") {
@@ -467,15 +473,15 @@ TEST_SUITE("httplib_transport") {
     std::vector<int> fillers;
     for (int i = 0; i < 4; ++i) {
       fillers.push_back(::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0));
-      (void)!::connect(fillers.back(), reinterpret_cast<const sockaddr*>(&full.address()), sizeof(sockaddr_in));
+      (void)!::connect(fillers.back(), reinterpret_cast<const sockaddr*>(&full.address()),
+                       sizeof(sockaddr_in));
     }
     wandb::httplib_transport transport;
     for (const char* scheme : {"http", "https"}) {
       wandb::http_request request;
       request.url = full.url(scheme);
       std::atomic<int> looks{0};
-      std::atomic<bool> cancelled{false};
-      request.is_cancelled = [&] { return looks > 3 || (++looks, false) || cancelled; };
+      request.is_cancelled = [&] { return ++looks > 3; };
       collector sink;
       const auto begin = clock_type::now();
       check_failed(transport.send(request, sink), wandb::errc::cancelled, "cancelled");
@@ -494,7 +500,8 @@ TEST_SUITE("httplib_transport") {
     wandb::http_request request;
     request.url = silent.url("https");
     collector sink;
-    check_cancel(transport, request, sink, [&] { ::close(silent.accept()); });  // an accepted one shows that it runs
+    check_cancel(transport, request, sink,
+                 [&] { ::close(silent.accept()); });  // an accepted one shows that it runs
     request.connect_timeout = 300ms;
     const auto begin = clock_type::now();
     check_failed(transport.send(request, sink), wandb::errc::connection_failed, "TLS handshake");
@@ -544,7 +551,8 @@ TEST_SUITE("httplib_transport") {
     gone.close();
     collector sink;
     check_failed(ask(gone.url("http"), sink), wandb::errc::connection_failed, "cannot connect to 127.0.0.1:");
-    check_failed(ask("http://no-such-host.invalid/", sink), wandb::errc::connection_failed, "cannot be resolved");
+    check_failed(ask("http://no-such-host.invalid/", sink), wandb::errc::connection_failed,
+                 "cannot be resolved");
     check_failed(ask("ftp://host/", sink), wandb::errc::protocol_violation, "scheme");
   }
 
@@ -683,13 +691,15 @@ TEST_SUITE("httplib_transport") {
   }
 
   TEST_CASE("a proxy's address that cannot be used says so, without its password") {
-    for (const char* proxy : {"https://u:secret@127.0.0.1:1", "socks5://u:secret@127.0.0.1:1", "http://u:secret@"}) {
+    for (const char* proxy :
+         {"https://u:secret@127.0.0.1:1", "socks5://u:secret@127.0.0.1:1", "http://u:secret@"}) {
       wandb::http_request request;
       request.url = "https://127.0.0.1:9/";
       request.proxy = proxy;
       collector sink;
       wandb::httplib_transport transport;
-      check_failed(transport.send(request, sink), wandb::errc::invalid_argument, "http://[user:password@]host:port");
+      check_failed(transport.send(request, sink), wandb::errc::invalid_argument,
+                   "http://[user:password@]host:port");
     }
   }
 
@@ -721,7 +731,8 @@ TEST_SUITE("httplib_transport") {
     const listener leaver;
     int has_left[2];
     REQUIRE(::pipe(has_left) == 0);
-    const pid_t child = ::fork();  // a child, so that a signal would end it alone; the server's threads stay behind
+    const pid_t child =
+        ::fork();  // a child, so that a signal would end it alone; the server's threads stay behind
     REQUIRE(child >= 0);
     if (child == 0) {
       ::signal(SIGPIPE, SIG_DFL);
@@ -742,7 +753,8 @@ TEST_SUITE("httplib_transport") {
       ::_exit(!answer && answer.error().code() == wandb::errc::connection_failed ? 7 : 8);
     }
     const int peer = leaver.accept();
-    ::shutdown(peer, SHUT_RDWR);  // FIN, and RST for what comes after it: from then on writing raises the signal
+    ::shutdown(peer,
+               SHUT_RDWR);  // FIN, and RST for what comes after it: from then on writing raises the signal
     CHECK(::write(has_left[1], "x", 1) == 1);
     int status = 0;
     REQUIRE(::waitpid(child, &status, 0) == child);
