@@ -1,0 +1,172 @@
+// Run paths: whatever the SDK accepts, with the same meaning, and what people paste beside it.
+#include "wandb_restore.hpp"
+
+#include <doctest/doctest.h>
+
+#include <string>
+#include <string_view>
+
+namespace {
+
+const wandb::run_path defaults{"DE", "DP", "DR"};
+
+struct good {
+  std::string_view text, entity, project, run_id;
+};
+
+void check(const good& row) {
+  CAPTURE(row.text);
+  const auto parsed = wandb::run_path::parse(row.text, defaults);
+  REQUIRE(parsed.has_value());
+  CHECK(parsed->entity == row.entity);
+  CHECK(parsed->project == row.project);
+  CHECK(parsed->run_id == row.run_id);
+}
+
+std::string failure(std::string_view text, const wandb::run_path& with = defaults) {
+  const auto parsed = wandb::run_path::parse(text, with);
+  if (parsed) return "parsed as " + parsed->str();
+  CHECK(parsed.error().code() == wandb::errc::invalid_run_path);
+  return parsed.error().what();
+}
+
+bool contains(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
+
+}  // namespace
+
+TEST_SUITE("run path") {
+  TEST_CASE("what the SDK accepts means the same here") {
+    // [checked against wandb 0.29.0 and 0.31.0: Api._parse_path with entity DE and project DP]
+    const good rows[] = {
+        {"e/p/r", "e", "p", "r"},
+        {"/e/p/r/", "e", "p", "r"},
+        {"e/p/runs/r", "e", "p", "r"},
+        {" e / p / r ", "e", "p", "r"},
+        {"user/proj:run", "user", "proj", "run"},
+        {"p/r", "DE", "p", "r"},
+        {"p:r", "DE", "p", "r"},
+        {"r", "DE", "DP", "r"},
+        {"/runs/r", "DE", "DP", "r"},
+        {"/sweeps/r", "DE", "DP", "r"},
+        {"r/", "DE", "DP", "r"},
+        {"//r//", "DE", "DP", "r"},
+        {"e/p/r:1", "e", "p", "r:1"},
+        {"e/p/runs/r:1", "e", "p", "r:1"},
+        {"p:a:b", "DE", "p", "a:b"},
+        {"e:x/r", "DE", "e:x", "r"},
+        {"e/p/", "DE", "e", "p"},
+        {"runs/r", "DE", "runs", "r"},
+        {"e/runs/r", "DE", "e", "r"},
+        {"e/sweeps/r", "DE", "e", "r"},
+        {"e/p/sweeps/r", "e", "p", "r"},
+        {"e/p/runs/runs/r", "e", "p", "r"},
+        {"e/p/runs/", "DE", "e", "p"},
+        {"e/p/runs", "e", "p", "runs"},
+        {"\te/p/r\n", "e", "p", "r"},
+        {"e/p/r;1,2'", "e", "p", "r;1,2'"},
+        {"e/p:a/b", "e", "p:a", "b"},
+        {"wandb.ai/p/runs/r", "wandb.ai", "p", "r"},
+        {"wandb.ai/e/p", "wandb.ai", "e", "p"},
+        {"e.x/p/r", "e.x", "p", "r"},
+        {"\xc3\xa9/p/r", "\xc3\xa9", "p", "r"},
+        {"a b/c d/r", "a b", "c d", "r"},
+        {"e/p%20q/r", "e", "p%20q", "r"},
+    };
+    for (const auto& row : rows) check(row);
+  }
+
+  TEST_CASE("what the SDK refuses is refused here") {
+    // [checked against wandb 0.29.0 and 0.31.0]; the empty text alone is read otherwise, see below
+    for (const std::string_view text : {"    ", ":", "/", "//", "/ /", "/ / /", "/runs/", "e/p:", "e//r",
+                                        "e/p//r", "e/p/q/r", "e/p/r/overview", "p:", ":r", "e/:r",
+                                        "a/b/c/d/e", "/ /r/ /x/y/z", "e/p/ runs /r", "https://wandb.ai"}) {
+      CAPTURE(text);
+      CHECK(contains(failure(text), "invalid run path "));
+    }
+  }
+
+  TEST_CASE("the address of a run in the browser, with any tail") {
+    const good rows[] = {
+        {"https://wandb.ai/e/p/runs/r", "e", "p", "r"},
+        {"HTTP://localhost:8080/e/p/runs/r/", "e", "p", "r"},
+        {"  https://wandb.ai/e/p/runs/r  ", "e", "p", "r"},
+        {"https://wandb.ai/e/p/runs/r/overview", "e", "p", "r"},
+        {"https://wandb.ai/e/p/runs/r/files/ckpt/runs/x.h5", "e", "p", "r"},
+        {"https://wandb.ai/e/p/runs/r?nw=nwuser", "e", "p", "r"},
+        {"https://wandb.ai/e/p/runs/r/logs?a=/runs/#b", "e", "p", "r"},
+        {"https://wandb.ai/e/p/runs/r#top", "e", "p", "r"},
+        {"https://wandb.ai//e/p//runs/r", "e", "p", "r"},
+        {"https://host/a/prefix/e/p/runs/r/workspace", "e", "p", "r"},
+        {"https://wandb.ai/e/My%20Project/runs/r%2D1", "e", "My Project", "r-1"},
+        {"https://wandb.ai/e/runs/runs/r", "e", "runs", "r"},
+        {"https://wandb.ai/e/p/runs/runs/overview", "e", "p", "runs"},
+        {"wandb.ai/e/p/runs/r", "e", "p", "r"},
+        {"wandb.ai/e/p/runs/r/files/x", "e", "p", "r"},
+        {"wandb.ai/e/a%20b/runs/r", "e", "a b", "r"},
+        {"localhost/e/p/runs/r", "e", "p", "r"},
+        {"host:8080/e/p/runs/r?x", "e", "p", "r"},
+        {"e/p/runs/r/overview", "e", "p", "r"},
+        {"/e/p/runs/r/files/runs/x", "e", "p", "r"},
+    };
+    for (const auto& row : rows) check(row);
+  }
+
+  TEST_CASE("a query or fragment is dropped after any form") {
+    const good rows[] = {
+        {"e/p/runs/r?nw=x", "e", "p", "r"}, {"e/p/r#x", "e", "p", "r"}, {"p/r?a/b/c", "DE", "p", "r"},
+        {"p:r?x", "DE", "p", "r"},          {"r#x?y", "DE", "DP", "r"},
+    };
+    for (const auto& row : rows) check(row);
+  }
+
+  TEST_CASE("addresses of other things say so") {
+    for (const std::string_view text :
+         {"https://wandb.ai/e/p", "https://wandb.ai/e/p/sweeps/s", "https://wandb.ai/e/p/runs/",
+          "https://wandb.ai/e/p/runs", "https://wandb.ai/e/p/reports/My-Report--XYZ",
+          "https://wandb.ai/runs/r", "https://", "https://wandb.ai/e/p/runs/%2f",
+          "https://wandb.ai/e/%0a/runs/r", "https://wandb.ai/e/%zz/runs/r",
+          "https://wandb.ai/e/p?x=/e/p/runs/r"}) {
+      CAPTURE(text);
+      CHECK(contains(failure(text), "no run's address"));
+    }
+    for (const std::string_view text : {"ftp://wandb.ai/e/p/runs/r/", "wandb.ai/e/p/sweeps/s/x",
+                                        "q/e/p/runs/r", "my.team/p/runs/r/overview"}) {
+      CAPTURE(text);
+      CHECK(contains(failure(text), "expected entity/project/run_id"));
+    }
+  }
+
+  TEST_CASE("what the text leaves out comes from the defaults, or its lack is told") {
+    CHECK(wandb::run_path::parse("", defaults)->str() == "DE/DP/DR");
+    CHECK(failure("team/proj", {}) ==
+          "invalid run path \"team/proj\": no entity; expected entity/project/run_id, or set WANDB_ENTITY");
+    CHECK(failure("r", {}) ==
+          "invalid run path \"r\": no entity, no project; expected entity/project/run_id, "
+          "or set WANDB_ENTITY, WANDB_PROJECT");
+    CHECK(failure("", {"e", "p", ""}) ==
+          "no run path was given: no run id; expected entity/project/run_id, or set WANDB_RUN_ID");
+    CHECK(contains(failure("r", {"e", "a/b", ""}), "the project \"a/b\" has a slash"));
+    CHECK(contains(failure("r", {"e\n", "p", ""}), "the entity \"e\\x0a\" has"));
+  }
+
+  TEST_CASE("control characters are refused, and escaped in the text") {
+    CHECK(contains(failure("e/p/r\x01z"), "\"e/p/r\\x01z\": it has control characters"));
+    CHECK(contains(failure(std::string_view("e/p/r\0z", 7)), "control characters"));
+    CHECK(contains(failure("e/\np/r"), "control characters"));
+  }
+
+  TEST_CASE("split_run_path leaves empty what the text leaves out") {
+    const auto run = wandb::detail::split_run_path("r");
+    REQUIRE(run.has_value());
+    CHECK(*run == wandb::run_path{"", "", "r"});
+    CHECK(*wandb::detail::split_run_path("") == wandb::run_path{});
+    CHECK(*wandb::detail::split_run_path("p:r") == wandb::run_path{"", "p", "r"});
+  }
+
+  TEST_CASE("str() reads back as the same path") {
+    const wandb::run_path path{"e", "p", "r:1"};
+    CHECK(path.str() == "e/p/r:1");
+    CHECK(*wandb::run_path::parse(path.str()) == path);
+    CHECK(path != defaults);
+  }
+}
