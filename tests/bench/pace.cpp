@@ -31,8 +31,9 @@ control* open_control() {
   return shared != MAP_FAILED ? static_cast<control*>(shared) : nullptr;
 }
 
+control* const all = open_control();  // at the start: nginx's workers have no environment
+
 void pace(int connection) {
-  static control* const all = open_control();
   sockaddr_in here{};
   socklen_t size = sizeof here;
   if (all == nullptr || getsockname(connection, reinterpret_cast<sockaddr*>(&here), &size) != 0 ||

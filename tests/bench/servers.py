@@ -269,7 +269,8 @@ def machine(programs):
         ("kernel", os.uname().sysname + " " + os.uname().release +
          (", TCP " + control.read_text().strip() if control.exists() else "")),
         ("nginx", first(r"nginx/(\S+)", nginx) + ", 2 workers"),
-        ("curl", first(r"^(curl \S+.*)", run("curl", "--version"))),
+        ("curl", first(r"^curl (\S+)", run("curl", "--version")) + ", " +
+         first(r"^curl .*?(OpenSSL/\S+|GnuTLS/\S+)", run("curl", "--version"))),
         ("aria2", first(r"^aria2 version (\S+)", run("aria2c", "--version")) + ", " +
          first(r"^(?:Compiled|Libraries).*?((?:OpenSSL|GnuTLS)/\S+)", run("aria2c", "--version"))),
         ("OpenSSL", first(r"^OpenSSL (\S+)", run("openssl", "version"))),
