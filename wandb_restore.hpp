@@ -80,6 +80,7 @@
 #include <filesystem>   // paths
 #include <fstream>      // restored_file is an ifstream
 #include <functional>   // callbacks
+#include <initializer_list>  //
 #include <memory>       // shared_ptr
 #include <optional>     // what may be unknown
 #include <stdexcept>    // error is a runtime_error
@@ -722,40 +723,35 @@ restored_file restore(std::string_view name, const Text& run_path, bool replace 
 #ifndef WANDB_RESTORE_NO_HTTPLIB
 #ifdef WANDB_RESTORE_NO_OPENSSL
 #ifdef CPPHTTPLIB_OPENSSL_SUPPORT
-#error "WANDB_RESTORE_NO_OPENSSL does not apply: CPPHTTPLIB_OPENSSL_SUPPORT makes httplib.h need OpenSSL; drop one of them"
+#error "WANDB_RESTORE_NO_OPENSSL does not apply: CPPHTTPLIB_OPENSSL_SUPPORT makes httplib.h need it; drop one"
 #endif
 #elif !defined(CPPHTTPLIB_OPENSSL_SUPPORT)
 #ifdef CPPHTTPLIB_HTTPLIB_H
-#error "httplib.h came before wandb_restore.hpp without CPPHTTPLIB_OPENSSL_SUPPORT: define that macro for the whole \
-program (it changes httplib's classes), or WANDB_RESTORE_NO_OPENSSL if plain HTTP is enough"
+#error "httplib.h was included without CPPHTTPLIB_OPENSSL_SUPPORT, which changes its classes: define that macro for \
+the whole program, or WANDB_RESTORE_NO_OPENSSL if plain HTTP is enough"
 #endif
 #define CPPHTTPLIB_OPENSSL_SUPPORT
 #endif
 #if !WANDB_RESTORE_EXCEPTIONS && !defined(CPPHTTPLIB_NO_EXCEPTIONS)
 #define CPPHTTPLIB_NO_EXCEPTIONS
 #endif
-#ifndef CPPHTTPLIB_RECV_BUFSIZ
-#define CPPHTTPLIB_RECV_BUFSIZ size_t(16384u)  // a TLS record; 4 KiB in older versions. On the stack while a body comes
-#endif
 #include <httplib.h>
 
-#ifndef WANDB_RESTORE_NO_OPENSSL
-#include <openssl/err.h>
-#include <openssl/ssl.h>
-#include <openssl/x509v3.h>
-#endif
 #ifdef _WIN32
 #include <winsock2.h>
 #include <ws2tcpip.h>  // getaddrinfo
-#ifndef WANDB_RESTORE_NO_OPENSSL
-#include <wincrypt.h>  // the system's certificates
-#endif
+#include <wincrypt.h>  // the system's certificates; before OpenSSL, which takes back some of its macros
 #else
 #include <netdb.h>        // getaddrinfo
 #include <netinet/in.h>   //
 #include <netinet/tcp.h>  // TCP_NODELAY
 #include <poll.h>         //
 #include <sys/socket.h>   //
+#endif
+#ifndef WANDB_RESTORE_NO_OPENSSL
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#include <openssl/x509v3.h>
 #endif
 #endif  // WANDB_RESTORE_NO_HTTPLIB
 
@@ -967,6 +963,13 @@ inline std::string normalised_md5(std::string_view text) {
   return bytes && bytes->size() == 16 ? hex_encode(*bytes) : std::string();
 }
 
+/// Days from 1970-01-01 to a date of the civil calendar. Counted in years that begin in March, so that a leap day is the last.
+inline std::int64_t days_from_civil(int year, int month, int day) {
+  const std::int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, of_era = y - era * 400;
+  const std::int64_t of_year = (153 * (month > 2 ? month - 3 : month + 9) + 2) / 5 + day - 1;
+  return era * 146097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719468;
+}
+
 /// An HTTP date (RFC 9110, section 5.6.7; the preferred form only) in seconds since 1970.
 inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
   static constexpr std::string_view months = "JanFebMarAprMayJunJulAugSepOctNovDec";
@@ -978,11 +981,7 @@ inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
   if (month == std::string_view::npos || month % 3 != 0 || !day || !year || !hour || !minute || !second) {
     return std::nullopt;
   }
-  // Days from the civil calendar: years begin in March, so that the leap day is the last.
-  const std::int64_t m = static_cast<std::int64_t>(month / 3) + 1, y = *year - (m <= 2), era = y / 400;
-  const std::int64_t in_era = (y - era * 400) * 365 + (y - era * 400) / 4 - (y - era * 400) / 100 +
-                              (153 * (m > 2 ? m - 3 : m + 9) + 2) / 5 + *day - 1;
-  return (era * 146097 + in_era - 719468) * 86400 + *hour * 3600 + *minute * 60 + *second;
+  return days_from_civil(*year, static_cast<int>(month / 3) + 1, *day) * 86400 + *hour * 3600 + *minute * 60 + *second;
 }
 
 }  // namespace detail
@@ -1029,9 +1028,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
   if (host.empty()) return fail("it has no host");
   if (host.find_first_of(" \"<>\\^`{|}%") != std::string_view::npos) return fail("its host is malformed");
   parsed.host = detail::lower(host);
+  if (!port.empty() && port.front() != ':') return fail("its port is malformed");
   if (port.size() > 1) {
     const auto number = detail::to_number<int>(port.substr(1));
-    if (port.front() != ':' || !number || *number < 1 || *number > 65535) return fail("its port is malformed");
+    if (!number || *number < 1 || *number > 65535) return fail("its port is malformed");
     parsed.port = *number;
   }
   parsed.target = target.empty() || target.front() != '/' ? "/" : "";
@@ -1280,7 +1280,7 @@ inline std::optional<run_path> plain_run_path(std::string_view text) {
 }
 
 inline bool looks_like_host(std::string_view segment) {
-  return segment.find_first_of(".:") != segment.npos || segment == "localhost";
+  return segment == "localhost" || (segment.find_first_of(".:") != segment.npos && segment.back() != ':');
 }
 
 /// What people paste: [scheme://host[/prefix]/]entity/project/runs/run_id[/tail]. Percent-encoded only where there is a host.
@@ -2330,7 +2330,7 @@ inline std::optional<std::string> environment(const char* name) {
 #ifdef _WIN32
   const wchar_t* wide = _wgetenv(std::wstring(name, name + std::strlen(name)).c_str());
   if (!wide) return std::nullopt;
-  const std::size_t length = std::wcslen(wide);
+  const std::size_t length = std::wstring_view(wide).size();
   std::string text(length * 3, '\0');  // a UTF-16 unit takes three bytes at most
   text.resize(static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide, static_cast<int>(length), text.data(),
                                                            static_cast<int>(text.size()), nullptr, nullptr)));
@@ -2652,13 +2652,6 @@ struct access_token {
 /// A token that runs out within this time is not used any more.
 inline constexpr std::chrono::minutes token_margin{5};
 
-/// Days from 1970-01-01 to a date of the civil calendar. Counted in years that begin in March, so that a leap day is the last.
-inline std::int64_t days_from_civil(int year, int month, int day) {
-  const std::int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, of_era = y - era * 400;
-  const std::int64_t of_year = (153 * (month > 2 ? month - 3 : month + 9) + 2) / 5 + day - 1;
-  return era * 146097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719468;
-}
-
 /// "YYYY-MM-DD HH:MM:SS", UTC.
 inline std::optional<std::chrono::system_clock::time_point> parse_utc(std::string_view text) {
   if (text.size() != 19 || text[4] != '-' || text[7] != '-' || text[10] != ' ' || text[13] != ':' || text[16] != ':') {
@@ -2672,7 +2665,9 @@ inline std::optional<std::chrono::system_clock::time_point> parse_utc(std::strin
   }
   const auto [year, month, day, hour, minute, second] = part;
   if (month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60) return std::nullopt;
-  const std::int64_t seconds = days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 + second;
+  const int known_year = (std::min)(year, 2200);  // a clock that counts nanoseconds ends in 2262
+  const std::int64_t seconds =
+      days_from_civil(known_year, month, day) * 86400 + hour * 3600 + minute * 60 + second;
   return std::chrono::system_clock::time_point(std::chrono::seconds(seconds));
 }
 
@@ -3351,7 +3346,7 @@ inline result<std::string> session::bearer(call& of, const url& base) {
   const std::lock_guard<std::mutex> guard(mutex);  // one exchange for all who wait
   const auto now = std::chrono::system_clock::now();
   const auto fresh = [&](const std::optional<access_token>& one) {
-    return one && one->expires_at - now > std::chrono::minutes(5);
+    return one && one->expires_at - now > token_margin;
   };
   if (!fresh(token_)) token_ = read_shared_token(config.credentials_file, config.base_url, now);
   if (!fresh(token_)) {
@@ -4661,15 +4656,15 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
 
 }  // namespace detail
 
-#ifndef WANDB_RESTORE_NO_HTTPLIB
 // ======================================================================================= httplib_transport
 
 #ifndef WANDB_RESTORE_NO_HTTPLIB
 
-// cpp-httplib drives an exchange and takes the framing off its body. What lies beneath it, sockets and TLS, and the two
-// heads are made here, because its versions (0.11 to 0.41 were read) differ in what they get wrong: they percent-decode
-// header values, rewrite queries, know of no interim response but 100, bound no or not all parts of a head, load the
-// CA store for each connection, raise SIGPIPE, and can be cancelled neither while they connect nor while they wait.
+// cpp-httplib drives an exchange and takes the framing off its body. What lies beneath it, sockets and TLS,
+// and the two heads are made here, because its versions (0.11 to 0.41 were read) differ in what they get
+// wrong: they percent-decode header values, rewrite queries, know of no interim response but 100, do not
+// bound a head as a whole, load the CA store for each connection, raise SIGPIPE, and cannot be cancelled
+// while they connect or wait.
 namespace detail {
 
 // ---- what the systems call differently
@@ -4681,7 +4676,7 @@ inline constexpr int send_flags = 0;
 inline int socket_error() { return WSAGetLastError(); }
 inline bool would_block(int code) { return code == WSAEWOULDBLOCK; }
 inline void close_socket(socket_handle handle) { closesocket(handle); }
-inline int poll_socket(pollfd& entry, int timeout_ms) { return WSAPoll(&entry, 1, timeout_ms); }
+inline int poll_socket(pollfd& entry, int wait_ms) { return WSAPoll(&entry, 1, wait_ms); }
 inline int io_size(std::size_t size) { return static_cast<int>((std::min)(size, std::size_t{1} << 30)); }
 inline bool make_nonblocking(socket_handle handle) {
   u_long on = 1;
@@ -4700,7 +4695,7 @@ inline bool would_block(int code) {
   return code == EAGAIN || code == EWOULDBLOCK || code == EINPROGRESS || code == EINTR;
 }
 inline void close_socket(socket_handle handle) { ::close(handle); }
-inline int poll_socket(pollfd& entry, int timeout_ms) { return ::poll(&entry, 1, timeout_ms); }
+inline int poll_socket(pollfd& entry, int wait_ms) { return ::poll(&entry, 1, wait_ms); }
 inline std::size_t io_size(std::size_t size) { return size; }
 inline bool make_nonblocking(socket_handle handle) {
   return ::fcntl(handle, F_SETFD, FD_CLOEXEC) == 0 && ::fcntl(handle, F_SETFL, O_NONBLOCK) == 0;
@@ -4718,11 +4713,12 @@ struct route {
   std::string authorization;  ///< for that proxy
 
   bool is_secure() const { return to.scheme == "https"; }
-  /// A plain request goes to a proxy whole; a secure one goes through it, in a tunnel that is made by CONNECT.
+  /// A plain request goes to a proxy whole; a secure one goes through it, in a tunnel made by CONNECT.
   bool asks_proxy() const { return via && !is_secure(); }
   /// "host:port", as CONNECT and messages say it.
   static std::string authority(const url& of) {
-    return (of.host.find(':') == std::string::npos ? of.host : '[' + of.host + ']') + ':' + std::to_string(of.port);
+    return (of.host.find(':') == std::string::npos ? of.host : '[' + of.host + ']') + ':' +
+           std::to_string(of.port);
   }
   /// Equal for requests that may share a connection.
   std::string key() const { return to.origin() + '\n' + (via ? via->origin() : "") + '\n' + authorization; }
@@ -4737,7 +4733,8 @@ struct route {
     auto via = url::parse(has_scheme ? request.proxy : "http://" + request.proxy);
     if (!via || via->scheme != "http") {  // its text may hold a password
       return error(errc::invalid_argument,
-                   "the proxy for " + made.to.origin() + " cannot be used: http://[user:password@]host:port is expected");
+                   "the proxy for " + made.to.origin() +
+                       " cannot be used: http://[user:password@]host:port is expected");
     }
     if (made.authorization.empty() && !via->user_info.empty()) {
       made.authorization = "Basic " + base64_encode(percent_decode(via->user_info).value_or(via->user_info));
@@ -4768,8 +4765,8 @@ struct exchange {
 
 // ---- bytes to and from a peer
 
-/// A TCP connection, with TLS on top where that was started. Never blocks but in `wait`. Does not own the socket:
-/// httplib closes it.
+/// A TCP connection, with TLS on top where that was started. Never blocks but in `wait`. Does not own the
+/// socket: httplib closes it.
 class channel {
  public:
   using clock = std::chrono::steady_clock;
@@ -4782,8 +4779,8 @@ class channel {
   socket_handle socket() const { return socket_; }
 
   void begin(exchange& now) { exchange_ = &now; }
-  /// What a time-out is blamed on. With a limit, the whole stage has to be over by then; without one, each wait may take
-  /// the request's idle timeout.
+  /// What a time-out is blamed on. With a limit, the whole stage has to be over by then; without one, each
+  /// wait may take the request's idle timeout.
   void enter(const char* stage, std::optional<clock::time_point> limit = std::nullopt) {
     stage_ = stage;
     limit_ = limit;
@@ -4806,7 +4803,8 @@ class channel {
     std::string why;
     const auto limit = clock::now() + exchange_->request.connect_timeout;
     for (const addrinfo* each = list; each; each = each->ai_next, --left) {
-      enter("connecting", clock::now() + (limit - clock::now()) / left);  // one dead address must not use up the time
+      // One dead address must not use up the time.
+      enter("connecting", clock::now() + (limit - clock::now()) / left);
       const int code = connect(*each);
       if (exchange_->failure) return false;
       if (code == 0) {
@@ -4815,7 +4813,8 @@ class channel {
       }
       why = code < 0 ? "no answer in time" : system_text(code);
     }
-    return fail("cannot connect to " + route::authority(to) + ": " + why);
+    return fail("cannot connect to " + std::string(exchange_->way.via ? "the proxy " : "") +
+                route::authority(to) + ": " + why);
   }
 
   bool write(std::string_view bytes) {
@@ -4830,7 +4829,8 @@ class channel {
   /// At least one byte; 0: the peer has ended in good order; -1: see the exchange's failure.
   long read(char* out, std::size_t size) {
 #ifndef WANDB_RESTORE_NO_OPENSSL
-    if (tls_) return secure([&] { return SSL_read(tls_, out, static_cast<int>((std::min)(size, buffer_bytes))); });
+    if (tls_)
+      return secure([&] { return SSL_read(tls_, out, static_cast<int>((std::min)(size, buffer_bytes))); });
 #endif
     for (;;) {
       const long count = receive(out, size);
@@ -4889,7 +4889,8 @@ class channel {
       void* const name = const_cast<char*>(host.c_str());  // SSL_set_tlsext_host_name casts as C does
       if (X509_VERIFY_PARAM_set1_host(expected, host.c_str(), host.size()) != 1 ||
           SSL_ctrl(tls_, SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name, name) != 1) {
-        return exchange_->fail(errc::invalid_argument, "TLS cannot use the host name " + detail::in_quotes(host));
+        return exchange_->fail(errc::invalid_argument,
+                               "TLS cannot use the host name " + detail::in_quotes(host));
       }
     }
     const long done = secure([&] { return SSL_connect(tls_); });
@@ -4942,7 +4943,7 @@ class channel {
     ::setsockopt(socket_, level, name, reinterpret_cast<const char*>(&value), sizeof value);
   }
 
-  /// Looks at the cancellation ten times a second. False: that, or the time is up (then there is no failure yet).
+  /// Looks at the cancellation ten times a second. False: that, or (with no failure yet) the time is up.
   bool poll_until(short events, clock::time_point limit) {
     using std::chrono::milliseconds;
     for (;;) {
@@ -5001,12 +5002,13 @@ class channel {
   }
 
   long lost() {
-    fail(std::string("the connection was lost while ") + stage_ + (code_ != 0 ? ": " + system_text(code_) : ""));
+    fail(std::string("the connection was lost while ") + stage_ +
+         (code_ != 0 ? ": " + system_text(code_) : ""));
     return -1;
   }
 
 #ifndef WANDB_RESTORE_NO_OPENSSL
-  /// Repeats a call of OpenSSL until it has done something: > 0; 0: the peer said goodbye; -1: see the failure.
+  /// Repeats a call of OpenSSL until it has done something (> 0), the peer said goodbye (0), or it failed.
   template <class Call>
   long secure(Call call) {
     for (;;) {
@@ -5031,9 +5033,10 @@ class channel {
     if (SSL_get_verify_mode(tls_) != SSL_VERIFY_NONE && verdict != X509_V_OK) {
       exchange_->fail(error::permanent(
           errc::connection_failed,
-          exchange_->label() + "the server's certificate is refused: " + X509_verify_cert_error_string(verdict) +
-              " (for a private authority, or a proxy that inspects TLS, name its CA bundle in SSL_CERT_FILE or "
-              "REQUESTS_CA_BUNDLE; otherwise check the host name and this machine's clock)"));
+          exchange_->label() +
+              "the server's certificate is refused: " + X509_verify_cert_error_string(verdict) +
+              " (for a private authority, or a proxy that inspects TLS, name its CA bundle in "
+              "SSL_CERT_FILE or REQUESTS_CA_BUNDLE; otherwise check host name and clock)"));
       return -1;
     }
     const char* const reason = ERR_reason_error_string(ERR_peek_error());
@@ -5045,7 +5048,8 @@ class channel {
   // OpenSSL's own socket BIO makes two system calls for each record, and raises SIGPIPE.
   static BIO_METHOD* bio_method() {
     static BIO_METHOD* const made = [] {
-      BIO_METHOD* const method = BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "wandb_restore channel");
+      BIO_METHOD* const method =
+          BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "wandb_restore channel");
       if (!method) return method;
       BIO_meth_set_read(method, [](BIO* bio, char* out, int size) {
         BIO_clear_retry_flags(bio);
@@ -5105,7 +5109,7 @@ inline bool has_token(const http_response& head, std::string_view name, std::str
   return false;
 }
 
-/// The head of a final response; interim ones are skipped. Reads byte by byte, so that nothing of the body is taken.
+/// Reads the head of a final response and skips interim ones; byte by byte, to take nothing of the body.
 class head_reader {
  public:
   head_reader(channel& from, exchange& now) : from_(from), exchange_(now) {}
@@ -5136,7 +5140,12 @@ class head_reader {
     for (char c = 0;;) {
       const long count = from_.read(&c, 1);
       if (count < 0) return false;
-      if (count == 0) return exchange_.fail(errc::connection_failed, "the peer closed the connection without a response");
+      if (count == 0) {
+        return exchange_.fail(
+            errc::connection_failed,
+            std::string("the peer closed the connection ") +
+                (exchange_.was_answered ? "within the head of its response" : "without a response"));
+      }
       exchange_.was_answered = true;
       if (left_-- == 0) {
         return exchange_.fail(errc::protocol_violation,
@@ -5151,8 +5160,8 @@ class head_reader {
   bool status_line(http_response& head) {
     const std::string_view line = line_;
     const auto status = to_number<int>(line.substr((std::min)(line.size(), std::size_t{9}), 3));
-    if (!starts_with(line, "HTTP/1.") || line.size() < 12 || !is_digit(line[7]) || line[8] != ' ' || !status ||
-        *status < 100 || *status == 101 || (line.size() > 12 && line[12] != ' ')) {
+    if (!starts_with(line, "HTTP/1.") || line.size() < 12 || !is_digit(line[7]) || line[8] != ' ' ||
+        !status || *status < 100 || *status == 101 || (line.size() > 12 && line[12] != ' ')) {
       return malformed("the status line");
     }
     head.status = *status;
@@ -5160,7 +5169,8 @@ class head_reader {
     return true;
   }
   bool malformed(const char* what) {
-    return exchange_.fail(errc::protocol_violation, std::string(what) + " of the response is malformed: " + detail::in_quotes(line_));
+    return exchange_.fail(errc::protocol_violation,
+                          std::string(what) + " of the response is malformed: " + detail::in_quotes(line_));
   }
 
   channel& from_;
@@ -5173,7 +5183,8 @@ class head_reader {
 /// Head and body of a request, or nothing where a header would break out of its line.
 inline std::optional<std::string> request_message(const http_request& request, const route& way) {
   const std::string origin = way.to.origin();
-  std::string text = request.method + ' ' + (way.asks_proxy() ? origin : "") + way.to.target + " HTTP/1.1\r\n";
+  std::string text =
+      request.method + ' ' + (way.asks_proxy() ? origin : "") + way.to.target + " HTTP/1.1\r\n";
   const auto add = [&](std::string_view name, std::string_view value) {
     text.append(name).append(": ").append(value).append("\r\n");
     return is_token(name) && is_field_value(value);
@@ -5183,7 +5194,8 @@ inline std::optional<std::string> request_message(const http_request& request, c
   if (way.asks_proxy() && !way.authorization.empty()) {
     is_clean = add("Proxy-Authorization", way.authorization) && is_clean;
   }
-  if (!request.body.empty() || request.method == "POST" || request.method == "PUT" || request.method == "PATCH") {
+  if (!request.body.empty() || request.method == "POST" || request.method == "PUT" ||
+      request.method == "PATCH") {
     add("Content-Length", std::to_string(request.body.size()));
   }
   if (!is_clean) return std::nullopt;
@@ -5192,7 +5204,8 @@ inline std::optional<std::string> request_message(const http_request& request, c
 
 /// The proxy did not do what it was asked for.
 inline error proxy_refusal(const exchange& now, int status) {
-  const std::string text = now.label() + "the proxy " + now.way.via->origin() + " answered " + std::to_string(status) +
+  const std::string text = now.label() + "the proxy " + now.way.via->origin() + " answered " +
+                           std::to_string(status) +
                            (status == 407 ? " (check the user and password in the proxy's address)" : "");
   return status >= 500 ? error(errc::connection_failed, text, status)
                        : error::permanent(errc::connection_failed, text, status);
@@ -5200,13 +5213,14 @@ inline error proxy_refusal(const exchange& now, int status) {
 
 // ---- between httplib and the channel
 
-// Neither this class nor the next says `override`: versions of httplib differ in which of these functions they know.
+// Neither this class nor the next says `override`: httplib's versions differ in which functions they have.
 
-/// What httplib takes for the peer. It hears our request instead of httplib's, and httplib hears of the response's head
-/// what it needs to take the framing off the body.
+/// What httplib takes for the peer. It hears our request instead of httplib's, and httplib hears of the
+/// response's head what it needs to take the framing off the body.
 class wire final : public httplib::Stream {
  public:
-  wire(channel& to, exchange& now, const std::string& message) : channel_(to), exchange_(now), message_(message) {}
+  wire(channel& to, exchange& now, const std::string& message)
+      : channel_(to), exchange_(now), message_(message) {}
 
   bool is_chunked() const { return is_chunked_; }
   /// httplib took the whole response, and the peer keeps the connection.
@@ -5254,7 +5268,8 @@ class wire final : public httplib::Stream {
     channel_.enter("waiting for the response", channel::clock::now() + exchange_.request.idle_timeout);
     head_reader reader(channel_, exchange_);
     if (!reader.read(head)) return false;
-    if (head.status == 407 && exchange_.way.asks_proxy()) return exchange_.fail(proxy_refusal(exchange_, head.status));
+    if (head.status == 407 && exchange_.way.asks_proxy())
+      return exchange_.fail(proxy_refusal(exchange_, head.status));
     is_reusable_ = reader.is_persistent() && !has_token(head, "Connection", "close");
     if (!frame(head)) return false;
     channel_.enter("receiving the body");
@@ -5268,12 +5283,14 @@ class wire final : public httplib::Stream {
     for (const auto& [name, value] : head.headers) {
       if (equal_ignoring_case(name, "Content-Length")) {
         if (!to_number<std::uint64_t>(value) || (length && *length != value)) {
-          return exchange_.fail(errc::protocol_violation, "bad Content-Length in the response: " + detail::in_quotes(value));
+          return exchange_.fail(errc::protocol_violation,
+                                "bad Content-Length in the response: " + detail::in_quotes(value));
         }
         length = &value;
       } else if (equal_ignoring_case(name, "Transfer-Encoding")) {
         if (coding || !equal_ignoring_case(value, "chunked")) {
-          return exchange_.fail(errc::protocol_violation, "unknown Transfer-Encoding in the response: " + detail::in_quotes(value));
+          return exchange_.fail(errc::protocol_violation,
+                                "unknown Transfer-Encoding in the response: " + detail::in_quotes(value));
         }
         coding = &value;
       }
@@ -5299,7 +5316,8 @@ class wire final : public httplib::Stream {
   exchange& exchange_;
   const std::string& message_;
   std::string framing_;  // what of that head httplib has not read yet
-  bool is_sent_ = false, has_head_ = false, is_chunked_ = false, ends_with_connection_ = false, is_reusable_ = false;
+  bool is_sent_ = false, has_head_ = false, is_chunked_ = false, ends_with_connection_ = false,
+       is_reusable_ = false;
   std::uint32_t tail_ = 0;
 };
 
@@ -5333,7 +5351,8 @@ class connection final : public httplib::ClientImpl {
     };
     httplib::Response response;
     auto ignored = httplib::Error::Success;
-    if (!send(request, response, ignored)) now.fail(errc::protocol_violation, "the body's chunks are malformed");
+    if (!send(request, response, ignored))
+      now.fail(errc::protocol_violation, "the body's chunks are malformed");
     channel_.rest();
     is_reusable_ = is_reusable_ && !now.failure;
     return !now.failure;
@@ -5372,7 +5391,7 @@ class connection final : public httplib::ClientImpl {
     wire between(channel_, *exchange_, *message_);
     if (!exchange_with(between)) return false;
     is_reusable_ = between.is_reusable();
-    return !between.is_chunked() || between.tail() == 0x0d0a0d0a;  // 0.11 takes a wrong end of a chunk for the end
+    return !between.is_chunked() || between.tail() == 0x0d0a0d0a;  // 0.11 ends at a wrong end of a chunk
   }
 
   const std::string key_;
@@ -5403,11 +5422,14 @@ inline bool load_system_certificates(SSL_CTX* into) { return SSL_CTX_set_default
 
 /// How all connections of a transport do TLS; holds the CA store.
 inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::path& ca_file,
-                                                         const std::filesystem::path& ca_directory, bool verify) {
+                                                         const std::filesystem::path& ca_directory,
+                                                         bool verify) {
   const auto unusable = [](const char* what, const std::filesystem::path& where) {
     ERR_clear_error();
-    return error(errc::invalid_argument, std::string("the CA ") + what + ' ' + detail::in_quotes(where) +
-                                             " is not readable, or has no certificates in PEM form");
+    return error(errc::invalid_argument,
+                 std::string("the CA ") + what + ' ' + detail::in_quotes(where) +
+                     " is not readable, or has no certificates in PEM form: correct settings::ca_file and "
+                     "ca_directory, SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE");
   };
   std::shared_ptr<SSL_CTX> made(SSL_CTX_new(TLS_client_method()), SSL_CTX_free);
   if (!made) return error::permanent(errc::connection_failed, "OpenSSL could not be set up");
@@ -5426,8 +5448,9 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
     return unusable("directory", ca_directory);
   }
   if (ca_file.empty() && ca_directory.empty() && !load_system_certificates(made.get())) {
-    return error::permanent(errc::connection_failed,
-                            "the system's CA certificates cannot be loaded: name a CA bundle in SSL_CERT_FILE");
+    return error::permanent(
+        errc::connection_failed,
+        "the system's CA certificates cannot be loaded: name a CA bundle in SSL_CERT_FILE");
   }
   return made;
 }
@@ -5437,7 +5460,8 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
 
 struct httplib_transport::state {
   explicit state(const settings& configuration)
-      : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory), verify(configuration.verify_tls) {}
+      : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory),
+        verify(configuration.verify_tls) {}
 
   const std::filesystem::path ca_file, ca_directory;
   const bool verify;
@@ -5475,7 +5499,8 @@ struct httplib_transport::state {
     }
     return tls;
 #else
-    return error(errc::invalid_argument, "https needs OpenSSL, and this program was built with WANDB_RESTORE_NO_OPENSSL");
+    return error(errc::invalid_argument,
+                 "https needs OpenSSL, and this program was built with WANDB_RESTORE_NO_OPENSSL");
 #endif
   }
 };
@@ -5485,7 +5510,7 @@ WANDB_RESTORE_PRIVATE_INLINE httplib_transport::httplib_transport(const settings
     : state_(std::make_shared<state>(configuration)) {}
 
 WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const http_request& request,
-                                                                          body_sink& sink) {
+                                                                           body_sink& sink) {
   const auto way = detail::route::of(request);
   if (!way) return way.error();
   const auto message = detail::request_message(request, *way);
@@ -5506,8 +5531,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const
       if (link->is_reusable()) state_->give_back(std::move(link));
       return std::move(now.head);
     }
-    // A peer may close an idle connection just when it is used again: such a request, if it may be made twice, goes out
-    // once more (RFC 9112, section 9.3.1).
+    // A peer may close an idle connection just when it is used again: such a request, if it may be made
+    // twice, goes out once more (RFC 9112, section 9.3.1).
     const bool may_be_repeated = request.method == "GET" || request.method == "HEAD";
     if (is_fresh || now.was_answered || !may_be_repeated || now.failure->code() != errc::connection_failed) {
       return *std::move(now.failure);
@@ -5516,7 +5541,6 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const
   }
 }
 
-#endif  // WANDB_RESTORE_NO_HTTPLIB
 #endif  // WANDB_RESTORE_NO_HTTPLIB
 
 }  // namespace WANDB_RESTORE_PRIVATE_ABI
