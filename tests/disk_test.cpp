@@ -1,0 +1,732 @@
+// What the engine keeps on disk: partial files and who owns them, locks, receipts, and the step that makes a file visible.
+//
+// These classes stand in the implementation part of the header: this file brings it along, inline and without a
+// transport, in the inline namespace of that build mode. The rest of the program is not touched by that.
+#undef WANDB_RESTORE_SPLIT
+#ifndef WANDB_RESTORE_NO_HTTPLIB
+#define WANDB_RESTORE_NO_HTTPLIB
+#endif
+#include "wandb_restore.hpp"
+
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "support.hpp"
+
+#ifndef _WIN32
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/stat.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
+#include <sys/wait.h>
+#include <unistd.h>
+
+namespace {
+
+namespace fs = std::filesystem;
+using support::read_file;
+using support::temporary_directory;
+using support::write_file;
+using wandb::detail::clean_up;
+using wandb::detail::facts_of;
+using wandb::detail::find_partials;
+using wandb::detail::owner;
+using wandb::detail::partial_file;
+using wandb::detail::place;
+using wandb::detail::place_lock;
+
+const std::string md5 = "900150983cd24fb0d6963f7d28e17f72";
+const std::string other_md5 = "0123456789abcdef0123456789abcdef";
+constexpr std::uint64_t block = partial_file::block;
+constexpr std::uint64_t size = 3 * block + 100;  // four blocks, the last one short
+
+std::string block_text(std::uint64_t index, char salt = 'a') {
+  return std::string(static_cast<std::size_t>(index == 3 ? 100 : block), static_cast<char>(salt + static_cast<char>(index)));
+}
+void fill(partial_file& file, std::uint64_t first, std::uint64_t last, char salt = 'a') {
+  for (auto i = first; i < last; ++i) REQUIRE(file.write(i * block, block_text(i, salt)).has_value());
+  REQUIRE(file.record(first, last).has_value());
+}
+std::unique_ptr<partial_file> must(wandb::result<std::unique_ptr<partial_file>> made) {
+  REQUIRE(made.has_value());
+  return *std::move(made);
+}
+std::string content_at(const partial_file& file, std::uint64_t index) {
+  std::string text(block_text(index).size(), '\0');
+  REQUIRE(file.content().read_at(index * block, text.data(), text.size()) == static_cast<std::int64_t>(text.size()));
+  return text;
+}
+std::size_t files_in(const fs::path& directory) {
+  return static_cast<std::size_t>(std::distance(fs::directory_iterator(directory), fs::directory_iterator()));
+}
+void set_age(const fs::path& where, std::int64_t seconds) {
+  timespec now{};
+  clock_gettime(CLOCK_REALTIME, &now);
+  now.tv_sec -= seconds;
+  const timespec times[2] = {now, now};
+  REQUIRE(utimensat(AT_FDCWD, where.c_str(), times, 0) == 0);
+}
+
+/// Another process: runs `body`, then tells so and stays until it is killed. Nothing but system calls and this library
+/// between fork and exit.
+class process {
+ public:
+  explicit process(const std::function<void()>& body) {
+    int ready[2];
+    REQUIRE(pipe(ready) == 0);
+    id_ = fork();
+    REQUIRE(id_ >= 0);
+    if (id_ == 0) {
+      body();
+      (void)!write(ready[1], "x", 1);
+      for (;;) pause();
+    }
+    ::close(ready[1]);
+    char told = 0;
+    const bool began = read(ready[0], &told, 1) == 1;
+    ::close(ready[0]);
+    REQUIRE(began);
+  }
+  ~process() { end(); }
+  process(const process&) = delete;
+  process& operator=(const process&) = delete;
+
+  pid_t id() const { return id_; }
+  /// Dead, but not yet taken note of: a zombie.
+  void kill_only() {
+    kill(id_, SIGKILL);
+    siginfo_t what{};
+    REQUIRE(waitid(P_PID, static_cast<id_t>(id_), &what, WEXITED | WNOWAIT) == 0);
+  }
+  void end() {
+    if (id_ <= 0) return;
+    kill(id_, SIGKILL);
+    waitpid(id_, nullptr, 0);
+    id_ = -1;
+  }
+
+ private:
+  pid_t id_ = -1;
+};
+
+}  // namespace
+
+TEST_SUITE("partial files") {
+  TEST_CASE("a new one is hidden, has nothing, and goes with its owner") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    {
+      const auto made = must(partial_file::create(at, md5, size));
+      CHECK(made->blocks() == 4);
+      for (std::uint64_t i = 0; i < 4; ++i) CHECK_FALSE(made->has(i));
+      CHECK(made->where().filename().string().front() == '.');
+      CHECK(made->where().parent_path() == directory.path());
+      CHECK(find_partials(at).size() == 1);
+      CHECK_FALSE(find_partials(at).front().abandoned());
+    }
+    CHECK(files_in(directory.path()) == 0);
+  }
+
+  TEST_CASE("released: the next one goes on from what was recorded, on the same inode") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    auto first = must(partial_file::open(at, md5, size));
+    fill(*first, 1, 2);
+    fill(*first, 3, 4);
+    const auto inode = first->content().facts()->inode;
+    first->release(at, md5);
+    first.reset();
+    REQUIRE(find_partials(at).size() == 1);
+    CHECK(find_partials(at).front().released);
+
+    const auto second = must(partial_file::open(at, md5, size));
+    CHECK(second->content().facts()->inode == inode);
+    CHECK_FALSE(second->has(0));
+    CHECK(second->has(1));
+    CHECK_FALSE(second->has(2));
+    CHECK(second->has(3));
+    CHECK(content_at(*second, 1) == block_text(1));
+    CHECK(content_at(*second, 3) == block_text(3));
+    CHECK(find_partials(at).size() == 1);
+  }
+
+  TEST_CASE("released with nothing in it, or of content that nothing identifies: it goes") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    auto empty = must(partial_file::create(at, md5, size));
+    empty->release(at, md5);
+    empty.reset();
+    CHECK(files_in(directory.path()) == 0);
+    auto unknown = must(partial_file::create(at, "", size));
+    fill(*unknown, 0, 4);
+    unknown->release(at, "");
+    unknown.reset();
+    CHECK(files_in(directory.path()) == 0);
+  }
+
+  TEST_CASE("of other content, of another target, or of another size: not gone on from") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    const auto leave = [&](const place& where, const std::string& what, std::uint64_t how_long) {
+      auto left = must(partial_file::create(where, what, how_long));
+      REQUIRE(left->record(0, 1).has_value());
+      left->release(where, what);
+    };
+    leave(at, other_md5, size);
+    leave(place(directory / "other.h5"), md5, size);
+    leave(at, md5, size + block);
+    leave(at, md5, size + 1);
+    leave(at, md5, block);
+    const auto mine = must(partial_file::open(at, md5, size));
+    for (std::uint64_t i = 0; i < 4; ++i) CHECK_FALSE(mine->has(i));
+    CHECK(find_partials(at).size() == 2);  // mine, and that of the other content: those of this one were of no use
+    CHECK(find_partials(place(directory / "other.h5")).size() == 1);
+  }
+
+  TEST_CASE("a record that is torn, foreign or missing counts for nothing") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    const auto spoil = [&](const std::function<void(const fs::path&)>& how) {
+      auto left = must(partial_file::create(at, md5, size));
+      fill(*left, 0, 4);
+      left->release(at, md5);
+      left.reset();
+      REQUIRE(find_partials(at).size() == 1);
+      how(find_partials(at).front().where);
+      const auto mine = must(partial_file::open(at, md5, size));
+      CHECK(find_partials(at).size() == 1);
+      return mine->has(0) || mine->has(1) || mine->has(2) || mine->has(3);
+    };
+    CHECK(spoil([](const fs::path&) {}));  // the test is able to fail
+    CHECK_FALSE(spoil([](const fs::path& where) { fs::resize_file(where, 4 * block + 32); }));
+    CHECK_FALSE(spoil([](const fs::path& where) { fs::resize_file(where, 4 * block + 10); }));
+    CHECK_FALSE(spoil([](const fs::path& where) { fs::resize_file(where, 4 * block); }));
+    CHECK_FALSE(spoil([](const fs::path& where) { fs::resize_file(where, 0); }));
+    CHECK_FALSE(spoil([](const fs::path& where) {
+      std::fstream file(where, std::ios::in | std::ios::out | std::ios::binary);
+      file.seekp(4 * block);
+      file << 'W';
+    }));
+  }
+
+  TEST_CASE("an owner that lives is left alone; one that was killed is taken over, unburied too") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    process other([&] {
+      auto made = partial_file::create(at, md5, size);
+      if (!made) _exit(1);
+      (void)(*made)->write(0, block_text(0));
+      (void)(*made)->record(0, 1);
+      (void)made->release();  // as a kill leaves it: nothing is tidied up
+    });
+    REQUIRE(find_partials(at).size() == 1);
+    CHECK_FALSE(find_partials(at).front().abandoned());
+    {
+      const auto mine = must(partial_file::open(at, md5, size));
+      CHECK_FALSE(mine->has(0));
+      CHECK(find_partials(at).size() == 2);
+      clean_up(at);
+      CHECK(find_partials(at).size() == 2);
+    }
+    bool buried = false;
+    SUBCASE("a zombie") { other.kill_only(); }
+    SUBCASE("buried") {
+      other.end();
+      buried = true;
+    }
+    CAPTURE(buried);
+    CHECK(find_partials(at).front().abandoned());
+    const auto mine = must(partial_file::open(at, md5, size));
+    CHECK(mine->has(0));
+    CHECK(content_at(*mine, 0) == block_text(0));
+    CHECK(find_partials(at).size() == 1);
+  }
+
+  TEST_CASE("what is left of the dead and the released is cleaned up, whatever its content") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    {
+      process other([&] {
+        (void)partial_file::create(at, md5, size)->release();
+        (void)partial_file::create(at, other_md5, size)->release();
+      });
+    }
+    auto released = must(partial_file::create(at, md5, size));
+    fill(*released, 0, 1);
+    released->release(at, md5);
+    released.reset();
+    const auto alive = must(partial_file::create(at, other_md5, size));
+    write_file(directory / ".wandb-restore-notes", "the user's own");
+    REQUIRE(find_partials(at).size() == 4);
+    clean_up(at);
+    REQUIRE(find_partials(at).size() == 1);
+    CHECK(find_partials(at).front().where == alive->where());
+    CHECK(fs::exists(directory / ".wandb-restore-notes"));
+  }
+
+  TEST_CASE("many claim what was released: one gets it, each gets an inode of its own") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    for (int round = 0; round < 20; ++round) {
+      auto left = must(partial_file::create(at, md5, size));
+      fill(*left, 0, 4);
+      left->release(at, md5);
+      left.reset();
+
+      constexpr std::size_t count = 8;
+      std::vector<std::unique_ptr<partial_file>> got(count);
+      std::atomic<int> failures{0};
+      std::mutex mutex;
+      std::condition_variable go;
+      bool started = false;
+      std::vector<std::thread> threads;
+      for (auto& mine : got) {
+        threads.emplace_back([&] {
+          {
+            std::unique_lock<std::mutex> lock(mutex);
+            go.wait(lock, [&] { return started; });
+          }
+          auto opened = partial_file::open(at, md5, size);
+          if (opened) mine = *std::move(opened);
+          else ++failures;
+        });
+      }
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        started = true;
+      }
+      go.notify_all();
+      for (auto& one : threads) one.join();
+      REQUIRE(failures == 0);
+      int claimed = 0;
+      std::vector<std::uint64_t> inodes;
+      for (const auto& one : got) {
+        claimed += one->has(0);
+        inodes.push_back(one->content().facts()->inode);
+      }
+      std::sort(inodes.begin(), inodes.end());
+      REQUIRE(claimed == 1);
+      REQUIRE(std::unique(inodes.begin(), inodes.end()) == inodes.end());
+    }
+  }
+
+  TEST_CASE("an owner that cannot be asked: its blocks are copied once it has been quiet for a minute") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    // Of this host, it would be dead; of another, nobody knows.
+    const owner foreign{"0000000000000000", 1234, 5678, 9};
+    auto left = must(partial_file::create(at, md5, size));
+    fill(*left, 0, 1);
+    fill(*left, 3, 4);
+    const fs::path theirs = at.partial(md5, foreign.str());
+    fs::rename(left->where(), theirs);
+
+    set_age(theirs, static_cast<std::int64_t>(partial_file::quiet) - 10);
+    {
+      const auto mine = must(partial_file::open(at, md5, size));
+      CHECK_FALSE(mine->has(0));
+    }
+    set_age(theirs, static_cast<std::int64_t>(partial_file::quiet) + 10);
+    const auto mine = must(partial_file::open(at, md5, size));
+    CHECK(mine->has(0));
+    CHECK_FALSE(mine->has(1));
+    CHECK(mine->has(3));
+    CHECK(content_at(*mine, 0) == block_text(0));
+    CHECK(content_at(*mine, 3) == block_text(3));
+    CHECK(mine->content().facts()->inode != facts_of(theirs)->inode);
+    clean_up(at);
+    CHECK(fs::exists(theirs));  // it may still be written to
+
+    // What the copy is, stays: the other's later writes do not show.
+    REQUIRE(left->write(0, block_text(0, 'z')).has_value());
+    CHECK(content_at(*mine, 0) == block_text(0));
+  }
+
+  TEST_CASE("names that look alike are nobody's partial files") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    const std::string tag = place(directory / "model.h5").tag;
+    for (const auto& name : {tag + ".part", tag + "-.part", tag + "-" + md5 + ".part", tag + "-" + md5 + "-1.2.3.4.part.txt",
+                             tag + ".lock", "x" + tag + "-" + md5 + "-free.part"}) {
+      write_file(directory / name, "text");
+    }
+    CHECK(find_partials(at).empty());
+    write_file(directory / (tag + "-" + md5 + "-nonsense.part"), "text");  // nobody is known to be dead
+    REQUIRE(find_partials(at).size() == 1);
+    CHECK_FALSE(find_partials(at).front().abandoned());
+    CHECK(must(partial_file::open(at, md5, size)) != nullptr);
+  }
+
+  TEST_CASE("a size beyond the disk is an error that says how much is missing, and leaves nothing") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    for (const auto length : {std::uint64_t{1} << 50, std::uint64_t{1} << 62, ~std::uint64_t{0}}) {
+      CAPTURE(length);
+      for (const auto& made : {partial_file::create(at, md5, length), partial_file::open(at, md5, length)}) {
+        REQUIRE_FALSE(made.has_value());
+        CHECK(made.error().code() == wandb::errc::disk_failure);
+        const std::string text = made.error().what();
+        CAPTURE(text);
+        CHECK(text.find("not enough room") != std::string::npos);
+        CHECK(text.find(std::to_string(length)) != std::string::npos);
+        CHECK(text.find("are missing") != std::string::npos);
+      }
+    }
+    CHECK(files_in(directory.path()) == 0);
+  }
+
+  TEST_CASE("room is taken up front, and nothing is written for it") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    const auto made = must(partial_file::create(at, md5, 64 * block));
+    REQUIRE(made->reserve().has_value());
+    const auto facts = made->content().facts();
+    REQUIRE(facts.has_value());
+#ifdef __linux__
+    CHECK(facts->allocated >= 64 * block);
+#endif
+    CHECK_FALSE(made->has(0));
+  }
+}
+
+TEST_SUITE("owners") {
+  TEST_CASE("itself: alive, and unique each time") {
+    const auto me = owner::self(), again = owner::self();
+    CHECK_FALSE(me.provably_dead());
+    CHECK(me.str() != again.str());
+    const auto read = owner::parse(me.str());
+    REQUIRE(read.has_value());
+    CHECK(read->str() == me.str());
+  }
+
+  TEST_CASE("what is no owner's name") {
+    for (const char* text : {"", "a", "a.1.2", "a.1.2.3.4", "a.x.2.3", "a.1.x.3", "a.1.2.x", "a.-1.2.3"}) {
+      CAPTURE(std::string(text));
+      CHECK_FALSE(owner::parse(text).has_value());
+    }
+  }
+
+  TEST_CASE("dead only where that is certain: a process id of this host that is gone, or another's by now") {
+    const auto me = owner::self();
+    REQUIRE_FALSE(me.realm.empty());
+    process other([] {});
+    const auto its_start = wandb::detail::process_start(static_cast<std::uint64_t>(other.id()));
+    REQUIRE(its_start.has_value());
+    const owner it{me.realm, static_cast<std::uint64_t>(other.id()), *its_start, 1};
+    CHECK_FALSE(it.provably_dead());
+    CHECK(owner{it.realm, it.process, it.start + 1, 1}.provably_dead());        // the id was used again
+    CHECK_FALSE(owner{it.realm, it.process, 0, 1}.provably_dead());             // when it started is not known
+    CHECK_FALSE(owner{"elsewhere", it.process, it.start + 1, 1}.provably_dead());
+    CHECK_FALSE(owner{"", it.process, it.start + 1, 1}.provably_dead());
+    CHECK_FALSE(owner{"unknown", it.process, it.start + 1, 1}.provably_dead());
+    other.kill_only();
+    CHECK(it.provably_dead());
+    CHECK_FALSE(owner{"elsewhere", it.process, it.start, 1}.provably_dead());
+    other.end();
+    CHECK(it.provably_dead());
+  }
+
+#if defined(__linux__) && !defined(__SANITIZE_THREAD__)  // which cannot follow a thread that is made after a fork
+  TEST_CASE("a process whose first thread has ended is alive as long as another goes on") {
+    int ready[2];
+    REQUIRE(pipe(ready) == 0);
+    const pid_t id = fork();
+    REQUIRE(id >= 0);
+    if (id == 0) {
+      static int told = ready[1];
+      pthread_t second;
+      (void)pthread_create(&second, nullptr,
+                           [](void*) -> void* {
+                             // Waits until the first thread is a zombie.
+                             const std::string stat = "/proc/self/task/" + std::to_string(getpid()) + "/stat";
+                             for (std::string text; text.find(") Z ") == std::string::npos;) {
+                               std::ifstream in(stat);
+                               text.assign(std::istreambuf_iterator<char>(in), {});
+                             }
+                             (void)!write(told, "x", 1);
+                             for (;;) pause();
+                           },
+                           nullptr);
+      syscall(SYS_exit, 0);  // this thread alone
+    }
+    ::close(ready[1]);
+    char told = 0;
+    CHECK(read(ready[0], &told, 1) == 1);
+    ::close(ready[0]);
+    CHECK(wandb::detail::process_start(static_cast<std::uint64_t>(id)).has_value());
+    kill(id, SIGKILL);
+    waitpid(id, nullptr, 0);
+    CHECK_FALSE(wandb::detail::process_start(static_cast<std::uint64_t>(id)).has_value());
+  }
+#endif
+}
+
+TEST_SUITE("locks") {
+  TEST_CASE("one holder at a time among threads; the next one gets it, and no file is left") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    {
+      place_lock first(at), second(at), elsewhere(place(directory / "other.h5"));
+      CHECK(first.try_acquire() == place_lock::outcome::held);
+      CHECK(first.try_acquire() == place_lock::outcome::held);
+      CHECK(second.try_acquire() == place_lock::outcome::busy);
+      CHECK(second.try_acquire() == place_lock::outcome::busy);
+      CHECK(elsewhere.try_acquire() == place_lock::outcome::held);
+    }
+    CHECK(files_in(directory.path()) == 0);
+    place_lock third(at);
+    CHECK(third.try_acquire() == place_lock::outcome::held);
+  }
+
+  TEST_CASE("the same place by another path is the same lock") {
+    const temporary_directory directory;
+    fs::create_directory(directory / "sub");
+    fs::create_directory_symlink(directory / "sub", directory / "link");
+    place_lock first(place(directory / "sub" / "model.h5"));
+    REQUIRE(first.try_acquire() == place_lock::outcome::held);
+    place_lock dotted(place(directory / "sub" / ".." / "sub" / "model.h5"));
+    CHECK(dotted.try_acquire() == place_lock::outcome::busy);
+    place_lock linked(place(directory / "link" / "model.h5"));
+    CHECK(linked.try_acquire() == place_lock::outcome::busy);
+  }
+
+  TEST_CASE("another process holds it until it is gone, however it went") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    process other([&] {
+      auto* held = new place_lock(at);
+      if (held->try_acquire() != place_lock::outcome::held) _exit(1);
+    });
+    place_lock mine(at);
+    CHECK(mine.try_acquire() == place_lock::outcome::busy);
+    other.end();
+    CHECK(mine.try_acquire() == place_lock::outcome::held);
+  }
+
+  TEST_CASE("processes that come and go never hold it together, although each removes the file") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    const fs::path inside = directory / "inside";
+    std::vector<pid_t> all;
+    for (int i = 0; i < 4; ++i) {
+      const pid_t id = fork();
+      REQUIRE(id >= 0);
+      if (id == 0) {
+        for (int round = 0; round < 100; ++round) {
+          place_lock lock(at);
+          while (lock.try_acquire() == place_lock::outcome::busy) sched_yield();
+          const int alone = open(inside.c_str(), O_CREAT | O_EXCL | O_WRONLY, 0600);
+          if (alone < 0) _exit(2);
+          ::close(alone);
+          if (unlink(inside.c_str()) != 0) _exit(3);
+        }
+        _exit(0);
+      }
+      all.push_back(id);
+    }
+    for (const pid_t id : all) {
+      int status = -1;
+      REQUIRE(waitpid(id, &status, 0) == id);
+      CHECK(WIFEXITED(status));
+      CHECK(WEXITSTATUS(status) == 0);
+    }
+    CHECK(files_in(directory.path()) == 0);
+  }
+
+  TEST_CASE("where there can be no lock file it is unavailable, and threads are still kept apart") {
+    const temporary_directory directory;
+    const place at(directory / "missing" / "model.h5");
+    place_lock first(at), second(at);
+    CHECK(first.try_acquire() == place_lock::outcome::unavailable);
+    CHECK(second.try_acquire() == place_lock::outcome::busy);
+  }
+}
+
+TEST_SUITE("receipts") {
+  TEST_CASE("a receipt holds for the very file it was written for, unchanged") {
+    const temporary_directory directory;
+    const fs::path cache = directory / "cache", target = directory / "a b\xc3\xa9\"\n.h5";
+    write_file(target, "hello");
+    const auto facts = facts_of(target);
+    REQUIRE(facts.has_value());
+    const wandb::run_path run{"team \"x\"", "p\xff", "r/1"};
+    wandb::detail::write_receipt(cache, target, {run, facts->size, facts->modified, md5});
+    const auto found = wandb::detail::read_receipt(cache, target, *facts);
+    REQUIRE(found.has_value());
+    CHECK(found->run == run);
+    CHECK(found->md5 == md5);
+    CHECK(found->size == 5);
+
+    auto changed = *facts;
+    changed.size = 6;
+    CHECK_FALSE(wandb::detail::read_receipt(cache, target, changed).has_value());
+    changed = *facts;
+    changed.modified += 1;
+    CHECK_FALSE(wandb::detail::read_receipt(cache, target, changed).has_value());
+    CHECK_FALSE(wandb::detail::read_receipt(cache, directory / "other", *facts).has_value());
+    CHECK_FALSE(wandb::detail::read_receipt({}, target, *facts).has_value());
+    CHECK_FALSE(wandb::detail::read_receipt(directory / "no cache", target, *facts).has_value());
+  }
+
+  TEST_CASE("the path is what counts, however it is written") {
+    const temporary_directory directory;
+    const fs::path cache = directory / "cache";
+    write_file(directory / "model.h5", "hello");
+    const support::scoped_working_directory here(directory.path());
+    const auto facts = facts_of("model.h5");
+    REQUIRE(facts.has_value());
+    wandb::detail::write_receipt(cache, "model.h5", {{"e", "p", "r"}, facts->size, facts->modified, md5});
+    CHECK(wandb::detail::read_receipt(cache, directory / "model.h5", *facts).has_value());
+    CHECK(wandb::detail::read_receipt(cache, "./x/../model.h5", *facts).has_value());
+  }
+
+  TEST_CASE("a receipt that is torn or forged is none") {
+    const temporary_directory directory;
+    const fs::path cache = directory / "cache", target = directory / "model.h5";
+    write_file(target, "hello");
+    const auto facts = *facts_of(target);
+    wandb::detail::write_receipt(cache, target, {{"e", "p", "r"}, facts.size, facts.modified, md5});
+    const fs::path where = wandb::detail::receipt_path(cache, target);
+    const std::string good = read_file(where);
+    REQUIRE(wandb::detail::read_receipt(cache, target, facts).has_value());
+    for (std::size_t length = 0; length + 3 < good.size(); ++length) {
+      write_file(where, good.substr(0, length));
+      REQUIRE_FALSE(wandb::detail::read_receipt(cache, target, facts).has_value());
+    }
+    for (const char* text : {"null", "[]", "\"x\"", "{}", "{\"path\":1,\"size\":\"5\",\"modified_ns\":null}", "\x00\xff"}) {
+      write_file(where, text);
+      CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts).has_value());
+    }
+    write_file(where, good + std::string(100000, ' '));
+    CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts).has_value());
+    fs::remove(where);
+    fs::create_directory(where);
+    CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts).has_value());
+  }
+
+  TEST_CASE("a cache that cannot be written is no failure") {
+    const temporary_directory directory;
+    write_file(directory / "cache", "a file");
+    wandb::detail::write_receipt(directory / "cache", directory / "model.h5", {{"e", "p", "r"}, 1, 2, md5});
+    CHECK(read_file(directory / "cache") == "a file");
+  }
+}
+
+namespace {
+
+std::unique_ptr<partial_file> whole(const place& at) {
+  auto made = must(partial_file::create(at, md5, size));
+  fill(*made, 0, 4);
+  return made;
+}
+std::string whole_text() { return block_text(0) + block_text(1) + block_text(2) + block_text(3); }
+std::string rest_of(std::ifstream& in) { return std::string(std::istreambuf_iterator<char>(in), {}); }
+
+}  // namespace
+
+TEST_SUITE("publishing") {
+  TEST_CASE("the file is there whole, without its record, and the stream is on that very inode") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    auto made = whole(at);
+    const auto inode = made->content().facts()->inode;
+    auto stream = made->publish(at);
+    REQUIRE(stream.has_value());
+    made.reset();
+    CHECK(files_in(directory.path()) == 1);
+    CHECK(read_file(at.target) == whole_text());
+    CHECK(facts_of(at.target)->inode == inode);
+    write_file(directory / "new", "another");
+    fs::rename(directory / "new", at.target);
+    CHECK(rest_of(*stream) == whole_text());
+  }
+
+  TEST_CASE("an old file is replaced, never written to, and its permissions stay") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    write_file(at.target, "old");
+    REQUIRE(chmod(at.target.c_str(), 0640) == 0);
+    fs::create_hard_link(at.target, directory / "linked");
+    std::ifstream reader(at.target, std::ios::binary);
+    auto made = whole(at);
+    CHECK(read_file(at.target) == "old");
+    REQUIRE(made->publish(at).has_value());
+    CHECK(read_file(at.target) == whole_text());
+    CHECK(facts_of(at.target)->mode == 0640);
+    CHECK(read_file(directory / "linked") == "old");
+    CHECK(rest_of(reader) == "old");
+  }
+
+  TEST_CASE("a new file has the permissions that the process gives to files") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    const mode_t before = umask(027);
+    auto made = whole(at);
+    const bool done = made->publish(at).has_value();
+    umask(before);
+    REQUIRE(done);
+    CHECK(facts_of(at.target)->mode == 0640);
+  }
+
+  TEST_CASE("a symbolic link is replaced, not followed; a dangling one too") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    fs::create_symlink(directory / "elsewhere", at.target);
+    SUBCASE("to a file") { write_file(directory / "elsewhere", "old"); }
+    SUBCASE("to nothing") {}
+    auto made = whole(at);
+    REQUIRE(made->publish(at).has_value());
+    CHECK_FALSE(fs::is_symlink(at.target));
+    CHECK(read_file(at.target) == whole_text());
+    if (fs::exists(directory / "elsewhere")) CHECK(read_file(directory / "elsewhere") == "old");
+  }
+
+  TEST_CASE("a directory in its place is an error, and nothing changes") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    fs::create_directory(at.target);
+    write_file(at.target / "inner", "old");
+    auto made = whole(at);
+    const auto stream = made->publish(at);
+    REQUIRE_FALSE(stream.has_value());
+    CHECK(stream.error().code() == wandb::errc::disk_failure);
+    made.reset();
+    CHECK(read_file(at.target / "inner") == "old");
+    CHECK(files_in(directory.path()) == 1);
+  }
+
+  TEST_CASE("names of any length and spelling have hidden files beside them") {
+    const temporary_directory directory;
+    for (const std::string& name : {std::string(255, 'n'), std::string("with spaces and 'quotes\""), std::string("\xc3\xa9\xe4\xb8\xad"),
+                                    std::string("\xff\xfe not UTF-8"), std::string("-rf"), std::string(".hidden")}) {
+      CAPTURE(name);
+      const place at(directory / name);
+      place_lock lock(at);
+      CHECK(lock.try_acquire() == place_lock::outcome::held);
+      auto made = whole(at);
+      made->release(at, md5);
+      made = must(partial_file::open(at, md5, size));
+      CHECK(made->has(3));
+      REQUIRE(made->publish(at).has_value());
+      CHECK(read_file(at.target) == whole_text());
+      wandb::detail::write_receipt(directory / "cache", at.target, {{"e", "p", "r"}, size, facts_of(at.target)->modified, md5});
+      CHECK(wandb::detail::read_receipt(directory / "cache", at.target, *facts_of(at.target)).has_value());
+    }
+  }
+}
+
+#endif  // _WIN32
