@@ -12,7 +12,7 @@ case ${1:-} in
   -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
 esac
 
-# shellcheck source=../.ci/dependencies.sh
+# shellcheck source-path=SCRIPTDIR source=../.ci/dependencies.sh
 . "$top/.ci/dependencies.sh"
 install_missing "$to_build"
 

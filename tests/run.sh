@@ -20,7 +20,7 @@ for argument; do
   esac
 done
 
-# shellcheck source=../.ci/dependencies.sh
+# shellcheck source-path=SCRIPTDIR source=../.ci/dependencies.sh
 . .ci/dependencies.sh
 install_missing "$to_build" "$to_test"
 

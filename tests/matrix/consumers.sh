@@ -1,0 +1,202 @@
+#!/usr/bin/env bash
+# Every way to bring the library into a program, by a tiny program for each: built and run, without a network.
+#
+#   tests/matrix/consumers.sh [NAME...]      all by default; prints "ok NAME" for each
+#   tests/matrix/consumers.sh --list         the names
+#
+# CXX chooses the compiler. WANDB_RESTORE_HTTPLIB_INCLUDE_DIR names a folder with a single httplib.h for plain_copy;
+# without it, the system's is taken, with the flags that it needs.
+set -euo pipefail
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+here=$top/tests/matrix/consumers
+cxx=${CXX:-c++}
+httplib_folder=${WANDB_RESTORE_HTTPLIB_INCLUDE_DIR:-}
+names=(add_subdirectory find_package find_package_refused pkg_config pkg_config_of_meson fetch_content
+  meson_subproject meson_wrap plain_copy plain_copy_bare)
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export XDG_CACHE_HOME=$scratch/cache # nothing of the user's is touched
+export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1
+unset "${!WANDB_@}"
+
+run() { # PROGRAM EXPECTED-WORD: runs it in an empty folder
+  local out
+  mkdir -p "$scratch/run"
+  out=$(cd "$scratch/run" && "$1")
+  [[ $out == *" $2 "* ]] || { echo "$1 said: $out"; return 1; }
+}
+
+build_with_cmake() { # FOLDER CMAKE-ARGUMENT...
+  local folder=$1
+  shift
+  cmake -G Ninja -S "$folder" -B "$scratch/build" "$@"
+  cmake --build "$scratch/build"
+}
+
+# What a release holds that builds need, as a folder.
+copy_of_the_library() {
+  mkdir -p "$1/subprojects"
+  cp -r "$top"/{wandb_restore.hpp,CMakeLists.txt,meson.build,meson_options.txt,packaging,LICENSE} "$1"
+  cp -r "$top"/subprojects/{*.wrap,packagefiles} "$1/subprojects"
+}
+
+# And as a repository; sets `commit`.
+repository_of_the_library() {
+  copy_of_the_library "$1"
+  git -C "$1" init -q
+  git -C "$1" add -A
+  git -C "$1" -c user.name=tests -c user.email=tests@example.invalid commit -q -m "A release"
+  commit=$(git -C "$1" rev-parse HEAD)
+}
+
+install_with_cmake() {
+  build_with_cmake "$top" -DWANDB_RESTORE_TESTS=OFF -DWANDB_RESTORE_EXAMPLES=OFF -DCMAKE_INSTALL_PREFIX="$scratch/prefix" \
+    -DCMAKE_BUILD_TYPE=Debug "$@"
+  cmake --install "$scratch/build"
+  rm -rf "$scratch/build"
+}
+
+find_package_modes=(-DWANDB_RESTORE_COMPILED=ON)
+
+add_subdirectory() {
+  build_with_cmake "$here/add_subdirectory" -DWANDB_RESTORE_FOLDER="$top"
+  run "$scratch/build/inline" inline
+  run "$scratch/build/compiled" compiled
+}
+
+find_package() {
+  install_with_cmake "${find_package_modes[@]}"
+  mv "$scratch/prefix" "$scratch/moved" # an installed package may be moved
+  build_with_cmake "$here/find_package" -DCMAKE_PREFIX_PATH="$scratch/moved"
+  run "$scratch/build/inline" inline
+  run "$scratch/build/compiled" compiled
+}
+
+find_package_refused() {
+  install_with_cmake
+  cmake -G Ninja -S "$here/find_package_refused" -B "$scratch/build" -DCMAKE_PREFIX_PATH="$scratch/prefix"
+}
+
+pkg_config() {
+  install_with_cmake "${find_package_modes[@]}"
+  mv "$scratch/prefix" "$scratch/moved"
+  local folder
+  folder=$(dirname "$(find "$scratch/moved" -name wandb_restore.pc)")
+  export PKG_CONFIG_PATH=$folder
+  pkg-config --exact-version="$(sed -n 's/^#define WANDB_RESTORE_VERSION "\(.*\)"$/\1/p' "$top/wandb_restore.hpp")" wandb_restore
+  # shellcheck disable=SC2046
+  "$cxx" -std=c++17 "$here/main.cpp" -o "$scratch/inline" $(pkg-config --cflags --libs wandb_restore)
+  run "$scratch/inline" inline
+  # shellcheck disable=SC2046
+  "$cxx" -std=c++17 "$here/main.cpp" -o "$scratch/compiled" $(pkg-config --cflags --libs wandb_restore-compiled)
+  run "$scratch/compiled" compiled
+}
+
+# Leaves with 77, which stands for "skipped", where Meson is older than meson.build asks for.
+needs_meson() {
+  local wanted found
+  wanted=$(sed -n "s/.*meson_version: '>=\(.*\)',.*/\1/p" "$top/meson.build")
+  found=$(meson --version)
+  [ "$(printf '%s\n' "$wanted" "$found" | sort -V | head -n 1)" = "$wanted" ] ||
+    { echo "Meson $found is older than $wanted"; exit 77; }
+}
+
+pkg_config_of_meson() {
+  needs_meson
+  meson setup --prefix="$scratch/prefix" --libdir=lib -Dtests=false -Dexamples=false -Dcompiled=true --buildtype=debug "$scratch/build" "$top"
+  meson install -C "$scratch/build"
+  export PKG_CONFIG_PATH=$scratch/prefix/share/pkgconfig:$scratch/prefix/lib/pkgconfig
+  # shellcheck disable=SC2046
+  "$cxx" -std=c++17 "$here/main.cpp" -o "$scratch/inline" $(pkg-config --cflags --libs wandb_restore)
+  run "$scratch/inline" inline
+  # shellcheck disable=SC2046
+  "$cxx" -std=c++17 "$here/main.cpp" -o "$scratch/compiled" $(pkg-config --cflags --libs wandb_restore-compiled)
+  run "$scratch/compiled" compiled
+}
+
+fetch_content() {
+  repository_of_the_library "$scratch/repository"
+  build_with_cmake "$here/fetch_content" -DWANDB_RESTORE_REPOSITORY="$scratch/repository" -DWANDB_RESTORE_COMMIT="$commit"
+  run "$scratch/build/inline" inline
+}
+
+meson_subproject() {
+  needs_meson
+  cp -r "$here/meson_subproject" "$scratch/consumer"
+  cp "$here/main.cpp" "$scratch/consumer"
+  copy_of_the_library "$scratch/consumer/subprojects/wandb_restore"
+  meson setup "$scratch/build" "$scratch/consumer"
+  meson compile -C "$scratch/build"
+  run "$scratch/build/inline" inline
+  run "$scratch/build/compiled" compiled
+}
+
+meson_wrap() {
+  needs_meson
+  repository_of_the_library "$scratch/repository"
+  cp -r "$here/meson_wrap" "$scratch/consumer"
+  cp "$here/main.cpp" "$scratch/consumer"
+  sed -e "s|@repository@|$scratch/repository|" -e "s|@commit@|$commit|" "$here/meson_wrap/subprojects/wandb_restore.wrap.in" \
+    > "$scratch/consumer/subprojects/wandb_restore.wrap"
+  meson setup "$scratch/build" "$scratch/consumer"
+  meson compile -C "$scratch/build"
+  run "$scratch/build/inline" inline
+}
+
+# The folder of a header of the system.
+folder_of() {
+  echo "#include <$1>" | "$cxx" -std=c++17 -x c++ -E - | sed -n "s|^# [0-9]* \"\(.*\)/$1\".*|\1|p" | head -n 1
+}
+
+plain_copy() {
+  local flags=(-DCPPHTTPLIB_OPENSSL_SUPPORT) httplib=${httplib_folder:-$(folder_of httplib.h)}
+  mkdir "$scratch/copy"
+  cp "$top/wandb_restore.hpp" "$here/main.cpp" "$httplib/httplib.h" "$scratch/copy"
+  cp -r "$(folder_of nlohmann/json.hpp)/nlohmann" "$scratch/copy"
+  if ! grep -q "Implementation that will be part of the .cc file" "$httplib/httplib.h"; then
+    # A distribution's: the header of a compiled library.
+    mapfile -t -O 1 flags < <(pkg-config --cflags-only-other --libs cpp-httplib | xargs -n 1)
+  fi
+  (cd "$scratch/copy" && "$cxx" -std=c++17 -I. main.cpp -o inline "${flags[@]}" -lssl -lcrypto -pthread)
+  run "$scratch/copy/inline" inline
+}
+
+plain_copy_bare() {
+  mkdir "$scratch/copy"
+  cp "$top/wandb_restore.hpp" "$here/bare.cpp" "$scratch/copy"
+  cp -r "$(folder_of nlohmann/json.hpp)/nlohmann" "$scratch/copy"
+  (cd "$scratch/copy" && "$cxx" -std=c++17 -I. bare.cpp -o bare -pthread)
+  run "$scratch/copy/bare" bare
+}
+
+if [ "${1:-}" = --list ]; then
+  printf '%s\n' "${names[@]}"
+  exit 0
+fi
+[ $# = 0 ] || names=("$@")
+failed=0
+for name in "${names[@]}"; do
+  if ! declare -F "$name" > /dev/null; then
+    echo "consumers.sh: there is no consumer $name; see --list" >&2
+    exit 2
+  fi
+  rm -rf "${scratch:?}"/*
+  # In a shell of its own, and not as a condition: there `set -e` would not hold.
+  set +e
+  (set -e; "$name") > "$scratch.log" 2>&1 < /dev/null
+  status=$?
+  set -e
+  if [ "$status" = 0 ]; then
+    echo "ok $name"
+  elif [ "$status" = 77 ]; then
+    echo "skipped $name: $(tail -n 1 "$scratch.log")"
+    [ "$failed" != 0 ] || [ ${#names[@]} != 1 ] || failed=77
+  else
+    cat "$scratch.log"
+    echo "not ok $name"
+    failed=1
+  fi
+  rm -f "$scratch.log"
+done
+exit "$failed"
