@@ -1,9 +1,9 @@
-// When is a local copy good enough? keep(), replace() and refresh() are three answers; this is one of one's own:
+// When is a local copy good enough? keep(), replace() and refresh() are three answers; this is another:
 //
 //   ./cache_policy NAME RUN_PATH MAX_AGE_SECONDS
 //
-// a file that nobody restored is the user's own work and stays; a young copy is trusted without asking; an old one is
-// compared with the run's, and downloaded again only where it differs.
+// a file that nobody restored is the user's own work and stays; a young copy is trusted without asking; an
+// old one is compared with the run's, and downloaded again only where it differs.
 //
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"
@@ -14,7 +14,8 @@
 
 namespace {
 
-/// A rule is called with what is known without a request; if it answers `ask`, again with what the service says.
+/// A rule is called with what is known without a request; if it answers `ask`, again with the service's
+/// facts.
 wandb::cache_policy trust_for(std::chrono::seconds max_age) {
   using verdict = wandb::cache_policy::verdict;
   return [max_age](const wandb::local_copy& local, const wandb::file_info* remote) {
@@ -47,7 +48,8 @@ int main(int argc, char** argv) {
     return 2;
   }
   // a client's policy holds for all its calls; restore_options::cache is for one
-  wandb::client<> client(wandb::settings::from_environment(), trust_for(std::chrono::seconds(std::atol(argv[3]))));
+  wandb::client<> client(wandb::settings::from_environment(),
+                         trust_for(std::chrono::seconds(std::atol(argv[3]))));
   const auto file = client.try_restore(argv[1], argv[2]);
   if (!file) {
     std::cerr << file.error().what() << '\n';

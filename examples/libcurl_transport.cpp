@@ -3,8 +3,8 @@
 //   c++ -std=c++17 libcurl_transport.cpp -lcurl -lcrypto -pthread
 //   ./libcurl_transport NAME RUN_PATH
 //
-// A Transport makes one exchange: no redirects, no retries, no credentials, no decompression. All of these live above it
-// and are the same for each transport, and so are ranges, resuming and verifying.
+// A Transport makes one exchange: no redirects, no retries, no credentials, no decompression. All of these
+// live above it and are the same for each transport, and so are ranges, resuming and verifying.
 //
 // SPDX-License-Identifier: MIT
 #ifndef WANDB_RESTORE_NO_HTTPLIB
@@ -30,8 +30,9 @@
 
 namespace {
 
-/// Keeps SIGPIPE from the program for as long as it lives: a peer that closes a connection is an error, not a signal.
-/// CURLOPT_NOSIGNAL keeps libcurl from changing the whole process's handlers, which is not safe with threads.
+/// Keeps SIGPIPE from the program for as long as it lives: a peer that closes a connection is an error, not a
+/// signal. CURLOPT_NOSIGNAL keeps libcurl from changing the whole process's handlers, which is not safe with
+/// threads.
 class without_sigpipe {
 #ifndef _WIN32
  public:
@@ -82,8 +83,8 @@ class header_list {
   curl_slist* head_ = nullptr;
 };
 
-/// Easy handles that nobody uses now. Each keeps its connections alive, so one that last talked to the same origin comes
-/// first. (Sharing one cache of connections between threads through CURLSH is documented as unsafe.)
+/// Easy handles that nobody uses now. Each keeps its connections alive, so one that last talked to the same
+/// origin comes first. (One cache of connections for all threads, through CURLSH, is documented as unsafe.)
 class handle_pool {
  public:
   using handle = std::unique_ptr<CURL, decltype(&curl_easy_cleanup)>;
@@ -197,8 +198,7 @@ class curl_transport {
  public:
   /// Takes CA locations and verify_tls from the settings; where those name no CA, libcurl's own are used.
   explicit curl_transport(const wandb::settings& settings)
-      : ca_file_(settings.ca_file.string()),
-        ca_directory_(settings.ca_directory.string()),
+      : ca_file_(settings.ca_file.string()), ca_directory_(settings.ca_directory.string()),
         verify_tls_(settings.verify_tls) {
     static const CURLcode once = curl_global_init(CURL_GLOBAL_DEFAULT);
     static_cast<void>(once);
@@ -208,7 +208,8 @@ class curl_transport {
     const auto address = wandb::url::parse(request.url);
     if (!address) return address.error();
     handle_pool::handle curl = pool_->take(address->origin());
-    if (!curl) return wandb::error(wandb::errc::connection_failed, "libcurl has no handle to give: out of memory?");
+    if (!curl)
+      return wandb::error(wandb::errc::connection_failed, "libcurl has no handle to give: out of memory?");
 
     exchange now(curl.get(), request, sink);
     char message[CURL_ERROR_SIZE] = "";
@@ -220,7 +221,8 @@ class curl_transport {
     const CURLcode code = curl_easy_perform(curl.get());
     pool_->give_back(std::move(curl), address->origin());
     if (code == CURLE_OK) return std::move(now.response);
-    return failure(code, now.ended, address->redacted() + ": " + (*message ? message : curl_easy_strerror(code)));
+    return failure(code, now.ended,
+                   address->redacted() + ": " + (*message ? message : curl_easy_strerror(code)));
   }
 
  private:
@@ -229,7 +231,7 @@ class curl_transport {
     curl_easy_setopt(curl, CURLOPT_URL, request.url.c_str());
     curl_easy_setopt(curl, CURLOPT_PATH_AS_IS, 1L);
     curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, 0L);
-    curl_easy_setopt(curl, CURLOPT_HTTP_VERSION, CURL_HTTP_VERSION_1_1);  // ranges are to have connections of their own
+    curl_easy_setopt(curl, CURLOPT_HTTP_VERSION, CURL_HTTP_VERSION_1_1);  // each range has its connection
 #if LIBCURL_VERSION_NUM >= 0x075500
     curl_easy_setopt(curl, CURLOPT_PROTOCOLS_STR, "http,https");
 #else
@@ -238,7 +240,8 @@ class curl_transport {
 
     // "Name:" takes a field away that libcurl would add, "Name;" sends one without a value
     for (const char* unwanted : {"Accept:", "Expect:"}) headers.add(unwanted);
-    for (const auto& [name, value] : request.headers) headers.add(value.empty() ? name + ';' : name + ": " + value);
+    for (const auto& [name, value] : request.headers)
+      headers.add(value.empty() ? name + ';' : name + ": " + value);
     if (request.method != "GET") {
       curl_easy_setopt(curl, CURLOPT_POST, 1L);
       curl_easy_setopt(curl, CURLOPT_POSTFIELDS, request.body.data());
@@ -247,13 +250,15 @@ class curl_transport {
     }
     curl_easy_setopt(curl, CURLOPT_HTTPHEADER, headers.get());
 
-    // The settings' proxy; where they name none, one that only libcurl understands (SOCKS): ALL_PROXY and NO_PROXY.
+    // The settings' proxy; where they name none, one that only libcurl understands (SOCKS): ALL_PROXY and
+    // NO_PROXY.
     const char* any = std::getenv("all_proxy");
     if (any == nullptr) any = std::getenv("ALL_PROXY");
     if (!request.proxy.empty()) {
       curl_easy_setopt(curl, CURLOPT_PROXY, request.proxy.c_str());
       curl_easy_setopt(curl, CURLOPT_NOPROXY, "");  // decided already
-      if (!request.proxy_authorization.empty()) proxy_headers.add("Proxy-Authorization: " + request.proxy_authorization);
+      if (!request.proxy_authorization.empty())
+        proxy_headers.add("Proxy-Authorization: " + request.proxy_authorization);
     } else {
       curl_easy_setopt(curl, CURLOPT_PROXY, any != nullptr ? any : "");
     }
@@ -284,7 +289,8 @@ class curl_transport {
       case exchange::end::sink_said_stop:
       case exchange::end::cancelled: return {errc::cancelled, "cancelled"};
       case exchange::end::idle: return {errc::connection_failed, text + ": not a byte for too long"};
-      case exchange::end::header_too_large: return {errc::protocol_violation, text + ": the header is too large"};
+      case exchange::end::header_too_large:
+        return {errc::protocol_violation, text + ": the header is too large"};
       case exchange::end::none: break;
     }
     switch (code) {

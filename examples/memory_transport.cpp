@@ -1,9 +1,10 @@
 // How does a user's own unit test run against a service that is not there?
 //
-// With a Transport in memory: it answers the question for a file's facts, and the request for its bytes. Any part of the
-// program that takes a wandb::client<Transport> can then be tested without network, key or server.
+// With a Transport in memory: it answers the question for a file's facts, and the request for its bytes. What
+// takes a wandb::client<Transport> can then be tested without network, key or server.
 //
-// It needs neither cpp-httplib nor OpenSSL, and links nothing. The two macros may as well come from the command line:
+// It needs neither cpp-httplib nor OpenSSL, and links nothing. The two macros may as well come from the
+// command line:
 //
 //   c++ -std=c++17 -DWANDB_RESTORE_NO_HTTPLIB -DWANDB_RESTORE_NO_OPENSSL memory_transport.cpp -pthread
 //
@@ -56,7 +57,8 @@ class memory_transport {
   };
 
   /// data.project.run.files.edges[].node is what a client asks for; a name without a node has no file.
-  wandb::result<wandb::http_response> answer_question(const wandb::http_request& request, wandb::body_sink& sink) const {
+  wandb::result<wandb::http_response> answer_question(const wandb::http_request& request,
+                                                      wandb::body_sink& sink) const {
     const json question = json::parse(request.body, nullptr, false);
     const json names = question.value("/variables/fileNames"_json_pointer, json::array());
     json edges = json::array();
@@ -76,7 +78,8 @@ class memory_transport {
   }
 
   /// The bytes, or the range of them that is asked for.
-  wandb::result<wandb::http_response> serve_file(const wandb::http_request& request, wandb::body_sink& sink) const {
+  wandb::result<wandb::http_response> serve_file(const wandb::http_request& request,
+                                                 wandb::body_sink& sink) const {
     const std::string start = "http://wandb.test/files/";
     const auto found = shared_->files.find(request.url.substr(std::min(start.size(), request.url.size())));
     if (found == shared_->files.end()) return deliver({404, {}}, "", sink);
@@ -86,10 +89,12 @@ class memory_transport {
       if (name != "Range" || value.compare(0, 6, "bytes=") != 0) continue;
       const auto dash = value.find('-');
       const std::size_t first = std::strtoull(value.c_str() + 6, nullptr, 10);
-      const std::size_t last = dash + 1 < value.size() ? std::strtoull(value.c_str() + dash + 1, nullptr, 10) : content.size();
+      const std::size_t last =
+          dash + 1 < value.size() ? std::strtoull(value.c_str() + dash + 1, nullptr, 10) : content.size();
       if (first >= content.size()) return deliver({416, {}}, "", sink);
       const std::string part = content.substr(first, last - first + 1);
-      const std::string range = "bytes " + std::to_string(first) + '-' + std::to_string(first + part.size() - 1) + '/' +
+      const std::string range = "bytes " + std::to_string(first) + '-' +
+                                std::to_string(first + part.size() - 1) + '/' +
                                 std::to_string(content.size());
       return deliver({206, {{"Content-Range", range}}}, part, sink);
     }
@@ -99,7 +104,8 @@ class memory_transport {
   static wandb::result<wandb::http_response> deliver(wandb::http_response head, const std::string& body,
                                                      wandb::body_sink& sink) {
     head.headers.emplace_back("Content-Length", std::to_string(body.size()));
-    if (!sink.start(head) || (!body.empty() && !sink.write(body))) return wandb::error(wandb::errc::cancelled, "cancelled");
+    if (!sink.start(head) || (!body.empty() && !sink.write(body)))
+      return wandb::error(wandb::errc::cancelled, "cancelled");
     return head;
   }
 
@@ -140,12 +146,14 @@ int main() {
     wandb::client<memory_transport> client(settings, transport);
     check("the file's first line is found", first_line_of_vocabulary(client) == "apple");
     const int requests = transport.requests();
-    check("a second time it needs no request", first_line_of_vocabulary(client) == "apple" && transport.requests() == requests);
+    check("a second time it needs no request",
+          first_line_of_vocabulary(client) == "apple" && transport.requests() == requests);
   }
   std::filesystem::remove_all(scratch);
   {
     wandb::client<memory_transport> client(settings, memory_transport({}));
-    check("a run without the file is told from a failure", first_line_of_vocabulary(client) == "none: file_not_found");
+    check("a run without the file is told from a failure",
+          first_line_of_vocabulary(client) == "none: file_not_found");
   }
   std::filesystem::remove_all(scratch);
   return failures == 0 ? 0 : 1;

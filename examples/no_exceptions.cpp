@@ -3,7 +3,8 @@
 //   c++ -std=c++17 -fno-exceptions -fno-rtti no_exceptions.cpp ...
 //   ./no_exceptions NAME RUN_PATH
 //
-// By try_restore, which is all there is then: every failure is a value, with a code to act on and a text for people.
+// By try_restore, which is all there is then: each failure is a value, with a code to act on and a text for
+// people.
 //
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"

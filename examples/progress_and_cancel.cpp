@@ -2,9 +2,10 @@
 //
 //   ./progress_and_cancel NAME RUN_PATH [SECONDS]
 //
-// Two ways to stop, for two kinds of programs: the progress callback returns false (here: after SECONDS), or another
-// thread or a signal handler sets an atomic flag (here: Ctrl-C). Either way the call returns errc::cancelled within about
-// a second, the local path holds what it held before, and a later call goes on from what has arrived.
+// Two ways to stop, for two kinds of programs: the progress callback returns false (here: after SECONDS), or
+// another thread or a signal handler sets an atomic flag (here: Ctrl-C). Either way the call returns
+// errc::cancelled within about a second, the local path holds what it held before, and a later call goes on
+// from what has arrived.
 //
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"

@@ -2,9 +2,10 @@
 //
 //   WANDB_ENTITY=... WANDB_PROJECT=... WANDB_RUN_ID=... ./resume_training
 //
-// With no run path the current run is meant: the one that WANDB_RUN_ID names or, with WANDB_RESUME=auto, the one that
-// wandb/wandb-resume.json does. "Not there (yet)" is the only failure that may start from nothing: a program that did so
-// after a network failure would throw days of work away, and then overwrite the good checkpoint with a young one.
+// With no run path the current run is meant: the one that WANDB_RUN_ID names or, with WANDB_RESUME=auto, the
+// one that wandb/wandb-resume.json does. "Not there (yet)" is the only failure that may start from nothing: a
+// program that did so after a network failure would throw days of work away, and then overwrite the good
+// checkpoint with a young one.
 //
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"
@@ -28,8 +29,8 @@ struct model {
 int main() {
   model net;
 
-  // A checkpoint that is on disk is used without asking the service. Say options.cache = wandb::cache_policy::refresh()
-  // where another machine may have trained on meanwhile.
+  // A checkpoint that is on disk is used without asking the service. Say options.cache =
+  // wandb::cache_policy::refresh() where another machine may have trained on meanwhile.
   if (auto checkpoint = wandb::try_restore("checkpoint.txt")) {
     if (!net.load(*checkpoint)) {
       std::cerr << checkpoint->name() << " is not a checkpoint\n";

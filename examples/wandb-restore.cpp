@@ -3,8 +3,8 @@
 //   wandb-restore model-best.h5 --run-path entity/project/run_id
 //   wandb-restore --list '*.ckpt' --run-path entity/project/run_id --json
 //
-// Standard output gets the local path of each restored file, a line each (with --json: an object a line). Everything else
-// goes to standard error. The exit status says what went wrong; `exit_status` below is the table.
+// Standard output gets the local path of each restored file, a line each (with --json: an object a line).
+// Everything else goes to standard error. The exit status says what went wrong; `exit_status` is the table.
 //
 // Needs CLI11 2.1 or later beside what wandb_restore.hpp needs.
 // SPDX-License-Identifier: MIT
@@ -47,7 +47,7 @@
 
 namespace {
 
-// ---- what a shell sees of an error -----------------------------------------------------------------------------
+// ---- what a shell sees of an error ------------------------------------------------------------------------
 
 constexpr int status_done = 0;
 constexpr int status_usage = 2;
@@ -76,16 +76,17 @@ int exit_status(wandb::errc code) {
 }
 
 constexpr const char* help_footer =
-    "NAMEs are paths inside the run. Each is tried; the exit status is the first failure's. With --list they are\n"
-    "patterns: * stands for any text, / included, and ? for one character.\n"
+    "NAMEs are paths inside the run. Each is tried; the exit status is the first failure's. With --list\n"
+    "they are patterns: * stands for any text, / included, and ? for one character.\n"
     "\n"
-    "The key and the defaults for entity, project and run come from where the Python SDK has them: WANDB_API_KEY,\n"
-    "WANDB_BASE_URL, WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_ID, the settings files, netrc.\n"
+    "The key and the defaults for entity, project and run come from where the Python SDK has them:\n"
+    "WANDB_API_KEY, WANDB_BASE_URL, WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_ID, settings files, netrc.\n"
     "\n"
-    "Exit status: 0 done; 2 bad arguments or run path; 3 no such run or file; 4 not authenticated or not permitted;\n"
-    "5 network, HTTP or offline; 6 checksum or protocol; 7 disk; 8 the local copy is another run's; 130 interrupted.";
+    "Exit status: 0 done; 2 bad arguments or run path; 3 no such run or file; 4 not authenticated or\n"
+    "not permitted; 5 network, HTTP or offline; 6 checksum or protocol; 7 disk; 8 the local copy is\n"
+    "another run's; 130 interrupted: the next try goes on from what has arrived.";
 
-// ---- the platform ----------------------------------------------------------------------------------------------
+// ---- the platform -----------------------------------------------------------------------------------------
 
 /// Set by the first Ctrl-C or SIGTERM, and looked at by the library.
 std::atomic<bool> interrupted{false};
@@ -113,7 +114,8 @@ std::vector<std::string> utf8_arguments(int, char**) {
 std::filesystem::path utf8_path(const std::string& text) {
   const int size = static_cast<int>(text.size());
   std::wstring wide(text.size(), L'\0');  // never more units than bytes
-  wide.resize(static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, text.data(), size, wide.data(), size)));
+  wide.resize(
+      static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, text.data(), size, wide.data(), size)));
   return wide;
 }
 
@@ -133,7 +135,9 @@ void prepare_process() {
 
 #else
 
-std::vector<std::string> utf8_arguments(int argc, char** argv) { return {argv + (argc > 0 ? 1 : 0), argv + argc}; }
+std::vector<std::string> utf8_arguments(int argc, char** argv) {
+  return {argv + (argc > 0 ? 1 : 0), argv + argc};
+}
 
 std::filesystem::path utf8_path(const std::string& text) { return text; }
 
@@ -158,7 +162,7 @@ std::string utf8_text(const std::filesystem::path& path) {
   return text;
 }
 
-// ---- text ------------------------------------------------------------------------------------------------------
+// ---- text -------------------------------------------------------------------------------------------------
 
 /// Names and messages may come from a server: what would steer a terminal is shown as '?'.
 std::string printable(std::string_view text, bool keep_newlines = false) {
@@ -186,8 +190,8 @@ std::string shortened(std::string name, std::size_t width) {
   if (columns(name) <= width) return name;
   const std::string_view mark = width > 8 ? "..." : "";
   std::size_t start = 0;
-  while (start < name.size() &&
-         (continues_character(name[start]) || columns(std::string_view(name).substr(start)) > width - mark.size())) {
+  while (start < name.size() && (continues_character(name[start]) ||
+                                 columns(std::string_view(name).substr(start)) > width - mark.size())) {
     ++start;
   }
   return name.replace(0, start, mark);
@@ -205,7 +209,8 @@ struct unit {
 unit unit_for(double bytes) {
   const char* const names[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
   unit found{names[0], 1};
-  for (std::size_t i = 1; i < std::size(names) && bytes >= 999.5 * found.bytes; ++i) found = {names[i], found.bytes * 1024};
+  for (std::size_t i = 1; i < std::size(names) && bytes >= 999.5 * found.bytes; ++i)
+    found = {names[i], found.bytes * 1024};
   return found;
 }
 
@@ -262,10 +267,10 @@ bool matches(std::string_view pattern, std::string_view text) {
   return pattern.find_first_not_of('*', p) == std::string_view::npos;
 }
 
-// ---- standard error: messages, and on a terminal a line that shows how far a file is ----------------------------
+// ---- standard error: messages, and on a terminal a line that shows how far a file is ----------------------
 
-/// "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s     0:05 left", in at most `width` columns: what does not
-/// fit is left out, from the right, and the name is shortened.
+/// "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s     0:05 left", in at most `width` columns:
+/// what does not fit is left out, from the right, and the name is shortened.
 std::string status_line(const wandb::progress& now, std::size_t width) {
   const auto done = static_cast<double>(now.bytes_done);
   const auto total = static_cast<double>(now.bytes_total.value_or(0));
@@ -285,7 +290,8 @@ std::string status_line(const wandb::progress& now, std::size_t width) {
     const double rate = now.bytes_per_second;
     facts.push_back(padded(rate > 0 ? amount(rate) + "/s" : "-", 10));
     const double seconds = rate > 0 ? (total - done) / rate : 0;
-    if (now.bytes_total) facts.push_back(padded(rate > 0 && seconds < 360000 ? clock_time(seconds) : "-", 7) + " left");
+    if (now.bytes_total)
+      facts.push_back(padded(rate > 0 && seconds < 360000 ? clock_time(seconds) : "-", 7) + " left");
   }
 
   std::string name = printable(now.name);
@@ -320,7 +326,7 @@ class console {
   void progress(const wandb::progress& now) {
     if (!progress_) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    const std::string line = status_line(now, terminal_width() - 1);  // in the last column some terminals wrap
+    const std::string line = status_line(now, terminal_width() - 1);  // the last column may wrap
     write('\r' + line + std::string(drawn_ - std::min(drawn_, columns(line)), ' '));
     drawn_ = columns(line);
   }
@@ -348,19 +354,22 @@ class console {
   bool warnings_, progress_;
 };
 
-// ---- standard output -------------------------------------------------------------------------------------------
+// ---- standard output --------------------------------------------------------------------------------------
 
 /// Writes a line at once, so that whoever reads the other end of a pipe can begin with the file.
 bool print(std::string line, console& out) {
   line += '\n';
-  if (std::fwrite(line.data(), 1, line.size(), stdout) == line.size() && std::fflush(stdout) == 0) return true;
+  if (std::fwrite(line.data(), 1, line.size(), stdout) == line.size() && std::fflush(stdout) == 0)
+    return true;
   out.error(std::string("cannot write to standard output: ") + std::strerror(errno));
   return false;
 }
 
 using json = nlohmann::ordered_json;  // keeps the order of fields
 
-std::string text_of(const json& object) { return object.dump(-1, ' ', false, json::error_handler_t::replace); }
+std::string text_of(const json& object) {
+  return object.dump(-1, ' ', false, json::error_handler_t::replace);
+}
 
 json unless_empty(const std::string& text) { return text.empty() ? json(nullptr) : json(text); }
 
@@ -373,7 +382,7 @@ const char* name_of(wandb::source source) {
   return "unknown";
 }
 
-// ---- what the program does -------------------------------------------------------------------------------------
+// ---- what the program does --------------------------------------------------------------------------------
 
 struct arguments {
   std::vector<std::string> names;
@@ -415,7 +424,8 @@ int restore_files(wandb::client<>& client, const arguments& given, console& out)
 
     const std::string verified = file->verified() ? ", verified" : ", not verified";
     if (file->source() == wandb::source::downloaded) {
-      out.finish(name + "  " + amount(static_cast<double>(file->size())) + " in " + duration(seconds) + verified);
+      out.finish(name + "  " + amount(static_cast<double>(file->size())) + " in " + duration(seconds) +
+                 verified);
     } else {
       out.finish(name + "  local copy kept" + verified);
     }
@@ -435,7 +445,7 @@ int restore_files(wandb::client<>& client, const arguments& given, console& out)
   return status;
 }
 
-/// Lists the files that match any of the patterns. A pattern that matches nothing counts as a file that is not there.
+/// Lists the files that match any pattern. A pattern that matches nothing counts as a file that is not there.
 int list_files(wandb::client<>& client, const arguments& given, console& out) {
   wandb::restore_options options;
   options.run_path = given.run_path;
@@ -479,11 +489,13 @@ int run(int argc, char** argv) {
   app.footer(help_footer);
   app.set_version_flag("--version", "wandb-restore " WANDB_RESTORE_VERSION);
   app.add_option("NAME", given.names, "Files of the run")->type_name("");
-  app.add_option("--run-path", given.run_path, "entity/project/run_id, or a run's address; default: the current run")
+  app.add_option("--run-path", given.run_path,
+                 "entity/project/run_id, or a run's address; default: the current run")
       ->type_name("PATH");
   app.add_flag("--replace", given.replace, "Download even if there is a local copy");
   app.add_flag("--refresh", given.refresh, "Download if the local copy differs from the run's file");
-  app.add_option("--root", given.root, "Directory to put files under; default: the run's own, else the current one")
+  app.add_option("--root", given.root,
+                 "Directory to put files under; default: the run's own, else the current one")
       ->type_name("DIR");
   app.add_flag("--list", given.list, "List the run's files: size, time of the last change, name");
   app.add_flag("--json", given.as_json, "One JSON object a line");
@@ -514,7 +526,8 @@ int run(int argc, char** argv) {
   wandb::settings settings = wandb::settings::from_environment();
   settings.on_warning = [&out](std::string_view text) { out.warning(text); };
   if (given.timeout) {
-    const auto limit = std::chrono::ceil<std::chrono::milliseconds>(std::chrono::duration<double>(*given.timeout));
+    const auto limit =
+        std::chrono::ceil<std::chrono::milliseconds>(std::chrono::duration<double>(*given.timeout));
     settings.connect_timeout = settings.idle_timeout = limit;
     settings.retry_timeout = 10 * limit;
   }

@@ -1,4 +1,6 @@
-// The command-line example, started as a shell would, against the stand-in: output, exit status, signals, terminal.
+// The command-line example, started as a shell would, against the stand-in: output, exit status, signals,
+// terminal.
+//
 // SPDX-License-Identifier: MIT
 #ifndef _WIN32
 #include "cli_test.hpp"
@@ -28,7 +30,9 @@ std::vector<json> objects_of(const std::string& text) {
   return objects;
 }
 
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 /// Arguments that go on from `first` with the fixture's run.
 std::vector<std::string> with_run(const fixture& f, std::vector<std::string> first) {
@@ -70,7 +74,8 @@ TEST_SUITE("command line") {
   TEST_CASE("the run comes from the environment where none is given") {
     fixture f;
     f.server.add_file(f.run, "model.h5", "twelve bytes");
-    f.environment.insert({{"WANDB_ENTITY", f.run.entity}, {"WANDB_PROJECT", f.run.project}, {"WANDB_RUN_ID", f.run.id}});
+    f.environment.insert(
+        {{"WANDB_ENTITY", f.run.entity}, {"WANDB_PROJECT", f.run.project}, {"WANDB_RUN_ID", f.run.id}});
     CHECK(f.start(program, {"model.h5"}).status == 0);
     CHECK(read_file(f.work() / "model.h5") == "twelve bytes");
   }
@@ -111,7 +116,8 @@ TEST_SUITE("command line") {
     f.server.add_file(f.run, "a.txt", "a");
     f.server.add_file(f.run, "c.txt", "c");
     f.server.add_file(f.run, "e.txt", "e");
-    const outcome result = f.start(program, with_run(f, {"a.txt", "b.txt", "c.txt", "../d.txt", "e.txt", "--json"}));
+    const outcome result =
+        f.start(program, with_run(f, {"a.txt", "b.txt", "c.txt", "../d.txt", "e.txt", "--json"}));
     CHECK(result.status == 3);  // b.txt is not there; ../d.txt would be 2
     const auto objects = objects_of(result.out);
     REQUIRE(objects.size() == 3);
@@ -170,11 +176,13 @@ TEST_SUITE("command line") {
     outcome result = f.start(program, with_run(f, {"--list"}));
     CHECK(result.status == 0);
     CHECK(result.err == "");
-    CHECK(result.out == "10\t2024-01-02T03:04:05Z\ta/best.ckpt\n-\t-\tb.ckpt\n5\t2024-01-02T03:04:05Z\tconfig.yaml\n");
+    CHECK(result.out ==
+          "10\t2024-01-02T03:04:05Z\ta/best.ckpt\n-\t-\tb.ckpt\n5\t2024-01-02T03:04:05Z\tconfig.yaml\n");
     CHECK(f.server.requests(stand_in::request_kind::storage).empty());
 
     SUBCASE("patterns choose") {
-      CHECK(lines_of(f.start(program, with_run(f, {"--list", "*.ckpt"})).out).size() == 2);  // * goes across '/'
+      CHECK(lines_of(f.start(program, with_run(f, {"--list", "*.ckpt"})).out).size() ==
+            2);  // * goes across '/'
       CHECK(lines_of(f.start(program, with_run(f, {"--list", "?.ckpt"})).out).size() == 1);
       CHECK(lines_of(f.start(program, with_run(f, {"--list", "?.ckpt", "c*g.y?ml"})).out).size() == 2);
       CHECK(lines_of(f.start(program, with_run(f, {"--list", "config.yaml"})).out).size() == 1);
@@ -223,8 +231,9 @@ TEST_SUITE("command line") {
     outcome result = f.start(program, {"--help"});
     CHECK(result.status == 0);
     CHECK(result.err == "");
-    for (const char* option : {"--run-path", "--replace", "--refresh", "--root", "--list", "--json", "--connections", "--timeout",
-                               "--quiet", "--no-progress", "--version", "Exit status"}) {
+    for (const char* option :
+         {"--run-path", "--replace", "--refresh", "--root", "--list", "--json", "--connections", "--timeout",
+          "--quiet", "--no-progress", "--version", "Exit status"}) {
       CHECK_MESSAGE(contains(result.out, option), option);
     }
     result = f.start(program, {"--version"});
@@ -287,7 +296,9 @@ TEST_SUITE("command line") {
     const auto environment = [](const char* name, std::string value) {
       return [name, value](fixture& f) { f.environment[name] = value; };
     };
-    const auto fault = [](target where, action what) { return [where, what](fixture& f) { f.server.add_fault(where, what); }; };
+    const auto fault = [](target where, action what) {
+      return [where, what](fixture& f) { f.server.add_fault(where, what); };
+    };
     const std::vector<row> table = {
         {"a base URL that is none", 2, environment("WANDB_BASE_URL", "ftp://127.0.0.1")},
         {"a key that is none", 2, environment("WANDB_API_KEY", "short")},
@@ -298,7 +309,10 @@ TEST_SUITE("command line") {
         {"403 from storage, again and again", 4, fault(place::storage, act::status(403))},
         {"WANDB_MODE=offline", 5, environment("WANDB_MODE", "offline")},
         {"nobody listens", 5, [](fixture& f) { f.server.stop(); }, {"--timeout", "0.5"}},
-        {"no such host", 5, environment("WANDB_BASE_URL", "https://no-such-host.invalid"), {"--timeout", "0.5"}},
+        {"no such host",
+         5,
+         environment("WANDB_BASE_URL", "https://no-such-host.invalid"),
+         {"--timeout", "0.5"}},
         {"a certificate that another authority signed", 5,
          [](fixture& f) { server().write_ca(f.directory.path() / "ca.pem"); }},
         {"a file of certificates that holds none", 2, environment("SSL_CERT_FILE", "/dev/null")},
@@ -377,7 +391,8 @@ TEST_SUITE("command line") {
     for (const int output : {nobody_reads.write.get(), full.get()}) {
       if (output < 0) continue;  // no /dev/full here
       how.standard_output = output;
-      for (const auto& words : {with_run(f, {"a.txt"}), with_run(f, {"--list"}), with_run(f, {"--list", "--json"})}) {
+      for (const auto& words :
+           {with_run(f, {"a.txt"}), with_run(f, {"--list"}), with_run(f, {"--list", "--json"})}) {
         child running(example(program), words, how);
         const outcome result = running.wait();
         CHECK(result.status == 7);
@@ -444,7 +459,8 @@ TEST_SUITE("command line") {
   }
 
   TEST_CASE("a terminal shows how far the file is, in its width, and a clean line at the end") {
-    for (const unsigned short width : {static_cast<unsigned short>(100), static_cast<unsigned short>(40), static_cast<unsigned short>(12)}) {
+    for (const unsigned short width : {static_cast<unsigned short>(100), static_cast<unsigned short>(40),
+                                       static_cast<unsigned short>(12)}) {
       CAPTURE(width);
       stand_in::options options;
       options.global_rate = 4'000'000;
@@ -520,7 +536,8 @@ TEST_SUITE("command line") {
     child running(example(program), with_run(f, {"model.h5", "--connections", "1"}), how);
     REQUIRE(running.read_until([](const std::string& err) {  // a good part has arrived
       const auto percent = err.rfind('%');
-      return percent != std::string::npos && percent >= 2 && err[percent - 2] >= '1' && err[percent - 2] <= '9';
+      return percent != std::string::npos && percent >= 2 && err[percent - 2] >= '1' &&
+             err[percent - 2] <= '9';
     }));
     running.signal(SIGINT);
     const outcome result = running.wait();

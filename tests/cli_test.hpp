@@ -1,5 +1,6 @@
-// What tests need that start a program against the stand-in: a child process with its own environment, whose output is
-// collected, and a scratch directory. POSIX only.
+// What tests need that start a program against the stand-in: a child process with its own environment, whose
+// output is collected, and a scratch directory. POSIX only.
+//
 // SPDX-License-Identifier: MIT
 #ifndef WANDB_RESTORE_TESTS_CLI_TEST_HPP
 #define WANDB_RESTORE_TESTS_CLI_TEST_HPP
@@ -120,7 +121,8 @@ class terminal {
     winsize size{};
     size.ws_row = 24;
     size.ws_col = columns;
-    if (ioctl(master_.get(), TIOCSWINSZ, &size) != 0) throw std::system_error(errno, std::generic_category(), "resize");
+    if (ioctl(master_.get(), TIOCSWINSZ, &size) != 0)
+      throw std::system_error(errno, std::generic_category(), "resize");
   }
   descriptor& master() { return master_; }
   descriptor& slave() { return slave_; }
@@ -136,9 +138,9 @@ struct outcome {
 
 struct setup {
   std::map<std::string, std::string> environment;
-  fs::path directory;           ///< to work in
-  int standard_output = -1;     ///< in place of a pipe that is read
-  terminal* tty = nullptr;      ///< standard error, in place of a pipe
+  fs::path directory;        ///< to work in
+  int standard_output = -1;  ///< in place of a pipe that is read
+  terminal* tty = nullptr;   ///< standard error, in place of a pipe
 };
 
 /// A running program. Killed if it is still there at the end.
@@ -150,8 +152,8 @@ class child {
     std::vector<std::string> variables;
     for (const auto& [name, value] : how.environment) variables.push_back(name + '=' + value);
     // sanitizers, coverage and libraries in odd places concern this program's children too
-    for (const char* name : {"PATH", "LD_LIBRARY_PATH", "ASAN_OPTIONS", "LSAN_OPTIONS", "UBSAN_OPTIONS", "TSAN_OPTIONS",
-                             "LLVM_PROFILE_FILE", "GCOV_PREFIX", "GCOV_PREFIX_STRIP"}) {
+    for (const char* name : {"PATH", "LD_LIBRARY_PATH", "ASAN_OPTIONS", "LSAN_OPTIONS", "UBSAN_OPTIONS",
+                             "TSAN_OPTIONS", "LLVM_PROFILE_FILE", "GCOV_PREFIX", "GCOV_PREFIX_STRIP"}) {
       if (const char* value = std::getenv(name)) variables.push_back(name + std::string("=") + value);
     }
     std::vector<char*> argv, envp;
@@ -195,8 +197,9 @@ class child {
 
   void signal(int number) const { ::kill(pid_, number); }
 
-  /// Collects output until what came to standard error fulfils the predicate. False: it ended or the time is up.
-  bool read_until(const std::function<bool(const std::string& err)>& enough, std::chrono::milliseconds limit = 60s) {
+  /// Collects output until standard error fulfils the predicate. False: it ended or the time is up.
+  bool read_until(const std::function<bool(const std::string& err)>& enough,
+                  std::chrono::milliseconds limit = 60s) {
     const auto deadline = std::chrono::steady_clock::now() + limit;
     while (!enough(seen_.err)) {
       if (!collect(deadline)) return enough(seen_.err);
@@ -207,8 +210,7 @@ class child {
   /// The end of it; a program that takes longer is killed, and its status tells.
   outcome wait(std::chrono::milliseconds limit = 60s) {
     const auto deadline = std::chrono::steady_clock::now() + limit;
-    while (collect(deadline)) {
-    }
+    while (collect(deadline)) {}
     if (std::chrono::steady_clock::now() >= deadline) ::kill(pid_, SIGKILL);
     int status = 0;
     ::waitpid(pid_, &status, 0);
@@ -221,7 +223,8 @@ class child {
   /// Reads once from what is ready. False: both ends are closed, or the time is up.
   bool collect(std::chrono::steady_clock::time_point deadline) {
     if (out_.get() < 0 && err_.get() < 0) return false;
-    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    const auto left =
+        std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
     if (left.count() <= 0) return false;
     pollfd ready[2] = {{out_.get(), POLLIN, 0}, {err_.get(), POLLIN, 0}};  // -1 is ignored
     if (::poll(ready, 2, static_cast<int>(left.count())) < 0 && errno != EINTR) return false;
@@ -247,7 +250,8 @@ class child {
 /// A stand-in with a run, and programs that are pointed at it.
 class fixture {
  public:
-  explicit fixture(stand_in::options how = {}) : server(std::move(how)), run(server.add_run("vanpelt", "my-project", "a1b2c3d")) {
+  explicit fixture(stand_in::options how = {})
+      : server(std::move(how)), run(server.add_run("vanpelt", "my-project", "a1b2c3d")) {
     fs::create_directories(home());
     fs::create_directories(work());
     server.write_ca(directory.path() / "ca.pem");

@@ -7,7 +7,9 @@ namespace {
 
 using namespace programs;
 
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 }  // namespace
 
@@ -25,9 +27,10 @@ TEST_SUITE("examples") {
     CHECK(contains(missing.err, "nothing.h5"));
   }
 
-  TEST_CASE("resume_training: goes on from a checkpoint, starts fresh without one, and never after another failure") {
+  TEST_CASE("resume_training: goes on from a checkpoint, starts fresh only where there is none") {
     fixture f;
-    f.environment.insert({{"WANDB_ENTITY", f.run.entity}, {"WANDB_PROJECT", f.run.project}, {"WANDB_RUN_ID", f.run.id}});
+    f.environment.insert(
+        {{"WANDB_ENTITY", f.run.entity}, {"WANDB_PROJECT", f.run.project}, {"WANDB_RUN_ID", f.run.id}});
     outcome result = f.start("resume_training", {});
     CHECK(result.status == 0);
     CHECK(result.out == "no checkpoint yet: starting fresh\nepoch 1, loss 4\nepoch 2, loss 2\n");
@@ -67,7 +70,9 @@ TEST_SUITE("examples") {
   TEST_CASE("cache_policy: young copies are trusted, old ones compared, own files left alone") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "first");
-    const auto restore = [&](const char* max_age) { return f.start("cache_policy", {"a.txt", f.run_path(), max_age}); };
+    const auto restore = [&](const char* max_age) {
+      return f.start("cache_policy", {"a.txt", f.run_path(), max_age});
+    };
     CHECK(contains(restore("3600").out, "a.txt: 5 bytes\n"));
 
     f.server.add_file(f.run, "a.txt", "second");
