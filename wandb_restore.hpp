@@ -3040,10 +3040,13 @@ class patience {
     const auto wait = (std::max)(jitter(ceiling), failure.retry_after());
     if (spent + wait < limit) return wait;
     std::string text = failure.what();
+    if (text.find("(gave up after") != text.npos) return failure;  // who tried within this has said so
     if (failure.retry_after().count() > 0) text += "; it asks to wait " + seconds_text(failure.retry_after());
     text += " (gave up after " + std::to_string(tries_) + (tries_ == 1 ? " try in " : " tries in ") +
             seconds_text(spent) + "; the limit without progress is " + seconds_text(limit) + ")";
-    return error::permanent(failure.code(), text, failure.http_status());
+    error last(failure.code(), text, failure.http_status());  // another time it may pass: still transient
+    last.retry_after(failure.retry_after());
+    return last;
   }
   /// The same with the waiting done: nothing, or the error to give up with.
   [[nodiscard]] std::optional<error> wait_after(const error& failure) {
@@ -3125,7 +3128,7 @@ class guarded_sink final : public body_sink {
 
   /// For http_request::is_cancelled: the call is, or the peer is too slow.
   bool cancelled() {
-    if (call_.cancelled()) return true;
+    if (slow_ || call_.cancelled()) return true;
     const std::lock_guard<std::mutex> guard(mutex_);
     const auto now = clock::now();
     const auto span = std::chrono::duration_cast<milliseconds>(now - since_);
@@ -3556,8 +3559,9 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const u
                      session_.config.base_url + " its base URL?",
                  200);
   }
-  if (const auto said = without_secrets(backend_message(body_read), authorization); !said.empty()) {
-    const std::string full = what + ": " + host() + " answers " + in_quotes(said);
+  const auto said = without_secrets(backend_message(body_read), authorization);
+  if (!said.empty() || !member(body_read, "errors").empty()) {
+    const std::string full = what + ": " + host() + " answers " + (said.empty() ? "with errors that say nothing" : in_quotes(said));
     if (contains_ignoring_case(said, "permission denied") || contains_ignoring_case(said, "access denied")) {
       return error(errc::permission_denied, full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
     }
@@ -3587,9 +3591,10 @@ inline result<nlohmann::json> service::files_page(const std::string& what, const
   if (!data->is_object() || !data->contains("project")) {
     return error(errc::protocol_violation, what + ": the answer of " + host() + " has no project in it");
   }
-  const json& found = member(member(*data, "project"), "run");
-  if (!found.is_object()) {
-    const bool no_project = !member(*data, "project").is_object();
+  const json& project = member(*data, "project");
+  const json& found = member(project, "run");
+  const bool no_project = project.is_null();
+  if (no_project || (project.is_object() && project.contains("run") && found.is_null())) {
     return error(errc::run_not_found,
                  what + ": " + host() + " knows no " +
                      (no_project ? "project " + in_quotes(run.entity + "/" + run.project) : "run " + in_quotes(run.str())) +
@@ -3597,7 +3602,7 @@ inline result<nlohmann::json> service::files_page(const std::string& what, const
                      (anonymous_ ? "without a key; " + session_.credentials_hint({}) : std::string("with this key; check the run path")));
   }
   json files = member(found, "files");
-  if (!member(files, "edges").is_array()) {
+  if (!found.is_object() || !member(files, "edges").is_array()) {
     return error(errc::protocol_violation, what + ": the answer of " + host() + " has no list of files in it");
   }
   return files;
@@ -3791,8 +3796,9 @@ class range_plan {
     assign(mine, given);
     return true;
   }
-  /// All of it is one connection's: the server sends nothing but the whole.
+  /// All of it is one connection's, from now on: the server sends nothing but the whole.
   void take_whole(std::size_t me, std::uint64_t size) {
+    whole_ = true;
     gaps_.clear();
     for (slot& other : slots_) revoke(other, other.at);
     assign(slots_[me], {0, size});
@@ -3827,7 +3833,7 @@ class range_plan {
     from.revoked = true;
   }
   [[nodiscard]] std::uint64_t piece(const slot& of) const {
-    if (slots_.size() == 1) return endless;
+    if (slots_.size() == 1 || whole_) return endless;
     std::uint64_t left = 0;
     for (const auto& gap : gaps_) left += gap.end - gap.begin;
     const auto wanted = of.pace == 0 ? first_piece : static_cast<std::uint64_t>(of.pace * 2);  // two seconds' worth
@@ -3837,6 +3843,7 @@ class range_plan {
   }
   /// Half of what the slowest still has to do; all of it where that is too little to share and too slow to wait for.
   bool share(slot& mine) {
+    if (whole_) return false;
     slot* slowest = nullptr;
     double longest = 0;
     for (slot& other : slots_) {
@@ -3859,6 +3866,7 @@ class range_plan {
     return true;
   }
 
+  bool whole_ = false;           // ranges are not to be had
   std::deque<byte_range> gaps_;  // in ascending order, given to nobody
   std::vector<slot> slots_;
 };
@@ -3962,6 +3970,7 @@ class download::range_sink final : public body_sink {
 
   bool start(const http_response& head) override {
     const lock held(of_.mutex_);
+    if (slot_.revoked && slot_.at >= slot_.end) return false;  // another has it by now
     failure_ = check(head);
     if (failure_ || of_.stopped_) return false;
     if (of_.resolving_ || !of_.final_) {
@@ -4310,6 +4319,10 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
     settle();
     return here.error();
   }
+  if (mine.at >= mine.end) {  // taken away while the address was waited for
+    settle();
+    return std::nullopt;
+  }
   http_request request;
   const std::uint64_t begin = mine.at, end = mine.end;
   const bool ranged = begin > 0 || (remote_.info.size && end < *remote_.info.size);
@@ -4627,7 +4640,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
     if (time.count() <= 0) return error(errc::invalid_argument, "connect, idle and retry timeouts must be more than 0");
   }
   auto run = run_of(with.config, options.run_path);
-  if (!run) return run.error();
+  if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
   const path root = options.root.empty() ? with.config.run_dir : options.root;
   call of(with.config, options.cancel);
   const std::string inside = service_name(name);

@@ -1,0 +1,607 @@
+// The questions that are put to the service, and every shape of answer that it, an old version of it, or something in its
+// place may give.
+#include "restore_fixture.hpp"
+
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+using namespace restore_tests;
+using nlohmann::json;
+using stand_in::origin;
+using wandb::errc;
+
+namespace {
+
+const std::string text = "the bytes of the file";
+const std::string text_md5 = stand_in::md5_hex(*stand_in::bytes(text));
+
+/// What the service answers about the files of a run.
+std::string answer(const json& edges) {
+  return json{{"data", {{"project", {{"run", {{"files", {{"edges", edges}}}}}}}}}}.dump();
+}
+std::string answer_node(const json& node) { return answer(json::array({json{{"node", node}}})); }
+
+std::string asked_url(fixture& f, const std::string& name = "a.txt") { return f.server.files_url(f.run, name); }
+
+}  // namespace
+
+TEST_SUITE("service: the question") {
+  TEST_CASE("one question, in the SDK's words, tells all that a restore needs") {
+    fixture f;
+    f.server.add_file(f.run, "sub/a \"b\".txt", text);
+    auto s = f.settings();
+    s.username = "somebody";
+    s.user_email = "somebody@example.invalid";
+    (void)f.success(wandb::client<>(s).try_restore("sub/a \"b\".txt", f.path));
+
+    const auto questions = f.server.requests(request_kind::graphql);
+    REQUIRE(questions.size() == 1);
+    const auto& asked = questions[0];
+    CHECK(asked.method == "POST");
+    CHECK(asked.header("Content-Type") == "application/json");
+    CHECK(asked.header("Use-Admin-Privileges") == "true");
+    CHECK(asked.header("X-WANDB-USERNAME") == "somebody");
+    CHECK(asked.header("X-WANDB-USER-EMAIL") == "somebody@example.invalid");
+    CHECK(asked.header("Accept-Encoding") == "identity");
+    CHECK(asked.header("User-Agent") == "wandb_restore.hpp/" WANDB_RESTORE_VERSION);
+    const json body = json::parse(asked.body);
+    const json variables = body.at("variables");
+    CHECK(variables.at("entity") == "vanpelt");
+    CHECK(variables.at("project") == "my-project");
+    CHECK(variables.at("name") == "a1b2c3d");
+    CHECK(variables.at("fileNames") == json::array({"sub/a \"b\".txt"}));
+    for (const char* name : {"$project", "$entity", "$name", "$fileNames", "$fileCursor", "$fileLimit", "$pattern"}) {
+      CHECK(contains(body.at("query").get<std::string>(), name));
+    }
+  }
+
+  TEST_CASE("who asks is told to the service's questions alone") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto s = f.settings();
+    s.username = "somebody";
+    s.user_email = "somebody@example.invalid";
+    s.user_agent = "my-trainer/7";
+    (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path));
+    for (const auto& one : f.server.requests()) {
+      CAPTURE(one.path);
+      CHECK(one.header("User-Agent") == "my-trainer/7");
+      if (one.kind == request_kind::graphql) continue;
+      CHECK_FALSE(one.header("X-WANDB-USERNAME").has_value());
+      CHECK_FALSE(one.header("X-WANDB-USER-EMAIL").has_value());
+      CHECK_FALSE(one.header("Use-Admin-Privileges").has_value());
+    }
+  }
+
+  TEST_CASE("unset, they are not sent at all") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    (void)f.success(f.client().try_restore("a.txt", f.path));
+    const auto asked = f.server.requests(request_kind::graphql).at(0);
+    CHECK_FALSE(asked.header("X-WANDB-USERNAME").has_value());
+    CHECK_FALSE(asked.header("X-WANDB-USER-EMAIL").has_value());
+  }
+
+  TEST_CASE("a base URL with a prefix and slashes behind it") {
+    stand_in::options how;
+    how.prefix = "/wandb";
+    fixture f(how);
+    f.server.add_file(f.run, "a.txt", text);
+    for (const char* slashes : {"", "/", "///"}) {
+      CAPTURE(std::string(slashes));
+      auto s = f.settings();
+      s.base_url += slashes;
+      f.server.clear_log();
+      (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path, true));
+      CHECK(f.server.requests().at(0).path == "/wandb/graphql");
+      CHECK(f.asked() == "graphql 1, files 1, storage 1");
+    }
+  }
+
+  TEST_CASE("an old server, which does not know every field of today") {
+    stand_in::options how;
+    how.unknown_fields = {"internalId"};
+    fixture f(how);
+    f.server.add_file(f.run, "a.txt", text);
+    auto client = f.client();
+    CHECK(f.success(client.try_restore("a.txt", f.path)).verified());
+    CHECK(f.success(client.try_list_files(f.options())).size() == 1);
+  }
+}
+
+TEST_SUITE("service: answers that lead to the file") {
+  TEST_CASE("every shape of a node") {
+    struct row {
+      const char* what;
+      std::function<json(fixture&)> node;
+      bool verified;
+      const char* asked;
+    };
+    const auto with = [](const char* key, json value) {
+      return [=](fixture& f) {
+        json node = {{"id", "1"}, {"name", "a.txt"}, {"url", asked_url(f)}, {"sizeBytes", text.size()}, {"md5", text_md5}};
+        node[key] = value;
+        return node;
+      };
+    };
+    const std::string once = "graphql 1, files 1, storage 1", direct = "graphql 1, files 0, storage 1";
+    const std::vector<row> table = {
+        {"id, name and directUrl alone",
+         [](fixture& f) { return json{{"id", "1"}, {"name", "a.txt"}, {"directUrl", f.server.signed_url(f.run, "a.txt")}}; }, false,
+         direct.c_str()},
+        {"url null, directUrl there",
+         [](fixture& f) {
+           return json{{"name", "a.txt"}, {"url", nullptr}, {"directUrl", f.server.signed_url(f.run, "a.txt")}, {"md5", text_md5}};
+         },
+         true, direct.c_str()},
+        {"url alone", [](fixture& f) { return json{{"name", "a.txt"}, {"url", asked_url(f)}}; }, false, once.c_str()},
+        {"no name", [](fixture& f) { return json{{"url", asked_url(f)}}; }, false, once.c_str()},
+        {"url relative to the origin", with("url", "/files/vanpelt/my-project/a1b2c3d/a.txt"), true, once.c_str()},
+        {"directUrl null", with("directUrl", nullptr), true, once.c_str()},
+        {"size as a string", with("sizeBytes", std::to_string(text.size())), true, once.c_str()},
+        {"size null", with("sizeBytes", nullptr), true, once.c_str()},
+        {"size 0 for null", with("sizeBytes", 0), true, once.c_str()},
+        {"size of no sense", with("sizeBytes", "many"), true, once.c_str()},
+        {"size below zero", with("sizeBytes", -1), true, once.c_str()},
+        {"size true", with("sizeBytes", true), true, once.c_str()},
+        {"md5 in base64", with("md5", stand_in::md5_base64(*stand_in::bytes(text))), true, once.c_str()},
+        {"md5 in capital hex", with("md5",
+                                    [] {
+                                      std::string capital = text_md5;
+                                      for (char& c : capital) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+                                      return capital;
+                                    }()),
+         true, once.c_str()},
+        {"md5 null", with("md5", nullptr), false, once.c_str()},
+        {"md5 empty", with("md5", ""), false, once.c_str()},
+        {"md5 junk", with("md5", "XXX"), false, once.c_str()},
+        {"md5 of another length", with("md5", "c2hvcnQ="), false, once.c_str()},
+        {"md5 a number", with("md5", 7), false, once.c_str()},
+        {"updatedAt null", with("updatedAt", nullptr), true, once.c_str()},
+        {"fields of tomorrow", with("sha512", json{{"value", {1, 2, 3}}}), true, once.c_str()},
+    };
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto client = f.client();
+    for (const row& r : table) {
+      CAPTURE(std::string(r.what));
+      f.server.clear_faults();
+      f.server.add_fault(place::graphql, act::body(answer_node(r.node(f))));
+      f.server.clear_log();
+      auto file = f.success(client.try_restore("a.txt", f.path, true));
+      CHECK(read_all(file) == text);
+      CHECK(file.size() == text.size());
+      CHECK(file.verified() == r.verified);
+      CHECK(file.md5() == (r.verified ? text_md5 : ""));
+      CHECK(f.asked() == r.asked);
+    }
+  }
+
+  TEST_CASE("the forms that the stand-in has itself: md5 and size") {
+    using stand_in::md5_form;
+    using stand_in::size_form;
+    fixture f;
+    auto client = f.client();
+    for (const auto md5 : {md5_form::base64, md5_form::hex, md5_form::null, md5_form::absent}) {
+      for (const auto size : {size_form::number, size_form::string, size_form::null, size_form::absent}) {
+        CAPTURE(static_cast<int>(md5));
+        CAPTURE(static_cast<int>(size));
+        stand_in::file_attributes told;
+        told.md5_as = md5;
+        told.size_as = size;
+        f.server.add_file(f.run, "a.txt", text, told);
+        auto file = f.success(client.try_restore("a.txt", f.path, true));
+        CHECK(read_all(file) == text);
+        CHECK(file.verified() == (md5 == md5_form::base64 || md5 == md5_form::hex));
+      }
+    }
+  }
+
+  TEST_CASE("the node is looked for by its name, among others and among nothing") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    f.server.add_fault(place::graphql,
+                       act::body(answer(json::array({nullptr, json{{"node", nullptr}}, json{{"cursor", "x"}},
+                                                     json{{"node", {{"name", "b.txt"}, {"url", asked_url(f, "b.txt")}}}},
+                                                     json{{"node", {{"name", "a.txt"}, {"url", asked_url(f)}}}}}))));
+    auto file = f.success(f.client().try_restore("a.txt", f.path));
+    CHECK(read_all(file) == text);
+  }
+
+  TEST_CASE("errors that are none: an empty list, null") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto client = f.client();
+    for (const json& errors : {json::array(), json()}) {
+      json body = json::parse(answer_node({{"name", "a.txt"}, {"url", asked_url(f)}}));
+      body["errors"] = errors;
+      f.server.clear_faults();
+      f.server.add_fault(place::graphql, act::body(body.dump()));
+      (void)f.success(client.try_restore("a.txt", f.path, true));
+    }
+  }
+
+  TEST_CASE("addresses are taken as they come; spaces and bytes beyond ASCII are encoded") {
+    const std::string name = "gr\xc3\xbc\xc3\x9f mod\xe6\xa8\xa1 50%.h5";
+    fixture f;
+    stand_in::file_attributes raw;
+    raw.url = "/files/vanpelt/my-project/a1b2c3d/gr\xc3\xbc\xc3\x9f mod\xe6\xa8\xa1 50%25.h5";
+    f.server.add_file(f.run, name, text, raw);
+    auto file = f.success(f.client().try_restore(name, f.path));
+    CHECK(read_all(file) == text);
+    CHECK(f.server.requests(request_kind::files).at(0).target ==
+          "/files/vanpelt/my-project/a1b2c3d/gr%C3%BC%C3%9F%20mod%E6%A8%A1%2050%25.h5");
+  }
+
+  TEST_CASE("every way of leading to the bytes") {
+    using stand_in::redirect;
+    struct row {
+      redirect to;
+      int status;
+      const char* asked;
+    };
+    const std::vector<row> table = {
+        {redirect::absolute, 302, "graphql 1, files 1, storage 1"}, {redirect::absolute, 301, "graphql 1, files 1, storage 1"},
+        {redirect::absolute, 303, "graphql 1, files 1, storage 1"}, {redirect::absolute, 307, "graphql 1, files 1, storage 1"},
+        {redirect::absolute, 308, "graphql 1, files 1, storage 1"}, {redirect::relative, 302, "graphql 1, files 2, storage 0"},
+        {redirect::chain, 302, "graphql 1, files 4, storage 1"},    {redirect::none, 302, "graphql 1, files 1, storage 0"},
+    };
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto client = f.client();
+    for (const row& r : table) {
+      CAPTURE(static_cast<int>(r.to));
+      CAPTURE(r.status);
+      f.server.set_redirect(r.to, 3, r.status);
+      f.server.clear_log();
+      auto file = f.success(client.try_restore("a.txt", f.path, true));
+      CHECK(read_all(file) == text);
+      CHECK(f.asked() == r.asked);
+    }
+  }
+
+  TEST_CASE("plain HTTP is no obstacle where the base URL is plain HTTP") {
+    stand_in::options how;
+    how.service_tls = how.storage_tls = false;
+    fixture f(how);
+    f.server.add_file(f.run, "a.txt", text);
+    auto file = f.success(f.client().try_restore("a.txt", f.path));
+    CHECK(read_all(file) == text);
+  }
+}
+
+TEST_SUITE("service: answers that lead to no file") {
+  TEST_CASE("every answer with status 200") {
+    struct row {
+      const char* what;
+      std::string body;
+      errc code;
+      std::vector<std::string> names;
+    };
+    const auto address = [](const char* url) { return answer_node({{"name", "a.txt"}, {"url", url}, {"md5", text_md5}}); };
+    const std::vector<row> table = {
+        {"project null", R"({"data":{"project":null}})", errc::run_not_found, {"vanpelt/my-project", "127.0.0.1", "run path"}},
+        {"run null", R"({"data":{"project":{"run":null}}})", errc::run_not_found, {fixture::path, "127.0.0.1", "run path"}},
+        {"no edges", answer(json::array()), errc::file_not_found, {"a.txt", fixture::path, "no such file"}},
+        {"another file's edge", answer_node({{"name", "b.txt"}, {"url", "https://x/"}}), errc::file_not_found, {"a.txt"}},
+        {"md5 0", answer_node({{"name", "a.txt"}, {"md5", "0"}, {"sizeBytes", 0}, {"url", "https://x/"}}), errc::file_not_found,
+         {"a.txt", "never uploaded"}},
+        {"no address", answer_node({{"name", "a.txt"}}), errc::protocol_violation, {"address"}},
+        {"empty addresses", answer_node({{"name", "a.txt"}, {"url", ""}, {"directUrl", ""}}), errc::protocol_violation, {"address"}},
+        {"a reference into a bucket", address("s3://bucket/key?X-Signature=1"), errc::protocol_violation, {"s3://bucket/key", "reference"}},
+        {"a reference to a local file", address("file:///etc/passwd"), errc::protocol_violation, {"file:///etc/passwd"}},
+        {"another scheme", address("ftp://127.0.0.1/a"), errc::protocol_violation, {"ftp://127.0.0.1/a"}},
+        {"a scheme that begins as http does", address("httpx://127.0.0.1/a"), errc::protocol_violation, {}},
+        {"a scheme without slashes", address("data:text/plain,hello"), errc::protocol_violation, {}},
+        {"plain http under https", address("http://127.0.0.1:1/a?X-Signature=1"), errc::protocol_violation, {"http://127.0.0.1:1/a", "https"}},
+        {"a line break in the address", address("https://127.0.0.1/a\r\nX-Evil: 1"), errc::protocol_violation, {"control"}},
+        {"a NUL in the address", answer_node({{"name", "a.txt"}, {"url", std::string("https://127.0.0.1/a\0b", 21)}}),
+         errc::protocol_violation, {"control"}},
+        {"a tab in the address", address("https://127.0.0.1/a\tb"), errc::protocol_violation, {"control"}},
+        {"no host", address("https:///a"), errc::protocol_violation, {}},
+        {"a bad port", address("https://127.0.0.1:99999/a"), errc::protocol_violation, {}},
+        {"nothing", "", errc::protocol_violation, {"JSON", "base URL"}},
+        {"cut off", R"({"data":{"project":{"run")", errc::protocol_violation, {"JSON"}},
+        {"a page", "<html><body>Welcome</body></html>", errc::protocol_violation, {"base URL"}},
+        {"a list", "[]", errc::protocol_violation, {}},
+        {"a word", "\"yes\"", errc::protocol_violation, {}},
+        {"two documents", "{}{}", errc::protocol_violation, {}},
+        {"an empty object", "{}", errc::protocol_violation, {}},
+        {"data null", R"({"data":null})", errc::protocol_violation, {}},
+        {"data a list", R"({"data":[]})", errc::protocol_violation, {}},
+        {"no project", R"({"data":{"viewer":null}})", errc::protocol_violation, {}},
+        {"project a list", R"({"data":{"project":[{"run":"none"},7]}})", errc::protocol_violation, {}},
+        {"project a word", R"({"data":{"project":"p"}})", errc::protocol_violation, {}},
+        {"no run", R"({"data":{"project":{}}})", errc::protocol_violation, {}},
+        {"run a word", R"({"data":{"project":{"run":"r"}}})", errc::protocol_violation, {}},
+        {"no files", R"({"data":{"project":{"run":{}}}})", errc::protocol_violation, {}},
+        {"files null", R"({"data":{"project":{"run":{"files":null}}}})", errc::protocol_violation, {}},
+        {"edges no list", R"({"data":{"project":{"run":{"files":{"edges":{}}}}}})", errc::protocol_violation, {}},
+        {"errors: not found", R"({"errors":[{"message":"project not found"}],"data":{"project":null}})", errc::run_not_found,
+         {"project not found", "127.0.0.1"}},
+        {"errors: could not find", R"({"errors":[{"message":"could not find run"}]})", errc::run_not_found, {"could not find run"}},
+        {"errors: permission denied", R"({"errors":[{"message":"permission denied"}]})", errc::permission_denied, {"permission denied"}},
+        {"errors: several", R"({"errors":["one",{"message":"two"}]})", errc::http_failure, {"one; two"}},
+        {"errors beside data", R"({"errors":[{"message":"half of it failed"}],"data":{"project":{"run":{"files":{"edges":[]}}}}})",
+         errc::http_failure, {"half of it failed"}},
+        {"error: a word", R"({"error":"out of order"})", errc::http_failure, {"out of order"}},
+        {"error: a message", R"({"error":{"message":"out of order"}})", errc::http_failure, {"out of order"}},
+        {"errors without a message", R"({"errors":[{"path":["x"]}],"data":{"project":null}})", errc::http_failure, {}},
+    };
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    write_file(f.root() / "a.txt", "old");
+    auto client = f.client();
+    for (const row& r : table) {
+      CAPTURE(std::string(r.what));
+      f.server.clear_faults();
+      f.server.add_fault(place::graphql, act::body(r.body));
+      f.server.clear_log();
+      const auto failure = f.failure(client.try_restore("a.txt", f.path, true), r.code);
+      check_names(failure, {"a.txt", "a1b2c3d"});
+      check_names(failure, r.names);
+      CHECK_FALSE(failure.is_transient());
+      CHECK_FALSE(contains(failure.what(), "\n"));
+      CHECK(f.asked() == "graphql 1, files 0, storage 0");  // no answer of these is worth another question
+      CHECK(visible(f.root()) == names{"a.txt"});
+      CHECK(read_file(f.root() / "a.txt") == "old");
+    }
+  }
+
+  TEST_CASE("every other status") {
+    struct row {
+      int status;
+      std::string body;
+      errc code;
+      std::vector<std::string> names;
+    };
+    const std::vector<row> table = {
+        {404, R"({"error":"project not found"})", errc::run_not_found, {"project not found"}},
+        {404, R"({"errors":[{"message":"project not found"}]})", errc::run_not_found, {"project not found"}},
+        {404, "<html>no such page</html>", errc::http_failure, {"base URL"}},
+        {404, "", errc::http_failure, {"base URL"}},
+        {403, R"({"errors":["permission denied"]})", errc::permission_denied, {"permission denied"}},
+        {403, R"({"error":{"message":"forbidden"}})", errc::permission_denied, {"forbidden"}},
+        {403, "<html>no entry</html>", errc::permission_denied, {}},
+        {401, "<html>who are you</html>", errc::not_authenticated, {"WANDB_API_KEY"}},
+        {400, R"({"errors":[{"message":"Cannot query field"}]})", errc::http_failure, {"Cannot query field"}},
+        {400, R"({"errors":["permission denied"]})", errc::permission_denied, {"permission denied"}},
+        {409, R"({"error":"conflict"})", errc::http_failure, {"conflict"}},
+        {410, R"({"error":"gone"})", errc::http_failure, {"gone"}},
+        {413, "", errc::http_failure, {}},
+        {418, "short and stout", errc::http_failure, {}},
+        {422, R"({"errors":["one",{"message":"two"}]})", errc::http_failure, {"one; two"}},
+        {501, "", errc::http_failure, {}},
+        {302, "", errc::http_failure, {}},  // a redirect that says not where to
+        {204, "", errc::http_failure, {}},
+    };
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto client = f.client();
+    for (const row& r : table) {
+      CAPTURE(r.status);
+      CAPTURE(r.body);
+      f.server.clear_faults();
+      f.server.add_fault(place::graphql, act::status(r.status, {}, r.body));
+      f.server.clear_log();
+      const auto failure = f.failure(client.try_restore("a.txt", f.path), r.code);
+      CHECK(failure.http_status() == r.status);
+      check_names(failure, {"a.txt", f.path, "127.0.0.1", std::to_string(r.status)});
+      check_names(failure, r.names);
+      CHECK_FALSE(failure.is_transient());
+      CHECK(f.asked() == "graphql 1, files 0, storage 0");
+    }
+  }
+
+  TEST_CASE("statuses that pass: asked again, and all is well") {
+    struct row {
+      const char* what;
+      stand_in::action fault;
+    };
+    const std::vector<row> table = {
+        {"Server down", act::status(500, {{"Content-Type", "application/json"}}, R"({"errors":["Server down"]})")},
+        {"502 of a gateway", act::html(502)},
+        {"503", act::status(503)},
+        {"504", act::html(504)},
+        {"429 that asks for nothing", act::too_many_requests("0")},
+        {"429 that asks for a while", act::too_many_requests("0.2")},
+        {"408", act::status(408)},
+        {"a connection that is closed", act::drop()},
+        {"a connection that is reset", act::refuse()},
+        {"an answer that is cut", act::cut(10)},
+    };
+    for (const row& r : table) {
+      CAPTURE(std::string(r.what));
+      fixture f;
+      f.server.add_file(f.run, "a.txt", text);
+      const auto fault = f.server.add_fault(target(place::graphql).nth(1), r.fault);
+      auto file = f.success(f.client().try_restore("a.txt", f.path));
+      CHECK(file.verified());
+      CHECK(f.server.struck(fault) == 1);
+      CHECK(f.server.counted().of(request_kind::graphql).requests == 2);
+    }
+  }
+
+  TEST_CASE("answers are bounded: a long one, one without end, a head without end") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto client = f.client();
+    for (const auto& fault : {act::oversize(64 << 20), act::endless_body(), act::endless_header(), act::many_headers(5000)}) {
+      f.server.clear_faults();
+      f.server.add_fault(place::graphql, fault);
+      f.server.clear_log();
+      const auto failure = f.failure(client.try_restore("a.txt", f.path), errc::protocol_violation);
+      check_names(failure, {"a.txt", f.path, "127.0.0.1"});
+      CHECK(f.server.counted().of(request_kind::graphql).requests == 1);
+    }
+  }
+
+  TEST_CASE("an error page without end is not read to its end") {
+    fixture f;
+    f.server.add_fault(place::graphql, act::status(400));
+    f.server.add_fault(place::graphql, act::endless_body());
+    const auto failure = f.failure(f.client().try_restore("a.txt", f.path), errc::http_failure);
+    CHECK(failure.http_status() == 400);
+  }
+
+  TEST_CASE("a question is not carried elsewhere: redirects of it are refused unless they repeat it") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto client = f.client();
+    for (const int status : {301, 302, 303}) {
+      CAPTURE(status);
+      f.server.clear_faults();
+      f.server.add_fault(place::graphql, act::redirect_to(f.server.base_url() + "/login", status));
+      const auto failure = f.failure(client.try_restore("a.txt", f.path), errc::protocol_violation);
+      check_names(failure, {"redirected", "/login", "base URL"});
+      CHECK(failure.http_status() == status);
+    }
+    for (const int status : {307, 308}) {
+      CAPTURE(status);
+      f.server.clear_faults();
+      f.server.add_fault(target(place::graphql).nth(1), act::redirect_to("/graphql", status));
+      (void)f.success(client.try_restore("a.txt", f.path, true));
+    }
+  }
+}
+
+TEST_SUITE("service: the default entity") {
+  TEST_CASE("a run path without entity: the server tells it, asked once a client") {
+    fixture f;
+    const auto own = f.server.add_run("stand-in", "my-project", "r1");
+    f.server.add_file(own, "a.txt", text);
+    f.server.add_file(own, "b.txt", text);
+    auto client = f.client();
+    (void)f.success(client.try_restore("a.txt", "my-project/r1"));
+    CHECK(f.asked() == "graphql 2, files 1, storage 1");
+    (void)f.success(client.try_restore("b.txt", "my-project/r1"));
+    CHECK(f.asked() == "graphql 3, files 2, storage 2");
+    CHECK(f.success(client.try_list_files(
+                        [] {
+                          wandb::restore_options options;
+                          options.run_path = "my-project:r1";
+                          return options;
+                        }()))
+              .size() == 2);
+    CHECK(f.asked() == "graphql 4, files 2, storage 2");
+    CHECK(contains(f.server.requests(request_kind::graphql).at(0).body, "viewer"));
+    CHECK(json::parse(f.server.requests(request_kind::graphql).at(1).body).at("variables").at("entity") == "stand-in");
+  }
+
+  TEST_CASE("it is not asked where settings or the path name one, nor for a local copy") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    write_file(f.root() / "here.txt", "old");
+    auto s = f.settings();
+    s.entity = "vanpelt";
+    (void)f.success(wandb::client<>(s).try_restore("a.txt", "my-project/a1b2c3d"));
+    CHECK(f.asked() == "graphql 1, files 1, storage 1");
+    (void)f.success(f.client().try_restore("here.txt", "my-project/a1b2c3d"));
+    CHECK(f.asked() == "graphql 1, files 1, storage 1");
+  }
+
+  TEST_CASE("the project may come from settings, the run too") {
+    fixture f;
+    f.server.add_file(f.server.add_run("stand-in", "p", "r"), "a.txt", text);
+    auto s = f.settings();
+    s.project = "p";
+    (void)f.success(wandb::client<>(s).try_restore("a.txt", "r"));
+    s.run_id = "r";
+    (void)f.success(wandb::client<>(s).try_restore("a.txt", "", true));
+  }
+
+  TEST_CASE("an account without one, and nobody, are told what to do") {
+    stand_in::options how;
+    how.viewer_entity.reset();
+    fixture f(how);
+    for (const bool with_key : {true, false}) {
+      CAPTURE(with_key);
+      wandb::client<> client(with_key ? f.settings() : f.public_settings());
+      const auto failure = f.failure(client.try_restore("a.txt", "my-project/a1b2c3d"), errc::invalid_run_path);
+      check_names(failure, {"a.txt", "my-project/a1b2c3d", "127.0.0.1", "WANDB_ENTITY", "entity/project/run_id"});
+      CHECK(contains(failure.what(), "WANDB_API_KEY") == !with_key);
+      CHECK_FALSE(failure.is_not_found());
+    }
+  }
+
+  TEST_CASE("no run path and no current run, or no project: told without a request") {
+    fixture f;
+    auto client = f.client();
+    check_names(f.failure(client.try_restore("a.txt"), errc::invalid_run_path), {"a.txt", "entity/project/run_id", "WANDB_RUN_ID"});
+    check_names(f.failure(client.try_restore("a.txt", "r"), errc::invalid_run_path), {"\"r\"", "WANDB_PROJECT"});
+    CHECK(f.asked() == "graphql 0, files 0, storage 0");
+  }
+}
+
+TEST_SUITE("service: the list of files") {
+  TEST_CASE("what is told of each, in the service's order") {
+    fixture f;
+    stand_in::file_attributes plain;
+    plain.mimetype = "text/plain";
+    f.server.add_file(f.run, "b/deep.txt", text, plain);
+    stand_in::file_attributes bare;
+    bare.md5_as = stand_in::md5_form::null;
+    bare.size_as = stand_in::size_form::string;
+    bare.updated_at.reset();
+    f.server.add_file(f.run, "a.bin", "12", bare);
+    auto listed = f.success(f.client().try_list_files(f.options()));
+    REQUIRE(listed.size() == 2);
+    CHECK(listed[0].name == "a.bin");
+    CHECK(listed[0].size == std::uint64_t{2});
+    CHECK(listed[0].md5.empty());
+    CHECK(listed[0].updated_at.empty());
+    CHECK(listed[1].name == "b/deep.txt");
+    CHECK(listed[1].size == text.size());
+    CHECK(listed[1].md5 == text_md5);
+    CHECK(listed[1].mimetype == "text/plain");
+    CHECK(listed[1].updated_at == "2024-01-02T03:04:05Z");
+    CHECK(f.asked() == "graphql 1, files 0, storage 0");
+  }
+
+  TEST_CASE("more than a page: each asked for once, nothing twice, nothing lost") {
+    fixture f;
+    for (int i = 0; i < 1201; ++i) f.server.add_file(f.run, "f" + std::to_string(10000 + i), "x");
+    const auto listed = f.success(f.client().try_list_files(f.options()));
+    REQUIRE(listed.size() == 1201);
+    for (std::size_t i = 0; i < listed.size(); ++i) {
+      if (listed[i].name != "f" + std::to_string(10000 + i)) FAIL(listed[i].name);
+    }
+    const auto pages = f.server.counted().of(request_kind::graphql).requests;
+    CHECK(pages > 1);
+    CHECK(pages < 20);
+  }
+
+  TEST_CASE("a run without files has an empty list; never uploaded files are not in it") {
+    fixture f;
+    auto client = f.client();
+    CHECK(f.success(client.try_list_files(f.options())).empty());
+    f.server.add_fault(place::graphql, act::body(answer(json::array({json{{"node", {{"name", "soon"}, {"md5", "0"}}}},
+                                                                     json{{"node", {{"name", "there"}}}}}))));
+    const auto listed = f.success(client.try_list_files(f.options()));
+    REQUIRE(listed.size() == 1);
+    CHECK(listed[0].name == "there");
+  }
+
+  TEST_CASE("a server whose pages never end is not followed for ever") {
+    fixture f;
+    json page = json::parse(answer(json::array({json{{"node", {{"name", "again"}}}, {"cursor", "same"}}})));
+    page["data"]["project"]["run"]["files"]["pageInfo"] = {{"endCursor", "same"}, {"hasNextPage", true}};
+    f.server.add_fault(place::graphql, act::body(page.dump()));
+    (void)f.client().try_list_files(f.options());
+    CHECK(f.server.counted().of(request_kind::graphql).requests <= 2);
+  }
+
+  TEST_CASE("failures are those of a restore, and name the run") {
+    fixture f;
+    auto client = f.client();
+    auto options = f.options();
+    options.run_path = "vanpelt/my-project/none";
+    check_names(f.failure(client.try_list_files(options), errc::run_not_found), {"vanpelt/my-project/none", "127.0.0.1"});
+    options.run_path = "a/b/c/d/e";
+    (void)f.failure(client.try_list_files(options), errc::invalid_run_path);
+    f.server.add_fault(place::graphql, act::malformed_json());
+    check_names(f.failure(client.try_list_files(f.options()), errc::protocol_violation), {f.path, "127.0.0.1"});
+    CHECK(fs::is_empty(f.root()));
+  }
+}
