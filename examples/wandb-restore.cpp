@@ -130,7 +130,9 @@ std::size_t terminal_width() {
 void prepare_process() {
   std::signal(SIGINT, on_interrupt);
   std::signal(SIGTERM, on_interrupt);
+  static const UINT code_page = GetConsoleOutputCP();  // the console's, which outlives this program
   SetConsoleOutputCP(CP_UTF8);
+  std::atexit([] { SetConsoleOutputCP(code_page); });
 }
 
 #else
