@@ -1639,12 +1639,11 @@ inline void remove_quietly(const path& where) {
 }
 
 inline result<void> make_directories(const path& directory) {
-  std::error_code failure;
+  std::error_code failure, ignored;
   if (!directory.empty()) std::filesystem::create_directories(directory, failure);
-  if (failure && !std::filesystem::is_directory(directory, failure)) {
-    return error(errc::disk_failure, "cannot make the directory " + in_quotes(directory) + ": " + failure.message());
-  }
-  return {};
+  if (directory.empty() || std::filesystem::is_directory(directory, ignored)) return {};
+  if (!failure) failure = std::make_error_code(std::errc::not_a_directory);
+  return error(errc::disk_failure, "cannot make the directory " + in_quotes(directory) + ": " + failure.message());
 }
 
 /// The whole of a file of at most `limit` bytes. errc::disk_failure for a longer or unreadable one.
@@ -3225,7 +3224,9 @@ class session {
   result<std::string> authorization(call& of);
   /// For messages about refused or missing credentials.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
-  /// An error for a status that is not what was hoped for, in the service's words where it has any.
+  /// The status that came, in the service's words where it has any.
+  [[nodiscard]] std::string status_text(const answer& got, const url& from, const std::string& authorization) const;
+  /// An error for a status that is not what was hoped for.
   [[nodiscard]] error status_error(const std::string& what, const answer& got, const url& from,
                                    const std::string& authorization) const;
 
@@ -3242,6 +3243,7 @@ class session {
 
  private:
   void add_credentials(http_request& request, bool home, const std::string& authorization) const;
+  std::string words_of(const answer& got, const url& from, const std::string& authorization) const;
   result<std::string> bearer(call& of, const url& base);
   result<access_token> exchange_identity(call& of, const url& base);
 
@@ -3356,8 +3358,9 @@ inline result<std::string> session::bearer(call& of, const url& base) {
     auto got = exchange_identity(of, base);
     if (!got) return got.error();
     token_ = *got;
-    if (auto kept = write_shared_token(config.credentials_file, config.base_url, *token_); !kept) {
-      warn(kept.error().what());
+    if (!config.credentials_file.empty()) {
+      const auto kept = write_shared_token(config.credentials_file, config.base_url, *token_);
+      if (!kept) warn(kept.error().what());
     }
   }
   return "Bearer " + token_->value;
@@ -3368,6 +3371,10 @@ inline result<access_token> session::exchange_identity(call& of, const url& base
   const auto identity = read_small_file(from_utf8(config.identity_token_file), 64 * 1024);
   if (!identity) {
     return error(errc::invalid_argument, std::string("identity token (WANDB_IDENTITY_TOKEN_FILE): ") + identity.error().what());
+  }
+  if (trim(*identity).empty()) {
+    return error(errc::invalid_argument,
+                 "the identity token file " + in_quotes(config.identity_token_file) + " (WANDB_IDENTITY_TOKEN_FILE) is empty");
   }
   http_request request;
   request.method = "POST";
@@ -3383,13 +3390,20 @@ inline result<access_token> session::exchange_identity(call& of, const url& base
     if (!got) {
       failure = got.error();
     } else if (got->head.status != 200) {
-      failure = status_error(what, *got, here, "Bearer " + std::string(trim(*identity)));
+      const int status = got->head.status;
+      const bool refused = status >= 400 && status < 500 && status != 408 && status != 429;
+      failure = error(status == 401 ? errc::not_authenticated : status == 403 ? errc::permission_denied : errc::http_failure,
+                      what + ": " + status_text(*got, here, "Bearer " + std::string(trim(*identity))) +
+                          (refused ? "; is the identity token (WANDB_IDENTITY_TOKEN_FILE) current, and made for this server?" : ""),
+                      status);
+      failure.retry_after(parse_retry_after(got->head));
     } else {
       const auto answer = nlohmann::json::parse(body.text, nullptr, false);
       const auto token = answer.is_object() ? answer.find("access_token") : answer.end();
       const auto lifetime = answer.is_object() ? answer.find("expires_in") : answer.end();
       if (answer.is_object() && token != answer.end() && token->is_string() && lifetime != answer.end() &&
-          lifetime->is_number()) {
+          lifetime->is_number() && !token->get_ref<const std::string&>().empty() &&
+          std::none_of(token->get_ref<const std::string&>().begin(), token->get_ref<const std::string&>().end(), is_control)) {
         const auto seconds = static_cast<std::int64_t>((std::min)((std::max)(lifetime->get<double>(), 0.0), 1e9));
         return access_token{token->get<std::string>(), std::chrono::system_clock::now() + std::chrono::seconds(seconds)};
       }
@@ -3442,14 +3456,36 @@ inline std::string without_secrets(std::string said, const std::string& authoriz
   return said;
 }
 
+/// The service's own words for what is not there, or hidden. A router that knows no such page says "not found", too; as
+/// programs start afresh where a run is missing, that has to be what is meant.
+inline std::optional<errc> what_is_missing(std::string_view said) {
+  if (!contains_ignoring_case(said, "not found") && !contains_ignoring_case(said, "could not find")) return std::nullopt;
+  if (contains_ignoring_case(said, "file")) return errc::file_not_found;
+  for (const char* one : {"run", "project", "entity"}) {
+    if (contains_ignoring_case(said, one)) return errc::run_not_found;
+  }
+  return std::nullopt;
+}
+
+/// Empty for storage, whose bodies may repeat signatures.
+inline std::string session::words_of(const answer& got, const url& from, const std::string& authorization) const {
+  const auto base = parse_base_url(config.base_url);
+  if (!base || !under_base(*base, from)) return {};
+  return without_secrets(backend_message(nlohmann::json::parse(got.body, nullptr, false)), authorization);
+}
+
+inline std::string session::status_text(const answer& got, const url& from, const std::string& authorization) const {
+  const auto said = words_of(got, from, authorization);
+  return "HTTP status " + std::to_string(got.head.status) + (said.empty() ? said : ", " + in_quotes(said));
+}
+
 inline error session::status_error(const std::string& what, const answer& got, const url& from,
                                    const std::string& authorization) const {
   const int status = got.head.status;
-  std::string text = what + ": HTTP status " + std::to_string(status);
+  std::string text = what + ": " + status_text(got, from, authorization);
   const auto base = parse_base_url(config.base_url);
-  if (base && under_base(*base, from)) {  // storage's bodies may repeat signatures
-    const auto said = without_secrets(backend_message(nlohmann::json::parse(got.body, nullptr, false)), authorization);
-    if (!said.empty()) text += ", " + in_quotes(said);
+  if (base && under_base(*base, from)) {
+    const auto said = words_of(got, from, authorization);
     if (status == 401) return error(errc::not_authenticated, text + "; " + credentials_hint(authorization), status);
     if (status == 403 || contains_ignoring_case(said, "permission denied")) {
       return error(errc::permission_denied,
@@ -3457,7 +3493,11 @@ inline error session::status_error(const std::string& what, const answer& got, c
                                                         : "this account may not see it: ask its owner, or use another key"),
                    status);
     }
-    if (status == 404 && contains_ignoring_case(said, "not found")) return error(errc::run_not_found, text, status);
+    if (const auto missing = what_is_missing(said); status == 404 && missing) {
+      return error(*missing, text + "; " + (authorization.empty() ? credentials_hint(authorization)
+                                                                  : "check the run path, and that this key may see the run"),
+                   status);
+    }
     if (status == 404) text += "; is " + config.base_url + " the base URL of a W&B server?";
   }
   error failure(errc::http_failure, text, status);
@@ -3565,8 +3605,8 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const u
     if (contains_ignoring_case(said, "permission denied") || contains_ignoring_case(said, "access denied")) {
       return error(errc::permission_denied, full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
     }
-    if (contains_ignoring_case(said, "not found") || contains_ignoring_case(said, "could not find")) {
-      return error(errc::run_not_found, full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
+    if (const auto missing = what_is_missing(said)) {
+      return error(*missing, full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
     }
     return error(errc::http_failure, full, 200);
   }
@@ -4382,9 +4422,13 @@ inline std::optional<error> download::judge(const answer& got, const url& from, 
   error failure = session_.status_error(what() + ": " + from.redacted(), got, from, authorization);
   if (!storage || (status != 401 && status != 403 && status != 410)) return failure;
   if (generation_ != used) return std::nullopt;  // another has renewed it
-  if (renewed_) {
-    return error(status == 410 ? errc::http_failure : errc::permission_denied,
-                 std::string(failure.what()) + ", also with a new address", status);
+  if (renewed_) {  // told at once: nobody else shall ask for yet another
+    failure = error(status == 410 ? errc::http_failure : errc::permission_denied,
+                    std::string(failure.what()) + ", also with a new address", status);
+    if (!failure_) failure_ = failure;
+    stopped_ = true;
+    changed_.notify_all();
+    return failure;
   }
   renewed_ = true;
   ++generation_;
@@ -4642,6 +4686,9 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
   auto run = run_of(with.config, options.run_path);
   if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
   const path root = options.root.empty() ? with.config.run_dir : options.root;
+  if (const auto there = facts_of(root); !root.empty() && there && !there->is_directory) {
+    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) + " is not a directory");
+  }
   call of(with.config, options.cancel);
   const std::string inside = service_name(name);
   auto restored = restoring(with, of, options, inside, *run, place(root / from_utf8(name)))();

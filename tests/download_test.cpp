@@ -1,0 +1,1108 @@
+// Whole restores against the stand-in server, over TLS: what they cost, what they survive, how they fail and end.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine.hpp"
+
+namespace {
+
+using namespace engine;
+using stand_in::bad_range;
+using stand_in::origin;
+using stand_in::place;
+using stand_in::request_kind;
+using stand_in::target;
+using wandb::errc;
+namespace act = stand_in::act;
+
+/// What must be a restore in another thread, which is ended and joined at the end of the scope.
+class background {
+ public:
+  background(world& of, const std::string& name)
+      : thread_([this, &of, name, options = of.options, settings = of.settings]() mutable {
+          options.cancel = &cancel;
+          result_.emplace(wandb::client<>(settings).try_restore(name, options));
+        }) {}
+  ~background() {
+    cancel = true;
+    if (thread_.joinable()) thread_.join();
+  }
+  background(const background&) = delete;
+  background& operator=(const background&) = delete;
+  wandb::result<wandb::restored_file> join() {
+    thread_.join();
+    return *std::move(result_);
+  }
+  std::atomic<bool> cancel{false};
+
+ private:
+  std::optional<wandb::result<wandb::restored_file>> result_;
+  std::thread thread_;
+};
+
+using clock_type = std::chrono::steady_clock;
+constexpr auto a_second = 1000ms;
+
+bool something_hangs(const stand_in::server& server) {
+  return server.wait_for([](const auto& now) { return now.counts.stalled > 0; }, 20s);
+}
+
+}  // namespace
+
+TEST_SUITE("download: what it costs") {
+  TEST_CASE("a small file: one question, one redirect, one plain GET, one handshake for each origin") {
+    world it;
+    const auto what = it.add("model.h5", small_size);
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.graphql() == 1);
+    CHECK(it.files() == 1);
+    CHECK(it.storage() == 1);
+    CHECK(it.server.requests().size() == 3);
+    CHECK(it.server.counted().of(origin::service).handshakes == 1);
+    CHECK(it.server.counted().of(origin::storage).handshakes == 1);
+    CHECK_FALSE(it.server.requests(request_kind::storage).at(0).range().has_value());
+    CHECK(it.storage_bytes() == small_size);
+  }
+
+  TEST_CASE("sizes around every boundary") {
+    world it;
+    wandb::client<> client(it.settings);
+    for (const std::uint64_t size : {std::uint64_t{0}, std::uint64_t{1}, std::uint64_t{65535}, std::uint64_t{65536}, std::uint64_t{65537},
+                                     std::uint64_t{262144}, std::uint64_t{262145}, 8 * MiB - 1, 8 * MiB, 8 * MiB + 1, 12 * MiB + 65537}) {
+      CAPTURE(size);
+      const std::string name = "model-" + std::to_string(size);
+      const auto what = it.add(name, size);
+      it.check_restored(client.try_restore(name, it.options), name, *what);
+    }
+  }
+
+  TEST_CASE("a large file: several connections, one redirect, every byte once") {
+    world it;
+    const auto what = it.add("model.h5", 64 * MiB);
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.graphql() == 1);
+    CHECK(it.files() == 1);
+    const auto counted = it.server.counted();
+    CHECK(counted.of(origin::storage).connections > 1);
+    CHECK(counted.of(origin::storage).failed_handshakes == 0);
+    std::set<std::uint64_t> connections;
+    for (const auto& one : it.server.requests(request_kind::storage)) {
+      connections.insert(one.connection);
+      CHECK(one.range().has_value());
+      CHECK(one.header("Accept-Encoding") == "identity");
+    }
+    CHECK(connections.size() <= 8 + 2);  // one that was taken over is replaced
+    CHECK(it.storage_bytes() >= 64 * MiB);
+    CHECK(it.storage_bytes() <= 64 * MiB + 8 * MiB);
+    // All but the first request name the entity they go on with.
+    const auto all = it.server.requests(request_kind::storage);
+    CHECK(std::count_if(all.begin(), all.end(), [](const auto& one) { return one.header("If-Range").has_value(); }) + 1 >=
+          static_cast<std::ptrdiff_t>(all.size()));
+  }
+
+  TEST_CASE("one connection: one request for a large file") {
+    world it;
+    it.options.connections = 1;
+    const auto what = it.add("model.h5", large_size);
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage() == 1);
+    CHECK(it.server.counted().of(origin::storage).connections == 1);
+    CHECK(it.storage_bytes() == large_size);
+  }
+
+  TEST_CASE("never more connections than asked for") {
+    for (const int connections : {2, 3}) {
+      world it;
+      it.options.connections = connections;
+      const auto what = it.add("model.h5", large_size);
+      it.server.add_fault(target(place::storage).nth(1, 2), act::stall(100));
+      background restore(it, "model.h5");
+      REQUIRE(it.server.wait_for([&](const auto& now) { return now.counts.stalled == 2; }, 20s));
+      CHECK(it.server.counted().of(origin::storage).open_connections <= static_cast<std::uint64_t>(connections));
+      it.server.release();
+      it.check_restored(restore.join(), "model.h5", *what);
+    }
+  }
+
+  TEST_CASE("kept: no request; refreshed: one question; replaced: everything") {
+    world it;
+    const auto what = it.add("model.h5", small_size);
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    it.server.clear_log();
+    auto kept = it.restore("model.h5");
+    REQUIRE(kept.has_value());
+    CHECK(kept->source() == wandb::source::local);
+    CHECK(kept->verified());
+    CHECK(it.server.requests().empty());
+    it.options.cache = wandb::cache_policy::refresh();
+    auto refreshed = it.restore("model.h5");
+    REQUIRE(refreshed.has_value());
+    CHECK(refreshed->source() == wandb::source::local);
+    CHECK(it.server.requests().size() == 1);
+    it.options.replace = true;
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage() == 1);
+  }
+
+  TEST_CASE("credentials stay with the service") {
+    world it;
+    it.settings.extra_headers = {{"X-Tenant", "secret"}, {"Cookie", "secret"}};
+    it.settings.username = "someone";
+    const auto what = it.add("model.h5", large_size);
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    for (const auto& one : it.server.requests()) {
+      const bool home = one.at == origin::service;
+      CHECK(one.header("Authorization").has_value() == home);
+      CHECK(one.header("X-Tenant").has_value() == home);
+      CHECK(one.header("Cookie").has_value() == home);
+      if (!home) {
+        for (const auto& [name, value] : one.headers) {
+          CHECK(value.find("secret") == std::string::npos);
+          CHECK(value.find(it.server.key()) == std::string::npos);
+        }
+      }
+    }
+  }
+
+  TEST_CASE("names with spaces, quotes, UTF-8 and 255 bytes, and in directories") {
+    world it;
+    wandb::client<> client(it.settings);
+    for (const std::string& name : {std::string("a b.h5"), std::string("it's \"quoted\" \\ 100% #1?.h5"), std::string("\xc3\xa9\xe4\xb8\xad.h5"),
+                                    std::string(255, 'n'), std::string("ckpt/deep/er/best.h5"), std::string("a&b=c+d;e.h5")}) {
+      CAPTURE(name);
+      const auto what = it.add(name, 1000);
+      it.check_restored(client.try_restore(name, it.options), name, *what);
+    }
+  }
+}
+
+TEST_SUITE("download: redirects") {
+  TEST_CASE("whatever leads to the file") {
+    using stand_in::redirect;
+    for (const auto kind : {redirect::absolute, redirect::relative, redirect::chain, redirect::other_host, redirect::none}) {
+      CAPTURE(static_cast<int>(kind));
+      world it;
+      it.server.set_redirect(kind);
+      const auto what = it.add("model.h5", large_size);
+      it.check_restored(it.restore("model.h5"), "model.h5", *what);
+      if (kind == redirect::absolute) CHECK(it.files() == 1);
+      if (kind == redirect::chain) CHECK(it.files() == 4);
+    }
+    for (const int status : {301, 303, 307, 308}) {
+      CAPTURE(status);
+      world it;
+      it.server.set_redirect(redirect::absolute, 0, status);
+      const auto what = it.add("model.h5", small_size);
+      it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    }
+  }
+
+  TEST_CASE("a loop, a chain without end, https to http: protocol_violation") {
+    using stand_in::redirect;
+    for (const auto kind : {redirect::loop, redirect::chain, redirect::plain_http}) {
+      CAPTURE(static_cast<int>(kind));
+      world it;
+      it.server.set_redirect(kind, 50);
+      it.add("model.h5", small_size);
+      it.check_failed(it.restore("model.h5"), errc::protocol_violation);
+      CHECK(it.storage() == 0);
+      CHECK(it.files() <= 11);
+      CHECK_FALSE(fs::exists(it.at("model.h5")));
+      CHECK(it.hidden() == 0);
+    }
+  }
+
+  TEST_CASE("an address that cannot be used: protocol_violation") {
+    for (const char* location : {"ftp://127.0.0.1/x", "http://", "https://127.0.0.1:99999/", "javascript:alert(1)"}) {
+      CAPTURE(std::string(location));
+      world it;
+      it.add("model.h5", small_size);
+      it.server.add_fault(place::files, act::redirect_to(location));
+      it.check_failed(it.restore("model.h5"), errc::protocol_violation);
+    }
+  }
+}
+
+TEST_SUITE("download: what is survived") {
+  struct fault {
+    const char* name;
+    stand_in::action what;
+  };
+
+  TEST_CASE("a failure that passes is tried again, and goes on from what is there") {
+    const std::vector<fault> faults = {
+        {"cut", act::cut(200'000)},          {"cut abruptly", act::cut_abruptly(200'000)}, {"reset", act::reset(200'000)},
+        {"cut at once", act::cut(0)},        {"drop", act::drop()},                        {"refuse", act::refuse()},
+        {"408", act::status(408)},           {"429", act::too_many_requests("0")},         {"500", act::html(500)},
+        {"502", act::html(502)},             {"503", act::status(503)},                    {"504", act::status(504)},
+        {"short", act::length_off_by(1000)},
+    };
+    for (const auto size : {small_size, large_size}) {
+      for (const auto& one : faults) {
+        if (size == small_size && one.name == std::string("short")) continue;  // its length alone is wrong: see below
+        CAPTURE(size);
+        CAPTURE(std::string(one.name));
+        world it;
+        const auto what = it.add("model.h5", size);
+        const auto number = it.server.add_fault(target(place::storage).nth(1), one.what);
+        it.check_restored(it.restore("model.h5"), "model.h5", *what);
+        CHECK(it.server.struck(number) == 1);
+        CHECK(it.graphql() == 1);
+        if (size == small_size) {
+          CHECK(it.storage() == 2);
+          CHECK(it.storage_bytes() <= size + 70'000);
+        }
+      }
+    }
+  }
+
+  TEST_CASE("every third answer is cut, every fifth is a 503: it ends all the same") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    for (unsigned n = 3; n < 40; n += 3) it.server.add_fault(target(place::storage).nth(n), act::cut_abruptly(300'000));
+    for (unsigned n = 5; n < 40; n += 5) it.server.add_fault(target(place::storage).nth(n), act::status(503));
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage_bytes() < large_size + 4 * MiB);
+  }
+
+  TEST_CASE("each connection is closed after its answer, with or without a word") {
+    for (const bool silently : {false, true}) {
+      CAPTURE(silently);
+      world it;
+      const auto what = it.add("model.h5", large_size);
+      it.server.add_fault(place::any, silently ? act::close_silently() : act::close_after());
+      it.check_restored(it.restore("model.h5"), "model.h5", *what);
+      CHECK(it.server.counted().of(origin::storage).handshakes >= it.storage());
+    }
+  }
+
+  TEST_CASE("a connection that does not come about is tried again") {
+    for (const char* where : {"service", "storage"}) {
+      for (const bool refused : {false, true}) {
+        CAPTURE(std::string(where));
+        CAPTURE(refused);
+        world it;
+        const auto what = it.add("model.h5", small_size);
+        const auto number =
+            it.server.add_fault(target(place::connect).matching(where).nth(1), refused ? act::refuse() : act::drop());
+        it.check_restored(it.restore("model.h5"), "model.h5", *what);
+        CHECK(it.server.struck(number) == 1);
+      }
+    }
+  }
+
+  TEST_CASE("a handshake that hangs and an answer that does not come are given up in time") {
+    world it;
+    it.settings.connect_timeout = 400ms;
+    it.settings.idle_timeout = 400ms;
+    const auto what = it.add("model.h5", small_size);
+    it.server.add_fault(target(place::connect).matching("storage").nth(1), act::hang());
+    it.server.add_fault(target(place::graphql).nth(1), act::hang());
+    it.server.add_fault(target(place::files).nth(1), act::hang());
+    it.server.add_fault(target(place::storage).nth(1), act::hang());
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.graphql() == 2);
+    CHECK(it.storage() == 2);
+  }
+
+  TEST_CASE("a body that stalls, and one that drips, are dropped and gone on with") {
+    for (const bool drips : {false, true}) {
+      CAPTURE(drips);
+      world it;
+      it.settings.idle_timeout = 400ms;
+      const auto what = it.add("model.h5", small_size);
+      it.server.add_fault(target(place::storage).nth(1), drips ? act::drip(10ms) : act::stall(200'000));
+      it.check_restored(it.restore("model.h5"), "model.h5", *what);
+      CHECK(it.storage() == 2);
+      if (!drips) CHECK(it.server.requests(request_kind::storage).at(1).range().has_value());
+    }
+  }
+
+  TEST_CASE("Retry-After is kept to") {
+    world it;
+    const auto what = it.add("model.h5", 1000);
+    it.server.add_fault(target(place::storage).nth(1), act::too_many_requests("1"));
+    const auto began = clock_type::now();
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(clock_type::now() - began >= 1s);
+    CHECK(it.storage() == 2);
+  }
+
+  TEST_CASE("the question itself is asked again where that may help") {
+    for (const auto& one : std::vector<fault>{{"500", act::status(500)}, {"429", act::too_many_requests("0")}, {"reset", act::reset(10)}, {"drop", act::drop()}}) {
+      CAPTURE(std::string(one.name));
+      world it;
+      const auto what = it.add("model.h5", 1000);
+      it.server.add_fault(target(place::graphql).nth(1), one.what);
+      it.check_restored(it.restore("model.h5"), "model.h5", *what);
+      CHECK(it.graphql() >= 1);
+      CHECK(it.files() == 1);
+    }
+  }
+
+  TEST_CASE("framings: chunks, no length at all, interim responses, a size or range total that is not told") {
+    const std::vector<fault> faults = {{"chunked", act::chunked()},
+                                       {"until close", act::until_close()},
+                                       {"interim", act::interim(103, 3)},
+                                       {"unknown total", act::content_range(bad_range::unknown_total)},
+                                       {"identity", act::header("Content-Encoding", "identity")},
+                                       {"no ETag", act::without_header("ETag")}};
+    for (const auto& one : faults) {
+      for (const bool told : {true, false}) {
+        CAPTURE(std::string(one.name));
+        CAPTURE(told);
+        world it;
+        stand_in::file_attributes attributes;
+        if (!told) attributes.size_as = stand_in::size_form::null;
+        const auto what = it.add("model.h5", 9 * MiB + 3, attributes);
+        it.server.add_fault(place::storage, one.what);
+        it.check_restored(it.restore("model.h5"), "model.h5", *what);
+        if (!told) CHECK(it.storage() == 1);
+      }
+    }
+  }
+
+  TEST_CASE("a size that is not told: a cut is gone on from, a server that begins again is followed") {
+    for (const bool ignores : {false, true}) {
+      CAPTURE(ignores);
+      world it;
+      stand_in::file_attributes attributes;
+      attributes.size_as = stand_in::size_form::null;
+      const auto what = it.add("model.h5", 3 * MiB + 3, attributes);
+      it.server.add_fault(target(place::storage).nth(1), act::cut_abruptly(MiB + 1));
+      it.server.add_fault(target(place::storage).nth(1), act::chunked());
+      if (ignores) it.server.add_fault(target(place::storage).from(2), act::ignore_range());
+      it.check_restored(it.restore("model.h5"), "model.h5", *what);
+      CHECK(it.storage() == 2);
+      const auto got = it.storage_bytes();
+      CHECK(got <= what->size() + (ignores ? MiB + 1 : 70'000));
+    }
+  }
+
+  TEST_CASE("a server that ignores Range: one stream, and the whole once") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.server.add_fault(place::storage, act::ignore_range());
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    const auto all = it.server.requests(request_kind::storage);
+    std::uint64_t whole = 0;
+    for (const auto& one : all) whole += one.body_sent == large_size;
+    CHECK(whole == 1);
+    CHECK(all.size() <= 8);
+  }
+
+  TEST_CASE("a server that comes to ignore Range midway: followed, never stitched") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.server.add_fault(target(place::storage).from(4), act::ignore_range());
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage() <= 16);
+  }
+
+  TEST_CASE("no md5 to check against: restored, but not as verified") {
+    for (const char* told : {"(absent)", "(null)", "XXX", "abc="}) {
+      CAPTURE(std::string(told));
+      world it;
+      stand_in::file_attributes attributes;
+      if (told == std::string("(absent)")) attributes.md5_as = stand_in::md5_form::absent;
+      else if (told == std::string("(null)")) attributes.md5_as = stand_in::md5_form::null;
+      else attributes.md5 = told;
+      const auto what = it.add("model.h5", small_size, attributes);
+      it.check_restored(it.restore("model.h5"), "model.h5", *what, false);
+      it.server.clear_log();
+      auto kept = it.restore("model.h5");
+      REQUIRE(kept.has_value());
+      CHECK_FALSE(kept->verified());
+      CHECK(it.server.requests().empty());
+    }
+  }
+
+  TEST_CASE("verify = false checks no md5") {
+    world it;
+    stand_in::file_attributes attributes;
+    attributes.md5 = "AAAAAAAAAAAAAAAAAAAAAA==";
+    const auto what = it.add("model.h5", small_size, attributes);
+    it.options.verify = false;
+    it.check_restored(it.restore("model.h5"), "model.h5", *what, false);
+    CHECK(it.storage() == 1);
+  }
+}
+
+TEST_SUITE("download: the content changes") {
+  TEST_CASE("a wrong byte once: the second fetch, from nothing, is right") {
+    for (const auto size : {small_size, large_size}) {
+      CAPTURE(size);
+      world it;
+      const auto what = it.add("model.h5", size);
+      it.server.add_fault(target(place::storage).covering(size / 2).nth(1), act::flip_byte(size / 2));
+      it.check_restored(it.restore("model.h5"), "model.h5", *what);
+      CHECK(it.graphql() == 2);
+      CHECK(it.storage_bytes() >= 2 * size);
+    }
+  }
+
+  TEST_CASE("a wrong md5 or size: fetched twice, then checksum_mismatch, and nothing is left or lost") {
+    for (const bool size_is_wrong : {false, true}) {
+      for (const auto size : {small_size, large_size}) {
+        CAPTURE(size_is_wrong);
+        CAPTURE(size);
+        world it;
+        support::write_file(it.at("model.h5"), "old");
+        it.options.replace = true;
+        stand_in::file_attributes attributes;
+        if (size_is_wrong) attributes.size = size + 1;
+        else attributes.md5 = "AAAAAAAAAAAAAAAAAAAAAA==";
+        it.add("model.h5", size, attributes);
+        it.check_failed(it.restore("model.h5"), errc::checksum_mismatch);
+        CHECK(it.graphql() == 2);
+        if (!size_is_wrong) CHECK(it.storage_bytes() >= 2 * size);
+        CHECK(support::read_file(it.at("model.h5")) == "old");
+        CHECK(it.hidden() == 0);
+      }
+    }
+  }
+
+  TEST_CASE("another entity tag midway: begun again from nothing, once") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.server.add_fault(target(place::storage).nth(3), act::etag("\"another\""));
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.graphql() == 2);
+  }
+
+  TEST_CASE("another entity tag each time: protocol_violation") {
+    world it;
+    it.add("model.h5", large_size);
+    for (unsigned n = 2; n < 100; n += 2) it.server.add_fault(target(place::storage).nth(n), act::etag("\"" + std::to_string(n) + "\""));
+    it.check_failed(it.restore("model.h5"), errc::protocol_violation);
+    CHECK(it.graphql() == 2);
+    CHECK_FALSE(fs::exists(it.at("model.h5")));
+  }
+
+  TEST_CASE("content that changes midway is never stitched, with an entity tag, with a weak one, without any") {
+    using stand_in::etag_form;
+    for (const auto form : {etag_form::strong, etag_form::weak, etag_form::none}) {
+      CAPTURE(static_cast<int>(form));
+      world it;
+      stand_in::file_attributes attributes;
+      attributes.etag = form;
+      it.add("model.h5", large_size, attributes);
+      it.server.add_fault(target(place::storage).from(3), act::changed_content());
+      if (form == etag_form::none) it.server.add_fault(place::storage, act::without_header("ETag"));
+      auto got = it.restore("model.h5");
+      REQUIRE_FALSE(got.has_value());
+      const bool right = got.error().code() == errc::checksum_mismatch || got.error().code() == errc::protocol_violation;
+      CHECK(right);
+      CHECK_FALSE(fs::exists(it.at("model.h5")));
+      // A weak tag promises nothing about bytes.
+      bool weak = false;
+      for (const auto& one : it.server.requests(request_kind::storage)) weak = weak || one.header("If-Range").value_or("").rfind("W/", 0) == 0;
+      CHECK_FALSE(weak);
+    }
+  }
+
+  TEST_CASE("the run replaces the file while it is fetched: the new content, whole") {
+    world it;
+    it.add("model.h5", large_size);
+    const auto later = stand_in::generated(large_size - 5, 99);
+    std::atomic<int> seen{0};
+    it.server.on_request([&](const stand_in::request_record& one) {
+      if (one.kind == request_kind::storage && ++seen == 3) it.server.add_file(it.run, "model.h5", later);
+    });
+    it.check_restored(it.restore("model.h5"), "model.h5", *later);
+  }
+
+  TEST_CASE("what was hashed is what is there: a whole of another content does not slip in behind the digest") {
+    // All but the last answers are right, then the whole comes back with another first byte and nothing says so.
+    world it;
+    it.options.connections = 2;
+    stand_in::file_attributes attributes;
+    attributes.etag = stand_in::etag_form::none;
+    const auto what = it.add("model.h5", large_size, attributes);
+    const auto last = target(place::storage).covering(large_size - 1).nth(1);
+    it.server.add_fault(place::storage, act::without_header("ETag"));
+    it.server.add_fault(last, act::ignore_range());
+    it.server.add_fault(last, act::flip_byte(0));
+    auto got = it.restore("model.h5");
+    if (got) CHECK(holds(it.at("model.h5"), *what));
+    else CHECK(got.error().code() == errc::checksum_mismatch);
+  }
+}
+
+TEST_SUITE("download: expired signatures") {
+  TEST_CASE("renewed once for all connections") {
+    world it;
+    const auto what = it.add("model.h5", 40 * MiB);
+    std::atomic<int> seen{0};
+    it.server.on_request([&](const stand_in::request_record& one) {
+      if (one.kind == request_kind::storage && ++seen == 6) it.server.expire_signatures();
+    });
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.graphql() == 2);
+    CHECK(it.files() == 2);
+  }
+
+  TEST_CASE("401, 403 and 410 alike, at the first request or later") {
+    for (const int status : {401, 403, 410}) {
+      for (const unsigned n : {1u, 3u}) {
+        CAPTURE(status);
+        CAPTURE(n);
+        world it;
+        const auto what = it.add("model.h5", large_size);
+        it.server.add_fault(target(place::storage).nth(n), act::status(status));
+        it.check_restored(it.restore("model.h5"), "model.h5", *what);
+        CHECK(it.graphql() == 2);
+        CHECK(it.files() == 2);
+      }
+    }
+  }
+
+  TEST_CASE("addresses that are good for a few requests only") {
+    stand_in::options how;
+    how.signature_uses = 3;
+    world it(how);
+    const auto what = it.add("model.h5", 40 * MiB);
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.graphql() > 1);
+    CHECK(it.graphql() == it.files());
+    CHECK(it.graphql() <= 2 + it.storage() / 3);
+  }
+
+  TEST_CASE("a new address that does not help: permission_denied (410: http_failure), and no third") {
+    for (const int status : {401, 403, 410}) {
+      for (const auto size : {small_size, large_size}) {
+        CAPTURE(status);
+        CAPTURE(size);
+        world it;
+        it.add("model.h5", size);
+        it.server.add_fault(place::storage, act::status(status, {}, "<Error><Code>AccessDenied</Code><Signature>X-Signature=1</Signature></Error>"));
+        it.check_failed(it.restore("model.h5"), status == 410 ? errc::http_failure : errc::permission_denied, status);
+        CHECK(it.graphql() == 2);
+        CHECK(it.files() == 2);
+        CHECK(it.hidden() == 0);
+      }
+    }
+  }
+}
+
+TEST_SUITE("download: how it fails") {
+  struct failing {
+    const char* name;
+    place where;
+    stand_in::action what;
+    errc code;
+    int status;           // -1: any
+    std::uint64_t count;  // requests of that kind; 0: any number
+  };
+
+  TEST_CASE("what cannot get better is not tried again") {
+    const std::vector<failing> rows = {
+        {"graphql 400", place::graphql, act::status(400), errc::http_failure, 400, 1},
+        {"graphql 401", place::graphql, act::status(401), errc::not_authenticated, 401, 1},
+        {"graphql 403", place::graphql, act::status(403), errc::permission_denied, 403, 1},
+        {"graphql 404", place::graphql, act::status(404), errc::http_failure, 404, 1},
+        {"graphql 501", place::graphql, act::status(501), errc::http_failure, 501, 1},
+        {"graphql malformed", place::graphql, act::malformed_json(), errc::protocol_violation, -1, 1},
+        {"graphql shape", place::graphql, act::wrong_shape(), errc::protocol_violation, -1, 1},
+        {"graphql text", place::graphql, act::body("<html>", "text/html"), errc::protocol_violation, -1, 1},
+        {"graphql oversize", place::graphql, act::oversize(17 * MiB), errc::protocol_violation, -1, 1},
+        {"graphql endless", place::graphql, act::endless_body(), errc::protocol_violation, -1, 1},
+        {"graphql many headers", place::graphql, act::many_headers(5000), errc::protocol_violation, -1, 1},
+        {"graphql endless header", place::graphql, act::endless_header(), errc::protocol_violation, -1, 1},
+        {"graphql garbage", place::graphql, act::garbage_status_line(), errc::protocol_violation, -1, 1},
+        {"graphql encoded", place::graphql, act::header("Content-Encoding", "gzip"), errc::protocol_violation, -1, 1},
+        {"graphql error with the key", place::graphql,
+         act::graphql_errors({std::string("permission denied for api:") + stand_in::default_key}), errc::permission_denied, -1, 1},
+        {"files 401", place::files, act::status(401), errc::not_authenticated, 401, 1},
+        {"files 403", place::files, act::status(403), errc::permission_denied, 403, 1},
+        {"files 404", place::files, act::status(404), errc::http_failure, 404, 1},
+        {"files error with the key", place::files,
+         act::status(400, {}, std::string("{\"error\":\"no key ") + stand_in::default_key + "\"}"), errc::http_failure, 400, 1},
+        {"storage 400", place::storage, act::status(400, {}, "?X-Signature=1&X-Expires=2"), errc::http_failure, 400, 1},
+        {"storage 404", place::storage, act::status(404), errc::http_failure, 404, 1},
+        {"storage 412", place::storage, act::status(412), errc::http_failure, 412, 1},
+        {"storage 501", place::storage, act::status(501), errc::http_failure, 501, 1},
+        {"storage 204", place::storage, act::status(204), errc::http_failure, 204, 1},
+        {"storage 304", place::storage, act::status(304), errc::http_failure, 304, 1},
+        {"storage many headers", place::storage, act::many_headers(5000), errc::protocol_violation, -1, 1},
+        {"storage endless header", place::storage, act::endless_header(), errc::protocol_violation, -1, 1},
+        {"storage garbage", place::storage, act::garbage_status_line(), errc::protocol_violation, -1, 1},
+        {"storage gzip", place::storage, act::header("Content-Encoding", "gzip"), errc::protocol_violation, -1, 1},
+        {"storage interim for ever", place::storage, act::interim(103, 100000), errc::protocol_violation, -1, 1},
+    };
+    for (const auto& row : rows) {
+      CAPTURE(std::string(row.name));
+      world it;
+      it.add("model.h5", small_size);
+      it.server.add_fault(row.where, row.what);
+      it.check_failed(it.restore("model.h5"), row.code, row.status);
+      const auto kind = row.where == place::graphql ? request_kind::graphql
+                        : row.where == place::files ? request_kind::files
+                                                    : request_kind::storage;
+      CHECK(it.requests(kind) == row.count);
+      CHECK_FALSE(fs::exists(it.at("model.h5")));
+      CHECK(it.hidden() == 0);
+    }
+  }
+
+  TEST_CASE("ranges: an answer that is not what was asked for is refused") {
+    const std::vector<failing> rows = {
+        {"no Content-Range", place::storage, act::content_range(bad_range::missing), errc::protocol_violation, -1, 0},
+        {"garbage", place::storage, act::content_range(bad_range::garbage), errc::protocol_violation, -1, 0},
+        {"shifted", place::storage, act::content_range(bad_range::shifted), errc::checksum_mismatch, -1, 0},
+        {"wrong end", place::storage, act::content_range(bad_range::wrong_end), errc::checksum_mismatch, -1, 0},
+        {"wrong total", place::storage, act::content_range(bad_range::wrong_total), errc::checksum_mismatch, -1, 0},
+        {"another range", place::storage, act::header("Content-Range", "bytes 1-2/*"), errc::protocol_violation, -1, 0},
+        {"a wider range", place::storage, act::header("Content-Range", "bytes 0-" + std::to_string(large_size - 1) + "/*"), errc::protocol_violation, -1, 0},
+        {"encoded", place::storage, act::header("Content-Encoding", "br"), errc::protocol_violation, -1, 0},
+        {"416", place::storage, act::status(416), errc::http_failure, 416, 0},
+    };
+    for (const auto& row : rows) {
+      CAPTURE(std::string(row.name));
+      world it;
+      it.add("model.h5", large_size);
+      it.server.add_fault(row.where, row.what);
+      it.check_failed(it.restore("model.h5"), row.code, row.status);
+      CHECK_FALSE(fs::exists(it.at("model.h5")));
+      CHECK(it.hidden() == 0);
+    }
+  }
+
+  TEST_CASE("a 206 that nobody asked for is refused") {
+    world it;
+    it.add("model.h5", small_size);
+    it.server.add_fault(place::storage, act::status(206, {{"Content-Range", "bytes 0-4/5"}}, "hello"));
+    it.check_failed(it.restore("model.h5"), errc::protocol_violation);
+  }
+
+  TEST_CASE("longer than promised: refused") {
+    world it;
+    it.add("model.h5", small_size);
+    it.server.add_fault(place::storage, act::until_close());
+    it.server.add_fault(place::storage, act::endless_body());
+    it.check_failed(it.restore("model.h5"), errc::protocol_violation);
+    CHECK_FALSE(fs::exists(it.at("model.h5")));
+  }
+
+  TEST_CASE("trying again ends after retry_timeout, with the last failure and the number of tries") {
+    world it;
+    it.settings.retry_timeout = 1s;
+    it.add("model.h5", small_size);
+    SUBCASE("503") {
+      it.server.add_fault(place::storage, act::status(503));
+      const auto failure = it.check_failed(it.restore("model.h5"), errc::http_failure, 503);
+      CHECK(std::string(failure.what()).find("gave up after") != std::string::npos);
+    }
+    SUBCASE("reset") {
+      it.server.add_fault(place::storage, act::reset(0));
+      it.check_failed(it.restore("model.h5"), errc::connection_failed);
+    }
+    SUBCASE("Retry-After beyond it") {
+      it.server.add_fault(place::storage, act::too_many_requests("3600"));
+      const auto failure = it.check_failed(it.restore("model.h5"), errc::http_failure, 429);
+      CHECK(std::string(failure.what()).find("3600 s") != std::string::npos);
+      CHECK(it.storage() == 1);
+    }
+    SUBCASE("503 to the question") {
+      it.server.add_fault(place::graphql, act::status(503));
+      it.check_failed(it.restore("model.h5"), errc::http_failure, 503);
+    }
+    CHECK(it.hidden() == 0);
+  }
+
+  TEST_CASE("nobody there: connection_failed within connect_timeout") {
+    world it;
+    it.add("model.h5", small_size);
+    it.settings.connect_timeout = 500ms;
+    it.server.stop();
+    const auto began = clock_type::now();
+    it.check_failed(it.restore("model.h5"), errc::connection_failed);
+    CHECK(clock_type::now() - began < 5s);
+  }
+
+  TEST_CASE("total_timeout ends a call, and what has arrived is kept") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.options.connections = 1;
+    it.settings.total_timeout = 1s;
+    it.server.add_fault(target(place::storage).nth(1), act::stall(20 * MiB));
+    const auto failure = it.check_failed(it.restore("model.h5"), errc::connection_failed);
+    CHECK(std::string(failure.what()).find("total_timeout") != std::string::npos);
+    CHECK(it.hidden() == 1);
+    it.server.clear_log();
+    it.settings.total_timeout = 0ms;
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage_bytes() < 6 * MiB);
+  }
+
+  TEST_CASE("a size beyond any disk: disk_failure before the first byte") {
+    for (const auto size : {std::uint64_t{1} << 50, std::uint64_t{1} << 62}) {
+      CAPTURE(size);
+      world it;
+      stand_in::file_attributes attributes;
+      attributes.size = size;
+      it.add("model.h5", small_size, attributes);
+      const auto failure = it.check_failed(it.restore("model.h5"), errc::disk_failure);
+      CHECK(std::string(failure.what()).find("are missing") != std::string::npos);
+      CHECK(it.storage() == 0);
+      CHECK(it.hidden() == 0);
+    }
+  }
+}
+
+TEST_SUITE("download: where it goes") {
+  TEST_CASE("a symbolic link is replaced, not followed; a dangling one too") {
+    world it;
+    const auto what = it.add("model.h5", small_size);
+    it.options.replace = true;
+    fs::create_directories(it.options.root);
+    fs::create_symlink(it.directory / "elsewhere", it.at("model.h5"));
+    SUBCASE("to a file") { support::write_file(it.directory / "elsewhere", "old"); }
+    SUBCASE("to nothing") {}
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK_FALSE(fs::is_symlink(it.at("model.h5")));
+    if (fs::exists(it.directory / "elsewhere")) CHECK(support::read_file(it.directory / "elsewhere") == "old");
+  }
+
+  TEST_CASE("a directory in the file's place: disk_failure without a request") {
+    world it;
+    it.add("model.h5", small_size);
+    fs::create_directories(it.at("model.h5") / "inner");
+    it.check_failed(it.restore("model.h5"), errc::disk_failure);
+    CHECK(it.server.requests().empty());
+    CHECK(fs::exists(it.at("model.h5") / "inner"));
+  }
+
+  TEST_CASE("a directory comes to be in the file's place while it is fetched: disk_failure, and it stays") {
+    world it;
+    it.add("model.h5", small_size);
+    it.server.on_request([&](const stand_in::request_record& one) {
+      if (one.kind == request_kind::storage) fs::create_directories(it.at("model.h5") / "inner");
+    });
+    it.check_failed(it.restore("model.h5"), errc::disk_failure);
+    CHECK(fs::exists(it.at("model.h5") / "inner"));
+    CHECK(it.hidden() == 0);
+  }
+
+  TEST_CASE("root is a file: invalid_argument; a file on the way: disk_failure; neither is touched") {
+    world it;
+    it.add("model.h5", small_size);
+    it.add("ckpt/model.h5", small_size);
+    support::write_file(it.directory / "root", "a file");
+    it.check_failed(it.restore("model.h5"), errc::invalid_argument);
+    it.check_failed(it.restore("ckpt/model.h5"), errc::invalid_argument);
+    CHECK(support::read_file(it.directory / "root") == "a file");
+    fs::remove(it.directory / "root");
+    support::write_file(it.at("ckpt"), "a file");
+    it.check_failed(it.restore("ckpt/model.h5"), errc::disk_failure);
+    CHECK(support::read_file(it.at("ckpt")) == "a file");
+    CHECK(it.storage() == 0);
+  }
+}
+
+TEST_SUITE("download: cancelled") {
+  TEST_CASE("by the flag, whatever the call is waiting for, within a second") {
+    struct phase {
+      const char* name;
+      target where;
+      stand_in::action what;
+    };
+    const std::vector<phase> phases = {
+        {"handshake with the service", target(place::connect).matching("service"), act::hang()},
+        {"handshake with storage", target(place::connect).matching("storage"), act::hang()},
+        {"the question", place::graphql, act::hang()},
+        {"the redirect", place::files, act::hang()},
+        {"the head", place::storage, act::hang()},
+        {"the body", place::storage, act::stall(50'000)},
+        {"the body of the answer to the question", place::graphql, act::stall(10)},
+    };
+    for (const auto& one : phases) {
+      CAPTURE(std::string(one.name));
+      world it;
+      it.add("model.h5", large_size);
+      it.server.add_fault(one.where, one.what);
+      background restore(it, "model.h5");
+      REQUIRE(something_hangs(it.server));
+      const auto began = clock_type::now();
+      restore.cancel = true;
+      it.check_failed(restore.join(), errc::cancelled);
+      CHECK(clock_type::now() - began < a_second);
+      CHECK_FALSE(fs::exists(it.at("model.h5")));
+    }
+  }
+
+  TEST_CASE("by on_progress, while storage is waited for") {
+    for (const bool body : {false, true}) {
+      CAPTURE(body);
+      world it;
+      it.add("model.h5", large_size);
+      it.server.add_fault(place::storage, body ? act::stall(50'000) : act::hang());
+      std::atomic<bool> go_on{true};
+      it.options.on_progress = [&](const wandb::progress&) { return go_on.load(); };
+      background restore(it, "model.h5");
+      REQUIRE(something_hangs(it.server));
+      const auto began = clock_type::now();
+      go_on = false;
+      it.check_failed(restore.join(), errc::cancelled);
+      CHECK(clock_type::now() - began < a_second);
+    }
+  }
+
+  TEST_CASE("while it waits before it tries again") {
+    world it;
+    it.add("model.h5", large_size);
+    it.server.add_fault(place::any, act::too_many_requests("10"));
+    SUBCASE("the question") {}
+    SUBCASE("the file") {
+      it.server.clear_faults();
+      it.server.add_fault(place::storage, act::too_many_requests("10"));
+    }
+    background restore(it, "model.h5");
+    REQUIRE(it.server.wait_for([](const auto& now) { return now.counts.faults_struck > 0; }, 20s));
+    const auto began = clock_type::now();
+    restore.cancel = true;
+    it.check_failed(restore.join(), errc::cancelled);
+    CHECK(clock_type::now() - began < a_second);
+  }
+
+  TEST_CASE("while it waits for another that fetches the same file") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.server.add_fault(target(place::storage).nth(1), act::stall(50'000));
+    it.options.connections = 1;
+    background first(it, "model.h5");
+    REQUIRE(something_hangs(it.server));
+    std::mutex mutex;
+    std::condition_variable told;
+    bool waiting = false;
+    it.options.on_progress = [&](const wandb::progress&) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      waiting = true;
+      told.notify_all();
+      return true;
+    };
+    background second(it, "model.h5");
+    {
+      std::unique_lock<std::mutex> lock(mutex);
+      REQUIRE(told.wait_for(lock, 20s, [&] { return waiting; }));
+    }
+    const auto began = clock_type::now();
+    second.cancel = true;
+    it.check_failed(second.join(), errc::cancelled);
+    CHECK(clock_type::now() - began < a_second);
+    CHECK(it.storage() == 1);
+    it.server.release();
+    it.check_restored(first.join(), "model.h5", *what);
+  }
+
+  TEST_CASE("the next call goes on from what had arrived") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.options.connections = 1;
+    it.server.add_fault(target(place::storage).nth(1), act::stall(20 * MiB));
+    {
+      std::mutex mutex;
+      std::condition_variable told;
+      std::uint64_t done = 0;
+      it.options.on_progress = [&](const wandb::progress& now) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        done = now.bytes_done;
+        told.notify_all();
+        return true;
+      };
+      background restore(it, "model.h5");
+      {
+        std::unique_lock<std::mutex> lock(mutex);
+        REQUIRE(told.wait_for(lock, 20s, [&] { return done >= 19 * MiB; }));
+      }
+      restore.cancel = true;
+      it.check_failed(restore.join(), errc::cancelled);
+    }
+    it.options.on_progress = {};
+    CHECK(it.hidden() == 1);
+    CHECK_FALSE(fs::exists(it.at("model.h5")));
+    it.server.clear_log();
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage_bytes() < large_size - 19 * MiB);
+  }
+
+  TEST_CASE("what nothing identifies is not kept") {
+    world it;
+    stand_in::file_attributes attributes;
+    attributes.md5_as = stand_in::md5_form::absent;
+    it.add("model.h5", large_size, attributes);
+    it.server.add_fault(target(place::storage).from(1), act::stall(MiB));
+    background restore(it, "model.h5");
+    REQUIRE(something_hangs(it.server));
+    restore.cancel = true;
+    it.check_failed(restore.join(), errc::cancelled);
+    CHECK(it.hidden() == 0);
+  }
+
+  TEST_CASE("content that was resumed but is wrong is fetched once more from nothing") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.options.connections = 1;
+    it.server.add_fault(target(place::storage).nth(1), act::flip_byte(5));
+    it.server.add_fault(target(place::storage).nth(1), act::stall(20 * MiB));
+    it.settings.total_timeout = 1s;
+    it.check_failed(it.restore("model.h5"), errc::connection_failed);
+    REQUIRE(it.hidden() == 1);
+    it.settings.total_timeout = 0ms;
+    it.server.clear_log();
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.graphql() == 2);
+    CHECK(it.storage_bytes() > large_size);
+  }
+}
+
+TEST_SUITE("download: progress") {
+  TEST_CASE("from one thread, never back, never beyond the total, and the last word is the whole") {
+    for (const bool verify : {true, false}) {
+      CAPTURE(verify);
+      world it;
+      it.options.verify = verify;
+      const auto what = it.add("model.h5", large_size);
+      it.server.set_rate(0, 40 * MiB);
+      struct report {
+        std::thread::id thread;
+        std::string name;
+        wandb::phase phase;
+        std::uint64_t done;
+        std::optional<std::uint64_t> total;
+        double rate;
+        clock_type::time_point time;
+      };
+      std::vector<report> reports;  // no lock: one thread at a time is the promise
+      it.options.on_progress = [&](const wandb::progress& now) {
+        reports.push_back({std::this_thread::get_id(), std::string(now.name), now.phase, now.bytes_done, now.bytes_total, now.bytes_per_second,
+                           clock_type::now()});
+        return true;
+      };
+      it.check_restored(it.restore("model.h5"), "model.h5", *what, verify);
+      REQUIRE(reports.size() >= 3);
+      CHECK(reports.back().done == large_size);
+      CHECK(reports.back().phase == (verify ? wandb::phase::verifying : wandb::phase::downloading));
+      bool rate_seen = false;
+      for (std::size_t i = 0; i < reports.size(); ++i) {
+        const auto& now = reports[i];
+        CHECK(now.thread == std::this_thread::get_id());
+        CHECK(now.name == "model.h5");
+        CHECK(now.total == large_size);
+        CHECK(now.done <= large_size);
+        rate_seen = rate_seen || now.rate > 0;
+        if (i == 0) continue;
+        CHECK(static_cast<int>(now.phase) >= static_cast<int>(reports[i - 1].phase));
+        if (now.phase == reports[i - 1].phase) CHECK(now.done >= reports[i - 1].done);
+        if (i + 1 < reports.size()) CHECK(now.time - reports[i - 1].time > 80ms);
+      }
+      CHECK(rate_seen);
+    }
+  }
+
+  TEST_CASE("false from the first report on: cancelled, and the file is not there") {
+    world it;
+    it.add("model.h5", small_size);
+    it.options.on_progress = [](const wandb::progress&) { return false; };
+    it.check_failed(it.restore("model.h5"), errc::cancelled);
+    CHECK_FALSE(fs::exists(it.at("model.h5")));
+  }
+
+  TEST_CASE("an exception from on_progress reaches the caller, and nothing is left running or half-done") {
+    world it;
+    it.add("model.h5", large_size);
+    it.server.set_rate(0, 10 * MiB);
+    it.options.on_progress = [](const wandb::progress&) -> bool { throw std::runtime_error("enough"); };
+    CHECK_THROWS_WITH_AS((void)it.restore("model.h5"), "enough", std::runtime_error);
+    CHECK_FALSE(fs::exists(it.at("model.h5")));
+    CHECK(it.server.wait_for([](const auto& now) { return now.counts.of(origin::storage).open_connections == 0; }, 20s));
+  }
+}
+
+TEST_SUITE("download: several at once") {
+  TEST_CASE("threads of one program, one file: it is fetched once") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    wandb::client<> client(it.settings);
+    std::vector<std::thread> threads;
+    std::atomic<int> downloaded{0}, local{0}, right{0};
+    for (int i = 0; i < 8; ++i) {
+      threads.emplace_back([&] {
+        auto got = client.try_restore("model.h5", it.options);
+        if (!got) return;
+        ++(got->source() == wandb::source::downloaded ? downloaded : local);
+        right += got->verified() && got->size() == large_size;
+      });
+    }
+    for (auto& one : threads) one.join();
+    CHECK(right == 8);
+    CHECK(downloaded == 1);
+    CHECK(local == 7);
+    CHECK(holds(it.at("model.h5"), *what));
+    CHECK(it.storage_bytes() <= large_size + large_size / 20 + 2 * MiB);
+    CHECK(it.hidden() == 0);
+  }
+
+  TEST_CASE("threads of one program, a file each") {
+    world it;
+    std::vector<stand_in::content_ptr> all;
+    for (int i = 0; i < 6; ++i) all.push_back(it.add("model-" + std::to_string(i), 3 * MiB + static_cast<std::uint64_t>(i)));
+    wandb::client<> client(it.settings);
+    std::vector<std::thread> threads;
+    std::atomic<int> right{0};
+    for (int i = 0; i < 6; ++i) {
+      threads.emplace_back([&, i] {
+        const std::string name = "model-" + std::to_string(i);
+        right += client.try_restore(name, it.options).has_value() && holds(it.at(name), *all[static_cast<std::size_t>(i)]);
+      });
+    }
+    for (auto& one : threads) one.join();
+    CHECK(right == 6);
+  }
+
+  TEST_CASE("the one that fetches is cancelled: one that waits takes over from there") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.options.connections = 1;
+    it.server.add_fault(target(place::storage).nth(1), act::stall(20 * MiB));
+    std::mutex mutex;
+    std::condition_variable told;
+    std::uint64_t done = 0;
+    it.options.on_progress = [&](const wandb::progress& now) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      done = (std::max)(done, now.bytes_done);
+      told.notify_all();
+      return true;
+    };
+    background first(it, "model.h5");
+    {
+      std::unique_lock<std::mutex> lock(mutex);
+      REQUIRE(told.wait_for(lock, 20s, [&] { return done >= 19 * MiB; }));
+    }
+    bool waits = false;
+    it.options.on_progress = [&](const wandb::progress&) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      waits = true;
+      told.notify_all();
+      return true;
+    };
+    background second(it, "model.h5");
+    {
+      std::unique_lock<std::mutex> lock(mutex);
+      REQUIRE(told.wait_for(lock, 20s, [&] { return waits; }));
+    }
+    first.cancel = true;
+    it.check_failed(first.join(), errc::cancelled);
+    it.check_restored(second.join(), "model.h5", *what);
+    CHECK(it.storage_bytes() < large_size + 2 * MiB);
+  }
+}
