@@ -3039,7 +3039,6 @@ class patience {
     const auto wait = (std::max)(jitter(ceiling), failure.retry_after());
     if (spent + wait < limit) return wait;
     std::string text = failure.what();
-    if (text.find("(gave up after") != text.npos) return failure;  // who tried within this has said so
     if (failure.retry_after().count() > 0) text += "; it asks to wait " + seconds_text(failure.retry_after());
     text += " (gave up after " + std::to_string(tries_) + (tries_ == 1 ? " try in " : " tries in ") +
             seconds_text(spent) + "; the limit without progress is " + seconds_text(limit) + ")";
@@ -3120,7 +3119,13 @@ class guarded_sink final : public body_sink {
       window_bytes_ += bytes.size();
     }
     if (cancelled()) return false;
-    if (streamed_) return taker_.write(bytes);
+    if (streamed_) {
+      const auto before = clock::now();
+      const bool more = taker_.write(bytes);
+      const std::lock_guard<std::mutex> guard(mutex_);
+      since_ += clock::now() - before;  // a slow disk is not the peer's fault
+      return more;
+    }
     kept_.append(bytes.substr(0, max_error_body - kept_.size()));
     return kept_.size() < max_error_body;  // no answer of that kind is worth more
   }
@@ -3956,6 +3961,10 @@ class download {
   std::optional<error> judge(const answer& got, const url& from, std::uint64_t used,
                              const std::string& authorization);
   result<void> flush(std::size_t me, std::string& buffer);
+  /// What the service was asked for was tried long enough: not worth another try here.
+  static error tried(const error& failure) {
+    return error::permanent(failure.code(), failure.what(), failure.http_status());
+  }
   void retire(std::size_t me, const error& why);
   void fail(const error& why);
   void stop();
@@ -4046,6 +4055,8 @@ class download::range_sink final : public body_sink {
   }
 
   [[nodiscard]] const std::optional<error>& failure() const { return failure_; }
+  /// A range that was shorter than asked for (RFC 9110, section 15.3.7) has come whole: the next one can be asked for.
+  [[nodiscard]] bool came_short() const { return slot_.at == promised_end_ && slot_.at < slot_.end; }
   /// More came than was promised or is still wanted.
   [[nodiscard]] bool surplus() const { return surplus_; }
 
@@ -4068,6 +4079,7 @@ class download::range_sink final : public body_sink {
     const auto range = field != nullptr ? content_range::parse(*field) : std::nullopt;
     if (!ranged_ || !range) return violation("answers 206 without a range that was asked for");
     if (range->size && of_.remote_.info.size && *range->size != *of_.remote_.info.size) return wrong_size(*range->size);
+    promised_end_ = range->bytes.end;
     if (range->bytes.begin != slot_.at || range->bytes.end > asked_end_) {
       return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
     }
@@ -4097,6 +4109,7 @@ class download::range_sink final : public body_sink {
   bool ranged_;
   const url& here_;
   std::uint64_t asked_end_ = slot_.end;
+  std::uint64_t promised_end_ = 0;
   std::optional<error> failure_;
   bool surplus_ = false;
 };
@@ -4294,15 +4307,20 @@ inline void download::work(std::size_t me) {
   patience tries(call_);
   std::string buffer;
   buffer.reserve(static_cast<std::size_t>(range_sink::chunk));
+  const auto& mine = (*plan_)[me];
+  const auto unfinished = [&] {
+    const lock held(mutex_);
+    return !stopped_ && !complete_ && mine.at < mine.end;
+  };
   while (next_range(me)) {
     buffer.clear();
-    while (auto failure = fetch(me, buffer, tries)) {
-      if (stopped_) return;
+    while (unfinished()) {
+      const auto failure = fetch(me, buffer, tries);
+      if (!failure || stopped_) continue;
       if (!failure->is_transient()) return fail(*failure);
       const auto wait = tries.after(*failure);
       if (!wait) return wait.error().code() == errc::cancelled ? fail(wait.error()) : retire(me, wait.error());
       lock held(mutex_);
-      const auto& mine = (*plan_)[me];
       changed_.wait_for(held, *wait, [&] { return stopped_ || complete_ || mine.at >= mine.end; });
     }
     const lock held(mutex_);
@@ -4330,7 +4348,7 @@ inline result<url> download::address(lock& held) {
     held.unlock();
     auto fresh = service(session_, call_).find_file(run_, name_);
     held.lock();
-    if (!fresh) return fresh.error();
+    if (!fresh) return tried(fresh.error());
     if (fresh->info.md5 != remote_.info.md5 || fresh->info.size != remote_.info.size) {
       entity_changed_ = true;
       return error(errc::protocol_violation, what() + ": the run replaced the file while it was being fetched; try again");
@@ -4340,11 +4358,11 @@ inline result<url> download::address(lock& held) {
   return url::parse(remote_.address);
 }
 
-/// One exchange for what is left of a connection's range; nothing where that is done.
+/// One exchange for what is left of a connection's range. Nothing: go on with what is left then, if anything.
 inline std::optional<error> download::fetch(std::size_t me, std::string& buffer, patience& tries) {
   auto& mine = (*plan_)[me];
   const auto authorization = session_.authorization(call_);
-  if (!authorization) return authorization.error();
+  if (!authorization) return tried(authorization.error());
 
   lock held(mutex_);
   if (stopped_ || mine.at >= mine.end) return std::nullopt;
@@ -4384,8 +4402,7 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
   if (sink.failure()) return sink.failure();
   if (got && got->head.status != 200 && got->head.status != 206) {
     if (auto failure = judge(*got, *here, used, *authorization)) return failure;
-    held.unlock();
-    return fetch(me, buffer, tries);  // from the new address
+    return std::nullopt;  // the next try is from the new address
   }
   if (mine.revoked && mine.at >= mine.end) return std::nullopt;  // another has the rest
   if (!got && !sink.surplus()) return got.error();
@@ -4408,6 +4425,7 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
     if (complete_) return std::nullopt;
   }
   if (mine.at >= mine.end) return std::nullopt;
+  if (sink.came_short()) return std::nullopt;
   return error(errc::connection_failed, what() + ": " + here->redacted() + " ended " +
                                             std::to_string(mine.end - mine.at) + " bytes early");
 }
@@ -4420,6 +4438,10 @@ inline std::optional<error> download::judge(const answer& got, const url& from, 
   const auto base = parse_base_url(session_.config.base_url);
   const bool storage = base && !under_base(*base, from);
   error failure = session_.status_error(what() + ": " + from.redacted(), got, from, authorization);
+  if (status == 416) {  // RFC 9110, section 15.5.17: it has become shorter
+    entity_changed_ = true;
+    return error(errc::protocol_violation, std::string(failure.what()) + ": it changed while it was being fetched", status);
+  }
   if (!storage || (status != 401 && status != 403 && status != 410)) return failure;
   if (generation_ != used) return std::nullopt;  // another has renewed it
   if (renewed_) {  // told at once: nobody else shall ask for yet another
