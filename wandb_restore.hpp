@@ -3029,6 +3029,8 @@ class patience {
     tries_ = 0;
     since_ = clock::now();
   }
+  /// In a row, without anything arriving.
+  [[nodiscard]] int failures() const { return tries_; }
   /// After a failure: how long to wait before the next try, or the error to give up with.
   [[nodiscard]] result<milliseconds> after(const error& failure) {
     if (call_.cancelled()) return call_.why_cancelled();
@@ -4308,6 +4310,7 @@ inline void download::work(std::size_t me) {
   std::string buffer;
   buffer.reserve(static_cast<std::size_t>(range_sink::chunk));
   const auto& mine = (*plan_)[me];
+  std::uint64_t others = 0;  // bytes that all connections had received when this one began to fail
   const auto unfinished = [&] {
     const lock held(mutex_);
     return !stopped_ && !complete_ && mine.at < mine.end;
@@ -4320,7 +4323,12 @@ inline void download::work(std::size_t me) {
       if (!failure->is_transient()) return fail(*failure);
       const auto wait = tries.after(*failure);
       if (!wait) return wait.error().code() == errc::cancelled ? fail(wait.error()) : retire(me, wait.error());
+      if (tries.failures() == 1) others = received_;
       lock held(mutex_);
+      if (tries.failures() == 3 && received_ != others && alive_ > 1) {  // others get on: the server wants no more
+        held.unlock();
+        return retire(me, *failure);
+      }
       changed_.wait_for(held, *wait, [&] { return stopped_ || complete_ || mine.at >= mine.end; });
     }
     const lock held(mutex_);
