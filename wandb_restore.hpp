@@ -82,13 +82,12 @@
 #include <functional>   // callbacks
 #include <initializer_list>  //
 #include <memory>       // shared_ptr
-#include <optional>     // what may be unknown
+#include <optional>     // what may be unknown; result
 #include <stdexcept>    // error is a runtime_error
 #include <string>       //
 #include <string_view>  //
 #include <type_traits>  //
 #include <utility>      //
-#include <variant>      // result
 #include <vector>       //
 
 namespace wandb {
@@ -181,17 +180,17 @@ class [[nodiscard]] result {
   using value_type = T;
   using error_type = wandb::error;
 
-  result(T value) : state_(std::in_place_index<0>, std::move(value)) {}               // NOLINT: implicit, as in expected
-  result(wandb::error failure) : state_(std::in_place_index<1>, std::move(failure)) {}  // NOLINT
+  result(T value) : value_(std::move(value)) {}                // NOLINT: implicit, as in expected
+  result(wandb::error failure) : failure_(std::move(failure)) {}  // NOLINT
 
-  [[nodiscard]] bool has_value() const noexcept { return state_.index() == 0; }
+  [[nodiscard]] bool has_value() const noexcept { return value_.has_value(); }
   explicit operator bool() const noexcept { return has_value(); }
 
-  T& operator*() & noexcept { return *std::get_if<0>(&state_); }
-  const T& operator*() const& noexcept { return *std::get_if<0>(&state_); }
-  T&& operator*() && noexcept { return std::move(*std::get_if<0>(&state_)); }
-  T* operator->() noexcept { return std::get_if<0>(&state_); }
-  const T* operator->() const noexcept { return std::get_if<0>(&state_); }
+  T& operator*() & noexcept { return *value_; }
+  const T& operator*() const& noexcept { return *value_; }
+  T&& operator*() && noexcept { return *std::move(value_); }
+  T* operator->() noexcept { return &*value_; }
+  const T* operator->() const noexcept { return &*value_; }
 
   T& value() & { return require(), **this; }
   const T& value() const& { return require(), **this; }
@@ -202,19 +201,21 @@ class [[nodiscard]] result {
   }
 
   /// Only where there is no value.
-  [[nodiscard]] const wandb::error& error() const& noexcept { return *std::get_if<1>(&state_); }
-  [[nodiscard]] wandb::error&& error() && noexcept { return std::move(*std::get_if<1>(&state_)); }
+  [[nodiscard]] const wandb::error& error() const& noexcept { return *failure_; }
+  [[nodiscard]] wandb::error&& error() && noexcept { return *std::move(failure_); }
 
  private:
   void require() const {
     if (has_value()) return;
 #if WANDB_RESTORE_EXCEPTIONS
-    throw *std::get_if<1>(&state_);
+    throw *failure_;
 #else
     std::abort();
 #endif
   }
-  std::variant<T, wandb::error> state_;
+  // Exactly one of the two. A std::variant would know a third state, and compiles to twice the code.
+  std::optional<T> value_;
+  std::optional<wandb::error> failure_;
 };
 
 template <>
