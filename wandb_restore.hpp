@@ -680,7 +680,6 @@ restored_file restore(std::string_view name, const Text& run_path, bool replace 
 #include <deque>               //
 #include <map>                 //
 #include <mutex>               //
-#include <random>              // jitter
 #include <set>                 //
 #include <thread>              // sleep_for
 
@@ -1675,13 +1674,34 @@ inline std::optional<std::uint64_t> free_space(const path& directory) {
 #endif
 }
 
+using process_id = std::uint64_t;
+
+inline process_id own_process() {
+#ifdef _WIN32
+  return GetCurrentProcessId();
+#else
+  return static_cast<process_id>(::getpid());
+#endif
+}
+
+/// Differs from call to call and from process to process: for names, and to spread retries; never for secrets.
+/// std::random_device throws where a system has no source of randomness.
+inline std::uint64_t some_number() {
+  static std::atomic<std::uint64_t> calls{0};
+  const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
+  std::string text;
+  for (const std::uint64_t part : {own_process(), static_cast<process_id>(reinterpret_cast<std::uintptr_t>(&calls)),
+                                   static_cast<process_id>(now), calls++}) {
+    text += std::to_string(part) + ' ';
+  }
+  return name_hash(text);
+}
+
 /// Puts a small file in its place in one step, whole or not at all.
 inline result<void> replace_small_file(const path& where, std::string_view text, unsigned permissions = 0666) {
   if (auto made = make_directories(where.parent_path()); !made) return made;
   path beside = where;
-  beside += ".new-" + std::to_string(static_cast<unsigned long long>(
-                          std::chrono::steady_clock::now().time_since_epoch().count())) + '-' +
-            hex64(static_cast<std::uint64_t>(std::random_device()()));
+  beside += ".new-" + hex64(some_number());
   file out;
   int code = out.open(beside, file::mode::create, permissions);
   if (code == 0) code = out.write_at(0, text);
@@ -1694,16 +1714,6 @@ inline result<void> replace_small_file(const path& where, std::string_view text,
 }
 
 // ---- who is who: processes that own partial files
-
-using process_id = std::uint64_t;
-
-inline process_id own_process() {
-#ifdef _WIN32
-  return GetCurrentProcessId();
-#else
-  return static_cast<process_id>(::getpid());
-#endif
-}
 
 /// When that process started, in the system's own unit; absent where there is no such process (a zombie counts as gone),
 /// 0 where the system does not tell.
@@ -1872,7 +1882,7 @@ class partial_file {
   [[nodiscard]] const file& content() const { return out_; }
   [[nodiscard]] const path& where() const { return where_; }
   [[nodiscard]] std::uint64_t size() const { return size_; }
-  [[nodiscard]] bool has(std::uint64_t index) const { return (bits_[index / 8] >> (index % 8) & 1) != 0; }
+  [[nodiscard]] bool has(std::uint64_t index) const { return (bits_[byte_of(index)] >> (index % 8) & 1) != 0; }
   [[nodiscard]] std::uint64_t blocks() const { return (size_ + block - 1) / block; }
 
   /// Writes bytes at their offset. Several threads at once.
@@ -1883,9 +1893,9 @@ class partial_file {
   /// Records that blocks [first, last) have been written. One thread at a time.
   result<void> record(std::uint64_t first, std::uint64_t last) {
     if (first >= last) return {};
-    for (auto i = first; i < last; ++i) bits_[i / 8] = static_cast<char>(bits_[i / 8] | 1 << (i % 8));
-    const std::string_view changed(bits_.data() + first / 8, (last - 1) / 8 - first / 8 + 1);
-    return write(record_offset() + header_size + first / 8, changed);
+    for (auto i = first; i < last; ++i) bits_[byte_of(i)] = static_cast<char>(bits_[byte_of(i)] | 1 << (i % 8));
+    const auto begin = byte_of(first), end = byte_of(last - 1) + 1;
+    return write(record_offset() + header_size + begin, std::string_view(bits_).substr(begin, end - begin));
   }
   /// Content of unknown length: the size is known only at its end.
   void set_size(std::uint64_t size) { size_ = size; }
@@ -1906,10 +1916,11 @@ class partial_file {
 
  private:
   static constexpr std::string_view magic = "wandb-restore 1\n";
-  static constexpr std::uint64_t header_size = 32;
+  static constexpr std::size_t header_size = 32;
 
   partial_file(file out, path where, std::uint64_t size)
-      : out_(std::move(out)), where_(std::move(where)), size_(size), bits_((blocks() + 7) / 8, '\0') {}
+      : out_(std::move(out)), where_(std::move(where)), size_(size), bits_(byte_of(blocks() + 7), '\0') {}
+  static std::size_t byte_of(std::uint64_t index) { return static_cast<std::size_t>(index / 8); }
   [[nodiscard]] std::uint64_t record_offset() const { return (size_ + block - 1) / block * block; }
   [[nodiscard]] std::string header() const {
     std::string text(magic);
@@ -3059,8 +3070,7 @@ class patience {
 
  private:
   static milliseconds jitter(milliseconds ceiling) {
-    thread_local std::minstd_rand random{std::random_device{}()};
-    return milliseconds(std::uniform_int_distribution<std::int64_t>(0, ceiling.count())(random));
+    return milliseconds(some_number() % static_cast<std::uint64_t>(ceiling.count() + 1));
   }
   const call& call_;
   int tries_ = 0;
