@@ -755,6 +755,11 @@ the whole program, or WANDB_RESTORE_NO_OPENSSL if plain HTTP is enough"
 #endif
 #endif  // WANDB_RESTORE_NO_HTTPLIB
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuseless-cast"  // a cast from 64 bits to std::size_t is of use on 32-bit machines
+#endif
+
 namespace wandb {
 inline namespace WANDB_RESTORE_PRIVATE_ABI {
 
@@ -5646,5 +5651,9 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const
 
 }  // namespace WANDB_RESTORE_PRIVATE_ABI
 }  // namespace wandb
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #endif  // implementation
