@@ -1,0 +1,137 @@
+/* A disk that fails on demand, for programs that are started with LD_PRELOAD. What fails is said in the environment:
+ *
+ *   FAULT_LOCK=none | ENOLCK | ENOSYS    locks succeed without locking anything, or fail
+ *   FAULT_FREE=BYTES | unknown           what statvfs says is free; unknown: 0 of everything
+ *   FAULT_ALLOCATE=ERROR                 fallocate fails
+ *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th one on; or writes half of what it is given
+ *   FAULT_SYNC=ERROR                     fsync and fdatasync fail
+ *   FAULT_RENAME=ERROR                   rename fails where the new name does not begin with a dot
+ *
+ * ERROR is ENOSPC, EDQUOT, EIO, EACCES, EROFS, EOPNOTSUPP, ENOLCK or ENOSYS.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/statvfs.h>
+#include <sys/types.h>
+
+static int number_of(const char* name) {
+  static const struct {
+    const char* name;
+    int number;
+  } all[] = {{"ENOSPC", ENOSPC}, {"EDQUOT", EDQUOT},         {"EIO", EIO},       {"EACCES", EACCES},
+             {"EROFS", EROFS},   {"EOPNOTSUPP", EOPNOTSUPP}, {"ENOLCK", ENOLCK}, {"ENOSYS", ENOSYS}};
+  for (size_t i = 0; i < sizeof all / sizeof *all; ++i)
+    if (strncmp(name, all[i].name, strlen(all[i].name)) == 0) return all[i].number;
+  return EINVAL;
+}
+
+/* Sets errno and returns 1 where the variable says that the call fails. */
+static int fails(const char* variable) {
+  const char* value = getenv(variable);
+  if (!value) return 0;
+  errno = number_of(value);
+  return 1;
+}
+
+static int lock_answer(int command, int* answer) {
+  const char* value = getenv("FAULT_LOCK");
+  const int locks = command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK || command == F_OFD_SETLKW;
+  if (!value || !locks) return 0;
+  *answer = strcmp(value, "none") == 0 ? 0 : -1;
+  if (*answer) errno = number_of(value);
+  return 1;
+}
+
+#define FCNTL(name)                                                                                     \
+  int name(int fd, int command, ...) {                                                                  \
+    va_list arguments;                                                                                  \
+    va_start(arguments, command);                                                                       \
+    void* argument = va_arg(arguments, void*);                                                          \
+    va_end(arguments);                                                                                  \
+    int answer;                                                                                         \
+    if (lock_answer(command, &answer)) return answer;                                                   \
+    return ((int (*)(int, int, ...))dlsym(RTLD_NEXT, #name))(fd, command, argument);                    \
+  }
+FCNTL(fcntl)
+FCNTL(fcntl64)
+
+int flock(int fd, int operation) {
+  int answer;
+  if (lock_answer(F_SETLK, &answer)) return answer;
+  return ((int (*)(int, int))dlsym(RTLD_NEXT, "flock"))(fd, operation);
+}
+
+#define FALLOCATE(name, offset_type)                                                                                 \
+  int name(int fd, int mode, offset_type offset, offset_type length) {                                               \
+    if (fails("FAULT_ALLOCATE")) return -1;                                                                          \
+    return ((int (*)(int, int, offset_type, offset_type))dlsym(RTLD_NEXT, #name))(fd, mode, offset, length);         \
+  }
+FALLOCATE(fallocate, off_t)
+FALLOCATE(fallocate64, off64_t)
+
+#define POSIX_FALLOCATE(name, offset_type)                                                                    \
+  int name(int fd, offset_type offset, offset_type length) {                                                  \
+    if (fails("FAULT_ALLOCATE")) return errno;                                                                \
+    return ((int (*)(int, offset_type, offset_type))dlsym(RTLD_NEXT, #name))(fd, offset, length);             \
+  }
+POSIX_FALLOCATE(posix_fallocate, off_t)
+POSIX_FALLOCATE(posix_fallocate64, off64_t)
+
+#define STATVFS(name, facts_type)                                                                             \
+  int name(const char* where, struct facts_type* facts) {                                                     \
+    const int answer = ((int (*)(const char*, struct facts_type*))dlsym(RTLD_NEXT, #name))(where, facts);     \
+    const char* free_bytes = getenv("FAULT_FREE");                                                            \
+    if (answer != 0 || !free_bytes) return answer;                                                            \
+    if (strcmp(free_bytes, "unknown") == 0) {                                                                 \
+      memset(facts, 0, sizeof *facts);                                                                        \
+    } else {                                                                                                  \
+      facts->f_frsize = 1;                                                                                    \
+      facts->f_bavail = facts->f_bfree = strtoull(free_bytes, NULL, 10);                                      \
+    }                                                                                                         \
+    return 0;                                                                                                 \
+  }
+STATVFS(statvfs, statvfs)
+STATVFS(statvfs64, statvfs64)
+
+/* 1: fails; otherwise how much is written may be less. */
+static int write_fails(size_t* count) {
+  static int writes = 0;
+  const char* value = getenv("FAULT_WRITE");
+  if (!value) return 0;
+  if (strcmp(value, "short") == 0) {
+    if (*count > 1) *count /= 2;
+    return 0;
+  }
+  const char* from = strchr(value, '@');
+  if (__atomic_add_fetch(&writes, 1, __ATOMIC_SEQ_CST) < (from ? atoi(from + 1) : 1)) return 0;
+  errno = number_of(value);
+  return 1;
+}
+
+#define PWRITE(name, offset_type)                                                                                    \
+  ssize_t name(int fd, const void* bytes, size_t count, offset_type offset) {                                        \
+    if (write_fails(&count)) return -1;                                                                              \
+    return ((ssize_t(*)(int, const void*, size_t, offset_type))dlsym(RTLD_NEXT, #name))(fd, bytes, count, offset);   \
+  }
+PWRITE(pwrite, off_t)
+PWRITE(pwrite64, off64_t)
+
+int fsync(int fd) {
+  if (fails("FAULT_SYNC")) return -1;
+  return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
+int fdatasync(int fd) {
+  if (fails("FAULT_SYNC")) return -1;
+  return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(fd);
+}
+
+int rename(const char* from, const char* to) {
+  const char* name = strrchr(to, '/');
+  if ((name ? name[1] : to[0]) != '.' && fails("FAULT_RENAME")) return -1;
+  return ((int (*)(const char*, const char*))dlsym(RTLD_NEXT, "rename"))(from, to);
+}

@@ -1,0 +1,441 @@
+// Processes of their own: killed at any moment, many at once on one file, without locks, on disks that fail.
+//
+// A process is this very program, told by its arguments to run one test case that restores one file and says how that
+// went by its exit status. What it is to do is in its environment.
+#include <doctest/doctest.h>
+
+#include <cstdlib>
+#include <optional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "engine.hpp"
+
+#ifndef _WIN32
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define TESTS_SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define TESTS_SANITIZED 1
+#endif
+#endif
+#ifndef TESTS_SANITIZED
+#define TESTS_SANITIZED 0
+#endif
+
+extern char** environ;
+
+namespace {
+
+using namespace engine;
+using stand_in::place;
+using stand_in::request_kind;
+using stand_in::target;
+using wandb::errc;
+namespace act = stand_in::act;
+
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? value : "";
+}
+
+constexpr int downloaded = 0, local = 10, failed = 20;  // exit statuses; failed + errc
+
+/// A process that restores one file.
+class child {
+ public:
+  using variables = std::vector<std::pair<std::string, std::string>>;
+
+  child(const world& of, const std::string& name, const variables& more = {}) {
+    variables all = {{"CHILD_URL", of.server.base_url()},
+                     {"CHILD_KEY", of.server.key()},
+                     {"CHILD_CA", of.settings.ca_file.string()},
+                     {"CHILD_CACHE", of.settings.cache_dir.string()},
+                     {"CHILD_ROOT", of.options.root.string()},
+                     {"CHILD_NAME", name},
+                     {"CHILD_REPLACE", of.options.replace ? "1" : "0"},
+                     {"CHILD_CONNECTIONS", std::to_string(of.options.connections)},
+                     {"CHILD_TEXT", (of.directory / "text").string()}};
+    all.insert(all.end(), more.begin(), more.end());
+    std::vector<std::string> texts;
+    for (char** one = environ; *one != nullptr; ++one) texts.emplace_back(*one);
+    for (const auto& [key, value] : all) texts.push_back(key + "=" + value);
+    std::vector<char*> environment;
+    for (auto& text : texts) environment.push_back(text.data());
+    environment.push_back(nullptr);
+    std::string program = "tests", only = "--test-case=process: restores one file", skipped = "--no-skip";
+    char* arguments[] = {program.data(), only.data(), skipped.data(), nullptr};
+
+    int ends[2];
+    REQUIRE(pipe2(ends, O_CLOEXEC) == 0);
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_addopen(&actions, 1, "/dev/null", O_WRONLY, 0);
+    posix_spawn_file_actions_adddup2(&actions, ends[1], 3);
+    const int code = posix_spawn(&id_, "/proc/self/exe", &actions, nullptr, arguments, environment.data());
+    posix_spawn_file_actions_destroy(&actions);
+    ::close(ends[1]);
+    progress_ = ends[0];
+    REQUIRE(code == 0);
+  }
+  child(child&& other) noexcept : id_(std::exchange(other.id_, -1)), progress_(std::exchange(other.progress_, -1)) {}
+  ~child() {
+    if (id_ > 0) kill_now();
+    if (progress_ >= 0) ::close(progress_);
+  }
+
+  /// Reads reports until so many bytes are done; returns how many are. 0: it ended before.
+  std::uint64_t wait_for_bytes(std::uint64_t wanted) {
+    for (std::uint64_t done = 0; read(progress_, &done, sizeof done) == static_cast<ssize_t>(sizeof done);) {
+      if (done >= wanted) return wanted == 0 ? done + 1 : done;
+    }
+    return 0;
+  }
+  void kill_now() {
+    kill(id_, SIGKILL);
+    waitpid(id_, nullptr, 0);
+    id_ = -1;
+  }
+  /// The exit status; -signal where one ended it.
+  int join() {
+    int status = 0;
+    waitpid(id_, &status, 0);
+    id_ = -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+  }
+
+ private:
+  pid_t id_ = -1;
+  int progress_ = -1;
+};
+
+int status_of(errc code) { return failed + static_cast<int>(code); }
+
+/// The library that makes a disk fail, compiled on first use; absent where that cannot be, and the reason is told.
+std::optional<std::string> shim() {
+#if TESTS_SANITIZED
+  MESSAGE("left out: a preloaded library and a sanitizer's runtime do not go together");
+  return std::nullopt;
+#else
+  static const support::temporary_directory directory;
+  static const std::string library = (directory / "shim.so").string();
+  static const int made = [] {
+    const std::string source = (fs::path(__FILE__).parent_path() / "faults" / "shim.c").string();
+    return std::system(("cc -shared -fPIC -O1 -o '" + library + "' '" + source + "' -ldl").c_str());
+  }();
+  if (made == 0) return library;
+  MESSAGE("left out: cc does not compile tests/faults/shim.c here");
+  return std::nullopt;
+#endif
+}
+
+/// Lets the first byte of the file go only when so many processes have asked for it.
+void gather(world& it, std::uint64_t processes) {
+  it.server.on_request([&it, processes](const stand_in::request_record& one) {
+    if (one.kind != request_kind::storage) return;
+    it.server.wait_for([=](const auto& now) { return now.counts.of(request_kind::graphql).requests >= processes; }, 60s);
+  });
+}
+
+}  // namespace
+
+TEST_CASE("process: restores one file" * doctest::skip()) {
+  if (variable("CHILD_URL").empty()) return;
+  if (variable("CHILD_UNPRIVILEGED") == "1" && geteuid() == 0) {
+    if (setgid(65534) != 0 || setuid(65534) != 0) _exit(9);
+  }
+  signal(SIGPIPE, SIG_DFL);
+  fcntl(3, F_SETFL, O_NONBLOCK);
+  wandb::settings settings;
+  settings.base_url = variable("CHILD_URL");
+  settings.api_key = variable("CHILD_KEY");
+  settings.ca_file = variable("CHILD_CA");
+  settings.cache_dir = variable("CHILD_CACHE");
+  settings.connect_timeout = settings.idle_timeout = settings.retry_timeout = 30s;
+  settings.on_warning = [](std::string_view) {};
+  wandb::restore_options options;
+  options.run_path = "team/project/run1";
+  options.root = variable("CHILD_ROOT");
+  options.replace = variable("CHILD_REPLACE") == "1";
+  options.connections = std::atoi(variable("CHILD_CONNECTIONS").c_str());
+  options.on_progress = [](const wandb::progress& now) {
+    const std::uint64_t done = now.phase == wandb::phase::downloading ? now.bytes_done : 0;
+    if (now.phase == wandb::phase::downloading) (void)!write(3, &done, sizeof done);
+    return true;
+  };
+  auto got = wandb::client<>(settings).try_restore(variable("CHILD_NAME"), options);
+  if (got) _exit(got->verified() ? (got->source() == wandb::source::downloaded ? downloaded : local) : 8);
+  std::ofstream(variable("CHILD_TEXT")) << got.error().what();
+  _exit(status_of(got.error().code()));
+}
+
+TEST_SUITE("processes: killed") {
+  TEST_CASE("at random moments: the next one ends with the right file, and fetches little again") {
+    std::mt19937_64 random(1);
+    for (int round = 0; round < 8; ++round) {
+      CAPTURE(round);
+      world it;
+      const auto what = it.add("model.h5", large_size);
+      it.server.set_rate(0, 32 * MiB);
+      const std::uint64_t moment = random() % (large_size * 9 / 10);
+      CAPTURE(moment);
+      std::uint64_t on_disk = 0;
+      {
+        child first(it, "model.h5");
+        on_disk = first.wait_for_bytes(moment);
+        first.kill_now();
+      }
+      CHECK_FALSE(fs::exists(it.at("model.h5")));
+      it.server.set_rate(0, 0);
+      // What the first one asked for may still be on its way out.
+      REQUIRE(it.server.wait_for([](const auto& now) { return now.counts.of(stand_in::origin::storage).open_connections == 0; }, 20s));
+      it.server.clear_log();
+      it.options.connections = 1;  // takes no range from another, so that every byte that is sent is wanted
+      REQUIRE(child(it, "model.h5").join() == downloaded);
+      CHECK(holds(it.at("model.h5"), *what));
+      CHECK(it.storage_bytes() <= large_size - on_disk * 9 / 10);
+      CHECK(it.hidden() == 0);
+    }
+  }
+
+  TEST_CASE("again and again: it ends all the same") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.server.set_rate(0, 32 * MiB);
+    for (std::uint64_t moment = 2 * MiB; moment < large_size; moment += 3 * MiB) {
+      child one(it, "model.h5");
+      if (one.wait_for_bytes(moment) == 0) break;
+      one.kill_now();
+      CHECK_FALSE(fs::exists(it.at("model.h5")));
+      CHECK(it.hidden() <= 3);  // the partial file and the lock, and what a kill between two steps leaves
+    }
+    it.server.set_rate(0, 0);
+    CHECK(it.restore("model.h5").has_value());  // the last one may have been through before it was killed
+    CHECK(holds(it.at("model.h5"), *what));
+    CHECK(it.hidden() == 0);
+  }
+
+  TEST_CASE("an old file stays whole until the new one is") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    support::write_file(it.at("model.h5"), "old");
+    it.options.replace = true;
+    it.server.add_fault(target(place::storage).nth(1), act::stall(MiB));
+    {
+      child one(it, "model.h5");
+      REQUIRE(it.server.wait_for([](const auto& now) { return now.counts.stalled > 0; }, 20s));
+      one.kill_now();
+    }
+    CHECK(support::read_file(it.at("model.h5")) == "old");
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+  }
+
+  TEST_CASE("what is left of another content is cleaned up") {
+    world it;
+    it.add("model.h5", large_size);
+    it.options.connections = 1;
+    it.server.add_fault(target(place::storage).nth(1), act::stall(8 * MiB));
+    {
+      child one(it, "model.h5");
+      REQUIRE(one.wait_for_bytes(7 * MiB) > 0);
+    }
+    CHECK(it.hidden() == 2);  // the partial file, and the lock
+    const auto later = it.add("model.h5", small_size);
+    it.check_restored(it.restore("model.h5"), "model.h5", *later);
+  }
+
+  TEST_CASE("one that waits takes over where it stopped") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.options.connections = 1;
+    it.server.add_fault(target(place::storage).nth(1), act::stall(12 * MiB));
+    child first(it, "model.h5");
+    const auto on_disk = first.wait_for_bytes(11 * MiB);
+    REQUIRE(on_disk > 0);
+    child second(it, "model.h5");
+    REQUIRE(second.wait_for_bytes(0) > 0);  // it reports while it waits
+    const auto before = it.storage_bytes();
+    first.kill_now();
+    CHECK(second.join() == downloaded);
+    CHECK(holds(it.at("model.h5"), *what));
+    CHECK(it.storage_bytes() - before <= large_size - on_disk);
+    CHECK(it.hidden() == 0);
+  }
+}
+
+TEST_SUITE("processes: many at once") {
+  TEST_CASE("with locks that work storage sends the file once") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.options.connections = 1;  // see above
+    constexpr std::size_t count = 16;
+    gather(it, count);
+    std::vector<child> all;
+    for (std::size_t i = 0; i < count; ++i) all.emplace_back(it, "model.h5");
+    int fetched = 0, opened = 0;
+    for (auto& one : all) {
+      const int status = one.join();
+      fetched += status == downloaded;
+      opened += status == local;
+    }
+    it.server.on_request({});
+    CHECK(fetched == 1);
+    CHECK(opened == count - 1);
+    CHECK(holds(it.at("model.h5"), *what));
+    CHECK(it.storage() == 1);
+    CHECK(it.storage_bytes() == large_size);
+    CHECK(it.hidden() == 0);
+  }
+
+  TEST_CASE("with locks that lock nothing, and with locks that fail, each ends with the right file") {
+    const auto library = shim();
+    if (!library) return;
+    for (const char* locks : {"none", "ENOLCK", "ENOSYS"}) {
+      CAPTURE(std::string(locks));
+      world it;
+      const auto what = it.add("model.h5", 9 * MiB);
+      constexpr std::size_t count = 6;
+      gather(it, count);
+      std::vector<child> all;
+      for (std::size_t i = 0; i < count; ++i)
+        all.emplace_back(it, "model.h5", child::variables{{"LD_PRELOAD", *library}, {"FAULT_LOCK", locks}});
+      for (auto& one : all) {
+        const int status = one.join();
+        CHECK((status == downloaded || status == local));
+      }
+      it.server.on_request({});
+      CHECK(holds(it.at("model.h5"), *what));
+      CHECK(it.storage_bytes() > 9 * MiB * 3 / 2);  // the fault was there: the file was fetched more than once
+      // The last one found others' locks, if any, and no partial file is left that anybody has use for.
+      it.check_restored([&] {
+        it.options.replace = true;
+        return it.restore("model.h5");
+      }(), "model.h5", *what);
+    }
+  }
+
+  TEST_CASE("without locks, some of them killed: the others end with the right file") {
+    const auto library = shim();
+    if (!library) return;
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.server.set_rate(0, 64 * MiB);
+    const child::variables faults = {{"LD_PRELOAD", *library}, {"FAULT_LOCK", "none"}};
+    std::vector<child> killed, others;
+    for (int i = 0; i < 3; ++i) {
+      killed.emplace_back(it, "model.h5", faults);
+      others.emplace_back(it, "model.h5", faults);
+    }
+    for (auto& one : killed) {
+      (void)one.wait_for_bytes(2 * MiB);
+      one.kill_now();
+    }
+    others.emplace_back(it, "model.h5", faults);
+    for (auto& one : others) {
+      const int status = one.join();
+      CHECK((status == downloaded || status == local));
+    }
+    CHECK(holds(it.at("model.h5"), *what));
+  }
+}
+
+TEST_SUITE("processes: what they meet") {
+  TEST_CASE("SIGPIPE does not end a program that has its default handler") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.server.add_fault(target(place::connect).nth(1), act::refuse());
+    it.server.add_fault(target(place::graphql).nth(1), act::reset(5));
+    it.server.add_fault(target(place::files).nth(1), act::close_silently());
+    for (unsigned n = 1; n < 12; n += 2) it.server.add_fault(target(place::storage).nth(n), act::reset(200'000 * n));
+    CHECK(child(it, "model.h5").join() == downloaded);
+    CHECK(holds(it.at("model.h5"), *what));
+  }
+
+  TEST_CASE("a directory that may not be written to: disk_failure that names it, and no byte is fetched") {
+    world it;
+    it.add("model.h5", small_size);
+    fs::create_directories(it.options.root);
+    fs::permissions(it.directory.path(), fs::perms(0755));
+    fs::permissions(it.options.root, fs::perms(0555));
+    CHECK(child(it, "model.h5", {{"CHILD_UNPRIVILEGED", "1"}, {"CHILD_TEXT", "/dev/null"}}).join() == status_of(errc::disk_failure));
+    CHECK(it.storage() == 0);
+    fs::permissions(it.options.root, fs::perms(0755));
+    CHECK(it.hidden() == 0);
+  }
+
+  TEST_CASE("disks that fail") {
+    const auto library = shim();
+    if (!library) return;
+    struct failing {
+      const char* name;
+      child::variables faults;
+      bool before_the_first_byte;
+      const char* text;  // nullptr: it goes well
+    };
+    const std::vector<failing> rows = {
+        {"too little is free", {{"FAULT_FREE", "1000000"}}, true, " are missing"},
+        {"nothing is free", {{"FAULT_FREE", "0"}}, true, " are missing"},
+        {"no room to reserve", {{"FAULT_ALLOCATE", "ENOSPC"}}, true, "No space left"},
+        {"the quota is used up", {{"FAULT_ALLOCATE", "EDQUOT"}}, true, "uota"},
+        {"full, and nothing told it before", {{"FAULT_ALLOCATE", "EOPNOTSUPP"}, {"FAULT_WRITE", "ENOSPC@20"}}, false, "No space left"},
+        {"a write fails", {{"FAULT_WRITE", "EIO@20"}}, false, "Input/output error"},
+        {"the first write fails", {{"FAULT_WRITE", "EIO@1"}}, true, "Input/output error"},
+        {"the sync fails", {{"FAULT_SYNC", "EIO"}}, false, "Input/output error"},
+        {"the rename fails", {{"FAULT_RENAME", "EACCES"}}, false, "Permission denied"},
+        {"reserving is not known there", {{"FAULT_ALLOCATE", "EOPNOTSUPP"}}, false, nullptr},
+        {"nothing is known of free space", {{"FAULT_FREE", "unknown"}}, false, nullptr},
+        {"writes that take half of what they are given", {{"FAULT_WRITE", "short"}}, false, nullptr},
+    };
+    for (const auto& row : rows) {
+      CAPTURE(std::string(row.name));
+      world it;
+      const auto what = it.add("model.h5", large_size);
+      support::write_file(it.at("model.h5"), "old");
+      it.options.replace = true;
+      auto faults = row.faults;
+      faults.emplace_back("LD_PRELOAD", *library);
+      const int status = child(it, "model.h5", faults).join();
+      if (row.text == nullptr) {
+        CHECK(status == downloaded);
+        CHECK(holds(it.at("model.h5"), *what));
+        CHECK(it.hidden() == 0);
+        continue;
+      }
+      CHECK(status == status_of(errc::disk_failure));
+      const std::string text = support::read_file(it.directory / "text");
+      CAPTURE(text);
+      CHECK(text.find(row.text) != std::string::npos);
+      CHECK(text.find(it.options.root.string()) != std::string::npos);
+      CHECK(support::read_file(it.at("model.h5")) == "old");
+      if (row.before_the_first_byte) {
+        CHECK(it.storage() == 0);
+        CHECK(it.hidden() == 0);
+      }
+      // Once the disk is well again, the next call ends well.
+      it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    }
+  }
+
+  TEST_CASE("how much is missing is told exactly") {
+    const auto library = shim();
+    if (!library) return;
+    world it;
+    it.add("model.h5", large_size);
+    CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_FREE", "1000000"}}).join() == status_of(errc::disk_failure));
+    const std::string text = support::read_file(it.directory / "text");
+    CAPTURE(text);
+    CHECK(text.find(std::to_string(large_size) + " bytes are needed") != std::string::npos);
+    CHECK(text.find("1000000 are free") != std::string::npos);
+    CHECK(text.find(std::to_string(large_size - 1000000) + " are missing") != std::string::npos);
+  }
+}
+
+#endif  // _WIN32
