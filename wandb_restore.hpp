@@ -1910,10 +1910,10 @@ class partial_file {
   /// An error where a directory's disk has no room for so many bytes more.
   static result<void> check_room(const path& directory, std::uint64_t missing);
 
-  /// Keeps the file for whoever restores this content next.
+  /// Keeps the file for whoever restores this content next. Of no effect once it was published.
   void release(const place& at, const std::string& md5) {
     out_.close();
-    if (md5.empty() || bits_.find_first_not_of('\0') == std::string::npos) return;  // it is worth nothing: it goes
+    if (where_.empty() || md5.empty() || bits_.find_first_not_of('\0') == std::string::npos) return;  // it is worth nothing: it goes
     if (rename_over(where_, at.partial(md5, "free-" + owner::self().str())) == 0) where_.clear();
   }
   /// Puts the finished content in the target's place and returns a stream on it, opened on this very inode.
@@ -4654,7 +4654,8 @@ class restoring {
                           : partial_file::open(at_, remote.info.md5, remote.info.size.value_or(0));
       if (!opened) return opened.error();
       partial_file& partial = **opened;
-      if (auto room = partial.reserve(); !room) return keep_for_later(partial, remote, room.error());
+      keeper kept{partial, at_, remote.info.md5};
+      if (auto room = partial.reserve(); !room) return room.error();
 
       bool changed = false;
       auto done = [&] {
@@ -4665,7 +4666,8 @@ class restoring {
       }();
       if (done) return publish(partial, remote);
       const bool wrong = done.error().code() == errc::checksum_mismatch;
-      if (!wrong && !changed) return keep_for_later(partial, remote, done.error());
+      if (!wrong && !changed) return done.error();
+      kept.wanted = false;
       if (again) {
         return error(done.error().code(), std::string(done.error().what()) +
                                               (wrong ? " (fetched twice; the run may be writing it: try again later)" : " (twice)"));
@@ -4676,10 +4678,16 @@ class restoring {
     }
   }
 
-  error keep_for_later(partial_file& partial, const remote_file& remote, error why) const {
-    partial.release(at_, remote.info.md5);
-    return why;
-  }
+  /// What has arrived is kept for the next try, however this one ends: the caller's on_progress may throw, too.
+  struct keeper {
+    partial_file& partial;
+    const place& at;
+    std::string md5;
+    bool wanted = true;
+    ~keeper() {
+      if (wanted) partial.release(at, md5);
+    }
+  };
 
   result<restored_file> publish(partial_file& partial, const remote_file& remote) {
     auto stream = partial.publish(at_);
