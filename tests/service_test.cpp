@@ -321,6 +321,7 @@ TEST_SUITE("service: answers that lead to no file") {
         {"errors: not found", R"({"errors":[{"message":"project not found"}],"data":{"project":null}})", errc::run_not_found,
          {"project not found", "127.0.0.1"}},
         {"errors: could not find", R"({"errors":[{"message":"could not find run"}]})", errc::run_not_found, {"could not find run"}},
+        {"errors: something else not found", R"({"errors":[{"message":"PersistedQueryNotFound: query not found"}]})", errc::http_failure, {}},
         {"errors: permission denied", R"({"errors":[{"message":"permission denied"}]})", errc::permission_denied, {"permission denied"}},
         {"errors: several", R"({"errors":["one",{"message":"two"}]})", errc::http_failure, {"one; two"}},
         {"errors beside data", R"({"errors":[{"message":"half of it failed"}],"data":{"project":{"run":{"files":{"edges":[]}}}}})",
@@ -359,6 +360,8 @@ TEST_SUITE("service: answers that lead to no file") {
     const std::vector<row> table = {
         {404, R"({"error":"project not found"})", errc::run_not_found, {"project not found"}},
         {404, R"({"errors":[{"message":"project not found"}]})", errc::run_not_found, {"project not found"}},
+        {404, R"({"error":"file not found"})", errc::file_not_found, {"file not found"}},
+        {404, R"({"error":"not found"})", errc::http_failure, {"base URL"}},  // a router's words: no reason to start afresh
         {404, "<html>no such page</html>", errc::http_failure, {"base URL"}},
         {404, "", errc::http_failure, {"base URL"}},
         {403, R"({"errors":["permission denied"]})", errc::permission_denied, {"permission denied"}},
