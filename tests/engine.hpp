@@ -23,7 +23,7 @@ namespace fs = std::filesystem;
 
 constexpr std::uint64_t MiB = 1024 * 1024;
 constexpr std::uint64_t small_size = 300'001;       // one plain GET
-constexpr std::uint64_t large_size = 24 * MiB + 7;  // several ranges
+constexpr std::uint64_t large_size = 16 * MiB + 7;  // several ranges
 
 /// Whether a file holds exactly these bytes. Takes them a piece at a time.
 inline bool holds(const fs::path& where, const stand_in::content& what) {
