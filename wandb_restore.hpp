@@ -3713,13 +3713,14 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
     const json& node = member(edge, "node");
     if (!node.is_object() || (!text(node, "name").empty() && text(node, "name") != name)) continue;
     if (text(node, "md5") == "0") {
-      return error(errc::file_not_found, what + ": it was never uploaded (yet): if the run still writes it, try again later");
+      return error(errc::file_not_found, what + ": " + host() +
+                                             " says that it was never uploaded (yet): if the run still writes it, try again later");
     }
     auto address = address_of(what, node);
     if (!address) return address.error();
     return remote_file{info_of(node), *std::move(address)};
   }
-  return error(errc::file_not_found, what + ": the run has no such file (the list of its files shows the names)");
+  return error(errc::file_not_found, what + ": the run has no such file at " + host() + "; the list of its files shows the names");
 }
 
 inline result<std::vector<file_info>> service::list_files(const run_path& run) {
@@ -4732,10 +4733,14 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
                                                            const restore_options& options) {
   if (auto good = check_name(name); !good) return good.error();
   if (options.connections < 1) {
-    return error(errc::invalid_argument, "connections must be at least 1, not " + std::to_string(options.connections));
+    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": connections must be at least 1, not " +
+                                             std::to_string(options.connections));
   }
   for (const auto time : {with.config.connect_timeout, with.config.idle_timeout, with.config.retry_timeout}) {
-    if (time.count() <= 0) return error(errc::invalid_argument, "connect, idle and retry timeouts must be more than 0");
+    if (time.count() <= 0) {
+      return error(errc::invalid_argument,
+                   "cannot restore " + in_quotes(name) + ": connect, idle and retry timeouts must be more than 0");
+    }
   }
   auto run = run_of(with.config, options.run_path);
   if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});

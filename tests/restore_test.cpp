@@ -448,12 +448,12 @@ TEST_SUITE("restore: names and roots") {
     CHECK(f.asked() == "graphql 1, files 1, storage 1");
   }
 
-  TEST_CASE("a root that cannot be one is a disk_failure that names it") {
+  TEST_CASE("a root that is a file is an invalid_argument that names it") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.root() / "file", "not a directory");
     auto client = f.client();
-    check_names(f.failure(client.try_restore("a.txt", f.path, false, f.root() / "file"), errc::disk_failure), {"file"});
+    check_names(f.failure(client.try_restore("a.txt", f.path, false, f.root() / "file"), errc::invalid_argument), {"file"});
     CHECK(read_file(f.root() / "file") == "not a directory");
   }
 
