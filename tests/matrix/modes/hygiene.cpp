@@ -1,0 +1,78 @@
+// The header behaves where others do not: it comes after macros like those of windows.h, twice, beside names of a program
+// that are its own, and leaves nothing behind. Built with whatever the mode defines.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cctype>
+#include <charconv>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstring>
+#include <ctime>
+#include <deque>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+#include <nlohmann/json.hpp>
+#ifndef WANDB_RESTORE_NO_HTTPLIB
+#include <httplib.h>
+#endif
+
+// From here on these are only the header's to trip over.
+#define min(a, b) ((a) < (b) ? (a) : (b))
+#define max(a, b) ((a) > (b) ? (a) : (b))
+#define small char
+#define near
+#define far
+#define interface struct
+#define check(x) static_assert(false, "a macro of somebody else's")
+#define CHECK(x) check(x)
+#define INFO check
+#define ERROR check
+#define IN
+#define OUT
+
+// A program's own names, as functions, types and namespaces.
+namespace detail {
+struct md5 {};
+}  // namespace detail
+namespace service {}
+struct settings {};
+struct progress {};
+struct file_info {};
+class error {};
+class client {};
+int url = 0;
+int source = 0;
+int phase = 0;
+int restore(const char*) { return 7; }
+int lower(int c) { return c; }
+int split(int c) { return c; }
+int trim(int c) { return c; }
+
+#include "wandb_restore.hpp"
+#include "wandb_restore.hpp"
+
+#ifdef WANDB_RESTORE_IMPLEMENTATION
+#error "the implementation was not asked for"
+#endif
+
+int main() {
+  // Unqualified, they are still the program's.
+  const error mine;
+  const settings own;
+  const detail::md5 digest;
+  (void)mine, (void)own, (void)digest;
+  const auto run = wandb::run_path::parse("e/p/r");
+  if (!run || run->str() != "e/p/r" || restore("") + lower(url) + split(source) + trim(phase) != 7) return 1;
+  std::puts("ok");
+}
