@@ -58,6 +58,13 @@ bool something_hangs(const stand_in::server& server) {
 
 }  // namespace
 
+#ifdef __SANITIZE_THREAD__
+// libcrypto is not built for this sanitizer: what its atomics order looks like a race (the key identifiers of certificates that
+// several handshakes share are read once and cached).
+extern "C" const char* __tsan_default_suppressions();
+extern "C" const char* __tsan_default_suppressions() { return "called_from_lib:libcrypto.so\n"; }
+#endif
+
 TEST_SUITE("download: what it costs") {
   TEST_CASE("a small file: one question, one redirect, one plain GET, one handshake for each origin") {
     world it;
