@@ -4041,7 +4041,7 @@ class download::range_sink final : public body_sink {
     if (slot_.revoked && slot_.at >= slot_.end) return false;  // another has it by now
     failure_ = check(head);
     if (failure_ || of_.stopped_) return false;
-    if (of_.resolving_ || !of_.final_) {
+    if (!of_.final_ && generation_ == of_.generation_) {  // a late answer from an address given up since is none
       of_.final_ = here_;
       of_.resolving_ = false;
       of_.changed_.notify_all();
@@ -4128,6 +4128,7 @@ class download::range_sink final : public body_sink {
   bool ranged_;
   const url& here_;
   std::uint64_t asked_end_ = slot_.end;
+  std::uint64_t generation_ = of_.generation_;
   std::uint64_t promised_end_ = 0;
   std::optional<error> failure_;
   bool surplus_ = false;
