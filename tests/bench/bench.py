@@ -405,6 +405,11 @@ def parse_size(text):
 CASES = ["capped", "slow-peer", "link", "loopback", "small", "memory", "keep", "refresh", "kills", "herd"]
 
 
+def on_terminate(*_):
+    print("terminated: cleaning up", file=sys.stderr)
+    sys.exit(143)
+
+
 def main():
     parser = argparse.ArgumentParser(prog="tests/bench/run.sh")
     parser.add_argument("size", metavar="SIZE", nargs="?", type=parse_size, default=1024 * MIB)
@@ -419,7 +424,7 @@ def main():
     unknown = [one for one in chosen if one not in CASES]
     if unknown or arguments.rounds < 1:
         parser.error("unknown case %s; there are %s" % (unknown, ", ".join(CASES)) if unknown else "--rounds: at least 1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, on_terminate)
 
     work = Path(tempfile.mkdtemp(prefix="wandb-bench-", dir=arguments.work))
     free = shutil.disk_usage(work).free
