@@ -366,7 +366,7 @@ enum class phase { downloading, verifying };
 struct progress {
   std::string_view name;                        ///< as asked for
   wandb::phase phase = wandb::phase::downloading;
-  std::uint64_t bytes_done = 0;                 ///< downloading: bytes on disk; verifying: bytes hashed
+  std::uint64_t bytes_done = 0;                 ///< downloading: bytes that are here; verifying: bytes hashed
   std::optional<std::uint64_t> bytes_total;     ///< absent where the size is unknown
   double bytes_per_second = 0;                  ///< of what came over the network lately
 };
@@ -3874,6 +3874,15 @@ class range_plan {
     if (mine.busy && mine.flushed < mine.end) gaps_.push_front({mine.flushed, mine.end});
     mine.busy = false;
   }
+  /// Bytes that have arrived but are not on disk yet.
+  [[nodiscard]] std::uint64_t buffered() const {
+    std::uint64_t sum = 0;
+    for (const slot& one : slots_) {
+      const std::uint64_t at = one.at;
+      if (one.busy && at > one.flushed) sum += at - one.flushed;
+    }
+    return sum;
+  }
   /// Measures each connection's pace over the last `seconds`.
   void measure(double seconds) {
     for (slot& one : slots_) {
@@ -4011,6 +4020,7 @@ class download {
   std::string entity_tag_;
   std::uint64_t frontier_ = 0;     // all bytes before this are on disk
   std::uint64_t present_ = 0;      // bytes on disk
+  std::uint64_t shown_ = 0;        // bytes that on_progress was told of
   std::vector<bool> claimed_;      // blocks that are on disk, or that one connection is writing
   std::size_t alive_ = 0;          // connections
   bool complete_ = false;
@@ -4234,7 +4244,9 @@ inline void download::tick(phase now) {
   {
     const lock held(mutex_);
     plan_->measure(seconds);
-    report.bytes_done = now == phase::verifying ? hashed_.load() : present_;
+    // What connections still hold counts, too; where another takes over from one, it is not counted back.
+    shown_ = (std::max)(shown_, (std::min)(present_ + plan_->buffered(), remote_.info.size.value_or(range_plan::endless)));
+    report.bytes_done = now == phase::verifying ? hashed_.load() : shown_;
     report.bytes_total = remote_.info.size;
   }
   if (options_.on_progress && !options_.on_progress(report)) call_.stop();
