@@ -30,7 +30,7 @@ if [ ${#missing[@]} != 0 ]; then
   exit 1
 fi
 
-build=build-bench
+build='build-bench'
 generator=()
 if [ ! -e "$build/CMakeCache.txt" ] && command -v ninja > /dev/null; then generator=(-G Ninja); fi
 mkdir -p "$build"
@@ -38,4 +38,4 @@ mkdir -p "$build"
   cmake -S tests/bench -B "$build" "${generator[@]}" && cmake --build "$build" --parallel "$(nproc)"
 } > "$build/build.log" 2>&1 || { cat "$build/build.log" >&2; exit 1; }
 
-PATH=$PATH:/usr/sbin:/sbin exec python3 tests/bench/bench.py --programs "$build" "$@"
+PATH=$PATH:/usr/sbin:/sbin PYTHONDONTWRITEBYTECODE=1 exec python3 tests/bench/bench.py --programs "$build" "$@"
