@@ -14,7 +14,7 @@ to_build='
   header nlohmann/json.hpp  nlohmann-json3-dev   json-devel
   header CLI/CLI.hpp        libcli11-dev         cli11-devel
   header doctest/doctest.h  doctest-dev          doctest-devel
-  certificates any          ca-certificates      ca-certificates
+  certificates authorities  ca-certificates      ca-certificates
 '
 to_test='
   header curl/curl.h        libcurl4-openssl-dev libcurl-devel
