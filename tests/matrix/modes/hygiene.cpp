@@ -28,18 +28,38 @@
 #endif
 
 // From here on these are only the header's to trip over.
+#undef min
+#undef max
+#undef small
+#undef near
+#undef far
+#undef interface
+#undef CHECK
+#undef INFO
+#undef IN
+#undef OUT
+#undef major
+#undef minor
+#undef DELETE
+#undef ERROR
+#undef unix
+#undef linux
+#define DELETE 1
+#define ERROR 0
 #define min(a, b) ((a) < (b) ? (a) : (b))
 #define max(a, b) ((a) > (b) ? (a) : (b))
 #define small char
 #define near
 #define far
 #define interface struct
-#define check(x) static_assert(false, "a macro of somebody else's")
-#define CHECK(x) check(x)
-#define INFO check
-#define ERROR check
+#define major(x) static_assert(false, "a macro of somebody else's")
+#define minor(x) major(x)
+#define CHECK(x) major(x)
+#define INFO major
 #define IN
 #define OUT
+#define unix 1
+#define linux 1
 
 // A program's own names, as functions, types and namespaces.
 namespace detail {

@@ -1,0 +1,3 @@
+// The sources of the other modes as one.
+#include "main.cpp"
+#include "other.cpp"

@@ -1,0 +1,451 @@
+#!/usr/bin/env bash
+# The matrix: which compilers, standards, modes, dependencies and machines the header is at home with. Every cell is built
+# with the strict warnings as errors, and run; what cannot be had here says why. Prints a Markdown table.
+#
+#   tests/matrix/run.sh              all of it, within some hours; makes roots of other Debian releases (that part needs
+#                                    root and debootstrap) and uses the cross-compilers, qemu-user and wine that there are
+#   tests/matrix/run.sh --quick      what this machine has installed: some minutes
+#   tests/matrix/run.sh ... PATTERN  only cells whose row ("clang++-16 | c++20 | split | ...") matches it
+#
+# It works in build-matrix/; WANDB_RESTORE_MATRIX_FOLDER names another folder. The folder keeps the roots and headers of
+# the run before, and a log of each cell.
+set -uo pipefail
+shopt -s nullglob
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+work=${WANDB_RESTORE_MATRIX_FOLDER:-$top/build-matrix}
+warnings=(-Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wold-style-cast -Wnull-dereference -Werror)
+bare=(-DWANDB_RESTORE_NO_HTTPLIB -DWANDB_RESTORE_NO_OPENSSL)
+httplib_releases=(0.11 0.18 0.41) # which Debian releases have them: see fetch_headers
+
+# ------------------------------------------------------------------------------------------------------ one cell
+#
+# A cell is described by: compiler, standard, mode, cpp-httplib, nlohmann/json, machine. The machine is "this" one, the
+# "root" of another release, an architecture that qemu emulates, or "windows".
+
+say_why() { # an answer that is neither yes nor no
+  echo "not here: $*" > result
+  exit 0
+}
+
+# Sets `inside`, the command in front of programs of the cell's machine, and `there`, the work folder as that machine sees it.
+enter_machine() {
+  inside=() there=$work sources=$top target=''
+  case $machine in
+    root\ *)
+      root=$work/roots/${machine#root }
+      [ -e "$root/complete" ] || say_why "$(cat "$root.why" 2> /dev/null || echo "no root was made")"
+      inside=(chroot "$root") there=/matrix sources=/matrix/sources
+      ;;
+    armhf) target=arm-linux-gnueabihf emulator=qemu-arm ;;
+    arm64) target=aarch64-linux-gnu emulator=qemu-aarch64 ;;
+    s390x) target=s390x-linux-gnu emulator=qemu-s390x ;;
+  esac
+}
+
+std_flag() { # of c++23, the first spelling that the compiler knows
+  local older=${standard/20/2a} flag
+  older=${older/23/2b}
+  for flag in "-std=$standard" "-std=$older"; do
+    echo 'int main() {}' | "${inside[@]}" $compiler "$flag" -x c++ -fsyntax-only - 2> /dev/null && { echo "$flag"; return; }
+  done
+}
+
+run_program() { # PROGRAM: in the cell's folder, as the machine runs it
+  case $machine in
+    this) timeout 600 ./"$1" ;;
+    root\ *)
+      "${inside[@]}" env WANDB_BASE_URL="${WANDB_BASE_URL:-}" WANDB_API_KEY="${WANDB_API_KEY:-}" \
+        SSL_CERT_FILE="${SSL_CERT_FILE:+/matrix/ca.pem}" HOME=/matrix sh -c "cd '$there/cells/$number' && timeout 600 ./$1"
+      ;;
+    windows) timeout 600 env WINEDEBUG=-all WINEPREFIX="$work/wine" "$wine" "./$1" ;;
+    *) timeout 3000 "$(command -v "$emulator" || command -v "$emulator-static")" -L "/usr/$target" "./$1" ;;
+  esac
+}
+
+misuses() {
+  local file text flags failed=0 out status
+  for file in "$top"/tests/matrix/misuse/*.cpp; do
+    text=$(sed -n 's|^// expect: ||p' "$file")
+    read -r -a flags <<< "$(sed -n 's|^// mode: ||p' "$file")"
+    if [ "${flags[0]:-}" = bare ]; then flags=("${bare[@]}" "${flags[@]:1}"); else flags+=("${headers[@]}"); fi
+    if grep -q '^// stage: link' "$file"; then
+      # Beside a file that is as the program's other files are: with exceptions, and with the code.
+      local others=("$sources/tests/matrix/modes/implementation.cpp") mixed=()
+      [[ " ${flags[*]} " == *SPLIT* ]] && mixed=(-DWANDB_RESTORE_SPLIT)
+      "${inside[@]}" $compiler "$flag" "${json_flags[@]}" "${bare[@]}" "${mixed[@]}" -c "${others[@]}" -I"$sources" -o "$there/cells/$number/other.o" || failed=1
+      out=$("${inside[@]}" $compiler "$flag" "${json_flags[@]}" "${flags[@]}" -I"$sources" "${file/$top/$sources}" "$there/cells/$number/other.o" -pthread -o "$there/cells/$number/misuse" 2>&1)
+    else
+      out=$("${inside[@]}" $compiler "$flag" "${json_flags[@]}" "${flags[@]}" -I"$sources" -fsyntax-only "${file/$top/$sources}" 2>&1)
+    fi
+    status=$?
+    if [ $status = 0 ] || [[ $out != *"$text"* ]]; then
+      echo "$file: ended with $status and without the words \"$text\":"
+      echo "$out" | head -20
+      failed=1
+    fi
+  done
+  return $failed
+}
+
+build_and_run() {
+  local modes=$sources/tests/matrix/modes files=() flags=() libraries=(-pthread) headers=() json_flags=() flag name
+  name=program
+  "${inside[@]}" ${compiler%% *} --version > /dev/null 2>&1 || say_why "no ${compiler%% *}"
+  flag=$(std_flag)
+  [ -n "$flag" ] || say_why "this compiler does not know $standard"
+
+  case $json in
+    system) [ -z "$target" ] && [ "$machine" != windows ] || json_flags=(-isystem "$work/headers/json-system") ;;
+    *)
+      [ -e "$work/headers/json-$json/nlohmann/json.hpp" ] || say_why "no headers of nlohmann/json $json: no source package has them"
+      json_flags=(-isystem "$there/headers/json-$json")
+      ;;
+  esac
+  case $httplib in
+    none) ;;
+    system)
+      pkg-config --exists cpp-httplib 2> /dev/null || say_why "no package of cpp-httplib"
+      read -r -a headers <<< "$(pkg-config --cflags cpp-httplib)"
+      read -r -a libraries <<< "$(pkg-config --libs cpp-httplib) -lssl -lcrypto -pthread"
+      ;;
+    *)
+      [ -e "$work/headers/httplib-$httplib/httplib.h" ] || say_why "$(cat "$work/headers/why" 2> /dev/null || echo "no header")"
+      headers=(-isystem "$there/headers/httplib-$httplib")
+      [[ $mode == *no\ OpenSSL* ]] || libraries=(-lssl -lcrypto -pthread)
+      ;;
+  esac
+
+  case $mode in
+    misuse) misuses && echo ok > result; return ;;
+    manners)
+      files=("$modes/hygiene.cpp")
+      [ "$httplib" = none ] && flags=("${bare[@]}") || headers+=(-DCPPHTTPLIB_OPENSSL_SUPPORT)
+      [ "$machine" != this ] || bash "$top/tests/matrix/modes/macros.sh" $compiler "$flag" "${bare[@]}" || return
+      ;;
+    machine) files=("$modes/machine.cpp") flags=("${bare[@]}") ;;
+    *two\ files* | *LTO*) files=("$modes"/{main,other}.cpp) ;;
+    *split*) files=("$modes"/{main,other,implementation}.cpp) flags=(-DWANDB_RESTORE_SPLIT) ;;
+    *) files=("$modes/one.cpp") ;;
+  esac
+  case $mode in *bare*) flags+=("${bare[@]}") ;; esac
+  case $mode in *no\ OpenSSL*) flags+=(-DWANDB_RESTORE_NO_OPENSSL) ;; esac
+  case $mode in *no\ exceptions*) flags+=(-fno-exceptions -fno-rtti) ;; esac
+  case $mode in *sanitized*) flags+=(-g1 -fsanitize=address,undefined -fno-sanitize-recover=all) ;; esac
+  case $mode in *LTO*) flags+=(-O2 -flto -Wodr) ;; esac
+  # In the optimiser's sight the standard library's own code is full of null pointers.
+  case $mode in *LTO*) flags+=(-Wno-null-dereference) ;; esac
+  if [ "$machine" = windows ]; then
+    flags+=(-D_WIN32_WINNT=0x0A00 -static) name=program.exe
+    [ "$httplib" = none ] || libraries=(-lws2_32 -lcrypt32)
+  fi
+
+  rm -f "$name" ./*.o
+  "${inside[@]}" sh -c 'cd "$0" && exec "$@"' "$there/cells/$number" \
+    $compiler "$flag" "${warnings[@]}" "${flags[@]}" -I"$sources" "${headers[@]}" "${json_flags[@]}" "${files[@]}" -o "$name" "${libraries[@]}" ||
+    return
+  case $httplib,$mode in # a plain server for those without TLS
+    none,*) ;;
+    *no\ OpenSSL*) . "$work/plain.env" ;;
+    *) . "$work/tls.env" ;;
+  esac
+  if [ "$machine" = windows ]; then
+    wine=$(command -v wine64 || command -v wine || echo /usr/lib/wine/wine64)
+    [ -x "$wine" ] || say_why "built; no wine to run it"
+  elif [ -n "$target" ] && ! command -v "$emulator" "$emulator-static" > /dev/null; then
+    say_why "built; no $emulator to run it"
+  fi
+  local out
+  out=$(run_program "$name")
+  echo "$out"
+  [[ $out == ok* ]] && echo ok > result
+}
+
+one_cell() { # NUMBER DESCRIPTION
+  number=$1
+  IFS='|' read -r compiler standard mode httplib json machine <<< "${2// | /|}"
+  mkdir -p "$work/cells/$number"
+  cd "$work/cells/$number" || exit 1
+  rm -rf -- *
+  echo FAILED > result
+  (
+    enter_machine
+    if [ "${machine%% *}" = root ] && [ -e "$root/complete" ]; then
+      mkdir -p "$root/matrix/cells/$number"
+      build_and_run
+    else
+      build_and_run
+    fi
+  ) > log 2>&1
+  if [[ $machine == root* ]]; then rm -rf "$work/roots/${machine#root }/matrix/cells/$number"; fi
+  rm -f program program.exe misuse ./*.o
+  echo "$(cat result) | $2" >&2
+}
+
+if [ "${1:-}" = --cell ]; then
+  one_cell "$2" "$3"
+  exit 0
+fi
+
+# ------------------------------------------------------------------------------------------------- what is needed
+
+# Debian's mirror, as this system's apt is set up to use it.
+mirror() {
+  apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 'Created-By: Packages' 2> /dev/null |
+    awk '$1 == "Debian" && $2 == "Debian" { print $3; exit }'
+}
+
+# The upstream single headers, out of Debian's source packages: cpp-httplib and nlohmann/json of several releases. An apt
+# state of its own leaves the system's alone.
+fetch_headers() {
+  mkdir -p "$work/headers" "$work/apt/lists/partial"
+  local from state=() release version folder
+  mkdir -p "$work/headers/json-system"
+  ln -sfn /usr/include/nlohmann "$work/headers/json-system/nlohmann" # for those who do not look into /usr/include
+  [ ! -e "$work/headers/complete" ] || return 0
+  from=$(mirror)
+  if [ -z "$from" ]; then
+    echo "source packages are had from Debian only" > "$work/headers/why"
+    return
+  fi
+  for release in bullseye bookworm trixie sid; do
+    echo "deb-src [trusted=yes] $from $release main"
+  done > "$work/apt/sources.list"
+  touch "$work/apt/status"
+  state=(-o Dir::Etc::SourceList="$work/apt/sources.list" -o Dir::Etc::SourceParts=- -o Dir::State="$work/apt"
+    -o Dir::State::status="$work/apt/status" -o Dir::Cache="$work/apt" -o APT::Sandbox::User="$(id -un)" -o Acquire::Retries=3)
+  if ! apt-get "${state[@]}" -q update > "$work/apt/log" 2>&1 || ! command -v dpkg-source > /dev/null; then
+    echo "source packages are not to be had (apt, dpkg-source)" > "$work/headers/why"
+    return
+  fi
+  for release in bullseye bookworm trixie sid; do
+    for name in cpp-httplib nlohmann-json3; do
+      [ "$release $name" != "bullseye cpp-httplib" ] || continue # it has none
+      folder=$work/apt/$release/$name
+      rm -rf "$folder" && mkdir -p "$folder"
+      (cd "$folder" && apt-get "${state[@]}" -q --only-source -t "$release" source --download-only "$name" &&
+        dpkg-source --no-check -x ./*.dsc source) >> "$work/apt/log" 2>&1 || continue
+      folder+=/source
+      case $name in
+        cpp-httplib)
+          version=$(sed -n 's/^#define CPPHTTPLIB_VERSION "\([0-9]*\.[0-9]*\).*/\1/p' "$folder/httplib.h" | head -1)
+          install -D -m 644 "$folder/httplib.h" "$work/headers/httplib-$version/httplib.h"
+          ;;
+        nlohmann-json3)
+          version=$(sed -n 's/^#define NLOHMANN_JSON_VERSION_\(MAJOR\|MINOR\) *\([0-9]*\).*/\2/p' \
+            "$folder/single_include/nlohmann/json.hpp" | head -2 | paste -sd.)
+          mkdir -p "$work/headers/json-$version"
+          cp -r "$folder/single_include/nlohmann" "$work/headers/json-$version"
+          ;;
+      esac
+    done
+  done
+  echo "no source package has it" > "$work/headers/why"
+  touch "$work/headers/complete"
+}
+
+# A root of another release: compilers that this one does not have.
+make_root() { # RELEASE PACKAGE,...
+  local root=$work/roots/$1 from
+  mkdir -p "$work/roots"
+  if [ ! -e "$root/complete" ]; then
+    from=$(mirror)
+    if [ "$(id -u)" != 0 ]; then
+      echo "needs root" > "$root.why"
+    elif ! command -v debootstrap > /dev/null || [ -z "$from" ]; then
+      echo "needs debootstrap and a mirror of Debian" > "$root.why"
+    elif ! { rm -rf "$root" && debootstrap --variant=minbase --include="ca-certificates,libssl-dev,nlohmann-json3-dev,$2" "$1" "$root" "$from" > "$root.log" 2>&1; }; then
+      echo "debootstrap failed: $(tail -1 "$root.log")" > "$root.why"
+    else
+      touch "$root/complete"
+    fi
+  fi
+  [ -e "$root/complete" ] || return 0
+  rm -rf "$root/matrix"
+  mkdir -p "$root/matrix/sources/tests/matrix"
+  cp "$top/wandb_restore.hpp" "$root/matrix/sources"
+  cp -r "$top"/tests/matrix/{modes,misuse} "$root/matrix/sources/tests/matrix"
+  cp -rL "$work/headers" "$root/matrix"
+  cp "$work/ca.pem" "$root/matrix"
+}
+
+start_servers() {
+  local flags=(-std=c++17 -O1 -I"$top/tests/stand_in") program=$work/wandb-stand-in
+  if [ ! -x "$program" ] || [ -n "$(find "$top/tests/stand_in" -newer "$program" -print -quit)" ]; then
+    c++ "${flags[@]}" "$top"/tests/stand_in/*.cpp -o "$program" -lssl -lcrypto -pthread || return
+  fi
+  # They end with this script: its end is the end of their input.
+  exec {hold}> >(exec "$program" --until-input-ends --generate big.bin=9000000 --ca "$work/ca.pem" --env "$work/tls.env" > /dev/null)
+  exec {hold_too}> >(exec "$program" --until-input-ends --generate big.bin=9000000 --plain --env "$work/plain.env" > /dev/null)
+  local tries
+  for tries in $(seq 100); do
+    [ -s "$work/tls.env" ] && [ -s "$work/plain.env" ] && return
+    sleep 0.1
+  done
+  echo "run.sh: the stand-in server does not start" >&2
+  return 1
+}
+
+# ------------------------------------------------------------------------------------------------------ the cells
+
+cells=()
+cell() { # COMPILER STANDARD MODE HTTPLIB JSON MACHINE
+  local text
+  text=$(printf '%s | ' "$@")
+  text=${text% | }
+  [[ -z $pattern || $text =~ $pattern ]] && cells+=("$text")
+  return 0
+}
+
+installed() { # of the compilers NAME and NAME-<version>, those that are here
+  local path
+  for path in $(compgen -c "$1" | sort -uV); do
+    [[ $path =~ ^${1//+/\\+}(-[0-9]+)?$ ]] && echo "$path"
+  done
+}
+
+quick_cells() {
+  local compiler
+  for compiler in g++ clang++; do
+    for mode in inline "two files" split; do cell $compiler c++17 "$mode" system system this; done
+    cell $compiler c++17 "no exceptions" 0.18 system this
+    cell $compiler c++17 "no OpenSSL" 0.41 system this
+    cell $compiler c++17 "no OpenSSL, split, no exceptions" 0.11 system this
+    cell $compiler c++20 inline 0.41 system this
+    cell $compiler c++17 manners 0.18 system this
+    cell $compiler c++17 misuse 0.18 system this
+    for mode in bare "bare, two files" "bare, split" "bare, no exceptions" "bare, LTO" manners machine; do
+      cell $compiler c++17 "$mode" none system this
+    done
+    for mode in bare "bare, split, no exceptions"; do cell $compiler c++20 "$mode" none system this; done
+  done
+  cell g++ c++17 "bare, no exceptions, sanitized" none system this
+}
+
+all_cells() {
+  local compiler standard version
+  quick_cells
+  for compiler in g++ clang++; do
+    for standard in c++17 c++20 c++23; do
+      for version in "${httplib_releases[@]}"; do
+        for mode in inline split "no exceptions" "no OpenSSL"; do cell $compiler $standard "$mode" $version system this; done
+      done
+      for mode in bare "bare, two files" "bare, split" "bare, no exceptions"; do cell $compiler $standard "$mode" none system this; done
+    done
+    for version in 3.9 3.10 3.11 3.12 3.13; do cell $compiler c++17 bare none $version this; done
+    cell $compiler c++17 LTO 0.18 system this
+  done
+  for compiler in $(installed g++) $(installed clang++); do
+    for standard in c++17 c++20 c++23; do cell $compiler $standard bare none system this; done
+    cell $compiler c++17 inline 0.18 system this
+  done
+  cell "clang++ -stdlib=libc++" c++17 bare none system this
+
+  # The oldest root's OpenSSL is 1.1.1, which only the oldest of these takes.
+  for compiler in g++-9 g++-10 clang++-9 clang++-11 "clang++-11 -stdlib=libc++"; do
+    for standard in c++17 c++20; do
+      for mode in bare "bare, no exceptions"; do cell "$compiler" $standard "$mode" none 3.11 "root bullseye"; done
+    done
+    cell "$compiler" c++17 bare none system "root bullseye"
+    cell "$compiler" c++17 "bare, split" none 3.11 "root bullseye"
+  done
+  for compiler in g++-9 clang++-9; do
+    cell $compiler c++17 inline 0.11 3.11 "root bullseye"
+    cell $compiler c++17 "no OpenSSL" 0.41 3.11 "root bullseye"
+    cell $compiler c++17 machine none 3.11 "root bullseye"
+  done
+  for compiler in g++-13 g++-14 clang++-17 clang++-19; do
+    for standard in c++17 c++20 c++23; do cell $compiler $standard bare none system "root trixie"; done
+    cell $compiler c++17 inline 0.18 system "root trixie"
+  done
+  for compiler in g++-16 clang++-23 "clang++-23 -stdlib=libc++"; do
+    for standard in c++17 c++20 c++23; do
+      for mode in bare "bare, no exceptions" "bare, split"; do cell "$compiler" $standard "$mode" none system "root sid"; done
+    done
+    for mode in manners machine; do cell "$compiler" c++17 "$mode" none system "root sid"; done
+    cell "$compiler" c++17 misuse 0.41 system "root sid"
+    [[ $compiler == *libc* ]] || cell "$compiler" c++17 "bare, LTO" none system "root sid"
+    for standard in c++17 c++23; do cell "$compiler" $standard inline 0.41 system "root sid"; done
+    cell "$compiler" c++20 "split" 0.41 system "root sid"
+    cell "$compiler" c++20 "no exceptions" 0.41 system "root sid"
+  done
+
+  for machine in armhf arm64 s390x; do
+    case $machine in
+      armhf) compiler=arm-linux-gnueabihf-g++ ;;
+      arm64) compiler=aarch64-linux-gnu-g++ ;;
+      s390x) compiler=s390x-linux-gnu-g++ ;;
+    esac
+    for mode in bare "bare, split, no exceptions" machine; do cell $compiler c++17 "$mode" none system $machine; done
+    cell $compiler c++17 "no OpenSSL" 0.18 system $machine
+  done
+  compiler=x86_64-w64-mingw32-g++-posix
+  for mode in bare "bare, split" "bare, no exceptions" machine manners; do cell $compiler c++17 "$mode" none system windows; done
+  cell $compiler c++20 bare none system windows
+  for version in 0.18 0.41; do cell $compiler c++17 "no OpenSSL" $version system windows; done
+  cell "musl-g++" c++17 bare none system this
+}
+
+# ---------------------------------------------------------------------------------------------------------- main
+
+list=all_cells pattern=''
+for argument; do
+  case $argument in
+    --quick) list=quick_cells ;;
+    -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+    -*) echo "tests/matrix/run.sh: unknown argument $argument; see --help" >&2; exit 2 ;;
+    *) pattern=$argument ;;
+  esac
+done
+mkdir -p "$work"
+unset "${!WANDB_@}"
+export WANDB_RESTORE_MATRIX_FOLDER=$work XDG_CACHE_HOME=$work/cache
+rm -f "$work"/{tls,plain}.env
+fetch_headers
+start_servers || exit 1
+"$list"
+# What is shared is made before the cells run side by side.
+for name in $(printf '%s\n' "${cells[@]}" | sed -n 's/.*root \([a-z]*\)$/\1/p' | sort -u); do
+  case $name in
+    bullseye) make_root bullseye g++-9,g++-10,clang-9,clang-11,libc++-11-dev,libc++abi-11-dev ;;
+    trixie) make_root trixie g++-13,g++-14,clang-17,clang-19 ;;
+    sid) make_root sid g++-16,clang-23,libc++-23-dev,libc++abi-23-dev ;;
+  esac
+done
+if printf '%s\n' "${cells[@]}" | grep -q windows; then
+  wine=$(command -v wine64 || command -v wine || echo /usr/lib/wine/wine64)
+  [ ! -x "$wine" ] || WINEDEBUG=-all WINEPREFIX="$work/wine" timeout 300 "$wine" cmd /c exit > /dev/null 2>&1
+fi
+
+jobs=${WANDB_RESTORE_MATRIX_JOBS:-$(nproc)}
+mapfile -t cells < <(printf '%s\n' "${cells[@]}" | awk '!seen[$0]++')
+for i in "${!cells[@]}"; do printf '%s\0%s\0' "$i" "${cells[i]}"; done |
+  xargs -0 -n 2 -P "$jobs" bash "${BASH_SOURCE[0]}" --cell
+
+version_of() { # COMPILER MACHINE: as it says itself
+  local root=''
+  [[ $2 != root* ]] || root="chroot $work/roots/${2#root }"
+  $root ${1%% *} -dumpfullversion -dumpversion 2> /dev/null | head -1
+}
+echo
+echo "| compiler | version | standard | mode | cpp-httplib | nlohmann/json | machine | result |"
+echo "| --- | --- | --- | --- | --- | --- | --- | --- |"
+passed=0 failed=0 skipped=0
+declare -A versions
+for i in "${!cells[@]}"; do
+  text=${cells[i]}
+  compiler=${text%% | *} machine=${text##* | }
+  versions[$compiler,$machine]=${versions[$compiler,$machine]-$(version_of "$compiler" "$machine")}
+  result=$(cat "$work/cells/$i/result" 2> /dev/null || echo FAILED)
+  echo "| $compiler | ${versions[$compiler,$machine]:-} | ${text#* | } | $result |"
+  case $result in
+    ok) passed=$((passed + 1)) ;;
+    not\ here*) skipped=$((skipped + 1)) ;;
+    *)
+      failed=$((failed + 1))
+      { echo "--- $text"; tail -n 40 "$work/cells/$i/log"; } >&2
+      ;;
+  esac
+done
+echo
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" = 0 ] && [ "$passed" != 0 ]
