@@ -714,6 +714,7 @@ restored_file restore(std::string_view name, const Text& run_path, bool replace 
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/ioctl.h>  // FICLONE
+#include <sys/vfs.h>    // fstatfs
 #endif
 #ifdef __APPLE__
 #include <sys/sysctl.h>
@@ -1578,6 +1579,10 @@ class file {
   /// Room for `size` bytes, without writing any. Where the file system cannot do it this does nothing and returns 0.
   [[nodiscard]] int reserve(std::uint64_t size) const {
 #ifdef __linux__
+    // Memory-backed files would pay for each page before the first byte arrives; their free space is known exactly.
+    constexpr long tmpfs = 0x01021994;
+    struct WANDB_RESTORE_PRIVATE_LARGE(statfs) volume;
+    if (WANDB_RESTORE_PRIVATE_LARGE(fstatfs)(handle_, &volume) == 0 && static_cast<long>(volume.f_type) == tmpfs) return 0;
     if (size > 0 && WANDB_RESTORE_PRIVATE_LARGE(fallocate)(handle_, 0, 0, static_cast<std::int64_t>(size)) != 0) {
       return errno == ENOSPC || errno == EDQUOT || errno == EFBIG ? errno : 0;
     }
@@ -1615,6 +1620,17 @@ class file {
 #endif
   }
   handle handle_ = none();
+};
+
+/// Bytes to read files into, at the start of a page: reading from the page cache to odd places can take three times as long.
+class page_buffer {
+ public:
+  static constexpr std::size_t size = 256 * 1024;
+  [[nodiscard]] char* data() { return bytes_.get() + (page - reinterpret_cast<std::uintptr_t>(bytes_.get()) % page); }
+
+ private:
+  static constexpr std::size_t page = 4096;
+  std::unique_ptr<char[]> bytes_{new char[size + page]};
 };
 
 /// Moves a file over another in one step. 0, or the system's error code.
@@ -1655,10 +1671,17 @@ inline result<void> make_directories(const path& directory) {
 inline result<std::string> read_small_file(const path& where, std::size_t limit) {
   file in;
   if (const int code = in.open(where, file::mode::read)) return disk_error("open", where, code);
-  std::string text(limit + 1, '\0');
-  const auto count = in.read_at(0, text.data(), text.size());
-  if (count < 0) return disk_error("read", where, static_cast<int>(-count));
-  text.resize(static_cast<std::size_t>(count));
+  std::string text;
+  for (std::size_t held = 0; held == text.size() && held <= limit;) {  // the size is not asked for: /proc says 0
+    text.resize((std::min)(limit + 1, held + 4096));
+    const auto count = in.read_at(held, text.data() + held, text.size() - held);
+    if (count < 0) return disk_error("read", where, static_cast<int>(-count));
+    held += static_cast<std::size_t>(count);
+    if (held < text.size()) {
+      text.resize(held);
+      break;
+    }
+  }
   if (text.size() > limit) {
     return error(errc::disk_failure, "cannot use " + in_quotes(where) + ": it is longer than " + readable_bytes(limit));
   }
@@ -2012,7 +2035,7 @@ inline void partial_file::adopt(const path& other) {
     return;
   }
 #endif
-  std::string buffer(static_cast<std::size_t>(block), '\0');
+  page_buffer buffer;
   for (std::uint64_t i = 0; i < blocks(); ++i) {
     if (has(i) || !theirs.has(i)) continue;
     const auto wanted = static_cast<std::size_t>((std::min)(block, size_ - i * block));
@@ -2319,9 +2342,9 @@ inline std::string md5_of_file(const path& where) {
   file in;
   if (in.open(where, file::mode::read) != 0) return {};
   md5 hash;
-  std::string buffer(256 * 1024, '\0');
+  page_buffer buffer;
   for (std::uint64_t offset = 0;;) {
-    const auto count = in.read_at(offset, buffer.data(), buffer.size());
+    const auto count = in.read_at(offset, buffer.data(), page_buffer::size);
     if (count < 0) return {};
     if (count == 0) return hash.finish();
     hash.update({buffer.data(), static_cast<std::size_t>(count)});
@@ -3821,7 +3844,7 @@ struct byte_range {
 };
 
 /// Who fetches which bytes. Pieces are given out from the front, so that the digest, which follows the frontier, always has
-/// something to do; they grow with a connection's pace and shrink towards the end; what is left when nothing is left
+/// something to do; they grow with what asking for one costs and shrink towards the end; what is left when nothing is left
 /// to give is shared with the slowest. Calls are guarded by the download's mutex, but for what is atomic.
 class range_plan {
  public:
@@ -3841,6 +3864,7 @@ class range_plan {
     std::atomic<std::uint64_t> received{0};
     std::uint64_t seen = 0;             // `received` when the pace was last measured
     double pace = 0;                    // bytes a second; 0: not known yet
+    double delay = 0;                   // seconds from the last request to the first byte of its response
     bool busy = false;
   };
 
@@ -3909,7 +3933,9 @@ class range_plan {
     if (slots_.size() == 1 || whole_) return endless;
     std::uint64_t left = 0;
     for (const auto& gap : gaps_) left += gap.end - gap.begin;
-    const auto wanted = of.pace == 0 ? first_piece : static_cast<std::uint64_t>(of.pace * 2);  // two seconds' worth
+    // Asking costs a round trip: at most a fiftieth of what it brings. On near servers pieces stay small, so that the
+    // frontier, and the digest with it, is never far behind.
+    const auto wanted = (std::max)(first_piece, static_cast<std::uint64_t>(of.pace * of.delay * 50));
     const auto fair = left / (2 * slots_.size());
     const auto bounded = (std::max)((std::min)({wanted, fair, largest_piece}), smallest_piece);
     return (bounded + block - 1) / block * block;
@@ -3980,6 +4006,7 @@ class download {
 
  private:
   class range_sink;
+  static constexpr std::uint64_t digest_backlog = 64 * 1024 * 1024;  // bytes: more than it can hash between two looks
   using lock = std::unique_lock<std::mutex>;
 
   void work(std::size_t me);
@@ -4026,6 +4053,7 @@ class download {
   bool complete_ = false;
   std::optional<error> failure_;
   std::string digest_;
+  bool hashing_ = false;           // by a thread of its own
   bool hashed_all_ = false;
 
   std::atomic<bool> stopped_{false};
@@ -4048,6 +4076,7 @@ class download::range_sink final : public body_sink {
 
   bool start(const http_response& head) override {
     const lock held(of_.mutex_);
+    slot_.delay = std::chrono::duration<double>(clock::now() - asked_).count();
     if (slot_.revoked && slot_.at >= slot_.end) return false;  // another has it by now
     failure_ = check(head);
     if (failure_ || of_.stopped_) return false;
@@ -4138,6 +4167,7 @@ class download::range_sink final : public body_sink {
   bool ranged_;
   const url& here_;
   std::uint64_t asked_end_ = slot_.end;
+  clock::time_point asked_ = clock::now();
   std::uint64_t generation_ = of_.generation_;
   std::uint64_t promised_end_ = 0;
   std::optional<error> failure_;
@@ -4168,8 +4198,7 @@ inline result<void> download::run(partial_file& into) {
                         ? 1 : (std::min)(static_cast<std::uint64_t>(options_.connections), missing / range_plan::first_piece);
   plan_ = std::make_unique<range_plan>(static_cast<std::size_t>(most), std::move(gaps));
 
-  bool hashing = false;
-  if (checked()) hashing = threads_.emplace_back().start([this] { hash_along(); });
+  if (checked()) hashing_ = threads_.emplace_back().start([this] { hash_along(); });
   if (!complete_) {
     alive_ = plan_->connections();
     std::size_t started = 0;
@@ -4186,7 +4215,7 @@ inline result<void> download::run(partial_file& into) {
     held.lock();
     if (call_.cancelled() && !failure_) failure_ = call_.why_cancelled();
   }
-  for (lock held(mutex_); hashing && !failure_ && !hashed_all_;) {
+  for (lock held(mutex_); hashing_ && !failure_ && !hashed_all_;) {
     changed_.wait_for(held, milliseconds(100));
     held.unlock();
     tick(phase::verifying);
@@ -4195,7 +4224,7 @@ inline result<void> download::run(partial_file& into) {
   }
   stop();
   if (failure_) return *failure_;
-  if (checked() && !hashing) digest_ = md5_of_file(into.where());
+  if (checked() && !hashing_) digest_ = md5_of_file(into.where());
   const progress end{name_, checked() ? phase::verifying : phase::downloading, into.size(), into.size(), pace_};
   if (options_.on_progress && !options_.on_progress(end)) call_.stop();
   if (call_.cancelled()) return call_.why_cancelled();
@@ -4255,7 +4284,7 @@ inline void download::tick(phase now) {
 /// MD5 is sequential and about as fast as a fast network: it follows the frontier while ranges still come in.
 inline void download::hash_along() {
   md5 hash;
-  std::string buffer(static_cast<std::size_t>(range_sink::chunk), '\0');
+  page_buffer buffer;
   bool readable = true;
   for (std::uint64_t offset = 0;;) {
     std::uint64_t until = 0;
@@ -4272,7 +4301,7 @@ inline void download::hash_along() {
       }
     }
     while (offset < until && !stopped_) {
-      const auto wanted = (std::min<std::uint64_t>)(buffer.size(), until - offset);
+      const auto wanted = (std::min<std::uint64_t>)(page_buffer::size, until - offset);
       const auto count = into_->content().read_at(offset, buffer.data(), static_cast<std::size_t>(wanted));
       readable = readable && count == static_cast<std::int64_t>(wanted);
       if (readable) hash.update({buffer.data(), static_cast<std::size_t>(wanted)});
@@ -4370,7 +4399,9 @@ inline void download::work(std::size_t me) {
 inline bool download::next_range(std::size_t me) {
   lock held(mutex_);
   while (!stopped_ && !complete_ && !failure_) {
-    if (plan_->take(me)) return true;
+    // Where the digest cannot keep up, more connections only take its processor time.
+    const bool digest_is_behind = me > 1 && hashing_ && frontier_ - hashed_ > digest_backlog;
+    if (!digest_is_behind && plan_->take(me)) return true;
     changed_.wait_for(held, milliseconds(50));  // paces change, and connections give back
   }
   return false;
@@ -4592,8 +4623,9 @@ class restoring {
       return error(errc::disk_failure, "cannot restore " + in_quotes(name_) + ": " + in_quotes(at_.target) + " is a directory");
     }
     const auto policy = options_.replace ? cache_policy::replace() : options_.cache.value_or(session_.policy);
-    auto verdict = seen ? policy(copy_of(*seen), nullptr) : cache_policy::verdict::fetch;
-    if (verdict == cache_policy::verdict::keep) return open_local(copy_of(*seen));
+    const auto copy = seen ? std::optional<local_copy>(copy_of(*seen)) : std::nullopt;
+    const auto verdict = copy ? policy(*copy, nullptr) : cache_policy::verdict::fetch;
+    if (verdict == cache_policy::verdict::keep) return open_local(*copy);
 
     service asked(session_, call_);
     if (run_.entity.empty()) {
@@ -4603,9 +4635,8 @@ class restoring {
     }
     auto remote = asked.find_file(run_, name_);
     if (!remote) return remote.error();
-    if (verdict == cache_policy::verdict::ask) {
-      const auto copy = copy_of(*seen);
-      if (policy(copy, &remote->info) == cache_policy::verdict::keep) return keep(copy, remote->info);
+    if (verdict == cache_policy::verdict::ask && policy(*copy, &remote->info) == cache_policy::verdict::keep) {
+      return keep(*copy, remote->info);
     }
     return fetch(*std::move(remote), seen);
   }
