@@ -1,6 +1,6 @@
-// The program of all unit and integration tests. Before anything runs, whatever the machine's environment says of
-// servers, keys, proxies and certificates is taken away, and the home directory becomes an empty one: a test sees what
-// it sets itself, on every machine.
+// The program of all unit and integration tests. Before anything runs, whatever the machine's environment
+// says of servers, keys, proxies and certificates is taken away, and the home directory becomes an empty one:
+// a test sees what it sets itself, on every machine.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
@@ -56,9 +56,12 @@ bool is_foreign(std::string name) {
 /// A directory that lives as long as the tests run.
 class empty_home {
  public:
-  empty_home() : path_(std::filesystem::temp_directory_path() / ("wandb_restore_home_" + std::to_string(std::random_device{}()))) {
+  empty_home()
+      : path_(std::filesystem::temp_directory_path() /
+              ("wandb_restore_home_" + std::to_string(std::random_device{}()))) {
     std::filesystem::create_directories(path_);
-    for (const char* name : {"HOME", "USERPROFILE", "APPDATA", "LOCALAPPDATA"}) set_variable(name, path_.string());
+    for (const char* name : {"HOME", "USERPROFILE", "APPDATA", "LOCALAPPDATA"})
+      set_variable(name, path_.string());
   }
   ~empty_home() {
     std::error_code ignored;
