@@ -222,7 +222,7 @@ TEST_SUITE("errors") {
     auto s = f.settings();
     s.retry_timeout = 300ms;
     wandb::client<> client(s);
-    for (const auto& bad : {act::html(500), act::status(403), act::cut(3), act::reset(3), act::flip_byte(2), act::status(404)}) {
+    for (const auto& bad : {act::html(500), act::status(403), act::cut(0), act::reset(0), act::flip_byte(2), act::status(404)}) {
       f.server.clear_faults();
       f.server.add_fault(place::storage, bad);
       (void)f.failure(client.try_restore("a.txt", f.path, true));
