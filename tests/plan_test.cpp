@@ -1,7 +1,8 @@
-// Who fetches which bytes, how long one goes on trying, and how slow a peer may be: the engine's rules, without a network.
+// Who fetches which bytes, how long one goes on trying, and how slow a peer may be: the engine's rules,
+// without a network.
 //
-// These classes stand in the implementation part of the header: this file brings it along, inline and without a
-// transport, in the inline namespace of that build mode. The rest of the program is not touched by that.
+// These classes stand in the implementation part of the header: this file brings it along, inline and without
+// a transport, in the inline namespace of that build mode. The rest of the program is not touched by that.
 #undef WANDB_RESTORE_SPLIT
 #ifndef WANDB_RESTORE_NO_HTTPLIB
 #define WANDB_RESTORE_NO_HTTPLIB
@@ -31,7 +32,9 @@ constexpr std::uint64_t chunk = 4 * block;  // what a connection has before it w
 class simulation {
  public:
   simulation(std::uint64_t size, std::deque<byte_range> gaps, std::vector<double> paces)
-      : size_(size), plan(paces.size(), gaps), written_((size + block - 1) / block, 0), wanted_(written_.size(), 0), paces_(std::move(paces)) {
+      : size_(size), plan(paces.size(), gaps), written_((size + block - 1) / block, 0),
+        wanted_(written_.size(), 0), paces_(std::move(paces)) {
+    for (std::size_t me = 0; me < paces_.size(); ++me) plan[me].delay = 0.05;  // seconds: a server that is not near
     for (const auto& gap : gaps)
       for (auto i = gap.begin / block; i < (gap.end + block - 1) / block; ++i) wanted_[i] = 1, ++missing_;
   }
@@ -48,18 +51,18 @@ class simulation {
     return missing_ == 0;
   }
 
-  double time = 0;              // seconds
-  std::uint64_t fetched = 0;    // bytes over the network
-  std::uint64_t largest = 0;    // piece that was given out
+  double time = 0;            // seconds
+  std::uint64_t fetched = 0;  // bytes over the network
+  std::uint64_t largest = 0;  // piece that was given out
   std::uint64_t requests = 0;
-  bool strayed = false;         // a byte was fetched that nobody wanted
+  bool strayed = false;  // a byte was fetched that nobody wanted
 
  private:
   std::uint64_t size_;
 
  public:
   range_plan plan;
-  std::vector<int> written_;    // times, for each block
+  std::vector<int> written_;  // times, for each block
 
  private:
   void advance(std::size_t me, double bytes) {
@@ -69,7 +72,8 @@ class simulation {
         if (!plan.take(me)) return;
         ++requests;
         largest = (std::max)(largest, mine.end - mine.at);
-        strayed = strayed || mine.at % block != 0 || (mine.end % block != 0 && mine.end != size_) || mine.end > size_;
+        strayed = strayed || mine.at % block != 0 || (mine.end % block != 0 && mine.end != size_) ||
+                  mine.end > size_;
       }
       if (mine.at >= mine.end) {
         plan.done(me);
@@ -124,7 +128,8 @@ struct taker final : wandb::body_sink {
 }  // namespace
 
 TEST_SUITE("range plan") {
-  TEST_CASE("random sizes, gaps, connections and paces: everything is fetched, hardly anything twice, nothing else") {
+  TEST_CASE("random sizes, gaps, connections and paces: everything is fetched, hardly anything twice, "
+            "nothing else") {
     std::mt19937_64 random(1);
     for (int round = 0; round < 60; ++round) {
       CAPTURE(round);
@@ -141,12 +146,14 @@ TEST_SUITE("range plan") {
         at = (std::min)(size, end + block * (random() % 10));
       }
       std::vector<double> paces;
-      for (std::size_t i = 0; i < connections; ++i) paces.push_back(1e5 * static_cast<double>(1 + random() % 1000));
+      for (std::size_t i = 0; i < connections; ++i)
+        paces.push_back(1e5 * static_cast<double>(1 + random() % 1000));
       simulation one(size, gaps, paces);
       REQUIRE(one.run(3000));
       REQUIRE_FALSE(one.strayed);
       REQUIRE(one.largest <= (connections == 1 ? size : range_plan::largest_piece));
-      // What is fetched twice: less than two shares for each connection that was left behind, and chunks begun.
+      // What is fetched twice: less than two shares for each connection that was left behind, and chunks
+      // begun.
       REQUIRE(one.fetched <= wanted + connections * 2 * range_plan::smallest_share);
     }
   }
@@ -186,7 +193,9 @@ TEST_SUITE("range plan") {
     std::size_t widest = 0;
     REQUIRE(one.run(100, [&](simulation& now) {
       const auto first = std::find(now.written_.begin(), now.written_.end(), 0);
-      const auto last = std::find_if(now.written_.rbegin(), now.written_.rend(), [](int times) { return times > 0; }).base();
+      const auto last = std::find_if(now.written_.rbegin(), now.written_.rend(), [](int times) {
+                          return times > 0;
+                        }).base();
       if (last > first) widest = (std::max)(widest, static_cast<std::size_t>(last - first));
     }));
     CHECK(widest * block <= 4 * range_plan::largest_piece);
@@ -252,9 +261,11 @@ TEST_SUITE("patience") {
     call_of_a_test one;
     patience tries(one.call);
     for (const auto& failure :
-         {error(errc::http_failure, "x", 400), error(errc::http_failure, "x", 404), error(errc::http_failure, "x", 501),
-          error(errc::not_authenticated, "x", 401), error(errc::permission_denied, "x", 403), error(errc::protocol_violation, "x"),
-          error(errc::checksum_mismatch, "x"), error(errc::disk_failure, "x"), error::permanent(errc::connection_failed, "x")}) {
+         {error(errc::http_failure, "x", 400), error(errc::http_failure, "x", 404),
+          error(errc::http_failure, "x", 501), error(errc::not_authenticated, "x", 401),
+          error(errc::permission_denied, "x", 403), error(errc::protocol_violation, "x"),
+          error(errc::checksum_mismatch, "x"), error(errc::disk_failure, "x"),
+          error::permanent(errc::connection_failed, "x")}) {
       CAPTURE(failure.http_status());
       const auto wait = tries.after(failure);
       REQUIRE_FALSE(wait.has_value());
@@ -277,7 +288,8 @@ TEST_SUITE("patience") {
           const auto wait = tries.after(failure);
           REQUIRE(wait.has_value());
           REQUIRE(wait->count() <= (std::min)(30000, 500 << n));
-          if (n == 8) longest = (std::max)(longest, wait->count()), shortest = (std::min)(shortest, wait->count());
+          if (n == 8)
+            longest = (std::max)(longest, wait->count()), shortest = (std::min)(shortest, wait->count());
         }
       }
       CHECK(longest > 15000);
