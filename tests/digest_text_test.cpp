@@ -1,7 +1,8 @@
 // The digest, and the text that comes from other people: addresses, dates, ranges, encodings.
 //
-// These functions stand in the implementation part of the header: this file brings it along, inline and without a
-// transport, in the inline namespace of that build mode. The rest of the program is not touched by that.
+// These functions stand in the implementation part of the header: this file brings it along, inline and
+// without a transport, in the inline namespace of that build mode. The rest of the program is not touched by
+// that.
 #undef WANDB_RESTORE_SPLIT
 #ifndef WANDB_RESTORE_NO_HTTPLIB
 #define WANDB_RESTORE_NO_HTTPLIB
@@ -53,7 +54,8 @@ TEST_SUITE("digest") {
     CHECK(md5_of("abc") == "900150983cd24fb0d6963f7d28e17f72");
     CHECK(md5_of("message digest") == "f96b697d7cb7938d525a2f31aaf161d0");
     CHECK(md5_of("abcdefghijklmnopqrstuvwxyz") == "c3fcd3d76192e4007dfb496cca67e13b");
-    CHECK(md5_of("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789") == "d174ab98d277d9f5a5611c2c9f419d9f");
+    CHECK(md5_of("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789") ==
+          "d174ab98d277d9f5a5611c2c9f419d9f");
     CHECK(md5_of("12345678901234567890123456789012345678901234567890123456789012345678901234567890") ==
           "57edf4a22be3c955ac49da2e2107b67a");
   }
@@ -112,8 +114,13 @@ TEST_SUITE("text") {
   TEST_CASE("base64: RFC 4648, section 10, both ways") {
     const struct {
       const char *plain, *encoded;
-    } rows[] = {{"", ""},           {"f", "Zg=="},         {"fo", "Zm8="},         {"foo", "Zm9v"},
-                {"foob", "Zm9vYg=="}, {"fooba", "Zm9vYmE="}, {"foobar", "Zm9vYmFy"}};
+    } rows[] = {{"", ""},
+                {"f", "Zg=="},
+                {"fo", "Zm8="},
+                {"foo", "Zm9v"},
+                {"foob", "Zm9vYg=="},
+                {"fooba", "Zm9vYmE="},
+                {"foobar", "Zm9vYmFy"}};
     for (const auto& row : rows) {
       CAPTURE(std::string(row.plain));
       CHECK(detail::base64_encode(row.plain) == row.encoded);
@@ -126,7 +133,8 @@ TEST_SUITE("text") {
   }
 
   TEST_CASE("base64: what is not exactly that is refused") {
-    for (const char* bad : {"Zg", "Zg=", "Zm9v=", "====", "Z===", "Zm=v", "Zm9v\n", " Zm9v", "Zm9-", "Zm9_", "Zg==Zg=="}) {
+    for (const char* bad :
+         {"Zg", "Zg=", "Zm9v=", "====", "Z===", "Zm=v", "Zm9v\n", " Zm9v", "Zm9-", "Zm9_", "Zg==Zg=="}) {
       CAPTURE(std::string(bad));
       CHECK_FALSE(detail::base64_decode(bad));
     }
@@ -169,10 +177,10 @@ TEST_SUITE("text") {
         {"", ""},
         {"0", ""},
         {"XXX", ""},
-        {"kAFQmDzST7DWlj99KOF/cg", ""},                    // padding is missing
-        {"kAFQmDzST7DWlj99KOF/", ""},                      // 15 bytes
-        {"kAFQmDzST7DWlj99KOF/cgA=", ""},                  // 17 bytes
-        {"g00150983cd24fb0d6963f7d28e17f72", ""},          // 32 characters that are no hex, though base64
+        {"kAFQmDzST7DWlj99KOF/cg", ""},            // padding is missing
+        {"kAFQmDzST7DWlj99KOF/", ""},              // 15 bytes
+        {"kAFQmDzST7DWlj99KOF/cgA=", ""},          // 17 bytes
+        {"g00150983cd24fb0d6963f7d28e17f72", ""},  // 32 characters that are no hex, though base64
         {"900150983cd24fb0d6963f7d28e17f7", ""},
         {"900150983cd24fb0d6963f7d28e17f72 ", ""},
     };
@@ -187,18 +195,12 @@ TEST_SUITE("text") {
       const char* text;
       std::optional<std::int64_t> time;
     } rows[] = {
-        {"Sun, 06 Nov 1994 08:49:37 GMT", 784111777},
-        {"Thu, 01 Jan 1970 00:00:00 GMT", 0},
-        {"Thu, 29 Feb 2024 12:00:00 GMT", 1709208000},
-        {"Fri, 31 Dec 1999 23:59:59 GMT", 946684799},
-        {"Sat, 01 Mar 2400 00:00:00 GMT", 13574649600},
-        {"Sunday, 06-Nov-94 08:49:37 GMT", std::nullopt},
-        {"Sun Nov  6 08:49:37 1994", std::nullopt},
-        {"Sun, 06 Nov 1994 08:49:37 UTC", std::nullopt},
-        {"Sun, 06 Nox 1994 08:49:37 GMT", std::nullopt},
-        {"Sun, 06 anF 1994 08:49:37 GMT", std::nullopt},
-        {"Sun, xx Nov 1994 08:49:37 GMT", std::nullopt},
-        {"", std::nullopt},
+        {"Sun, 06 Nov 1994 08:49:37 GMT", 784111777},    {"Thu, 01 Jan 1970 00:00:00 GMT", 0},
+        {"Thu, 29 Feb 2024 12:00:00 GMT", 1709208000},   {"Fri, 31 Dec 1999 23:59:59 GMT", 946684799},
+        {"Sat, 01 Mar 2400 00:00:00 GMT", 13574649600},  {"Sunday, 06-Nov-94 08:49:37 GMT", std::nullopt},
+        {"Sun Nov  6 08:49:37 1994", std::nullopt},      {"Sun, 06 Nov 1994 08:49:37 UTC", std::nullopt},
+        {"Sun, 06 Nox 1994 08:49:37 GMT", std::nullopt}, {"Sun, 06 anF 1994 08:49:37 GMT", std::nullopt},
+        {"Sun, xx Nov 1994 08:49:37 GMT", std::nullopt}, {"", std::nullopt},
     };
     for (const auto& row : rows) {
       CAPTURE(std::string(row.text));
@@ -224,8 +226,17 @@ TEST_SUITE("text") {
     const struct {
       const char* value;
       std::int64_t means;
-    } rows[] = {{nullptr, 0}, {"0", 0},  {"1", 1000}, {" 120 ", 120000}, {"1.5", 2000},      {"-1", 0},
-                {"soon", 0},  {"", 0},   {"1x", 0},   {"1e3", 0},        {"999999999", 86400000},
+    } rows[] = {{nullptr, 0},
+                {"0", 0},
+                {"1", 1000},
+                {" 120 ", 120000},
+                {"1.5", 2000},
+                {"-1", 0},
+                {"soon", 0},
+                {"", 0},
+                {"1x", 0},
+                {"1e3", 0},
+                {"999999999", 86400000},
                 {"Sun, 06 Nov 1994 08:49:37 GMT", 0}};
     for (const auto& row : rows) {
       CAPTURE(std::string(row.value ? row.value : "(none)"));
@@ -298,7 +309,8 @@ TEST_SUITE("addresses") {
         {"http://[FE80::A]/", "http://[fe80::a]/", "fe80::a", 80, "/"},
         {"http://u:p@h/x", "http://h/x", "h", 80, "/x"},
         {"http://u@x:p@h/x", "http://h/x", "h", 80, "/x"},
-        {"http://h/a b\xc3\xa9?\xc3\xa9 %20", "http://h/a%20b%C3%A9?%C3%A9%20%20", "h", 80, "/a%20b%C3%A9?%C3%A9%20%20"},
+        {"http://h/a b\xc3\xa9?\xc3\xa9 %20", "http://h/a%20b%C3%A9?%C3%A9%20%20", "h", 80,
+         "/a%20b%C3%A9?%C3%A9%20%20"},
         {"http://h/a?b?c", "http://h/a?b?c", "h", 80, "/a?b?c"},
     };
     for (const auto& row : rows) {
@@ -314,10 +326,28 @@ TEST_SUITE("addresses") {
   }
 
   TEST_CASE("what is no address is a protocol_violation, told without its query") {
-    for (const char* text : {"", "h", "/a/b", "ftp://h/", "file:///etc/passwd", "https:/h", "http://", "http:///x", "http://:80/",
-                             "http://h:0/", "http://h:65536/", "http://h:x/", "http://h:-1/", "http://[::1/", "http://[x]/",
-                             "http://[::1]xy/", "http://a b/", "http://a\"b/", "http://a%41/", "http://h/\r\nX: y?secret=1",
-                             "http://h/\x7f", "gopher://h/?secret=1"}) {
+    for (const char* text : {"",
+                             "h",
+                             "/a/b",
+                             "ftp://h/",
+                             "file:///etc/passwd",
+                             "https:/h",
+                             "http://",
+                             "http:///x",
+                             "http://:80/",
+                             "http://h:0/",
+                             "http://h:65536/",
+                             "http://h:x/",
+                             "http://h:-1/",
+                             "http://[::1/",
+                             "http://[x]/",
+                             "http://[::1]xy/",
+                             "http://a b/",
+                             "http://a\"b/",
+                             "http://a%41/",
+                             "http://h/\r\nX: y?secret=1",
+                             "http://h/\x7f",
+                             "gopher://h/?secret=1"}) {
       CAPTURE(std::string(text));
       const auto parsed = wandb::url::parse(text);
       REQUIRE_FALSE(parsed.has_value());

@@ -1,7 +1,8 @@
-// What the engine keeps on disk: partial files and who owns them, locks, receipts, and the step that makes a file visible.
+// What the engine keeps on disk: partial files and who owns them, locks, receipts, and the step that makes a
+// file visible.
 //
-// These classes stand in the implementation part of the header: this file brings it along, inline and without a
-// transport, in the inline namespace of that build mode. The rest of the program is not touched by that.
+// These classes stand in the implementation part of the header: this file brings it along, inline and without
+// a transport, in the inline namespace of that build mode. The rest of the program is not touched by that.
 #undef WANDB_RESTORE_SPLIT
 #ifndef WANDB_RESTORE_NO_HTTPLIB
 #define WANDB_RESTORE_NO_HTTPLIB
@@ -55,7 +56,8 @@ constexpr std::uint64_t block = partial_file::block;
 constexpr std::uint64_t size = 3 * block + 100;  // four blocks, the last one short
 
 std::string block_text(std::uint64_t index, char salt = 'a') {
-  return std::string(static_cast<std::size_t>(index == 3 ? 100 : block), static_cast<char>(salt + static_cast<char>(index)));
+  return std::string(static_cast<std::size_t>(index == 3 ? 100 : block),
+                     static_cast<char>(salt + static_cast<char>(index)));
 }
 void fill(partial_file& file, std::uint64_t first, std::uint64_t last, char salt = 'a') {
   for (auto i = first; i < last; ++i) REQUIRE(file.write(i * block, block_text(i, salt)).has_value());
@@ -67,7 +69,8 @@ std::unique_ptr<partial_file> must(wandb::result<std::unique_ptr<partial_file>> 
 }
 std::string content_at(const partial_file& file, std::uint64_t index) {
   std::string text(block_text(index).size(), '\0');
-  REQUIRE(file.content().read_at(index * block, text.data(), text.size()) == static_cast<std::int64_t>(text.size()));
+  REQUIRE(file.content().read_at(index * block, text.data(), text.size()) ==
+          static_cast<std::int64_t>(text.size()));
   return text;
 }
 std::size_t files_in(const fs::path& directory) {
@@ -81,8 +84,8 @@ void set_age(const fs::path& where, std::int64_t seconds) {
   REQUIRE(utimensat(AT_FDCWD, where.c_str(), times, 0) == 0);
 }
 
-/// Another process: runs `body`, then tells so and stays until it is killed. Nothing but system calls and this library
-/// between fork and exit.
+/// Another process: runs `body`, then tells so and stays until it is killed. Nothing but system calls and
+/// this library between fork and exit.
 class process {
  public:
   explicit process(const std::function<void()>& body) {
@@ -193,7 +196,8 @@ TEST_SUITE("partial files") {
     leave(at, md5, block);
     const auto mine = must(partial_file::open(at, md5, size));
     for (std::uint64_t i = 0; i < 4; ++i) CHECK_FALSE(mine->has(i));
-    CHECK(find_partials(at).size() == 2);  // mine, and that of the other content: those of this one were of no use
+    CHECK(find_partials(at).size() ==
+          2);  // mine, and that of the other content: those of this one were of no use
     CHECK(find_partials(place(directory / "other.h5")).size() == 1);
   }
 
@@ -360,8 +364,9 @@ TEST_SUITE("partial files") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     const std::string tag = place(directory / "model.h5").tag;
-    for (const auto& name : {tag + ".part", tag + "-.part", tag + "-" + md5 + ".part", tag + "-" + md5 + "-1.2.3.4.part.txt",
-                             tag + ".lock", "x" + tag + "-" + md5 + "-free.part"}) {
+    for (const auto& name :
+         {tag + ".part", tag + "-.part", tag + "-" + md5 + ".part", tag + "-" + md5 + "-1.2.3.4.part.txt",
+          tag + ".lock", "x" + tag + "-" + md5 + "-free.part"}) {
       write_file(directory / name, "text");
     }
     CHECK(find_partials(at).empty());
@@ -428,8 +433,8 @@ TEST_SUITE("owners") {
     REQUIRE(its_start.has_value());
     const owner it{me.realm, static_cast<std::uint64_t>(other.id()), *its_start, 1};
     CHECK_FALSE(it.provably_dead());
-    CHECK(owner{it.realm, it.process, it.start + 1, 1}.provably_dead());        // the id was used again
-    CHECK_FALSE(owner{it.realm, it.process, 0, 1}.provably_dead());             // when it started is not known
+    CHECK(owner{it.realm, it.process, it.start + 1, 1}.provably_dead());  // the id was used again
+    CHECK_FALSE(owner{it.realm, it.process, 0, 1}.provably_dead());       // when it started is not known
     CHECK_FALSE(owner{"elsewhere", it.process, it.start + 1, 1}.provably_dead());
     CHECK_FALSE(owner{"", it.process, it.start + 1, 1}.provably_dead());
     CHECK_FALSE(owner{"unknown", it.process, it.start + 1, 1}.provably_dead());
@@ -440,7 +445,8 @@ TEST_SUITE("owners") {
     CHECK(it.provably_dead());
   }
 
-#if defined(__linux__) && !defined(__SANITIZE_THREAD__)  // which cannot follow a thread that is made after a fork
+#if defined(__linux__) &&                                                                                    \
+    !defined(__SANITIZE_THREAD__)  // which cannot follow a thread that is made after a fork
   TEST_CASE("a process whose first thread has ended is alive as long as another goes on") {
     int ready[2];
     REQUIRE(pipe(ready) == 0);
@@ -449,18 +455,19 @@ TEST_SUITE("owners") {
     if (id == 0) {
       static int told = ready[1];
       pthread_t second;
-      (void)pthread_create(&second, nullptr,
-                           [](void*) -> void* {
-                             // Waits until the first thread is a zombie.
-                             const std::string stat = "/proc/self/task/" + std::to_string(getpid()) + "/stat";
-                             for (std::string text; text.find(") Z ") == std::string::npos;) {
-                               std::ifstream in(stat);
-                               text.assign(std::istreambuf_iterator<char>(in), {});
-                             }
-                             (void)!write(told, "x", 1);
-                             for (;;) pause();
-                           },
-                           nullptr);
+      (void)pthread_create(
+          &second, nullptr,
+          [](void*) -> void* {
+            // Waits until the first thread is a zombie.
+            const std::string stat = "/proc/self/task/" + std::to_string(getpid()) + "/stat";
+            for (std::string text; text.find(") Z ") == std::string::npos;) {
+              std::ifstream in(stat);
+              text.assign(std::istreambuf_iterator<char>(in), {});
+            }
+            (void)!write(told, "x", 1);
+            for (;;) pause();
+          },
+          nullptr);
       syscall(SYS_exit, 0);  // this thread alone
     }
     ::close(ready[1]);
@@ -607,7 +614,8 @@ TEST_SUITE("receipts") {
       write_file(where, good.substr(0, length));
       REQUIRE_FALSE(wandb::detail::read_receipt(cache, target, facts).has_value());
     }
-    for (const char* text : {"null", "[]", "\"x\"", "{}", "{\"path\":1,\"size\":\"5\",\"modified_ns\":null}", "\x00\xff"}) {
+    for (const char* text :
+         {"null", "[]", "\"x\"", "{}", "{\"path\":1,\"size\":\"5\",\"modified_ns\":null}", "\x00\xff"}) {
       write_file(where, text);
       CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts).has_value());
     }
@@ -711,8 +719,9 @@ TEST_SUITE("publishing") {
 
   TEST_CASE("names of any length and spelling have hidden files beside them") {
     const temporary_directory directory;
-    for (const std::string& name : {std::string(255, 'n'), std::string("with spaces and 'quotes\""), std::string("\xc3\xa9\xe4\xb8\xad"),
-                                    std::string("\xff\xfe not UTF-8"), std::string("-rf"), std::string(".hidden")}) {
+    for (const std::string& name : {std::string(255, 'n'), std::string("with spaces and 'quotes\""),
+                                    std::string("\xc3\xa9\xe4\xb8\xad"), std::string("\xff\xfe not UTF-8"),
+                                    std::string("-rf"), std::string(".hidden")}) {
       CAPTURE(name);
       const place at(directory / name);
       place_lock lock(at);
@@ -723,7 +732,8 @@ TEST_SUITE("publishing") {
       CHECK(made->has(3));
       REQUIRE(made->publish(at).has_value());
       CHECK(read_file(at.target) == whole_text());
-      wandb::detail::write_receipt(directory / "cache", at.target, {{"e", "p", "r"}, size, facts_of(at.target)->modified, md5});
+      wandb::detail::write_receipt(directory / "cache", at.target,
+                                   {{"e", "p", "r"}, size, facts_of(at.target)->modified, md5});
       CHECK(wandb::detail::read_receipt(directory / "cache", at.target, *facts_of(at.target)).has_value());
     }
   }

@@ -1,7 +1,7 @@
 // Processes of their own: killed at any moment, many at once on one file, without locks, on disks that fail.
 //
-// A process is this very program, told by its arguments to run one test case that restores one file and says how that
-// went by its exit status. What it is to do is in its environment.
+// A process is this very program, told by its arguments to run one test case that restores one file and says
+// how that went by its exit status. What it is to do is in its environment.
 #include <doctest/doctest.h>
 
 #include <cstdlib>
@@ -86,7 +86,8 @@ class child {
     progress_ = ends[0];
     REQUIRE(code == 0);
   }
-  child(child&& other) noexcept : id_(std::exchange(other.id_, -1)), progress_(std::exchange(other.progress_, -1)) {}
+  child(child&& other) noexcept
+      : id_(std::exchange(other.id_, -1)), progress_(std::exchange(other.progress_, -1)) {}
   ~child() {
     if (id_ > 0) kill_now();
     if (progress_ >= 0) ::close(progress_);
@@ -119,7 +120,8 @@ class child {
 
 int status_of(errc code) { return failed + static_cast<int>(code); }
 
-/// The library that makes a disk fail, compiled on first use; absent where that cannot be, and the reason is told.
+/// The library that makes a disk fail, compiled on first use; absent where that cannot be, and the reason is
+/// told.
 std::optional<std::string> shim() {
 #if TESTS_SANITIZED
   MESSAGE("left out: a preloaded library and a sanitizer's runtime do not go together");
@@ -141,7 +143,8 @@ std::optional<std::string> shim() {
 void gather(world& it, std::uint64_t processes) {
   it.server.on_request([&it, processes](const stand_in::request_record& one) {
     if (one.kind != request_kind::storage) return;
-    it.server.wait_for([=](const auto& now) { return now.counts.of(request_kind::graphql).requests >= processes; }, 60s);
+    it.server.wait_for(
+        [=](const auto& now) { return now.counts.of(request_kind::graphql).requests >= processes; }, 60s);
   });
 }
 
@@ -196,7 +199,9 @@ TEST_SUITE("processes: killed") {
       CHECK_FALSE(fs::exists(it.at("model.h5")));
       it.server.set_rate(0, 0);
       // What the first one asked for may still be on its way out.
-      REQUIRE(it.server.wait_for([](const auto& now) { return now.counts.of(stand_in::origin::storage).open_connections == 0; }, 20s));
+      REQUIRE(it.server.wait_for(
+          [](const auto& now) { return now.counts.of(stand_in::origin::storage).open_connections == 0; },
+          20s));
       it.server.clear_log();
       it.options.connections = 1;  // takes no range from another, so that every byte that is sent is wanted
       REQUIRE(child(it, "model.h5").join() == downloaded);
@@ -313,12 +318,15 @@ TEST_SUITE("processes: many at once") {
       }
       it.server.on_request({});
       CHECK(holds(it.at("model.h5"), *what));
-      CHECK(it.storage_bytes() > 9 * MiB * 3 / 2);  // the fault was there: the file was fetched more than once
+      CHECK(it.storage_bytes() >
+            9 * MiB * 3 / 2);  // the fault was there: the file was fetched more than once
       // The last one found others' locks, if any, and no partial file is left that anybody has use for.
-      it.check_restored([&] {
-        it.options.replace = true;
-        return it.restore("model.h5");
-      }(), "model.h5", *what);
+      it.check_restored(
+          [&] {
+            it.options.replace = true;
+            return it.restore("model.h5");
+          }(),
+          "model.h5", *what);
     }
   }
 
@@ -354,7 +362,8 @@ TEST_SUITE("processes: what they meet") {
     it.server.add_fault(target(place::connect).nth(1), act::refuse());
     it.server.add_fault(target(place::graphql).nth(1), act::reset(5));
     it.server.add_fault(target(place::files).nth(1), act::close_silently());
-    for (unsigned n = 1; n < 12; n += 2) it.server.add_fault(target(place::storage).nth(n), act::reset(200'000 * n));
+    for (unsigned n = 1; n < 12; n += 2)
+      it.server.add_fault(target(place::storage).nth(n), act::reset(200'000 * n));
     CHECK(child(it, "model.h5").join() == downloaded);
     CHECK(holds(it.at("model.h5"), *what));
   }
@@ -365,7 +374,8 @@ TEST_SUITE("processes: what they meet") {
     fs::create_directories(it.options.root);
     fs::permissions(it.directory.path(), fs::perms(0755));
     fs::permissions(it.options.root, fs::perms(0555));
-    CHECK(child(it, "model.h5", {{"CHILD_UNPRIVILEGED", "1"}, {"CHILD_TEXT", "/dev/null"}}).join() == status_of(errc::disk_failure));
+    CHECK(child(it, "model.h5", {{"CHILD_UNPRIVILEGED", "1"}, {"CHILD_TEXT", "/dev/null"}}).join() ==
+          status_of(errc::disk_failure));
     CHECK(it.storage() == 0);
     fs::permissions(it.options.root, fs::perms(0755));
     CHECK(it.hidden() == 0);
@@ -385,7 +395,10 @@ TEST_SUITE("processes: what they meet") {
         {"nothing is free", {{"FAULT_FREE", "0"}}, true, " are missing"},
         {"no room to reserve", {{"FAULT_ALLOCATE", "ENOSPC"}}, true, "No space left"},
         {"the quota is used up", {{"FAULT_ALLOCATE", "EDQUOT"}}, true, "uota"},
-        {"full, and nothing told it before", {{"FAULT_ALLOCATE", "EOPNOTSUPP"}, {"FAULT_WRITE", "ENOSPC@20"}}, false, "No space left"},
+        {"full, and nothing told it before",
+         {{"FAULT_ALLOCATE", "EOPNOTSUPP"}, {"FAULT_WRITE", "ENOSPC@20"}},
+         false,
+         "No space left"},
         {"a write fails", {{"FAULT_WRITE", "EIO@20"}}, false, "Input/output error"},
         {"the first write fails", {{"FAULT_WRITE", "EIO@1"}}, true, "Input/output error"},
         {"the sync fails", {{"FAULT_SYNC", "EIO"}}, false, "Input/output error"},
@@ -429,7 +442,8 @@ TEST_SUITE("processes: what they meet") {
     if (!library) return;
     world it;
     it.add("model.h5", large_size);
-    CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_FREE", "1000000"}}).join() == status_of(errc::disk_failure));
+    CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_FREE", "1000000"}}).join() ==
+          status_of(errc::disk_failure));
     const std::string text = support::read_file(it.directory / "text");
     CAPTURE(text);
     CHECK(text.find(std::to_string(large_size) + " bytes are needed") != std::string::npos);

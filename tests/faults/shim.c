@@ -1,11 +1,12 @@
-/* A disk that fails on demand, for programs that are started with LD_PRELOAD. What fails is said in the environment:
+/* A disk that fails on demand, for programs that are started with LD_PRELOAD. What fails is said in the
+ * environment:
  *
  *   FAULT_LOCK=none | ENOLCK | ENOSYS    locks succeed without locking anything, or fail
  *   FAULT_FREE=BYTES | unknown           what statvfs says is free; unknown: 0 of everything
  *   FAULT_ALLOCATE=ERROR                 fallocate fails
- *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th one on; or writes half of what it is given
- *   FAULT_SYNC=ERROR                     fsync and fdatasync fail
- *   FAULT_RENAME=ERROR                   rename fails where the new name does not begin with a dot
+ *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th one on; or writes half of what it is
+ * given FAULT_SYNC=ERROR                     fsync and fdatasync fail FAULT_RENAME=ERROR rename fails where
+ * the new name does not begin with a dot
  *
  * ERROR is ENOSPC, EDQUOT, EIO, EACCES, EROFS, EOPNOTSUPP, ENOLCK or ENOSYS.
  */
@@ -40,22 +41,23 @@ static int fails(const char* variable) {
 
 static int lock_answer(int command, int* answer) {
   const char* value = getenv("FAULT_LOCK");
-  const int locks = command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK || command == F_OFD_SETLKW;
+  const int locks =
+      command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK || command == F_OFD_SETLKW;
   if (!value || !locks) return 0;
   *answer = strcmp(value, "none") == 0 ? 0 : -1;
   if (*answer) errno = number_of(value);
   return 1;
 }
 
-#define FCNTL(name)                                                                                     \
-  int name(int fd, int command, ...) {                                                                  \
-    va_list arguments;                                                                                  \
-    va_start(arguments, command);                                                                       \
-    void* argument = va_arg(arguments, void*);                                                          \
-    va_end(arguments);                                                                                  \
-    int answer;                                                                                         \
-    if (lock_answer(command, &answer)) return answer;                                                   \
-    return ((int (*)(int, int, ...))dlsym(RTLD_NEXT, #name))(fd, command, argument);                    \
+#define FCNTL(name)                                                                                          \
+  int name(int fd, int command, ...) {                                                                       \
+    va_list arguments;                                                                                       \
+    va_start(arguments, command);                                                                            \
+    void* argument = va_arg(arguments, void*);                                                               \
+    va_end(arguments);                                                                                       \
+    int answer;                                                                                              \
+    if (lock_answer(command, &answer)) return answer;                                                        \
+    return ((int (*)(int, int, ...))dlsym(RTLD_NEXT, #name))(fd, command, argument);                         \
   }
 FCNTL(fcntl)
 FCNTL(fcntl64)
@@ -66,34 +68,34 @@ int flock(int fd, int operation) {
   return ((int (*)(int, int))dlsym(RTLD_NEXT, "flock"))(fd, operation);
 }
 
-#define FALLOCATE(name, offset_type)                                                                                 \
-  int name(int fd, int mode, offset_type offset, offset_type length) {                                               \
-    if (fails("FAULT_ALLOCATE")) return -1;                                                                          \
-    return ((int (*)(int, int, offset_type, offset_type))dlsym(RTLD_NEXT, #name))(fd, mode, offset, length);         \
+#define FALLOCATE(name, offset_type)                                                                         \
+  int name(int fd, int mode, offset_type offset, offset_type length) {                                       \
+    if (fails("FAULT_ALLOCATE")) return -1;                                                                  \
+    return ((int (*)(int, int, offset_type, offset_type))dlsym(RTLD_NEXT, #name))(fd, mode, offset, length); \
   }
 FALLOCATE(fallocate, off_t)
 FALLOCATE(fallocate64, off64_t)
 
-#define POSIX_FALLOCATE(name, offset_type)                                                                    \
-  int name(int fd, offset_type offset, offset_type length) {                                                  \
-    if (fails("FAULT_ALLOCATE")) return errno;                                                                \
-    return ((int (*)(int, offset_type, offset_type))dlsym(RTLD_NEXT, #name))(fd, offset, length);             \
+#define POSIX_FALLOCATE(name, offset_type)                                                                   \
+  int name(int fd, offset_type offset, offset_type length) {                                                 \
+    if (fails("FAULT_ALLOCATE")) return errno;                                                               \
+    return ((int (*)(int, offset_type, offset_type))dlsym(RTLD_NEXT, #name))(fd, offset, length);            \
   }
 POSIX_FALLOCATE(posix_fallocate, off_t)
 POSIX_FALLOCATE(posix_fallocate64, off64_t)
 
-#define STATVFS(name, facts_type)                                                                             \
-  int name(const char* where, struct facts_type* facts) {                                                     \
-    const int answer = ((int (*)(const char*, struct facts_type*))dlsym(RTLD_NEXT, #name))(where, facts);     \
-    const char* free_bytes = getenv("FAULT_FREE");                                                            \
-    if (answer != 0 || !free_bytes) return answer;                                                            \
-    if (strcmp(free_bytes, "unknown") == 0) {                                                                 \
-      memset(facts, 0, sizeof *facts);                                                                        \
-    } else {                                                                                                  \
-      facts->f_frsize = 1;                                                                                    \
-      facts->f_bavail = facts->f_bfree = strtoull(free_bytes, NULL, 10);                                      \
-    }                                                                                                         \
-    return 0;                                                                                                 \
+#define STATVFS(name, facts_type)                                                                            \
+  int name(const char* where, struct facts_type* facts) {                                                    \
+    const int answer = ((int (*)(const char*, struct facts_type*))dlsym(RTLD_NEXT, #name))(where, facts);    \
+    const char* free_bytes = getenv("FAULT_FREE");                                                           \
+    if (answer != 0 || !free_bytes) return answer;                                                           \
+    if (strcmp(free_bytes, "unknown") == 0) {                                                                \
+      memset(facts, 0, sizeof *facts);                                                                       \
+    } else {                                                                                                 \
+      facts->f_frsize = 1;                                                                                   \
+      facts->f_bavail = facts->f_bfree = strtoull(free_bytes, NULL, 10);                                     \
+    }                                                                                                        \
+    return 0;                                                                                                \
   }
 STATVFS(statvfs, statvfs)
 STATVFS(statvfs64, statvfs64)
@@ -113,10 +115,11 @@ static int write_fails(size_t* count) {
   return 1;
 }
 
-#define PWRITE(name, offset_type)                                                                                    \
-  ssize_t name(int fd, const void* bytes, size_t count, offset_type offset) {                                        \
-    if (write_fails(&count)) return -1;                                                                              \
-    return ((ssize_t(*)(int, const void*, size_t, offset_type))dlsym(RTLD_NEXT, #name))(fd, bytes, count, offset);   \
+#define PWRITE(name, offset_type)                                                                            \
+  ssize_t name(int fd, const void* bytes, size_t count, offset_type offset) {                                \
+    if (write_fails(&count)) return -1;                                                                      \
+    return ((ssize_t(*)(int, const void*, size_t, offset_type))dlsym(RTLD_NEXT, #name))(fd, bytes, count,    \
+                                                                                        offset);             \
   }
 PWRITE(pwrite, off_t)
 PWRITE(pwrite64, off64_t)
