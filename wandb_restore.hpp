@@ -3863,7 +3863,7 @@ class range_plan {
     std::atomic<bool> revoked{false};   // the end was lowered: what comes after it is not wanted
     std::atomic<std::uint64_t> received{0};
     std::uint64_t seen = 0;             // `received` when the pace was last measured
-    double pace = 0;                    // bytes a second; 0: not known yet
+    double pace = -1;                   // bytes a second; negative: not known yet
     double delay = 0;                   // seconds from the last request to the first byte of its response
     bool busy = false;
   };
@@ -3913,7 +3913,7 @@ class range_plan {
       const auto received = one.received.load();
       const double now = static_cast<double>(received - one.seen) / seconds;
       one.seen = received;
-      if (one.busy) one.pace = one.pace == 0 ? now : 0.7 * one.pace + 0.3 * now;
+      if (one.busy) one.pace = one.pace < 0 ? now : 0.7 * one.pace + 0.3 * now;
     }
   }
 
@@ -3935,7 +3935,7 @@ class range_plan {
     for (const auto& gap : gaps_) left += gap.end - gap.begin;
     // Asking costs a round trip: at most a fiftieth of what it brings. On near servers pieces stay small, so that the
     // frontier, and the digest with it, is never far behind.
-    const auto wanted = (std::max)(first_piece, static_cast<std::uint64_t>(of.pace * of.delay * 50));
+    const auto wanted = (std::max)(first_piece, static_cast<std::uint64_t>((std::max)(of.pace, 0.0) * of.delay * 50));
     const auto fair = left / (2 * slots_.size());
     const auto bounded = (std::max)((std::min)({wanted, fair, largest_piece}), smallest_piece);
     return (bounded + block - 1) / block * block;
@@ -3946,11 +3946,11 @@ class range_plan {
     slot* slowest = nullptr;
     double longest = 0;
     for (slot& other : slots_) {
-      if (&other == &mine || !other.busy || other.end == endless || other.at >= other.end) continue;
+      if (&other == &mine || !other.busy || other.pace < 0 || other.end == endless || other.at >= other.end) continue;
       const double time = static_cast<double>(other.end - other.at) / (std::max)(other.pace, 1.0);
       if (time > longest) longest = time, slowest = &other;
     }
-    if (slowest == nullptr) return false;
+    if (slowest == nullptr || longest < 0.1) return false;  // what is here at once is not worth a connection cut
     const std::uint64_t at = slowest->at, end = slowest->end;
     const auto middle = (at + (end - at) / 2 + block - 1) / block * block;
     if (end - at >= 2 * smallest_share) {
