@@ -63,8 +63,8 @@
 #endif
 #define WANDB_RESTORE_PRIVATE_JOIN2(a, b, c, d, e) a##b##c##d##e
 #define WANDB_RESTORE_PRIVATE_JOIN(a, b, c, d, e) WANDB_RESTORE_PRIVATE_JOIN2(a, b, c, d, e)
-#define WANDB_RESTORE_PRIVATE_ABI                                                                             \
-  WANDB_RESTORE_PRIVATE_JOIN(v0, WANDB_RESTORE_PRIVATE_SPLIT, WANDB_RESTORE_PRIVATE_NOEX,                     \
+#define WANDB_RESTORE_PRIVATE_ABI                                                                            \
+  WANDB_RESTORE_PRIVATE_JOIN(v0, WANDB_RESTORE_PRIVATE_SPLIT, WANDB_RESTORE_PRIVATE_NOEX,                    \
                              WANDB_RESTORE_PRIVATE_NOTLS, WANDB_RESTORE_PRIVATE_NOHTTP)
 
 #if defined(__GNUC__) && !defined(_WIN32)
@@ -73,22 +73,22 @@
 #define WANDB_RESTORE_PRIVATE_VISIBLE
 #endif
 
-#include <atomic>       // the caller's cancel flag
-#include <chrono>       // timeouts
-#include <cstdint>      // sizes
-#include <cstdlib>      // abort, where there are no exceptions
-#include <filesystem>   // paths
-#include <fstream>      // restored_file is an ifstream
-#include <functional>   // callbacks
+#include <atomic>            // the caller's cancel flag
+#include <chrono>            // timeouts
+#include <cstdint>           // sizes
+#include <cstdlib>           // abort, where there are no exceptions
+#include <filesystem>        // paths
+#include <fstream>           // restored_file is an ifstream
+#include <functional>        // callbacks
 #include <initializer_list>  //
-#include <memory>       // shared_ptr
-#include <optional>     // what may be unknown; result
-#include <stdexcept>    // error is a runtime_error
-#include <string>       //
-#include <string_view>  //
-#include <type_traits>  //
-#include <utility>      //
-#include <vector>       //
+#include <memory>            // shared_ptr
+#include <optional>          // what may be unknown; result
+#include <stdexcept>         // error is a runtime_error
+#include <string>            //
+#include <string_view>       //
+#include <type_traits>       //
+#include <utility>           //
+#include <vector>            //
 
 namespace wandb {
 inline namespace WANDB_RESTORE_PRIVATE_ABI {
@@ -139,7 +139,8 @@ enum class errc {
 class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
  public:
   error(errc code, const std::string& text, int http_status = 0)
-      : std::runtime_error(text), code_(code), http_status_(http_status), transient_(may_pass(code, http_status)) {}
+      : std::runtime_error(text), code_(code), http_status_(http_status),
+        transient_(may_pass(code, http_status)) {}
 
   /// The same, for a failure that trying again cannot cure although its code suggests it: a refused certificate, say.
   [[nodiscard]] static error permanent(errc code, const std::string& text, int http_status = 0) {
@@ -164,7 +165,8 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
  private:
   static bool may_pass(errc code, int status) noexcept {
     return code == errc::connection_failed ||
-           (code == errc::http_failure && (status == 408 || status == 429 || (status >= 500 && status != 501)));
+           (code == errc::http_failure &&
+            (status == 408 || status == 429 || (status >= 500 && status != 501)));
   }
   errc code_;
   int http_status_;
@@ -180,7 +182,7 @@ class [[nodiscard]] result {
   using value_type = T;
   using error_type = wandb::error;
 
-  result(T value) : value_(std::move(value)) {}                // NOLINT: implicit, as in expected
+  result(T value) : value_(std::move(value)) {}                   // NOLINT: implicit, as in expected
   result(wandb::error failure) : failure_(std::move(failure)) {}  // NOLINT
 
   [[nodiscard]] bool has_value() const noexcept { return value_.has_value(); }
@@ -273,11 +275,11 @@ struct run_path {
 
 /// An absolute http or https address in parts (RFC 3986, section 3).
 struct url {
-  std::string scheme;      ///< "http" or "https"
-  std::string user_info;   ///< as written, percent-encoded; used for proxies only
-  std::string host;        ///< lower case; an IPv6 address without its brackets
-  int port = 0;            ///< explicit or the scheme's default
-  std::string target;      ///< path and query as sent, at least "/"
+  std::string scheme;     ///< "http" or "https"
+  std::string user_info;  ///< as written, percent-encoded; used for proxies only
+  std::string host;       ///< lower case; an IPv6 address without its brackets
+  int port = 0;           ///< explicit or the scheme's default
+  std::string target;     ///< path and query as sent, at least "/"
 
   /// Spaces and bytes beyond ASCII are percent-encoded, a fragment is dropped.
   /// @return  errc::protocol_violation for control characters, another scheme, a missing host or a bad port.
@@ -303,10 +305,10 @@ struct http_request {
   http_headers headers = {};  ///< complete but for Host, Connection and Content-Length
   std::string body = {};
   std::string proxy = {};  ///< "http://[user:password@]host:port", or empty for a direct connection
-  std::string proxy_authorization = {};                     ///< a Proxy-Authorization value for that proxy alone
-  std::chrono::milliseconds connect_timeout{30000};         ///< name resolution excepted; TLS handshake included
-  std::chrono::milliseconds idle_timeout{30000};            ///< longest time without a byte, either way
-  std::function<bool()> is_cancelled = {};                  ///< called from any thread
+  std::string proxy_authorization = {};              ///< a Proxy-Authorization value for that proxy alone
+  std::chrono::milliseconds connect_timeout{30000};  ///< name resolution excepted; TLS handshake included
+  std::chrono::milliseconds idle_timeout{30000};     ///< longest time without a byte, either way
+  std::function<bool()> is_cancelled = {};           ///< called from any thread
 
   /// The exchange is no longer wanted. A transport looks at this at least once a second.
   [[nodiscard]] bool cancelled() const { return is_cancelled && is_cancelled(); }
@@ -337,7 +339,7 @@ class body_sink {
 
 /// Whether T is a Transport: `result<http_response> send(const http_request&, body_sink&)` makes exactly one exchange,
 /// blocks until it is over, and may be called from several threads at once. It follows no redirects, retries nothing, adds
-/// no credentials, decompresses nothing and does not keep the body. Failures are errc::connection_failed (made with
+/// no credentials, decompresses nothing, does not keep the body and does not throw. Failures are errc::connection_failed (made with
 /// `error::permanent` where trying again is no use), errc::protocol_violation or errc::cancelled.
 template <class T, class = void>
 struct is_transport : std::false_type {};
@@ -356,7 +358,7 @@ struct file_info {
   std::optional<std::uint64_t> size;  ///< bytes; absent where the service does not say
   std::string md5;                    ///< 32 lower-case hex digits, or empty where unknown
   std::string mimetype;
-  std::string updated_at;             ///< ISO 8601, as the service writes it; empty where unknown
+  std::string updated_at;  ///< ISO 8601, as the service writes it; empty where unknown
 };
 
 /// What a restore is busy with.
@@ -364,11 +366,11 @@ enum class phase { downloading, verifying };
 
 /// How far a restore is.
 struct progress {
-  std::string_view name;                        ///< as asked for
+  std::string_view name;  ///< as asked for
   wandb::phase phase = wandb::phase::downloading;
-  std::uint64_t bytes_done = 0;                 ///< downloading: bytes that are here; verifying: bytes hashed
-  std::optional<std::uint64_t> bytes_total;     ///< absent where the size is unknown
-  double bytes_per_second = 0;                  ///< of what came over the network lately
+  std::uint64_t bytes_done = 0;              ///< downloading: bytes that are here; verifying: bytes hashed
+  std::optional<std::uint64_t> bytes_total;  ///< absent where the size is unknown
+  double bytes_per_second = 0;               ///< of what came over the network lately
 };
 
 /// Where the bytes of a restored file came from. `store` is reserved.
@@ -384,7 +386,8 @@ class restored_file : public std::ifstream {
     wandb::source source = wandb::source::local;
     bool verified = false;
   };
-  restored_file(std::ifstream stream, facts known) : std::ifstream(std::move(stream)), facts_(std::move(known)) {}
+  restored_file(std::ifstream stream, facts known)
+      : std::ifstream(std::move(stream)), facts_(std::move(known)) {}
   restored_file(restored_file&& other) noexcept
       : std::ifstream(std::move(other)), facts_(std::move(other.facts_)) {}
   restored_file& operator=(restored_file&& other) noexcept {
@@ -415,7 +418,7 @@ class restored_file : public std::ifstream {
 class local_copy {
  public:
   std::filesystem::path path;
-  std::uint64_t size = 0;                       ///< bytes
+  std::uint64_t size = 0;  ///< bytes
   std::chrono::system_clock::time_point modified{};
   /// The run that a receipt says the file came from. Absent for a file that was not restored here, or changed since.
   std::optional<run_path> restored_from;
@@ -438,7 +441,8 @@ class cache_policy {
   using rule = std::function<verdict(const local_copy& local, const file_info* remote)>;
 
   /// A rule of one's own. `remote` is null in the first call. Called in the thread of the restore.
-  cache_policy(rule decide) : decide_(std::move(decide)) {}  // NOLINT: implicit, so that a lambda can stand for a policy
+  cache_policy(rule decide)
+      : decide_(std::move(decide)) {}  // NOLINT: implicit, so that a lambda can stand for a policy
   template <class F, class = std::enable_if_t<std::is_constructible_v<rule, F> &&
                                               !std::is_same_v<std::decay_t<F>, cache_policy> &&
                                               !std::is_same_v<std::decay_t<F>, rule>>>
@@ -463,8 +467,9 @@ class cache_policy {
 
 /// A proxy for one scheme, and the hosts that are reached without it.
 struct proxy_settings {
-  std::string url;     ///< "http://[user:password@]host:port"; empty: none
-  std::string bypass;  ///< as NO_PROXY: host, .domain, address, address/prefix, each with an optional :port; or "*"
+  std::string url;  ///< "http://[user:password@]host:port"; empty: none
+  std::string
+      bypass;  ///< as NO_PROXY: host, .domain, address, address/prefix, each with an optional :port; or "*"
 };
 
 /// Server, credentials, default run and manners. A default-constructed object asks the public service without a key;
@@ -472,10 +477,10 @@ struct proxy_settings {
 struct settings {
   std::string base_url = "https://api.wandb.ai";  ///< may have a path prefix and trailing slashes
 
-  std::string api_key = {};                              ///< 40 characters or more, or a JWT
-  std::string identity_token_file = {};                  ///< a file with a JWT that is exchanged for an access token
-  std::filesystem::path credentials_file = {};           ///< where access tokens are shared with the SDK
-  std::filesystem::path netrc_file = {};                 ///< where a key is looked for if the two above are empty
+  std::string api_key = {};                     ///< 40 characters or more, or a JWT
+  std::string identity_token_file = {};         ///< a file with a JWT that is exchanged for an access token
+  std::filesystem::path credentials_file = {};  ///< where access tokens are shared with the SDK
+  std::filesystem::path netrc_file = {};        ///< where a key is looked for if the two above are empty
 
   std::string entity = {};   ///< default for run paths without one
   std::string project = {};  ///< likewise
@@ -485,27 +490,30 @@ struct settings {
   std::filesystem::path cache_dir = {};  ///< where receipts are kept; empty: none are
   bool offline = false;                  ///< no network at all
 
-  std::chrono::milliseconds connect_timeout{30000};    ///< for a connection, TLS handshake included
-  std::chrono::milliseconds idle_timeout{30000};       ///< a peer that sends less than `low_speed` for this long has failed
-  std::uint64_t low_speed = 1024;                      ///< bytes per second
-  std::chrono::milliseconds retry_timeout{300000};     ///< trying again without progress ends after this
-  std::chrono::milliseconds total_timeout{0};          ///< for a whole call; 0: none
+  std::chrono::milliseconds connect_timeout{30000};  ///< for a connection, TLS handshake included
+  std::chrono::milliseconds idle_timeout{
+      30000};                      ///< a peer that sends less than `low_speed` for this long has failed
+  std::uint64_t low_speed = 1024;  ///< bytes per second
+  std::chrono::milliseconds retry_timeout{300000};  ///< trying again without progress ends after this
+  std::chrono::milliseconds total_timeout{0};       ///< for a whole call; 0: none
 
-  proxy_settings http_proxy = {};         ///< for http addresses
-  proxy_settings https_proxy = {};        ///< for https addresses, through CONNECT
+  proxy_settings http_proxy = {};           ///< for http addresses
+  proxy_settings https_proxy = {};          ///< for https addresses, through CONNECT
   std::filesystem::path ca_file = {};       ///< PEM bundle; this and the next empty: the system's own
   std::filesystem::path ca_directory = {};  ///< hashed directory of certificates
   bool verify_tls = true;                   ///< false accepts any certificate, with a warning
 
-  http_headers extra_headers = {};      ///< for the base URL's requests only; a Proxy-Authorization goes to the proxy only
-  std::string username = {};            ///< X-WANDB-USERNAME of questions to the service
-  std::string user_email = {};          ///< X-WANDB-USER-EMAIL, likewise
+  http_headers extra_headers =
+      {};  ///< for the base URL's requests only; a Proxy-Authorization goes to the proxy only
+  std::string username = {};    ///< X-WANDB-USERNAME of questions to the service
+  std::string user_email = {};  ///< X-WANDB-USER-EMAIL, likewise
   std::string user_agent = "wandb_restore.hpp/" WANDB_RESTORE_VERSION;
 
   /// Receives warnings (insecure TLS, unreadable settings files), each once a client. Default: standard error.
   std::function<void(std::string_view)> on_warning = {};
-  std::vector<std::string> warnings = {};      ///< what from_environment noticed; passed on at the first request
-  std::optional<wandb::error> problem = {};    ///< what from_environment could not use; reported at the first request
+  std::vector<std::string> warnings = {};  ///< what from_environment noticed; passed on at the first request
+  std::optional<wandb::error> problem =
+      {};  ///< what from_environment could not use; reported at the first request
 
   /// Environment variables over settings files (local, then global) over wandb-resume.json (where WANDB_RESUME=auto), as
   /// README.md lists them. Reads files, makes no request, never fails: see `problem`.
@@ -516,15 +524,17 @@ struct settings {
 
 /// What a restore may be told, each with a default. The first three are the SDK's.
 struct restore_options {
-  std::string run_path = {};               ///< any form of run_path::parse; empty: the current run
-  bool replace = false;                    ///< fetch even if there is a local copy
-  std::filesystem::path root = {};         ///< directory under which the file is put; empty: settings::run_dir, else "."
+  std::string run_path = {};  ///< any form of run_path::parse; empty: the current run
+  bool replace = false;       ///< fetch even if there is a local copy
+  std::filesystem::path root =
+      {};  ///< directory under which the file is put; empty: settings::run_dir, else "."
   std::optional<cache_policy> cache = {};  ///< over the client's policy; `replace = true` wins
   /// Called about ten times a second, from one thread at a time; returns false to cancel.
   std::function<bool(const progress&)> on_progress = {};
   const std::atomic<bool>* cancel = nullptr;  ///< the caller's; once true, the call ends within a second
   int connections = 8;                        ///< upper bound for a large file, at least 1
-  bool verify = true;                         ///< check the md5 that the service tells
+  bool verify =
+      true;  ///< check the md5 that the service tells; without it nothing is resumed, and one connection is used
 };
 
 /// The default transport: cpp-httplib over TLS (OpenSSL) or plain TCP. Keeps connections alive per origin and loads the
@@ -608,7 +618,9 @@ class client {
                         std::filesystem::path root = {}) {
     return try_restore(name, run_path, replace, std::move(root)).value();
   }
-  std::vector<file_info> list_files(const restore_options& options = {}) { return try_list_files(options).value(); }
+  std::vector<file_info> list_files(const restore_options& options = {}) {
+    return try_list_files(options).value();
+  }
 #endif
 
  private:
@@ -666,12 +678,12 @@ restored_file restore(std::string_view name, const Text& run_path, bool replace 
 #endif  // WANDB_RESTORE_HPP
 
 // ------------------------------------------------------------------------------ implementation from here on
-#if (!defined(WANDB_RESTORE_SPLIT) || defined(WANDB_RESTORE_IMPLEMENTATION)) && !defined(WANDB_RESTORE_IMPLEMENTED)
+#if (!defined(WANDB_RESTORE_SPLIT) || defined(WANDB_RESTORE_IMPLEMENTATION)) &&                              \
+    !defined(WANDB_RESTORE_IMPLEMENTED)
 #define WANDB_RESTORE_IMPLEMENTED
 
 #include <algorithm>           // min, max
 #include <array>               //
-#include <cctype>              // nothing locale-dependent: see detail::lower
 #include <charconv>            // numbers without locale or exceptions
 #include <condition_variable>  // workers, hash and coordinator wait for each other
 #include <cstdio>              // warnings
@@ -728,7 +740,8 @@ restored_file restore(std::string_view name, const Text& run_path, bool replace 
 #endif
 #elif !defined(CPPHTTPLIB_OPENSSL_SUPPORT)
 #ifdef CPPHTTPLIB_HTTPLIB_H
-#error "httplib.h was included without CPPHTTPLIB_OPENSSL_SUPPORT, which changes its classes: define that macro for \
+#error                                                                                                       \
+    "httplib.h was included without CPPHTTPLIB_OPENSSL_SUPPORT, which changes its classes: define that macro for \
 the whole program, or WANDB_RESTORE_NO_OPENSSL if plain HTTP is enough"
 #endif
 #define CPPHTTPLIB_OPENSSL_SUPPORT
@@ -758,7 +771,8 @@ the whole program, or WANDB_RESTORE_NO_OPENSSL if plain HTTP is enough"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuseless-cast"  // a cast from 64 bits to std::size_t is of use on 32-bit machines
+#pragma GCC diagnostic ignored                                                                               \
+    "-Wuseless-cast"  // a cast from 64 bits to std::size_t is of use on 32-bit machines
 #endif
 
 namespace wandb {
@@ -786,6 +800,17 @@ inline bool equal_ignoring_case(std::string_view a, std::string_view b) {
 inline bool contains_ignoring_case(std::string_view text, std::string_view part) {
   return std::search(text.begin(), text.end(), part.begin(), part.end(),
                      [](char x, char y) { return lower(x) == lower(y); }) != text.end();
+}
+inline bool has_word(std::string_view text, std::string_view word) {
+  const auto part_of_one = [](char c) { return is_letter(c) || is_digit(c) || c == '_' || c == '-'; };
+  for (std::size_t at = 0; at + word.size() <= text.size(); ++at) {
+    const auto end = at + word.size();
+    if (equal_ignoring_case(text.substr(at, word.size()), word) && (at == 0 || !part_of_one(text[at - 1])) &&
+        (end == text.size() || !part_of_one(text[end]))) {
+      return true;
+    }
+  }
+  return false;
 }
 inline bool starts_with(std::string_view text, std::string_view prefix) {
   return text.substr(0, prefix.size()) == prefix;
@@ -883,12 +908,14 @@ inline std::optional<std::string> base64_decode(std::string_view text) {
 inline std::string percent_encode(std::string_view bytes, std::string_view keep = "") {
   std::string out;
   for (const char c : bytes) {
-    if (is_letter(c) || is_digit(c) || (c != '\0' && std::string_view("-._~").find(c) != std::string_view::npos) ||
+    if (is_letter(c) || is_digit(c) ||
+        (c != '\0' && std::string_view("-._~").find(c) != std::string_view::npos) ||
         keep.find(c) != std::string_view::npos) {
       out += c;
     } else {
       out += '%';
-      for (const char digit : hex_encode({&c, 1})) out += is_letter(digit) ? static_cast<char>(digit - 'a' + 'A') : digit;
+      for (const char digit : hex_encode({&c, 1}))
+        out += is_letter(digit) ? static_cast<char>(digit - 'a' + 'A') : digit;
     }
   }
   return out;
@@ -930,13 +957,15 @@ inline std::filesystem::path from_utf8(std::string_view text) {
 #ifdef _WIN32
   std::wstring wide(text.size(), L'\0');
   const int length = static_cast<int>(text.size());
-  wide.resize(static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, text.data(), length, wide.data(), length)));
+  wide.resize(
+      static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, text.data(), length, wide.data(), length)));
   return wide;
 #else
   return text;
 #endif
 }
-template <class Path, std::enable_if_t<std::is_same_v<Path, std::filesystem::path>, int> = 0>  // not for strings
+template <class Path,
+          std::enable_if_t<std::is_same_v<Path, std::filesystem::path>, int> = 0>  // not for strings
 std::string in_quotes(const Path& path) {
   return in_quotes(std::string_view(utf8(path)));
 }
@@ -987,7 +1016,8 @@ inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
   if (month == std::string_view::npos || month % 3 != 0 || !day || !year || !hour || !minute || !second) {
     return std::nullopt;
   }
-  return days_from_civil(*year, static_cast<int>(month / 3) + 1, *day) * 86400 + *hour * 3600 + *minute * 60 + *second;
+  return days_from_civil(*year, static_cast<int>(month / 3) + 1, *day) * 86400 + *hour * 3600 + *minute * 60 +
+         *second;
 }
 
 }  // namespace detail
@@ -1000,16 +1030,19 @@ WANDB_RESTORE_PRIVATE_INLINE const std::string* http_response::header(std::strin
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
+  std::string shown(
+      text.substr(0, text.find_first_of("?#")));  // without what may be a signature or a password
+  if (const auto at = shown.rfind('@'); at != shown.npos) shown = "..." + shown.substr(at);
   const auto fail = [&](const char* why) {
-    return error(errc::protocol_violation,
-                 "cannot use the address " + detail::in_quotes(text.substr(0, text.find_first_of("?#"))) + ": " + why);
+    return error(errc::protocol_violation, "cannot use the address " + detail::in_quotes(shown) + ": " + why);
   };
   if (std::any_of(text.begin(), text.end(), detail::is_control)) return fail("it has control characters");
   const auto colon = text.find("://");
   if (colon == std::string_view::npos) return fail("it is not absolute (http:// or https://)");
   url parsed;
   parsed.scheme = detail::lower(text.substr(0, colon));
-  if (parsed.scheme != "http" && parsed.scheme != "https") return fail("its scheme is neither http nor https");
+  if (parsed.scheme != "http" && parsed.scheme != "https")
+    return fail("its scheme is neither http nor https");
   parsed.port = parsed.scheme == "https" ? 443 : 80;
 
   text = text.substr(0, text.find('#'));
@@ -1026,7 +1059,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
     if (end == std::string_view::npos) return fail("its IPv6 host has no closing bracket");
     host = authority.substr(1, end - 1);
     port = authority.substr(end + 1);
-    if (host.find_first_not_of("0123456789abcdefABCDEF:.") != std::string_view::npos) return fail("bad IPv6 host");
+    if (host.find_first_not_of("0123456789abcdefABCDEF:.") != std::string_view::npos)
+      return fail("bad IPv6 host");
   } else if (const auto at = authority.find(':'); at != std::string_view::npos) {
     host = authority.substr(0, at);
     port = authority.substr(at);
@@ -1154,7 +1188,9 @@ inline result<text_map> parse_ini(std::string_view text) {
   for (auto& [key, raw] : values) {
     while (!raw.empty() && is_space(raw.back())) raw.pop_back();
     auto plain = unescape_percent(raw);
-    if (!plain) return error(errc::invalid_argument, "the value of " + in_quotes(std::string_view(key)) + " has a lone %; write %%");
+    if (!plain)
+      return error(errc::invalid_argument,
+                   "the value of " + in_quotes(std::string_view(key)) + " has a lone %; write %%");
     raw = *std::move(plain);
   }
   return values;
@@ -1207,7 +1243,9 @@ class netrc_reader {
   }
 
  private:
-  void skip_line() { rest_.remove_prefix((std::min)(rest_.size(), rest_.substr(0, rest_.find('\n')).size() + 1)); }
+  void skip_line() {
+    rest_.remove_prefix((std::min)(rest_.size(), rest_.substr(0, rest_.find('\n')).size() + 1));
+  }
   std::string_view rest_;
 };
 
@@ -1224,7 +1262,8 @@ inline result<text_map> parse_netrc(std::string_view text) {
     const bool in_entry = *word == "login" || *word == "user" || *word == "account" || *word == "password";
     if (!(in_entry && password) && *word != "machine" && *word != "macdef") {
       // The word itself is not told: it may be a piece of a password.
-      return error(errc::invalid_argument, "expected machine, default or macdef, then login, account or password");
+      return error(errc::invalid_argument,
+                   "expected machine, default or macdef, then login, account or password");
     }
     auto argument = reader.word();
     if (!argument) return error(errc::invalid_argument, "it ends after the word " + *word);
@@ -1316,7 +1355,9 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
 inline result<run_path> split_run_path(std::string_view text) {
   if (text.empty()) return run_path{};
   const auto fail = [&](std::string_view why) {
-    return error(errc::invalid_run_path, "invalid run path " + in_quotes(text) + ": " + std::string(why));
+    return error(errc::invalid_run_path, "invalid run path " +
+                                             in_quotes(text.substr(0, text.find_first_of("?#"))) + ": " +
+                                             std::string(why));  // a query may hold an access token
   };
   const auto path = trim(text.substr(0, text.find_first_of("?#")));
   if (std::any_of(path.begin(), path.end(), is_control)) return fail("it has control characters");
@@ -1339,9 +1380,9 @@ inline result<run_path> check_run_path(const run_path& path, std::string_view te
   };
   const std::string what = text.empty() ? "no run path was given" : "invalid run path " + in_quotes(text);
   std::string missing, variables;
-  for (const auto& [name, variable, value] : {part{"entity", "WANDB_ENTITY", path.entity},
-                                              part{"project", "WANDB_PROJECT", path.project},
-                                              part{"run id", "WANDB_RUN_ID", path.run_id}}) {
+  for (const auto& [name, variable, value] :
+       {part{"entity", "WANDB_ENTITY", path.entity}, part{"project", "WANDB_PROJECT", path.project},
+        part{"run id", "WANDB_RUN_ID", path.run_id}}) {
     if (value.empty()) {
       missing.append(missing.empty() ? "no " : ", no ").append(name);
       variables.append(variables.empty() ? "" : ", ").append(variable);
@@ -1357,7 +1398,8 @@ inline result<run_path> check_run_path(const run_path& path, std::string_view te
 
 }  // namespace detail
 
-WANDB_RESTORE_PRIVATE_INLINE result<run_path> run_path::parse(std::string_view text, const run_path& defaults) {
+WANDB_RESTORE_PRIVATE_INLINE result<run_path> run_path::parse(std::string_view text,
+                                                              const run_path& defaults) {
   auto parsed = detail::split_run_path(text);
   if (!parsed) return parsed;
   if (parsed->entity.empty()) parsed->entity = defaults.entity;
@@ -1375,15 +1417,14 @@ using path = std::filesystem::path;
 #ifdef _WIN32
 inline int last_os_error() { return static_cast<int>(GetLastError()); }
 inline std::string os_message(int code) { return std::system_category().message(code); }
-inline constexpr int no_such_file = ERROR_FILE_NOT_FOUND;
 #else
 inline int last_os_error() { return errno; }
 inline std::string os_message(int code) { return std::generic_category().message(code); }
-inline constexpr int no_such_file = ENOENT;
 #endif
 
 inline error disk_error(std::string_view what, const path& where, int code = last_os_error()) {
-  return error(errc::disk_failure, "cannot " + std::string(what) + " " + in_quotes(where) + ": " + os_message(code));
+  return error(errc::disk_failure,
+               "cannot " + std::string(what) + " " + in_quotes(where) + ": " + os_message(code));
 }
 
 // A header cannot set _FILE_OFFSET_BITS in time, so files over 2 GiB on 32-bit machines need glibc's explicit names.
@@ -1396,11 +1437,11 @@ inline error disk_error(std::string_view what, const path& where, int code = las
 /// What a directory entry is. Symbolic links are followed.
 struct file_facts {
   bool is_directory = false;
-  std::uint64_t size = 0;             // bytes
-  std::uint64_t allocated = 0;        // bytes that have room on the disk already
-  std::int64_t modified = 0;          // nanoseconds since 1970
+  std::uint64_t size = 0;               // bytes
+  std::uint64_t allocated = 0;          // bytes that have room on the disk already
+  std::int64_t modified = 0;            // nanoseconds since 1970
   std::uint64_t device = 0, inode = 0;  // 0 where the system has none
-  unsigned mode = 0;                  // permission bits
+  unsigned mode = 0;                    // permission bits
 
   friend bool operator==(const file_facts& a, const file_facts& b) {
     return a.size == b.size && a.modified == b.modified && a.device == b.device && a.inode == b.inode;
@@ -1436,9 +1477,10 @@ inline std::optional<file_facts> facts_of(const path& where) {
   facts.is_directory = (entry.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
   facts.size = join(entry.nFileSizeHigh, entry.nFileSizeLow);
   // FILETIME counts 100 ns since 1601.
-  facts.modified = (static_cast<std::int64_t>(join(entry.ftLastWriteTime.dwHighDateTime,
-                                                   entry.ftLastWriteTime.dwLowDateTime)) -
-                    116444736000000000) * 100;
+  facts.modified = (static_cast<std::int64_t>(
+                        join(entry.ftLastWriteTime.dwHighDateTime, entry.ftLastWriteTime.dwLowDateTime)) -
+                    116444736000000000) *
+                   100;
   return facts;
 #else
   struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
@@ -1461,7 +1503,7 @@ class file {
     read,
     update,  // read and write what is there
     create,  // a new file; fails where there is one
-    lock,    // made where it is missing; on Windows nobody else can open it then, and it goes when it is closed
+    lock,  // made where it is missing; on Windows nobody else can open it then, and it goes when it is closed
   };
 
   file() = default;
@@ -1489,13 +1531,16 @@ class file {
 #ifdef _WIN32
     (void)permissions;
     const bool exclusive = how == mode::lock;
-    handle_ = CreateFileW(where.c_str(), how == mode::read ? GENERIC_READ : GENERIC_READ | GENERIC_WRITE,
-                          exclusive ? 0 : FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, nullptr,
-                          how == mode::create ? CREATE_NEW : exclusive ? OPEN_ALWAYS : OPEN_EXISTING,
-                          exclusive ? FILE_ATTRIBUTE_HIDDEN | FILE_FLAG_DELETE_ON_CLOSE : FILE_ATTRIBUTE_NORMAL, nullptr);
+    handle_ = CreateFileW(
+        where.c_str(), how == mode::read ? GENERIC_READ : GENERIC_READ | GENERIC_WRITE,
+        exclusive ? 0 : FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, nullptr,
+        how == mode::create ? CREATE_NEW
+        : exclusive         ? OPEN_ALWAYS
+                            : OPEN_EXISTING,
+        exclusive ? FILE_ATTRIBUTE_HIDDEN | FILE_FLAG_DELETE_ON_CLOSE : FILE_ATTRIBUTE_NORMAL, nullptr);
     return is_open() ? 0 : last_os_error();
 #else
-    const int flags = how == mode::read     ? O_RDONLY
+    const int flags = how == mode::read ? O_RDONLY
                       : how == mode::update ? O_RDWR
                       : how == mode::create ? O_RDWR | O_CREAT | O_EXCL
                                             : O_RDWR | O_CREAT;
@@ -1514,12 +1559,13 @@ class file {
       at.Offset = static_cast<DWORD>(offset);
       at.OffsetHigh = static_cast<DWORD>(offset >> 32);
       DWORD count = 0;
-      if (!WriteFile(handle_, bytes.data(), static_cast<DWORD>((std::min<std::size_t>)(bytes.size(), 1u << 30)), &count, &at)) {
+      if (!WriteFile(handle_, bytes.data(),
+                     static_cast<DWORD>((std::min<std::size_t>)(bytes.size(), 1u << 30)), &count, &at)) {
         return last_os_error();
       }
 #else
       const auto count = WANDB_RESTORE_PRIVATE_LARGE(pwrite)(handle_, bytes.data(), bytes.size(),
-                                                              static_cast<std::int64_t>(offset));
+                                                             static_cast<std::int64_t>(offset));
       if (count < 0 && errno == EINTR) continue;
       if (count < 0) return errno;
 #endif
@@ -1539,7 +1585,8 @@ class file {
       at.Offset = static_cast<DWORD>(offset + done);
       at.OffsetHigh = static_cast<DWORD>((offset + done) >> 32);
       DWORD count = 0;
-      if (!ReadFile(handle_, into + done, static_cast<DWORD>((std::min<std::size_t>)(size - done, 1u << 30)), &count, &at) &&
+      if (!ReadFile(handle_, into + done, static_cast<DWORD>((std::min<std::size_t>)(size - done, 1u << 30)),
+                    &count, &at) &&
           GetLastError() != ERROR_HANDLE_EOF) {
         return -last_os_error();
       }
@@ -1570,7 +1617,7 @@ class file {
 #ifdef _WIN32
     return FlushFileBuffers(handle_) ? 0 : last_os_error();
 #elif defined(__APPLE__)
-    return ::fsync(handle_) == 0 ? 0 : errno;
+    return ::fcntl(handle_, F_FULLFSYNC) == 0 || ::fsync(handle_) == 0 ? 0 : errno;
 #else
     return ::fdatasync(handle_) == 0 ? 0 : errno;
 #endif
@@ -1582,8 +1629,11 @@ class file {
     // Memory-backed files would pay for each page before the first byte arrives; their free space is known exactly.
     constexpr long tmpfs = 0x01021994;
     struct WANDB_RESTORE_PRIVATE_LARGE(statfs) volume;
-    if (WANDB_RESTORE_PRIVATE_LARGE(fstatfs)(handle_, &volume) == 0 && static_cast<long>(volume.f_type) == tmpfs) return 0;
-    if (size > 0 && WANDB_RESTORE_PRIVATE_LARGE(fallocate)(handle_, 0, 0, static_cast<std::int64_t>(size)) != 0) {
+    if (WANDB_RESTORE_PRIVATE_LARGE(fstatfs)(handle_, &volume) == 0 &&
+        static_cast<long>(volume.f_type) == tmpfs)
+      return 0;
+    if (size > 0 &&
+        WANDB_RESTORE_PRIVATE_LARGE(fallocate)(handle_, 0, 0, static_cast<std::int64_t>(size)) != 0) {
       return errno == ENOSPC || errno == EDQUOT || errno == EFBIG ? errno : 0;
     }
 #else
@@ -1596,11 +1646,14 @@ class file {
 #ifdef _WIN32
     LARGE_INTEGER size;
     FILETIME written;
-    if (!GetFileSizeEx(handle_, &size) || !GetFileTime(handle_, nullptr, nullptr, &written)) return std::nullopt;
+    if (!GetFileSizeEx(handle_, &size) || !GetFileTime(handle_, nullptr, nullptr, &written))
+      return std::nullopt;
     file_facts facts;
     facts.size = static_cast<std::uint64_t>(size.QuadPart);
     facts.modified = (static_cast<std::int64_t>(static_cast<std::uint64_t>(written.dwHighDateTime) << 32 |
-                                                written.dwLowDateTime) - 116444736000000000) * 100;
+                                                written.dwLowDateTime) -
+                      116444736000000000) *
+                     100;
     return facts;
 #else
     struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
@@ -1626,7 +1679,9 @@ class file {
 class page_buffer {
  public:
   static constexpr std::size_t size = 256 * 1024;
-  [[nodiscard]] char* data() { return bytes_.get() + (page - reinterpret_cast<std::uintptr_t>(bytes_.get()) % page); }
+  [[nodiscard]] char* data() {
+    return bytes_.get() + (page - reinterpret_cast<std::uintptr_t>(bytes_.get()) % page);
+  }
 
  private:
   static constexpr std::size_t page = 4096;
@@ -1636,7 +1691,9 @@ class page_buffer {
 /// Moves a file over another in one step. 0, or the system's error code.
 [[nodiscard]] inline int rename_over(const path& from, const path& to) {
 #ifdef _WIN32
-  return MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING) ? 0 : last_os_error();
+  return MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH)
+             ? 0
+             : last_os_error();
 #else
   return ::rename(from.c_str(), to.c_str()) == 0 ? 0 : errno;
 #endif
@@ -1664,7 +1721,8 @@ inline result<void> make_directories(const path& directory) {
   if (!directory.empty()) std::filesystem::create_directories(directory, failure);
   if (directory.empty() || std::filesystem::is_directory(directory, ignored)) return {};
   if (!failure) failure = std::make_error_code(std::errc::not_a_directory);
-  return error(errc::disk_failure, "cannot make the directory " + in_quotes(directory) + ": " + failure.message());
+  return error(errc::disk_failure,
+               "cannot make the directory " + in_quotes(directory) + ": " + failure.message());
 }
 
 /// The whole of a file of at most `limit` bytes. errc::disk_failure for a longer or unreadable one.
@@ -1672,7 +1730,8 @@ inline result<std::string> read_small_file(const path& where, std::size_t limit)
   file in;
   if (const int code = in.open(where, file::mode::read)) return disk_error("open", where, code);
   std::string text;
-  for (std::size_t held = 0; held == text.size() && held <= limit;) {  // the size is not asked for: /proc says 0
+  for (std::size_t held = 0;
+       held == text.size() && held <= limit;) {  // the size is not asked for: /proc says 0
     text.resize((std::min)(limit + 1, held + 4096));
     const auto count = in.read_at(held, text.data() + held, text.size() - held);
     if (count < 0) return disk_error("read", where, static_cast<int>(-count));
@@ -1683,7 +1742,8 @@ inline result<std::string> read_small_file(const path& where, std::size_t limit)
     }
   }
   if (text.size() > limit) {
-    return error(errc::disk_failure, "cannot use " + in_quotes(where) + ": it is longer than " + readable_bytes(limit));
+    return error(errc::disk_failure,
+                 "cannot use " + in_quotes(where) + ": it is longer than " + readable_bytes(limit));
   }
   return text;
 }
@@ -1718,15 +1778,17 @@ inline std::uint64_t some_number() {
   static std::atomic<std::uint64_t> calls{0};
   const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
   std::string text;
-  for (const std::uint64_t part : {own_process(), static_cast<process_id>(reinterpret_cast<std::uintptr_t>(&calls)),
-                                   static_cast<process_id>(now), calls++}) {
+  for (const std::uint64_t part :
+       {own_process(), static_cast<process_id>(reinterpret_cast<std::uintptr_t>(&calls)),
+        static_cast<process_id>(now), calls++}) {
     text += std::to_string(part) + ' ';
   }
   return name_hash(text);
 }
 
 /// Puts a small file in its place in one step, whole or not at all.
-inline result<void> replace_small_file(const path& where, std::string_view text, unsigned permissions = 0666) {
+inline result<void> replace_small_file(const path& where, std::string_view text,
+                                       unsigned permissions = 0666) {
   if (auto made = make_directories(where.parent_path()); !made) return made;
   path beside = where;
   beside += ".new-" + hex64(some_number());
@@ -1760,12 +1822,16 @@ inline std::optional<std::uint64_t> process_start(process_id id) {
   return known ? static_cast<std::uint64_t>(created.dwHighDateTime) << 32 | created.dwLowDateTime : 0;
 #elif defined(__linux__)
   const auto text = read_small_file("/proc/" + std::to_string(id) + "/stat", 4096);
-  if (!text) return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt : std::optional<std::uint64_t>(0);
+  if (!text)
+    return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt
+                                                                    : std::optional<std::uint64_t>(0);
   // Field 2 is the program's name in parentheses and may hold anything; field 3 is the state, field 20 the number of
   // threads, field 22 the start. A process whose first thread has ended looks like a zombie while others go on.
-  const auto fields = split(std::string_view(*text).substr((std::min)(text->rfind(')') + 2, text->size())), ' ');
+  const auto fields =
+      split(std::string_view(*text).substr((std::min)(text->rfind(')') + 2, text->size())), ' ');
   if (fields.size() < 20) return 0;
-  if ((fields[0] == "Z" && to_number<int>(fields[17]).value_or(0) <= 1) || fields[0] == "X") return std::nullopt;
+  if ((fields[0] == "Z" && to_number<int>(fields[17]).value_or(0) <= 1) || fields[0] == "X")
+    return std::nullopt;
   return to_number<std::uint64_t>(fields[19]).value_or(0);
 #elif defined(__APPLE__)
   struct kinfo_proc process {};
@@ -1776,7 +1842,8 @@ inline std::optional<std::uint64_t> process_start(process_id id) {
   return static_cast<std::uint64_t>(process.kp_proc.p_starttime.tv_sec) * 1000000 +
          static_cast<std::uint64_t>(process.kp_proc.p_starttime.tv_usec);
 #else
-  return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt : std::optional<std::uint64_t>(0);
+  return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt
+                                                                  : std::optional<std::uint64_t>(0);
 #endif
 }
 
@@ -1795,7 +1862,8 @@ inline std::string process_realm() {
   std::array<char, 64> boot{};
   std::size_t size = boot.size();
   return ::sysctlbyname("kern.bootsessionuuid", boot.data(), &size, nullptr, 0) == 0
-             ? hex64(name_hash({boot.data(), size})) : std::string();
+             ? hex64(name_hash({boot.data(), size}))
+             : std::string();
 #else
   return {};
 #endif
@@ -1815,8 +1883,8 @@ struct owner {
     return {process_realm(), own_process(), process_start(own_process()).value_or(0), (salt << 20) + next++};
   }
   [[nodiscard]] std::string str() const {
-    return (realm.empty() ? "unknown" : realm) + '.' + std::to_string(process) + '.' + std::to_string(start) + '.' +
-           std::to_string(serial);
+    return (realm.empty() ? "unknown" : realm) + '.' + std::to_string(process) + '.' + std::to_string(start) +
+           '.' + std::to_string(serial);
   }
   static std::optional<owner> parse(std::string_view text) {
     const auto parts = split(text, '.');
@@ -1838,9 +1906,9 @@ struct owner {
 
 /// The place a file is restored to, and the names of the hidden files beside it.
 struct place {
-  path target;     // root / name
-  path directory;  // of the target
-  std::string tag; // tells hidden files of different targets apart
+  path target;      // root / name
+  path directory;   // of the target
+  std::string tag;  // tells hidden files of different targets apart
 
   explicit place(path where) : target(std::move(where)), directory(target.parent_path()) {
     tag = ".wandb-restore-" + hex64(name_hash(utf8(target.filename())));
@@ -1880,8 +1948,8 @@ inline std::vector<found_partial> find_partials(const place& at) {
     const auto facts = facts_of(at.directory / entry->path().filename());
     if (dash == std::string_view::npos || !facts) continue;
     const std::string_view writer = middle.substr(dash + 1);
-    found.push_back({at.directory / entry->path().filename(), std::string(middle.substr(0, dash)), owner::parse(writer),
-                     starts_with(writer, "free"), *facts});
+    found.push_back({at.directory / entry->path().filename(), std::string(middle.substr(0, dash)),
+                     owner::parse(writer), starts_with(writer, "free"), *facts});
   }
   return found;
 }
@@ -1892,12 +1960,15 @@ inline std::vector<found_partial> find_partials(const place& at) {
 class partial_file {
  public:
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
-  static constexpr std::uint64_t quiet = 60;         // seconds after which a writer that cannot be asked counts as gone
+  static constexpr std::uint64_t quiet =
+      60;  // seconds after which a writer that cannot be asked counts as gone
 
   /// Goes on from what an earlier writer left of this content, or starts a new file. `size` is in bytes.
-  static result<std::unique_ptr<partial_file>> open(const place& at, const std::string& md5, std::uint64_t size);
+  static result<std::unique_ptr<partial_file>> open(const place& at, const std::string& md5,
+                                                    std::uint64_t size);
   /// Starts a new file: a new inode, whatever there is.
-  static result<std::unique_ptr<partial_file>> create(const place& at, const std::string& md5, std::uint64_t size);
+  static result<std::unique_ptr<partial_file>> create(const place& at, const std::string& md5,
+                                                      std::uint64_t size);
   partial_file(const partial_file&) = delete;
   partial_file& operator=(const partial_file&) = delete;
   /// Removes the file unless it was released or published.
@@ -1910,7 +1981,9 @@ class partial_file {
   [[nodiscard]] const file& content() const { return out_; }
   [[nodiscard]] const path& where() const { return where_; }
   [[nodiscard]] std::uint64_t size() const { return size_; }
-  [[nodiscard]] bool has(std::uint64_t index) const { return (bits_[byte_of(index)] >> (index % 8) & 1) != 0; }
+  [[nodiscard]] bool has(std::uint64_t index) const {
+    return (bits_[byte_of(index)] >> (index % 8) & 1) != 0;
+  }
   [[nodiscard]] std::uint64_t blocks() const { return (size_ + block - 1) / block; }
 
   /// Writes bytes at their offset. Several threads at once.
@@ -1921,7 +1994,8 @@ class partial_file {
   /// Records that blocks [first, last) have been written. One thread at a time.
   result<void> record(std::uint64_t first, std::uint64_t last) {
     if (first >= last) return {};
-    for (auto i = first; i < last; ++i) bits_[byte_of(i)] = static_cast<char>(bits_[byte_of(i)] | 1 << (i % 8));
+    for (auto i = first; i < last; ++i)
+      bits_[byte_of(i)] = static_cast<char>(bits_[byte_of(i)] | 1 << (i % 8));
     const auto begin = byte_of(first), end = byte_of(last - 1) + 1;
     return write(record_offset() + header_size + begin, std::string_view(bits_).substr(begin, end - begin));
   }
@@ -1936,11 +2010,14 @@ class partial_file {
   /// Keeps the file for whoever restores this content next. Of no effect once it was published.
   void release(const place& at, const std::string& md5) {
     out_.close();
-    if (where_.empty() || md5.empty() || bits_.find_first_not_of('\0') == std::string::npos) return;  // it is worth nothing: it goes
+    if (where_.empty() || md5.empty() || bits_.find_first_not_of('\0') == std::string::npos)
+      return;  // it is worth nothing: it goes
     if (rename_over(where_, at.partial(md5, "free-" + owner::self().str())) == 0) where_.clear();
   }
   /// Puts the finished content in the target's place and returns a stream on it, opened on this very inode.
   result<std::ifstream> publish(const place& at);
+  /// Of the published file itself, whatever its name leads to by now.
+  [[nodiscard]] const std::optional<file_facts>& published() const { return published_; }
 
  private:
   static constexpr std::string_view magic = "wandb-restore 1\n";
@@ -1972,6 +2049,7 @@ class partial_file {
   path where_;
   std::uint64_t size_;
   std::string bits_;
+  std::optional<file_facts> published_;
 };
 
 inline result<std::unique_ptr<partial_file>> partial_file::create(const place& at, const std::string& md5,
@@ -1983,7 +2061,8 @@ inline result<std::unique_ptr<partial_file>> partial_file::create(const place& a
   if (const int code = out.open(where, file::mode::create)) return disk_error("create", where, code);
   std::unique_ptr<partial_file> made(new partial_file(std::move(out), where, size));
   if (size > 0) {
-    if (auto done = made->write(made->record_offset(), made->header() + made->bits_); !done) return done.error();
+    if (auto done = made->write(made->record_offset(), made->header() + made->bits_); !done)
+      return done.error();
   }
   return made;
 }
@@ -2015,7 +2094,8 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   if (!made) return made;
   const auto now = (*made)->out_.facts();  // the file system's own clock
   for (const auto& one : candidates) {
-    if (!one.abandoned() && now && now->modified - one.facts.modified > static_cast<std::int64_t>(quiet) * 1000000000) {
+    if (!one.abandoned() && now &&
+        now->modified - one.facts.modified > static_cast<std::int64_t>(quiet) * 1000000000) {
       (*made)->adopt(one.where);
     }
   }
@@ -2047,10 +2127,10 @@ inline void partial_file::adopt(const path& other) {
 inline result<void> partial_file::check_room(const path& directory, std::uint64_t missing) {
   const auto space = free_space(directory);
   if (!space || missing <= *space) return {};
-  return error(errc::disk_failure, "not enough room in " + in_quotes(directory.empty() ? path(".") : directory) + ": " +
-                                       std::to_string(missing) + " bytes are needed, " + std::to_string(*space) +
-                                       " are free, " + std::to_string(missing - *space) +
-                                       " are missing; free some, or set root to another disk");
+  return error(errc::disk_failure,
+               "not enough room in " + in_quotes(directory.empty() ? path(".") : directory) + ": " +
+                   std::to_string(missing) + " bytes are needed, " + std::to_string(*space) + " are free, " +
+                   std::to_string(missing - *space) + " are missing; free some, or set root to another disk");
 }
 
 inline result<void> partial_file::reserve() const {
@@ -2061,7 +2141,8 @@ inline result<void> partial_file::reserve() const {
   if (auto room = check_room(directory, missing); !room) return room;
   const int code = out_.reserve(whole);
   if (code == 0) return {};
-  return error(errc::disk_failure, "not enough room in " + in_quotes(directory.empty() ? path(".") : directory) + ": " +
+  return error(errc::disk_failure, "not enough room in " +
+                                       in_quotes(directory.empty() ? path(".") : directory) + ": " +
                                        std::to_string(missing) + " bytes are missing: " + os_message(code) +
                                        "; free some (or raise the quota), or set root to another disk");
 }
@@ -2069,24 +2150,38 @@ inline result<void> partial_file::reserve() const {
 inline result<std::ifstream> partial_file::publish(const place& at) {
   const auto old = facts_of(at.target);
   if (old && old->is_directory) {
-    return error(errc::disk_failure, "cannot put a file in the place of the directory " + in_quotes(at.target));
+    return error(errc::disk_failure,
+                 "cannot put a file in the place of the directory " + in_quotes(at.target));
   }
   if (const int code = out_.resize(size_)) return disk_error("shorten", where_, code);
-  if (const int code = out_.sync()) return disk_error("sync", where_, code);
+  // From here on the record is gone: where the rest fails it is written again, so that the next try can go on.
+  const auto failed = [&](const char* doing, const path& what, int code) {
+    if (out_.is_open() || out_.open(where_, file::mode::update) == 0) {
+      (void)out_.write_at(record_offset(), header() + bits_);
+    }
+    return disk_error(doing, what, code);
+  };
+  if (const int code = out_.sync()) return failed("sync", where_, code);
 #ifdef _WIN32
   out_.close();  // a stream that is open would forbid the rename here
-  if (const int code = rename_over(where_, at.target)) return disk_error("rename a finished file to", at.target, code);
+  if (const int code = rename_over(where_, at.target))
+    return failed("rename a finished file to", at.target, code);
   where_.clear();
+  published_ = facts_of(at.target);
   std::ifstream stream(at.target, std::ios::binary);
+  if (!stream) return disk_error("open", at.target);
 #else
-  if (old) (void)::fchmod(out_.native(), static_cast<mode_t>(old->mode));  // a courtesy: the old file's permissions
   std::ifstream stream(where_, std::ios::binary);
-  if (const int code = rename_over(where_, at.target)) return disk_error("rename a finished file to", at.target, code);
+  if (!stream) return failed("open", where_, errno);
+  if (old)
+    (void)::fchmod(out_.native(), static_cast<mode_t>(old->mode & 0777));  // the old file's permissions
+  published_ = out_.facts();
+  if (const int code = rename_over(where_, at.target))
+    return failed("rename a finished file to", at.target, code);
   where_.clear();
   out_.close();
   sync_directory(at.directory);
 #endif
-  if (!stream) return disk_error("open", at.target);
   return stream;
 }
 
@@ -2111,7 +2206,8 @@ class place_lock {
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
-    if (outcome_ == outcome::held) remove_quietly(where_);  // while it is still held: see the check of the inode
+    if (outcome_ == outcome::held)
+      remove_quietly(where_);  // while it is still held: see the check of the inode
     out_.close();
     if (outcome_ != outcome::busy) {
       const std::lock_guard<std::mutex> guard(mutex());
@@ -2181,9 +2277,9 @@ class place_lock {
 
 struct receipt {
   run_path run;
-  std::uint64_t size = 0;      // bytes
-  std::int64_t modified = 0;   // nanoseconds since 1970
-  std::string md5;             // verified, in hex; or empty
+  std::uint64_t size = 0;     // bytes
+  std::int64_t modified = 0;  // nanoseconds since 1970
+  std::string md5;            // verified, in hex; or empty
 };
 
 inline path absolute_path(const path& where) {
@@ -2217,7 +2313,8 @@ inline std::optional<receipt> read_receipt(const path& cache, const path& target
   const auto field = [&](const char* name) {
     const auto found = record.find(name);
     return found != record.end() && found->is_string()
-               ? percent_decode(found->get_ref<const std::string&>()).value_or(std::string()) : std::string();
+               ? percent_decode(found->get_ref<const std::string&>()).value_or(std::string())
+               : std::string();
   };
   const auto number = [&](const char* name) {
     const auto found = record.find(name);
@@ -2278,7 +2375,8 @@ class md5 {
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__OPTIMIZE__)
   __attribute__((optimize("O2")))
 #endif
-  static void compress(words& state, const char* bytes, std::size_t blocks) {
+  static void
+  compress(words& state, const char* bytes, std::size_t blocks) {
     auto [a, b, c, d] = state;
     for (; blocks > 0; --blocks, bytes += 64) {
       std::uint32_t x[16];
@@ -2291,35 +2389,51 @@ class md5 {
       const auto a0 = a, b0 = b, c0 = c, d0 = d;
 // One step of each round. The terms stand in an order that keeps what depends on the step before short: in the second
 // round the two halves of G share no bit, so that their sum may be taken apart.
-#define WANDB_RESTORE_PRIVATE_STEP(mix, w, p, q, r, k, s, t) \
-  w += x[k] + t##u;                                          \
-  mix(w, p, q, r);                                           \
+#define WANDB_RESTORE_PRIVATE_STEP(mix, w, p, q, r, k, s, t)                                                 \
+  w += x[k] + t##u;                                                                                          \
+  mix(w, p, q, r);                                                                                           \
   w = (w << s | w >> (32 - s)) + p;
 #define WANDB_RESTORE_PRIVATE_F(w, p, q, r) w += r ^ (p & (q ^ r))
 #define WANDB_RESTORE_PRIVATE_G(w, p, q, r) w += q & ~r, w += p & r
 #define WANDB_RESTORE_PRIVATE_H(w, p, q, r) w += p ^ (q ^ r)
 #define WANDB_RESTORE_PRIVATE_I(w, p, q, r) w += q ^ (p | ~r)
-#define WANDB_RESTORE_PRIVATE_FOUR(mix, k0, s0, t0, k1, s1, t1, k2, s2, t2, k3, s3, t3) \
-  WANDB_RESTORE_PRIVATE_STEP(mix, a, b, c, d, k0, s0, t0)                               \
-  WANDB_RESTORE_PRIVATE_STEP(mix, d, a, b, c, k1, s1, t1)                               \
-  WANDB_RESTORE_PRIVATE_STEP(mix, c, d, a, b, k2, s2, t2)                               \
+#define WANDB_RESTORE_PRIVATE_FOUR(mix, k0, s0, t0, k1, s1, t1, k2, s2, t2, k3, s3, t3)                      \
+  WANDB_RESTORE_PRIVATE_STEP(mix, a, b, c, d, k0, s0, t0)                                                    \
+  WANDB_RESTORE_PRIVATE_STEP(mix, d, a, b, c, k1, s1, t1)                                                    \
+  WANDB_RESTORE_PRIVATE_STEP(mix, c, d, a, b, k2, s2, t2)                                                    \
   WANDB_RESTORE_PRIVATE_STEP(mix, b, c, d, a, k3, s3, t3)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 0, 7, 0xd76aa478, 1, 12, 0xe8c7b756, 2, 17, 0x242070db, 3, 22, 0xc1bdceee)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 4, 7, 0xf57c0faf, 5, 12, 0x4787c62a, 6, 17, 0xa8304613, 7, 22, 0xfd469501)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 8, 7, 0x698098d8, 9, 12, 0x8b44f7af, 10, 17, 0xffff5bb1, 11, 22, 0x895cd7be)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 12, 7, 0x6b901122, 13, 12, 0xfd987193, 14, 17, 0xa679438e, 15, 22, 0x49b40821)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 1, 5, 0xf61e2562, 6, 9, 0xc040b340, 11, 14, 0x265e5a51, 0, 20, 0xe9b6c7aa)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 5, 5, 0xd62f105d, 10, 9, 0x02441453, 15, 14, 0xd8a1e681, 4, 20, 0xe7d3fbc8)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 9, 5, 0x21e1cde6, 14, 9, 0xc33707d6, 3, 14, 0xf4d50d87, 8, 20, 0x455a14ed)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 13, 5, 0xa9e3e905, 2, 9, 0xfcefa3f8, 7, 14, 0x676f02d9, 12, 20, 0x8d2a4c8a)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 5, 4, 0xfffa3942, 8, 11, 0x8771f681, 11, 16, 0x6d9d6122, 14, 23, 0xfde5380c)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 1, 4, 0xa4beea44, 4, 11, 0x4bdecfa9, 7, 16, 0xf6bb4b60, 10, 23, 0xbebfbc70)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 13, 4, 0x289b7ec6, 0, 11, 0xeaa127fa, 3, 16, 0xd4ef3085, 6, 23, 0x04881d05)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 9, 4, 0xd9d4d039, 12, 11, 0xe6db99e5, 15, 16, 0x1fa27cf8, 2, 23, 0xc4ac5665)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 0, 6, 0xf4292244, 7, 10, 0x432aff97, 14, 15, 0xab9423a7, 5, 21, 0xfc93a039)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 12, 6, 0x655b59c3, 3, 10, 0x8f0ccc92, 10, 15, 0xffeff47d, 1, 21, 0x85845dd1)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 8, 6, 0x6fa87e4f, 15, 10, 0xfe2ce6e0, 6, 15, 0xa3014314, 13, 21, 0x4e0811a1)
-      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 4, 6, 0xf7537e82, 11, 10, 0xbd3af235, 2, 15, 0x2ad7d2bb, 9, 21, 0xeb86d391)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 0, 7, 0xd76aa478, 1, 12, 0xe8c7b756, 2, 17,
+                                 0x242070db, 3, 22, 0xc1bdceee)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 4, 7, 0xf57c0faf, 5, 12, 0x4787c62a, 6, 17,
+                                 0xa8304613, 7, 22, 0xfd469501)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 8, 7, 0x698098d8, 9, 12, 0x8b44f7af, 10, 17,
+                                 0xffff5bb1, 11, 22, 0x895cd7be)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_F, 12, 7, 0x6b901122, 13, 12, 0xfd987193, 14, 17,
+                                 0xa679438e, 15, 22, 0x49b40821)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 1, 5, 0xf61e2562, 6, 9, 0xc040b340, 11, 14,
+                                 0x265e5a51, 0, 20, 0xe9b6c7aa)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 5, 5, 0xd62f105d, 10, 9, 0x02441453, 15, 14,
+                                 0xd8a1e681, 4, 20, 0xe7d3fbc8)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 9, 5, 0x21e1cde6, 14, 9, 0xc33707d6, 3, 14,
+                                 0xf4d50d87, 8, 20, 0x455a14ed)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_G, 13, 5, 0xa9e3e905, 2, 9, 0xfcefa3f8, 7, 14,
+                                 0x676f02d9, 12, 20, 0x8d2a4c8a)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 5, 4, 0xfffa3942, 8, 11, 0x8771f681, 11, 16,
+                                 0x6d9d6122, 14, 23, 0xfde5380c)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 1, 4, 0xa4beea44, 4, 11, 0x4bdecfa9, 7, 16,
+                                 0xf6bb4b60, 10, 23, 0xbebfbc70)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 13, 4, 0x289b7ec6, 0, 11, 0xeaa127fa, 3, 16,
+                                 0xd4ef3085, 6, 23, 0x04881d05)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_H, 9, 4, 0xd9d4d039, 12, 11, 0xe6db99e5, 15, 16,
+                                 0x1fa27cf8, 2, 23, 0xc4ac5665)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 0, 6, 0xf4292244, 7, 10, 0x432aff97, 14, 15,
+                                 0xab9423a7, 5, 21, 0xfc93a039)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 12, 6, 0x655b59c3, 3, 10, 0x8f0ccc92, 10, 15,
+                                 0xffeff47d, 1, 21, 0x85845dd1)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 8, 6, 0x6fa87e4f, 15, 10, 0xfe2ce6e0, 6, 15,
+                                 0xa3014314, 13, 21, 0x4e0811a1)
+      WANDB_RESTORE_PRIVATE_FOUR(WANDB_RESTORE_PRIVATE_I, 4, 6, 0xf7537e82, 11, 10, 0xbd3af235, 2, 15,
+                                 0x2ad7d2bb, 9, 21, 0xeb86d391)
 #undef WANDB_RESTORE_PRIVATE_STEP
 #undef WANDB_RESTORE_PRIVATE_F
 #undef WANDB_RESTORE_PRIVATE_G
@@ -2371,8 +2485,9 @@ inline std::optional<std::string> environment(const char* name) {
   if (!wide) return std::nullopt;
   const std::size_t length = std::wstring_view(wide).size();
   std::string text(length * 3, '\0');  // a UTF-16 unit takes three bytes at most
-  text.resize(static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide, static_cast<int>(length), text.data(),
-                                                           static_cast<int>(text.size()), nullptr, nullptr)));
+  text.resize(
+      static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide, static_cast<int>(length), text.data(),
+                                                   static_cast<int>(text.size()), nullptr, nullptr)));
   return text;
 #else
   const char* value = std::getenv(name);
@@ -2415,7 +2530,8 @@ inline path in_home(std::string_view below) {
 
 /// The SDK's cache: $WANDB_CACHE_DIR, else "wandb" in the platform's own place. Empty where there is none.
 inline path wandb_cache_directory() {
-  if (const auto chosen = first_of_environment({"WANDB_CACHE_DIR"}); !chosen.empty()) return expand_home(chosen);
+  if (const auto chosen = first_of_environment({"WANDB_CACHE_DIR"}); !chosen.empty())
+    return expand_home(chosen);
 #if defined(_WIN32)
   const path base = from_utf8(first_of_environment({"LOCALAPPDATA"}));
 #elif defined(__APPLE__)
@@ -2433,7 +2549,8 @@ inline path wandb_cache_directory() {
 /// Source: wandb/sdk/lib/wbauth/validation.py.
 inline result<void> check_api_key(std::string_view key) {
   const auto fail = [](const std::string& why) {
-    return error(errc::invalid_argument, "the API key " + why + "; copy it again from https://wandb.ai/authorize");
+    return error(errc::invalid_argument,
+                 "the API key " + why + "; copy it again from https://wandb.ai/authorize");
   };
   const auto is_word = [](std::string_view text) {
     return std::all_of(text.begin(), text.end(),
@@ -2451,7 +2568,8 @@ inline result<void> check_api_key(std::string_view key) {
   const auto dash = key.find('-');
   const auto secret = dash == key.npos ? key : key.substr(dash + 1);
   if (!is_word(secret)) return fail("has other characters than letters, digits, - and _");
-  if (secret.size() < 40) return fail("has " + std::to_string(secret.size()) + " characters instead of 40 or more");
+  if (secret.size() < 40)
+    return fail("has " + std::to_string(secret.size()) + " characters instead of 40 or more");
   return {};
 }
 
@@ -2459,7 +2577,8 @@ inline result<void> check_api_key(std::string_view key) {
 /// Source: wandb/sdk/lib/wbauth/host_url.py; in addition, what could not be sent on as written is refused.
 inline result<url> parse_base_url(std::string_view text) {
   const auto fail = [&](std::string_view why) {
-    return error(errc::invalid_argument, "cannot use the base URL " + in_quotes(text) + ": " + std::string(why));
+    return error(errc::invalid_argument,
+                 "cannot use the base URL " + in_quotes(text) + ": " + std::string(why));
   };
   if (text.find('@') != text.npos) {  // not quoted: there may be a password in it
     return error(errc::invalid_argument, "the base URL has an @: a user name or password has no place in it");
@@ -2467,7 +2586,8 @@ inline result<url> parse_base_url(std::string_view text) {
   if (text.find_first_of("?#") != text.npos) return fail("it has a query or a fragment");
   if (text.find(' ') != text.npos) return fail("it has a space");
   auto parsed = url::parse(text);
-  if (!parsed) return error(errc::invalid_argument, "the base URL is no good: " + std::string(parsed.error().what()));
+  if (!parsed)
+    return error(errc::invalid_argument, "the base URL is no good: " + std::string(parsed.error().what()));
   const std::string_view host = parsed->host;
   if (host == "wandb.ai" || (host.size() > 9 && host.substr(host.size() - 9) == ".wandb.ai")) {
     if (host.find("api.") == host.npos) return fail("did you mean https://api.wandb.ai?");
@@ -2533,7 +2653,8 @@ inline bool is_header(const std::pair<std::string, std::string>& field) {
   const auto& [name, value] = field;
   return !name.empty() && std::none_of(value.begin(), value.end(), is_control) &&
          std::all_of(name.begin(), name.end(), [](char c) {
-           return is_letter(c) || is_digit(c) || std::string_view("!#$%&'*+-.^_`|~").find(c) != std::string_view::npos;
+           return is_letter(c) || is_digit(c) ||
+                  std::string_view("!#$%&'*+-.^_`|~").find(c) != std::string_view::npos;
          });
 }
 
@@ -2557,7 +2678,8 @@ inline bool parse_ipv6_groups(std::string_view text, std::vector<unsigned char>&
   if (text.empty()) return true;
   const auto groups = split(text, ':');
   for (std::size_t i = 0; i < groups.size(); ++i) {
-    if (i + 1 == groups.size() && groups[i].find('.') != std::string_view::npos) return parse_ipv4(groups[i], bytes);
+    if (i + 1 == groups.size() && groups[i].find('.') != std::string_view::npos)
+      return parse_ipv4(groups[i], bytes);
     const auto number = to_number<unsigned>(groups[i], 16);
     if (!number || groups[i].size() > 4) return false;
     bytes.push_back(static_cast<unsigned char>(*number >> 8));
@@ -2595,7 +2717,8 @@ inline bool in_network(const ip_address& address, std::string_view network) {
   const auto slash = network.find('/');
   const auto base = parse_ip(network.substr(0, slash));
   auto bits = to_number<std::size_t>(network.substr(slash + 1));
-  if (!base || !bits || is_ipv4(*base) != is_ipv4(address) || *bits > (is_ipv4(*base) ? 32u : 128u)) return false;
+  if (!base || !bits || is_ipv4(*base) != is_ipv4(address) || *bits > (is_ipv4(*base) ? 32u : 128u))
+    return false;
   if (is_ipv4(*base)) *bits += 96;
   for (std::size_t bit = 0; bit < *bits; ++bit) {
     if (((*base)[bit / 8] ^ address[bit / 8]) & (0x80 >> bit % 8)) return false;
@@ -2642,7 +2765,8 @@ inline std::string proxy_for(const settings& configuration, const url& target) {
 
 /// A proxy as people write it ("host:port" will do), as settings want it. Absent where it is something else.
 inline std::optional<std::string> proxy_address(std::string_view text) {
-  const auto parsed = url::parse(text.find("://") == text.npos ? "http://" + std::string(text) : std::string(text));
+  const auto parsed =
+      url::parse(text.find("://") == text.npos ? "http://" + std::string(text) : std::string(text));
   if (!parsed || parsed->scheme != "http") return std::nullopt;
   const std::string user = parsed->user_info.empty() ? "" : parsed->user_info + "@";
   return "http://" + user + parsed->origin().substr(7);
@@ -2676,7 +2800,8 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
   if (found == passwords->end()) found = passwords->find("default");
   if (found == passwords->end()) return {};
   if (found->second.empty()) {
-    warnings.push_back("the netrc file " + in_quotes(where) + " has no password for " + in_quotes(std::string_view(found->first)));
+    warnings.push_back("the netrc file " + in_quotes(where) + " has no password for " +
+                       in_quotes(std::string_view(found->first)));
   }
   return found->second;
 }
@@ -2693,7 +2818,8 @@ inline constexpr std::chrono::minutes token_margin{5};
 
 /// "YYYY-MM-DD HH:MM:SS", UTC.
 inline std::optional<std::chrono::system_clock::time_point> parse_utc(std::string_view text) {
-  if (text.size() != 19 || text[4] != '-' || text[7] != '-' || text[10] != ' ' || text[13] != ':' || text[16] != ':') {
+  if (text.size() != 19 || text[4] != '-' || text[7] != '-' || text[10] != ' ' || text[13] != ':' ||
+      text[16] != ':') {
     return std::nullopt;
   }
   std::array<int, 6> part{};  // year, month, day, hour, minute, second
@@ -2703,8 +2829,9 @@ inline std::optional<std::chrono::system_clock::time_point> parse_utc(std::strin
     part[i] = static_cast<int>(*number);
   }
   const auto [year, month, day, hour, minute, second] = part;
-  if (month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60) return std::nullopt;
-  const int known_year = (std::min)(year, 2200);  // a clock that counts nanoseconds ends in 2262
+  if (month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60)
+    return std::nullopt;
+  const int known_year = std::clamp(year, 1970, 2200);  // a clock that counts nanoseconds ends in 2262
   const std::int64_t seconds =
       days_from_civil(known_year, month, day) * 86400 + hour * 3600 + minute * 60 + second;
   return std::chrono::system_clock::time_point(std::chrono::seconds(seconds));
@@ -2757,10 +2884,12 @@ inline std::optional<access_token> read_shared_token(const path& where, const st
 }
 
 /// Keeps a token there, beside what else is in the file; readable by its owner only, and whole at any time.
-inline result<void> write_shared_token(const path& where, const std::string& base_url, const access_token& token) {
+inline result<void> write_shared_token(const path& where, const std::string& base_url,
+                                       const access_token& token) {
   auto json = read_credentials(where);
   if (!json) return json.error();
-  (*json)["credentials"][base_url] = {{"expires_at", format_utc(token.expires_at)}, {"access_token", token.value}};
+  (*json)["credentials"][base_url] = {{"expires_at", format_utc(token.expires_at)},
+                                      {"access_token", token.value}};
   std::error_code failure;  // a link to the file stays one
   const path target = std::filesystem::canonical(where, failure);
   return replace_small_file(failure ? where : target,
@@ -2772,7 +2901,7 @@ inline result<void> write_shared_token(const path& where, const std::string& bas
 /// One setting as it was found, and where.
 struct found_setting {
   std::string value;
-  std::string source;      ///< for messages
+  std::string source;  ///< for messages
   bool in_file = false;
 
   explicit operator bool() const { return !value.empty(); }
@@ -2813,7 +2942,8 @@ class settings_sources {
   }
   /// A value that cannot be used: an error where the environment has it, as in the SDK; a warning where a file does.
   void reject(const found_setting& setting, const std::string& why) const {
-    const std::string text = setting.source + " cannot be used: " + why;  // without the value: it may hold a password
+    const std::string text =
+        setting.source + " cannot be used: " + why;  // without the value: it may hold a password
     if (setting.in_file) {
       target_.warnings.push_back(text);
     } else if (!target_.problem) {
@@ -2832,7 +2962,8 @@ class settings_sources {
     const auto text = read_small_file(where, 1 << 20);
     auto values = text ? parse_ini(*text) : result<text_map>(text.error());
     if (!values) {
-      target_.warnings.push_back("the settings file " + in_quotes(where) + " is not used: " + values.error().what());
+      target_.warnings.push_back("the settings file " + in_quotes(where) +
+                                 " is not used: " + values.error().what());
       return;
     }
     values->merge(files_);  // what was loaded before counts less
@@ -2850,7 +2981,8 @@ class settings_sources {
       const auto at = json.is_object() ? json.find("wandb_api_key") : json.end();
       if (!json.is_object() || at == json.end() || !at->is_string()) continue;
       std::string_view key = at->get_ref<const std::string&>();
-      while (!key.empty() && key.front() == '"') key.remove_prefix(1);  // parameter searches quote values once more
+      while (!key.empty() && key.front() == '"')
+        key.remove_prefix(1);  // parameter searches quote values once more
       while (!key.empty() && key.back() == '"') key.remove_suffix(1);
       sagemaker_api_key = key;
     }
@@ -2870,10 +3002,12 @@ inline void find_run(settings& s, const settings_sources& from) {
   s.project = from.find_name("WANDB_PROJECT", "project");
   s.run_id = from.find({"WANDB_RUN_ID"}, "run_id").value;
   const path resume_file = from.wandb_directory / "wandb-resume.json";
-  if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" || !facts_of(resume_file)) return;
+  if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" || !facts_of(resume_file))
+    return;
   const auto text = read_small_file(resume_file, 1 << 20);
   const auto json = nlohmann::json::parse(text ? *text : "", nullptr, false);
-  if (const auto id = json.is_object() ? json.find("run_id") : json.end(); id != json.end() && id->is_string()) {
+  if (const auto id = json.is_object() ? json.find("run_id") : json.end();
+      id != json.end() && id->is_string()) {
     s.run_id = id->get<std::string>();
   } else {
     s.warnings.push_back("the resume file " + in_quotes(resume_file) + " names no run and is not used");
@@ -2889,7 +3023,8 @@ inline void find_credentials(settings& s, const settings_sources& from) {
     s.netrc_file = prefer_windows ? windows : usual;
   }
   const auto credentials = from.find({"WANDB_CREDENTIALS_FILE"}, "credentials_file");
-  s.credentials_file = credentials ? expand_home(credentials.value) : in_home(".config/wandb/credentials.json");
+  s.credentials_file =
+      credentials ? expand_home(credentials.value) : in_home(".config/wandb/credentials.json");
   s.identity_token_file = from.find({"WANDB_IDENTITY_TOKEN_FILE"}).value;
   const auto key = from.find({"WANDB_API_KEY"});
   s.api_key = key.value;
@@ -2915,8 +3050,9 @@ inline void find_manners(settings& s, const settings_sources& from) {
       from.reject(mode, "expected online, offline, dryrun, disabled, run or shared");
     }
   }
-  if (const auto timeout = from.find({"WANDB_HTTP_TIMEOUT", "WANDB_X_GRAPHQL_TIMEOUT_SECONDS",
-                                      "WANDB__GRAPHQL_TIMEOUT_SECONDS"}, "x_graphql_timeout_seconds")) {
+  if (const auto timeout = from.find(
+          {"WANDB_HTTP_TIMEOUT", "WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "WANDB__GRAPHQL_TIMEOUT_SECONDS"},
+          "x_graphql_timeout_seconds")) {
     if (const auto time = parse_seconds(timeout.value)) {
       s.connect_timeout = s.idle_timeout = *time;
       s.retry_timeout = *time * 10;
@@ -2924,8 +3060,8 @@ inline void find_manners(settings& s, const settings_sources& from) {
       from.reject(timeout, "expected a number of seconds, more than 0");
     }
   }
-  if (const auto headers = from.find({"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"},
-                                     "x_extra_http_headers")) {
+  if (const auto headers =
+          from.find({"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"}, "x_extra_http_headers")) {
     auto pairs = parse_string_object(headers.value);
     if (pairs && std::all_of(pairs->begin(), pairs->end(), is_header)) {
       s.extra_headers = *std::move(pairs);
@@ -2961,7 +3097,8 @@ inline void find_certificates(settings& s, const settings_sources& from) {
 /// The proxy for one scheme: WANDB__PROXIES, then WANDB_<SCHEME>_PROXY, both whatever NO_PROXY says; then what the
 /// environment has for every program, which never leads to this machine itself through a proxy.
 inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool tls) {
-  found_setting chosen = from.find({tls ? "WANDB_HTTPS_PROXY" : "WANDB_HTTP_PROXY"}, tls ? "https_proxy" : "http_proxy");
+  found_setting chosen =
+      from.find({tls ? "WANDB_HTTPS_PROXY" : "WANDB_HTTP_PROXY"}, tls ? "https_proxy" : "http_proxy");
   if (auto legacy = from.find({"WANDB__PROXIES"})) {
     if (const auto proxies = parse_string_object(legacy.value)) {
       for (const auto& [scheme, address] : *proxies) {
@@ -2975,7 +3112,8 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
   if (!chosen) {
     const char* name = tls ? "HTTPS_PROXY" : "HTTP_PROXY";
     chosen = {tls ? first_of_environment({"HTTPS_PROXY", "https_proxy"})
-                  : first_of_environment({"HTTP_PROXY", "http_proxy"}), name, false};
+                  : first_of_environment({"HTTP_PROXY", "http_proxy"}),
+              name, false};
     if (!tls && chosen && !first_of_environment({"REQUEST_METHOD"}).empty()) {
       // In a CGI program that variable is the request's Proxy header: https://httpoxy.org
       s.warnings.push_back("HTTP_PROXY is not used in a CGI program");
@@ -2986,7 +3124,9 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
   if (!chosen) return {};
   auto address = proxy_address(chosen.value);
   if (!address) {
-    from.reject(chosen, "expected an address like http://[user:password@]host:port (no other kinds of proxy are known)");
+    from.reject(
+        chosen,
+        "expected an address like http://[user:password@]host:port (no other kinds of proxy are known)");
     return {};
   }
   return {*std::move(address), std::move(bypass)};
@@ -3025,20 +3165,27 @@ class call {
  public:
   call(const settings& configuration, const std::atomic<bool>* cancel)
       : config(configuration), cancel_(cancel), began_(clock::now()) {}
+  /// A part of another call, which ends with that one or with a flag of its own.
+  call(const call& outer, const std::atomic<bool>& also)
+      : config(outer.config), reached(outer.reached.load()), outer_(&outer), cancel_(&also),
+        began_(outer.began_) {}
 
   const settings& config;
   std::atomic<bool> reached{false};  // some server has answered
 
   [[nodiscard]] bool cancelled() const {
-    return stopped_ || (cancel_ != nullptr && cancel_->load(std::memory_order_relaxed)) || out_of_time();
+    return stopped_ || (cancel_ != nullptr && cancel_->load(std::memory_order_relaxed)) || out_of_time() ||
+           (outer_ != nullptr && outer_->cancelled());
   }
   void stop() { stopped_ = true; }  // as the caller's flag does
   [[nodiscard]] error why_cancelled() const {
     if (!stopped_ && out_of_time()) {
-      return error::permanent(errc::connection_failed, "not done within " + seconds_text(config.total_timeout) +
-                                                           " (total_timeout); what has arrived is kept for the next try");
+      return error::permanent(errc::connection_failed,
+                              "not done within " + seconds_text(config.total_timeout) +
+                                  " (total_timeout); what has arrived is kept for the next try");
     }
-    return error(errc::cancelled, "cancelled; what has arrived is kept, so that the next try goes on from there");
+    return error(errc::cancelled,
+                 "cancelled; what has arrived is kept, so that the next try goes on from there");
   }
   /// False if cancelled meanwhile.
   [[nodiscard]] bool sleep(milliseconds time) const {
@@ -3054,6 +3201,7 @@ class call {
   [[nodiscard]] bool out_of_time() const {
     return config.total_timeout.count() > 0 && clock::now() - began_ > config.total_timeout;
   }
+  const call* outer_ = nullptr;
   const std::atomic<bool>* cancel_;
   std::atomic<bool> stopped_{false};
   clock::time_point began_;
@@ -3115,7 +3263,8 @@ inline milliseconds parse_retry_after(const http_response& head) {
     return milliseconds((std::max<std::int64_t>)(0, *date - static_cast<std::int64_t>(now)) * 1000);
   }
   const auto whole = to_number<std::int64_t>(text.substr(0, text.find('.')));
-  return milliseconds(whole && *whole >= 0 ? (std::min<std::int64_t>)(*whole, 86400) * 1000 + (text.find('.') < text.size() ? 1000 : 0)
+  return milliseconds(whole && *whole >= 0 ? (std::min<std::int64_t>)(*whole, 86400) * 1000 +
+                                                 (text.find('.') < text.size() ? 1000 : 0)
                                            : 0);
 }
 
@@ -3134,7 +3283,46 @@ class guarded_sink final : public body_sink {
   guarded_sink(call& of, body_sink& taker, std::string what)
       : call_(of), taker_(taker), what_(std::move(what)), since_(clock::now()) {}
 
-  bool start(const http_response& head) override {
+  bool start(const http_response& head) override { return go_on_ = begin(head); }
+  bool write(std::string_view bytes) override { return go_on_ = go_on_ && take(bytes); }
+  /// It was said that no more is wanted: then a transport's "done" is none.
+  [[nodiscard]] bool said_stop() const { return !go_on_; }
+
+  /// For http_request::is_cancelled: the call is, or the peer is too slow.
+  bool cancelled() {
+    if (slow_ || call_.cancelled()) return true;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto now = clock::now();
+    const auto span = std::chrono::duration_cast<milliseconds>(now - since_);
+    const auto allowed =
+        call_.config.idle_timeout + (started_ ? milliseconds(0) : call_.config.connect_timeout);
+    if (span < allowed) return false;
+    const auto least = call_.config.low_speed * static_cast<std::uint64_t>(span.count()) / 1000;
+    slow_ = slow_ || !started_ || window_bytes_ < least;
+    since_ = now;
+    window_bytes_ = 0;
+    return slow_;
+  }
+
+  /// What a transport's failure was really about.
+  [[nodiscard]] std::optional<error> verdict(const error& failure) const {
+    if (refused_) return refused_;
+    if (call_.cancelled()) return call_.why_cancelled();
+    if (slow_) {
+      return error(errc::connection_failed,
+                   what_ + (started_ ? ": sent less than " + readable_bytes(call_.config.low_speed) +
+                                           " a second for " + seconds_text(call_.config.idle_timeout)
+                                     : std::string(": no answer in time")));
+    }
+    if (failure.code() == errc::cancelled && kept_.size() >= max_error_body)
+      return std::nullopt;  // enough was read
+    return failure;
+  }
+  [[nodiscard]] const http_response& head() const { return head_; }
+  [[nodiscard]] std::string take_body() { return std::move(kept_); }
+
+ private:
+  bool begin(const http_response& head) {
     call_.reached = true;
     {
       const std::lock_guard<std::mutex> guard(mutex_);
@@ -3154,7 +3342,7 @@ class guarded_sink final : public body_sink {
     return !streamed_ || taker_.start(head);
   }
 
-  bool write(std::string_view bytes) override {
+  bool take(std::string_view bytes) {
     {
       const std::lock_guard<std::mutex> guard(mutex_);
       window_bytes_ += bytes.size();
@@ -3171,38 +3359,6 @@ class guarded_sink final : public body_sink {
     return kept_.size() < max_error_body;  // no answer of that kind is worth more
   }
 
-  /// For http_request::is_cancelled: the call is, or the peer is too slow.
-  bool cancelled() {
-    if (slow_ || call_.cancelled()) return true;
-    const std::lock_guard<std::mutex> guard(mutex_);
-    const auto now = clock::now();
-    const auto span = std::chrono::duration_cast<milliseconds>(now - since_);
-    const auto allowed = call_.config.idle_timeout + (started_ ? milliseconds(0) : call_.config.connect_timeout);
-    if (span < allowed) return false;
-    const auto least = call_.config.low_speed * static_cast<std::uint64_t>(span.count()) / 1000;
-    slow_ = slow_ || !started_ || window_bytes_ < least;
-    since_ = now;
-    window_bytes_ = 0;
-    return slow_;
-  }
-
-  /// What a transport's failure was really about.
-  [[nodiscard]] std::optional<error> verdict(const error& failure) const {
-    if (refused_) return refused_;
-    if (call_.cancelled()) return call_.why_cancelled();
-    if (slow_) {
-      return error(errc::connection_failed,
-                   what_ + (started_ ? ": sent less than " + readable_bytes(call_.config.low_speed) + " a second for " +
-                                           seconds_text(call_.config.idle_timeout)
-                                     : std::string(": no answer in time")));
-    }
-    if (failure.code() == errc::cancelled && kept_.size() >= max_error_body) return std::nullopt;  // enough was read
-    return failure;
-  }
-  [[nodiscard]] const http_response& head() const { return head_; }
-  [[nodiscard]] std::string take_body() { return std::move(kept_); }
-
- private:
   bool refuse(const std::string& why) {
     refused_ = error(errc::protocol_violation, what_ + ": cannot use the answer: " + why);
     return false;
@@ -3215,6 +3371,7 @@ class guarded_sink final : public body_sink {
   std::optional<error> refused_;
   std::atomic<bool> started_{false}, slow_{false};
   bool streamed_ = false;
+  bool go_on_ = true;
   std::mutex mutex_;
   clock::time_point since_;
   std::uint64_t window_bytes_ = 0;
@@ -3264,14 +3421,16 @@ class session {
   /// begin and, from the sink's first call on, where one has got to. The Authorization value and the extra headers go
   /// to addresses under the base URL only. 200 and 206 are streamed to the sink; any other answer is returned with the
   /// beginning of its body. Statuses are not judged here.
-  result<answer> send(call& of, http_request request, const std::string& authorization, body_sink& sink, url& here);
+  result<answer> send(call& of, http_request request, const std::string& authorization, body_sink& sink,
+                      url& here);
 
   /// An Authorization value for the base URL; empty where no credentials are to be had.
   result<std::string> authorization(call& of);
   /// For messages about refused or missing credentials.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
   /// The status that came, in the service's words where it has any.
-  [[nodiscard]] std::string status_text(const answer& got, const url& from, const std::string& authorization) const;
+  [[nodiscard]] std::string status_text(const answer& got, const url& from,
+                                        const std::string& authorization) const;
   /// An error for a status that is not what was hoped for.
   [[nodiscard]] error status_error(const std::string& what, const answer& got, const url& from,
                                    const std::string& authorization) const;
@@ -3284,8 +3443,8 @@ class session {
     }
   }
 
-  std::mutex mutex;                            // guards what follows
-  std::optional<std::string> default_entity;   // as the server told
+  std::mutex mutex;                           // guards what follows
+  std::optional<std::string> default_entity;  // as the server told
 
  private:
   void add_credentials(http_request& request, bool home, const std::string& authorization) const;
@@ -3294,23 +3453,35 @@ class session {
   result<access_token> exchange_identity(call& of, const url& base);
 
   transport_ref transport_;
-  bool warned_ = false;
+  std::atomic<bool> warned_{false};
   std::optional<std::string> netrc_key_;
   std::optional<access_token> token_;
 };
 
 inline result<url> session::ready() {
+  auto base = parse_base_url(config.base_url);
   if (config.offline) {
-    return error(errc::offline, "WANDB_MODE says offline, so nothing can be asked of " + config.base_url +
-                                    ": restore the file where there is a network first, or unset WANDB_MODE");
+    return error(errc::offline, "offline mode (WANDB_MODE), so nothing can be asked of " +
+                                    (base ? base->redacted() : "the service") +
+                                    ": restore the file where there is a network first, or leave that mode");
   }
   if (config.problem) return *config.problem;
-  auto base = parse_base_url(config.base_url);
-  const std::lock_guard<std::mutex> guard(mutex);
-  if (base && !std::exchange(warned_, true)) {
+  auto fields = config.extra_headers;
+  fields.insert(fields.end(), {{"User-Agent", config.user_agent},
+                               {"X-WANDB-USERNAME", config.username},
+                               {"X-WANDB-USER-EMAIL", config.user_email}});
+  for (const auto& field : fields) {
+    if (!is_header(field)) {
+      return error(errc::invalid_argument,
+                   "the settings' value for the header " + in_quotes(field.first) +
+                       " cannot be sent: it has control characters, or the name is none");
+    }
+  }
+  if (base && !warned_.exchange(true)) {
     for (const auto& text : config.warnings) warn(text);
     if (!config.verify_tls && base->scheme == "https") {
-      warn("certificates are not checked (WANDB_INSECURE_DISABLE_SSL): anybody on the way can read the API key "
+      warn("certificates are not checked (WANDB_INSECURE_DISABLE_SSL): anybody on the way can read the API "
+           "key "
            "and change the files");
     }
   }
@@ -3336,6 +3507,8 @@ inline result<answer> session::send(call& of, http_request request, const std::s
     guarded_sink guard(of, sink, request.method + " " + here.redacted());
     request.is_cancelled = [&] { return guard.cancelled() || (unwanted && unwanted()); };
     auto got = transport_.send(transport_.object, request, guard);
+    if (got && guard.said_stop())
+      got = error(errc::cancelled, request.method + " " + here.redacted() + ": stopped");
     if (!got) {
       if (auto failure = guard.verdict(got.error())) return *std::move(failure);
       got = guard.head();  // cut off on purpose
@@ -3343,9 +3516,11 @@ inline result<answer> session::send(call& of, http_request request, const std::s
     const std::string* location = got->header("Location");
     if (!is_redirect(got->status) || location == nullptr) return answer{*std::move(got), guard.take_body()};
 
-    // A POST that is redirected otherwise than by 307 and 308 would become a GET: then the base URL is wrong.
-    const bool repeatable = request.method == "GET" || got->status == 307 || got->status == 308;
+    // A POST's body is for the service alone, and a POST that is redirected otherwise than by 307 and 308 would become a
+    // GET: then the base URL is wrong.
     auto next = here.resolve(trim(*location));
+    const bool kept = (got->status == 307 || got->status == 308) && next && under_base(*base, *next);
+    const bool repeatable = request.method == "GET" || kept;
     const bool downgrade = next && here.scheme == "https" && next->scheme == "http";
     if (!repeatable || !next || downgrade) {
       return error(errc::protocol_violation,
@@ -3360,7 +3535,8 @@ inline result<answer> session::send(call& of, http_request request, const std::s
 }
 
 /// The one place where credentials meet a request.
-inline void session::add_credentials(http_request& request, bool home, const std::string& authorization) const {
+inline void session::add_credentials(http_request& request, bool home,
+                                     const std::string& authorization) const {
   if (home && !authorization.empty()) request.headers.emplace_back("Authorization", authorization);
   for (const auto& field : config.extra_headers) {
     const bool set = std::any_of(request.headers.begin(), request.headers.end(), [&](const auto& other) {
@@ -3380,13 +3556,14 @@ inline result<std::string> session::authorization(call& of) {
   if (!config.identity_token_file.empty() && config.api_key.empty()) return bearer(of, *base);
   std::string key = config.api_key;
   if (key.empty()) {
-    const std::lock_guard<std::mutex> guard(mutex);
-    if (!netrc_key_) {
-      std::vector<std::string> warnings;
-      netrc_key_ = api_key_from_netrc(config, *base, warnings);
-      for (const auto& text : warnings) warn(text);
+    std::vector<std::string>
+        warnings;  // passed on without the lock: the caller's function may use this client
+    {
+      const std::lock_guard<std::mutex> guard(mutex);
+      if (!netrc_key_) netrc_key_ = api_key_from_netrc(config, *base, warnings);
+      key = *netrc_key_;
     }
-    key = *netrc_key_;
+    for (const auto& text : warnings) warn(text);
   }
   if (key.empty()) return std::string();
   if (auto good = check_api_key(key); !good) return good.error();
@@ -3396,16 +3573,18 @@ inline result<std::string> session::authorization(call& of) {
 inline result<std::string> session::bearer(call& of, const url& base) {
   const std::lock_guard<std::mutex> guard(mutex);  // one exchange for all who wait
   const auto now = std::chrono::system_clock::now();
+  std::string_view server = config.base_url;  // as the SDK names it in the shared file
+  while (!server.empty() && server.back() == '/') server.remove_suffix(1);
   const auto fresh = [&](const std::optional<access_token>& one) {
     return one && one->expires_at - now > token_margin;
   };
-  if (!fresh(token_)) token_ = read_shared_token(config.credentials_file, config.base_url, now);
+  if (!fresh(token_)) token_ = read_shared_token(config.credentials_file, std::string(server), now);
   if (!fresh(token_)) {
     auto got = exchange_identity(of, base);
     if (!got) return got.error();
     token_ = *got;
     if (!config.credentials_file.empty()) {
-      const auto kept = write_shared_token(config.credentials_file, config.base_url, *token_);
+      const auto kept = write_shared_token(config.credentials_file, std::string(server), *token_);
       if (!kept) warn(kept.error().what());
     }
   }
@@ -3416,11 +3595,12 @@ inline result<std::string> session::bearer(call& of, const url& base) {
 inline result<access_token> session::exchange_identity(call& of, const url& base) {
   const auto identity = read_small_file(from_utf8(config.identity_token_file), 64 * 1024);
   if (!identity) {
-    return error(errc::invalid_argument, std::string("identity token (WANDB_IDENTITY_TOKEN_FILE): ") + identity.error().what());
+    return error(errc::invalid_argument,
+                 std::string("identity token (WANDB_IDENTITY_TOKEN_FILE): ") + identity.error().what());
   }
   if (trim(*identity).empty()) {
-    return error(errc::invalid_argument,
-                 "the identity token file " + in_quotes(config.identity_token_file) + " (WANDB_IDENTITY_TOKEN_FILE) is empty");
+    return error(errc::invalid_argument, "the identity token file " + in_quotes(config.identity_token_file) +
+                                             " (WANDB_IDENTITY_TOKEN_FILE) is empty");
   }
   http_request request;
   request.method = "POST";
@@ -3438,10 +3618,15 @@ inline result<access_token> session::exchange_identity(call& of, const url& base
     } else if (got->head.status != 200) {
       const int status = got->head.status;
       const bool refused = status >= 400 && status < 500 && status != 408 && status != 429;
-      failure = error(status == 401 ? errc::not_authenticated : status == 403 ? errc::permission_denied : errc::http_failure,
-                      what + ": " + status_text(*got, here, "Bearer " + std::string(trim(*identity))) +
-                          (refused ? "; is the identity token (WANDB_IDENTITY_TOKEN_FILE) current, and made for this server?" : ""),
-                      status);
+      failure = error(
+          status == 401   ? errc::not_authenticated
+          : status == 403 ? errc::permission_denied
+                          : errc::http_failure,
+          what + ": " + status_text(*got, here, "Bearer " + std::string(trim(*identity))) +
+              (refused
+                   ? "; is the identity token (WANDB_IDENTITY_TOKEN_FILE) current, and made for this server?"
+                   : ""),
+          status);
       failure.retry_after(parse_retry_after(got->head));
     } else {
       const auto answer = nlohmann::json::parse(body.text, nullptr, false);
@@ -3449,9 +3634,12 @@ inline result<access_token> session::exchange_identity(call& of, const url& base
       const auto lifetime = answer.is_object() ? answer.find("expires_in") : answer.end();
       if (answer.is_object() && token != answer.end() && token->is_string() && lifetime != answer.end() &&
           lifetime->is_number() && !token->get_ref<const std::string&>().empty() &&
-          std::none_of(token->get_ref<const std::string&>().begin(), token->get_ref<const std::string&>().end(), is_control)) {
-        const auto seconds = static_cast<std::int64_t>((std::min)((std::max)(lifetime->get<double>(), 0.0), 1e9));
-        return access_token{token->get<std::string>(), std::chrono::system_clock::now() + std::chrono::seconds(seconds)};
+          std::none_of(token->get_ref<const std::string&>().begin(),
+                       token->get_ref<const std::string&>().end(), is_control)) {
+        const auto seconds =
+            static_cast<std::int64_t>((std::min)((std::max)(lifetime->get<double>(), 0.0), 1e9));
+        return access_token{token->get<std::string>(),
+                            std::chrono::system_clock::now() + std::chrono::seconds(seconds)};
       }
     }
     if (auto end = tries.wait_after(failure)) return *end;
@@ -3460,14 +3648,17 @@ inline result<access_token> session::exchange_identity(call& of, const url& base
 
 inline std::string session::credentials_hint(const std::string& authorization) const {
   const auto base = parse_base_url(config.base_url);
-  const std::string host = base ? base->host : config.base_url;
+  const std::string host = base ? base->host : "the service";
   if (authorization.empty()) {
-    return "no API key for " + host + ": set WANDB_API_KEY or run `wandb login` (looked in the settings, the environment and " +
+    return "no API key for " + host +
+           ": set WANDB_API_KEY or run `wandb login` (looked in the settings, the environment and " +
            (config.netrc_file.empty() ? std::string("no netrc file") : in_quotes(config.netrc_file)) + ")";
   }
   return starts_with(authorization, "Bearer")
-             ? "the access token for " + host + " was refused: is the identity token (WANDB_IDENTITY_TOKEN_FILE) current?"
-             : "the API key for " + host + " was refused: check WANDB_API_KEY, or run `wandb login --relogin`";
+             ? "the access token for " + host +
+                   " was refused: is the identity token (WANDB_IDENTITY_TOKEN_FILE) current?"
+             : "the API key for " + host +
+                   " was refused: check WANDB_API_KEY, or run `wandb login --relogin`";
 }
 
 /// What a backend says in an error body: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
@@ -3475,7 +3666,8 @@ inline std::string backend_message(const nlohmann::json& body) {
   const auto text_of = [](const nlohmann::json& one) {
     if (one.is_string()) return one.get<std::string>();
     const auto message = one.is_object() ? one.find("message") : one.end();
-    return one.is_object() && message != one.end() && message->is_string() ? message->get<std::string>() : std::string();
+    return one.is_object() && message != one.end() && message->is_string() ? message->get<std::string>()
+                                                                           : std::string();
   };
   std::string joined;
   const auto add = [&](const std::string& text) {
@@ -3497,7 +3689,8 @@ inline std::string without_secrets(std::string said, const std::string& authoriz
   };
   const auto secret = behind(authorization, ' ');
   if (!secret.empty()) said = replace_all(said, secret, "***");
-  const auto key = starts_with(authorization, "Basic ") ? behind(base64_decode(secret).value_or(""), ':') : std::string();
+  const auto key =
+      starts_with(authorization, "Basic ") ? behind(base64_decode(secret).value_or(""), ':') : std::string();
   if (!key.empty()) said = replace_all(said, key, "***");
   return said;
 }
@@ -3505,22 +3698,25 @@ inline std::string without_secrets(std::string said, const std::string& authoriz
 /// The service's own words for what is not there, or hidden. A router that knows no such page says "not found", too; as
 /// programs start afresh where a run is missing, that has to be what is meant.
 inline std::optional<errc> what_is_missing(std::string_view said) {
-  if (!contains_ignoring_case(said, "not found") && !contains_ignoring_case(said, "could not find")) return std::nullopt;
-  if (contains_ignoring_case(said, "file")) return errc::file_not_found;
+  if (!contains_ignoring_case(said, "not found") && !contains_ignoring_case(said, "could not find"))
+    return std::nullopt;
   for (const char* one : {"run", "project", "entity"}) {
-    if (contains_ignoring_case(said, one)) return errc::run_not_found;
+    if (has_word(said, one)) return errc::run_not_found;
   }
+  if (has_word(said, "file")) return errc::file_not_found;
   return std::nullopt;
 }
 
 /// Empty for storage, whose bodies may repeat signatures.
-inline std::string session::words_of(const answer& got, const url& from, const std::string& authorization) const {
+inline std::string session::words_of(const answer& got, const url& from,
+                                     const std::string& authorization) const {
   const auto base = parse_base_url(config.base_url);
   if (!base || !under_base(*base, from)) return {};
   return without_secrets(backend_message(nlohmann::json::parse(got.body, nullptr, false)), authorization);
 }
 
-inline std::string session::status_text(const answer& got, const url& from, const std::string& authorization) const {
+inline std::string session::status_text(const answer& got, const url& from,
+                                        const std::string& authorization) const {
   const auto said = words_of(got, from, authorization);
   return "HTTP status " + std::to_string(got.head.status) + (said.empty() ? said : ", " + in_quotes(said));
 }
@@ -3532,16 +3728,21 @@ inline error session::status_error(const std::string& what, const answer& got, c
   const auto base = parse_base_url(config.base_url);
   if (base && under_base(*base, from)) {
     const auto said = words_of(got, from, authorization);
-    if (status == 401) return error(errc::not_authenticated, text + "; " + credentials_hint(authorization), status);
+    if (status == 401)
+      return error(errc::not_authenticated, text + "; " + credentials_hint(authorization), status);
     if (status == 403 || contains_ignoring_case(said, "permission denied")) {
       return error(errc::permission_denied,
-                   text + "; " + (authorization.empty() ? credentials_hint(authorization)
-                                                        : "this account may not see it: ask its owner, or use another key"),
+                   text + "; " +
+                       (authorization.empty()
+                            ? credentials_hint(authorization)
+                            : "this account may not see it: ask its owner, or use another key"),
                    status);
     }
     if (const auto missing = what_is_missing(said); status == 404 && missing) {
-      return error(*missing, text + "; " + (authorization.empty() ? credentials_hint(authorization)
-                                                                  : "check the run path, and that this key may see the run"),
+      return error(*missing,
+                   text + "; " +
+                       (authorization.empty() ? credentials_hint(authorization)
+                                              : "check the run path, and that this key may see the run"),
                    status);
     }
     if (status == 404) text += "; is " + config.base_url + " the base URL of a W&B server?";
@@ -3587,12 +3788,13 @@ class service {
   [[nodiscard]] result<std::string> address_of(const std::string& what, const json& node) const;
   [[nodiscard]] std::string host() const {
     const auto base = parse_base_url(session_.config.base_url);
-    return base ? base->host : session_.config.base_url;
+    return base ? base->host : "the service";
   }
 
   static std::string text(const json& object, const char* name) {
     const auto found = object.is_object() ? object.find(name) : object.end();
-    return object.is_object() && found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
+    return object.is_object() && found != object.end() && found->is_string() ? found->get<std::string>()
+                                                                             : std::string();
   }
   static const json& member(const json& object, const char* name) {
     static const json null;
@@ -3627,29 +3829,36 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const u
   request.method = "POST";
   request.body = body;
   request.headers = {{"Content-Type", "application/json"}, {"Use-Admin-Privileges", "true"}};
-  if (!session_.config.username.empty()) request.headers.emplace_back("X-WANDB-USERNAME", session_.config.username);
-  if (!session_.config.user_email.empty()) request.headers.emplace_back("X-WANDB-USER-EMAIL", session_.config.user_email);
+  if (!session_.config.username.empty())
+    request.headers.emplace_back("X-WANDB-USERNAME", session_.config.username);
+  if (!session_.config.user_email.empty())
+    request.headers.emplace_back("X-WANDB-USER-EMAIL", session_.config.user_email);
 
   collecting_sink answered(max_answer);
   url here = beneath(base, "/graphql");
   auto got = session_.send(call_, std::move(request), authorization, answered, here);
   if (answered.overflow) {
-    return error(errc::protocol_violation, what + ": the answer of " + host() + " is longer than " + readable_bytes(max_answer));
+    return error(errc::protocol_violation,
+                 what + ": the answer of " + host() + " is longer than " + readable_bytes(max_answer));
   }
   if (!got) return error(got.error());
-  if (got->head.status != 200) return session_.status_error(what + " at " + host(), *got, here, authorization);
+  if (got->head.status != 200)
+    return session_.status_error(what + " at " + host(), *got, here, authorization);
   auto body_read = json::parse(answered.text, nullptr, false);
   if (!body_read.is_object()) {
     return error(errc::protocol_violation,
-                 what + ": the answer of " + host() + " is not what a W&B server sends (no JSON object): is " +
-                     session_.config.base_url + " its base URL?",
+                 what + ": the answer of " + host() +
+                     " is not what a W&B server sends (no JSON object): is " + session_.config.base_url +
+                     " its base URL?",
                  200);
   }
   const auto said = without_secrets(backend_message(body_read), authorization);
   if (!said.empty() || !member(body_read, "errors").empty()) {
-    const std::string full = what + ": " + host() + " answers " + (said.empty() ? "with errors that say nothing" : in_quotes(said));
+    const std::string full = what + ": " + host() + " answers " +
+                             (said.empty() ? "with errors that say nothing" : in_quotes(said));
     if (contains_ignoring_case(said, "permission denied") || contains_ignoring_case(said, "access denied")) {
-      return error(errc::permission_denied, full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
+      return error(errc::permission_denied,
+                   full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
     }
     if (const auto missing = what_is_missing(said)) {
       return error(*missing, full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
@@ -3660,7 +3869,8 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const u
 }
 
 /// `project(...).run(...).files` of the answer.
-inline result<nlohmann::json> service::files_page(const std::string& what, const run_path& run, json variables) {
+inline result<nlohmann::json> service::files_page(const std::string& what, const run_path& run,
+                                                  json variables) {
   // The names of the variables are the SDK's (RunFiles in wandb/apis/public/files.py).
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
@@ -3681,15 +3891,17 @@ inline result<nlohmann::json> service::files_page(const std::string& what, const
   const json& found = member(project, "run");
   const bool no_project = project.is_null();
   if (no_project || (project.is_object() && project.contains("run") && found.is_null())) {
-    return error(errc::run_not_found,
-                 what + ": " + host() + " knows no " +
-                     (no_project ? "project " + in_quotes(run.entity + "/" + run.project) : "run " + in_quotes(run.str())) +
-                     " that may be seen " +
-                     (anonymous_ ? "without a key; " + session_.credentials_hint({}) : std::string("with this key; check the run path")));
+    return error(errc::run_not_found, what + ": " + host() + " knows no " +
+                                          (no_project ? "project " + in_quotes(run.entity + "/" + run.project)
+                                                      : "run " + in_quotes(run.str())) +
+                                          " that may be seen " +
+                                          (anonymous_ ? "without a key; " + session_.credentials_hint({})
+                                                      : std::string("with this key; check the run path")));
   }
   json files = member(found, "files");
   if (!found.is_object() || !member(files, "edges").is_array()) {
-    return error(errc::protocol_violation, what + ": the answer of " + host() + " has no list of files in it");
+    return error(errc::protocol_violation,
+                 what + ": the answer of " + host() + " has no list of files in it");
   }
   return files;
 }
@@ -3715,8 +3927,8 @@ inline result<std::string> service::address_of(const std::string& what, const js
     return error(errc::protocol_violation, what + ": the answer of " + host() + " tells no address for it");
   }
   if (address.find("://") != std::string::npos && !starts_with(lower(address), "http")) {
-    return error(errc::protocol_violation,
-                 what + ": it is a reference to " + shown + ", which is kept elsewhere and not served over HTTP");
+    return error(errc::protocol_violation, what + ": it is a reference to " + shown +
+                                               ", which is kept elsewhere and not served over HTTP");
   }
   const auto base = parse_base_url(session_.config.base_url);
   if (!base) return base.error();
@@ -3736,19 +3948,27 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
     const json& node = member(edge, "node");
     if (!node.is_object() || (!text(node, "name").empty() && text(node, "name") != name)) continue;
     if (text(node, "md5") == "0") {
-      return error(errc::file_not_found, what + ": " + host() +
-                                             " says that it was never uploaded (yet): if the run still writes it, try again later");
+      return error(errc::file_not_found,
+                   what + ": " + host() +
+                       " says that it was never uploaded (yet): if the run still writes it, try again later");
     }
     auto address = address_of(what, node);
     if (!address) return address.error();
-    return remote_file{info_of(node), *std::move(address)};
+    auto info = info_of(node);
+    if (info.size && *info.size > std::uint64_t{1} << 62) {
+      return error(errc::protocol_violation,
+                   what + ": " + host() + " tells a size that cannot be: " + std::to_string(*info.size));
+    }
+    return remote_file{std::move(info), *std::move(address)};
   }
-  return error(errc::file_not_found, what + ": the run has no such file at " + host() + "; the list of its files shows the names");
+  return error(errc::file_not_found,
+               what + ": the run has no such file at " + host() + "; the list of its files shows the names");
 }
 
 inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   const std::string what = "listing the files of " + run.str();
   std::vector<file_info> all;
+  std::set<std::string> seen;
   for (std::string cursor;;) {
     json variables = {{"fileLimit", 500}};
     if (!cursor.empty()) variables["fileCursor"] = cursor;
@@ -3762,7 +3982,10 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
     const json& page = member(*files, "pageInfo");
     if (last.empty()) last = text(page, "endCursor");
     const json& more = member(page, "hasNextPage");
-    if (!more.is_boolean() || !more.get<bool>() || last.empty() || last == cursor) return all;
+    if (!more.is_boolean() || !more.get<bool>() || last.empty()) return all;
+    if (!seen.insert(last).second) {
+      return error(errc::protocol_violation, what + ": " + host() + " tells the same page again and again");
+    }
     cursor = last;
   }
 }
@@ -3778,7 +4001,8 @@ inline result<std::string> service::default_entity() {
   const std::string entity = text(member(*data, "viewer"), "entity");
   if (entity.empty()) {
     return error(errc::invalid_run_path,
-                 what + ": " + host() + " tells none; set WANDB_ENTITY or name it in the run path (entity/project/run_id)" +
+                 what + ": " + host() +
+                     " tells none; set WANDB_ENTITY or name it in the run path (entity/project/run_id)" +
                      (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()));
   }
   const std::lock_guard<std::mutex> guard(session_.mutex);
@@ -3850,7 +4074,8 @@ class range_plan {
  public:
   static constexpr std::uint64_t block = partial_file::block;
   static constexpr std::uint64_t mebibyte = 1024 * 1024;
-  static constexpr std::uint64_t first_piece = 4 * mebibyte, largest_piece = 64 * mebibyte, smallest_piece = mebibyte;
+  static constexpr std::uint64_t first_piece = 4 * mebibyte, largest_piece = 64 * mebibyte,
+                                 smallest_piece = mebibyte;
   static constexpr std::uint64_t smallest_share = 4 * block;
   static constexpr std::uint64_t worth_splitting = 2 * first_piece;
   static constexpr std::uint64_t endless = ~std::uint64_t{0};  // the end of what has no known size
@@ -3862,13 +4087,14 @@ class range_plan {
     std::uint64_t flushed = 0;          // everything of the range before this is on disk and recorded
     std::atomic<bool> revoked{false};   // the end was lowered: what comes after it is not wanted
     std::atomic<std::uint64_t> received{0};
-    std::uint64_t seen = 0;             // `received` when the pace was last measured
-    double pace = -1;                   // bytes a second; negative: not known yet
-    double delay = 0;                   // seconds from the last request to the first byte of its response
+    std::uint64_t seen = 0;  // `received` when the pace was last measured
+    double pace = -1;        // bytes a second; negative: not known yet
+    double delay = 0;        // seconds from the last request to the first byte of its response
     bool busy = false;
   };
 
-  range_plan(std::size_t connections, std::deque<byte_range> gaps) : gaps_(std::move(gaps)), slots_(connections) {}
+  range_plan(std::size_t connections, std::deque<byte_range> gaps)
+      : gaps_(std::move(gaps)), slots_(connections) {}
 
   slot& operator[](std::size_t index) { return slots_[index]; }
   [[nodiscard]] std::size_t connections() const { return slots_.size(); }
@@ -3935,7 +4161,8 @@ class range_plan {
     for (const auto& gap : gaps_) left += gap.end - gap.begin;
     // Asking costs a round trip: at most a fiftieth of what it brings. On near servers pieces stay small, so that the
     // frontier, and the digest with it, is never far behind.
-    const auto wanted = (std::max)(first_piece, static_cast<std::uint64_t>((std::max)(of.pace, 0.0) * of.delay * 50));
+    const auto wanted =
+        (std::max)(first_piece, static_cast<std::uint64_t>((std::max)(of.pace, 0.0) * of.delay * 50));
     const auto fair = left / (2 * slots_.size());
     const auto bounded = (std::max)((std::min)({wanted, fair, largest_piece}), smallest_piece);
     return (bounded + block - 1) / block * block;
@@ -3946,11 +4173,13 @@ class range_plan {
     slot* slowest = nullptr;
     double longest = 0;
     for (slot& other : slots_) {
-      if (&other == &mine || !other.busy || other.pace < 0 || other.end == endless || other.at >= other.end) continue;
+      if (&other == &mine || !other.busy || other.pace < 0 || other.end == endless || other.at >= other.end)
+        continue;
       const double time = static_cast<double>(other.end - other.at) / (std::max)(other.pace, 1.0);
       if (time > longest) longest = time, slowest = &other;
     }
-    if (slowest == nullptr || longest < 0.1) return false;  // what is here at once is not worth a connection cut
+    if (slowest == nullptr || longest < 0.1)
+      return false;  // what is here at once is not worth a connection cut
     const std::uint64_t at = slowest->at, end = slowest->end;
     const auto middle = (at + (end - at) / 2 + block - 1) / block * block;
     if (end - at >= 2 * smallest_share) {
@@ -3979,11 +4208,13 @@ struct content_range {
     text = trim(text);
     if (!equal_ignoring_case(text.substr(0, 6), "bytes ")) return std::nullopt;
     const auto dash = text.find('-'), slash = text.find('/');
-    if (dash == std::string_view::npos || slash == std::string_view::npos || dash > slash) return std::nullopt;
+    if (dash == std::string_view::npos || slash == std::string_view::npos || dash > slash)
+      return std::nullopt;
     const auto first = to_number<std::uint64_t>(trim(text.substr(6, dash - 6)));
     const auto last = to_number<std::uint64_t>(trim(text.substr(dash + 1, slash - dash - 1)));
     const auto size = to_number<std::uint64_t>(trim(text.substr(slash + 1)));
-    if (!first || !last || *last < *first || *last + 1 == 0 || (!size && trim(text.substr(slash + 1)) != "*")) return std::nullopt;
+    if (!first || !last || *last < *first || *last + 1 == 0 || (!size && trim(text.substr(slash + 1)) != "*"))
+      return std::nullopt;
     return content_range{{*first, *last + 1}, size};
   }
 };
@@ -4003,10 +4234,13 @@ class download {
   result<void> run(partial_file& into);
   /// The file is not what it was when the download began: worth another start from nothing.
   [[nodiscard]] bool entity_changed() const { return entity_changed_; }
+  /// All of it arrived, and has another md5.
+  [[nodiscard]] bool content_wrong() const { return content_wrong_; }
 
  private:
   class range_sink;
-  static constexpr std::uint64_t digest_backlog = 64 * 1024 * 1024;  // bytes: more than it can hash between two looks
+  static constexpr std::uint64_t digest_backlog =
+      64 * 1024 * 1024;  // bytes: more than it can hash between two looks
   using lock = std::unique_lock<std::mutex>;
 
   void work(std::size_t me);
@@ -4036,28 +4270,29 @@ class download {
   partial_file* into_ = nullptr;
   std::unique_ptr<range_plan> plan_;
 
-  std::mutex mutex_;  // guards what follows, and the plan and the record of the partial file
+  std::mutex mutex_;                  // guards what follows, and the plan and the record of the partial file
   std::condition_variable changed_;   // anything but the next
   std::condition_variable advanced_;  // the frontier, for the digest
   remote_file remote_;
-  std::optional<url> final_;       // where the redirects led
-  bool resolving_ = false;         // one connection is finding that out, the others wait
-  std::uint64_t generation_ = 0;   // of final_
-  bool renewed_ = false;           // and nothing has arrived since
+  std::optional<url> final_;      // where the redirects led
+  bool resolving_ = false;        // one connection is finding that out, the others wait
+  std::uint64_t generation_ = 0;  // of final_
+  bool renewed_ = false;          // and nothing has arrived since
   std::string entity_tag_;
-  std::uint64_t frontier_ = 0;     // all bytes before this are on disk
-  std::uint64_t present_ = 0;      // bytes on disk
-  std::uint64_t shown_ = 0;        // bytes that on_progress was told of
-  std::vector<bool> claimed_;      // blocks that are on disk, or that one connection is writing
-  std::size_t alive_ = 0;          // connections
+  std::uint64_t frontier_ = 0;  // all bytes before this are on disk
+  std::uint64_t present_ = 0;   // bytes on disk
+  std::uint64_t shown_ = 0;     // bytes that on_progress was told of
+  std::vector<bool> claimed_;   // blocks that are on disk, or that one connection is writing
+  std::size_t alive_ = 0;       // connections
   bool complete_ = false;
   std::optional<error> failure_;
   std::string digest_;
-  bool hashing_ = false;           // by a thread of its own
+  bool hashing_ = false;  // by a thread of its own
   bool hashed_all_ = false;
 
   std::atomic<bool> stopped_{false};
   std::atomic<bool> entity_changed_{false};
+  bool content_wrong_ = false;
   std::atomic<std::uint64_t> hashed_{0};
   std::atomic<std::uint64_t> received_{0};
   std::uint64_t received_before_ = 0;
@@ -4069,7 +4304,8 @@ class download {
 /// Checks HTTP's promises about a response and brings its bytes to their places, a few blocks at a time.
 class download::range_sink final : public body_sink {
  public:
-  static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes written at once, and each connection's buffer
+  static constexpr std::uint64_t chunk =
+      4 * partial_file::block;  // bytes written at once, and each connection's buffer
 
   range_sink(download& of, std::size_t me, std::string& buffer, bool ranged, const url& here)
       : of_(of), me_(me), slot_((*of.plan_)[me]), buffer_(buffer), ranged_(ranged), here_(here) {}
@@ -4080,7 +4316,8 @@ class download::range_sink final : public body_sink {
     if (slot_.revoked && slot_.at >= slot_.end) return false;  // another has it by now
     failure_ = check(head);
     if (failure_ || of_.stopped_) return false;
-    if (!of_.final_ && generation_ == of_.generation_) {  // a late answer from an address given up since is none
+    if (!of_.final_ &&
+        generation_ == of_.generation_) {  // a late answer from an address given up since is none
       of_.final_ = here_;
       of_.resolving_ = false;
       of_.changed_.notify_all();
@@ -4136,10 +4373,15 @@ class download::range_sink final : public body_sink {
     const std::string* field = head.header("Content-Range");
     const auto range = field != nullptr ? content_range::parse(*field) : std::nullopt;
     if (!ranged_ || !range) return violation("answers 206 without a range that was asked for");
-    if (range->size && of_.remote_.info.size && *range->size != *of_.remote_.info.size) return wrong_size(*range->size);
+    if (range->size && of_.remote_.info.size && *range->size != *of_.remote_.info.size)
+      return wrong_size(*range->size);
     promised_end_ = range->bytes.end;
     if (range->bytes.begin != slot_.at || range->bytes.end > asked_end_) {
       return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
+    }
+    if (!of_.remote_.info.size) {
+      if (!range->size) return violation("does not say how long the file is");
+      slot_.end = *range->size;
     }
     return std::nullopt;
   }
@@ -4155,9 +4397,9 @@ class download::range_sink final : public body_sink {
     return std::nullopt;
   }
   [[nodiscard]] error wrong_size(std::uint64_t got) const {
-    return error(errc::checksum_mismatch,
-                 of_.what() + ": " + here_.redacted() + " has " + std::to_string(got) + " bytes, the service says " +
-                     std::to_string(*of_.remote_.info.size));
+    return error(errc::checksum_mismatch, of_.what() + ": " + here_.redacted() + " has " +
+                                              std::to_string(got) + " bytes, the service says " +
+                                              std::to_string(*of_.remote_.info.size));
   }
 
   download& of_;
@@ -4175,6 +4417,8 @@ class download::range_sink final : public body_sink {
 };
 
 inline result<void> download::run(partial_file& into) {
+  static_assert(range_plan::smallest_share >= range_sink::chunk,
+                "what a connection holds back must not reach into the part that another takes over");
   into_ = &into;
   const bool known = remote_.info.size.has_value();
   std::deque<byte_range> gaps;
@@ -4193,19 +4437,29 @@ inline result<void> download::run(partial_file& into) {
   claimed_.resize(static_cast<std::size_t>(into.blocks()));
   for (std::size_t i = 0; i < claimed_.size(); ++i) claimed_[i] = into.has(i);
   complete_ = gaps.empty();
-  const std::uint64_t missing = into.size() - present_;
-  const auto most = missing < range_plan::worth_splitting
-                        ? 1 : (std::min)(static_cast<std::uint64_t>(options_.connections), missing / range_plan::first_piece);
+  const std::uint64_t missing =
+      checked() ? into.size() - present_ : 0;  // what no md5 will prove comes in one piece
+  const auto most =
+      missing < range_plan::worth_splitting
+          ? 1
+          : (std::min)(static_cast<std::uint64_t>(options_.connections), missing / range_plan::first_piece);
   plan_ = std::make_unique<range_plan>(static_cast<std::size_t>(most), std::move(gaps));
 
   if (checked()) hashing_ = threads_.emplace_back().start([this] { hash_along(); });
   if (!complete_) {
-    alive_ = plan_->connections();
-    std::size_t started = 0;
-    while (started < plan_->connections() && threads_.emplace_back().start([this, started] { work(started); })) ++started;
-    const lock held(mutex_);
-    alive_ -= plan_->connections() - started;  // no more threads to be had: fewer connections
-    if (started == 0) failure_ = error(errc::disk_failure, what() + ": the system starts no thread (a limit on processes?)");
+    for (std::size_t me = 0; me < plan_->connections(); ++me) {
+      {
+        const lock held(mutex_);
+        ++alive_;
+      }
+      if (threads_.emplace_back().start([this, me] { work(me); })) continue;
+      const lock held(mutex_);  // no more threads to be had: fewer connections
+      if (--alive_ == 0 && !complete_ && !failure_) {
+        failure_ =
+            error(errc::disk_failure, what() + ": the system starts no thread (a limit on processes?)");
+      }
+      break;
+    }
   }
 
   for (lock held(mutex_); !complete_ && !failure_;) {
@@ -4225,12 +4479,15 @@ inline result<void> download::run(partial_file& into) {
   stop();
   if (failure_) return *failure_;
   if (checked() && !hashing_) digest_ = md5_of_file(into.where());
-  const progress end{name_, checked() ? phase::verifying : phase::downloading, into.size(), into.size(), pace_};
+  const progress end{name_, checked() ? phase::verifying : phase::downloading, into.size(), into.size(),
+                     pace_};
   if (options_.on_progress && !options_.on_progress(end)) call_.stop();
   if (call_.cancelled()) return call_.why_cancelled();
   if (checked() && digest_ != remote_.info.md5) {
-    return error(errc::checksum_mismatch, what() + ": its md5 is " + (digest_.empty() ? "unreadable" : digest_) + " after " +
-                                              std::to_string(into.size()) + " bytes, the service says " + remote_.info.md5);
+    content_wrong_ = true;
+    return error(errc::checksum_mismatch,
+                 what() + ": its md5 is " + (digest_.empty() ? "unreadable" : digest_) + " after " +
+                     std::to_string(into.size()) + " bytes, the service says " + remote_.info.md5);
   }
   return {};
 }
@@ -4274,7 +4531,8 @@ inline void download::tick(phase now) {
     const lock held(mutex_);
     plan_->measure(seconds);
     // What connections still hold counts, too; where another takes over from one, it is not counted back.
-    shown_ = (std::max)(shown_, (std::min)(present_ + plan_->buffered(), remote_.info.size.value_or(range_plan::endless)));
+    shown_ = (std::max)(
+        shown_, (std::min)(present_ + plan_->buffered(), remote_.info.size.value_or(range_plan::endless)));
     report.bytes_done = now == phase::verifying ? hashed_.load() : shown_;
     report.bytes_total = remote_.info.size;
   }
@@ -4285,7 +4543,6 @@ inline void download::tick(phase now) {
 inline void download::hash_along() {
   md5 hash;
   page_buffer buffer;
-  bool readable = true;
   for (std::uint64_t offset = 0;;) {
     std::uint64_t until = 0;
     {
@@ -4293,8 +4550,8 @@ inline void download::hash_along() {
       advanced_.wait(held, [&] { return stopped_ || complete_ || frontier_ > offset; });
       if (stopped_) return;
       until = frontier_;
-      if (complete_ && (offset >= until || !readable)) {
-        digest_ = readable ? hash.finish() : std::string();
+      if (complete_ && offset >= until) {
+        digest_ = hash.finish();
         hashed_all_ = true;
         changed_.notify_all();
         return;
@@ -4303,8 +4560,10 @@ inline void download::hash_along() {
     while (offset < until && !stopped_) {
       const auto wanted = (std::min<std::uint64_t>)(page_buffer::size, until - offset);
       const auto count = into_->content().read_at(offset, buffer.data(), static_cast<std::size_t>(wanted));
-      readable = readable && count == static_cast<std::int64_t>(wanted);
-      if (readable) hash.update({buffer.data(), static_cast<std::size_t>(wanted)});
+      if (count != static_cast<std::int64_t>(wanted)) {
+        return fail(disk_error("read back", into_->where(), count < 0 ? static_cast<int>(-count) : 0));
+      }
+      hash.update({buffer.data(), static_cast<std::size_t>(wanted)});
       offset += wanted;
       hashed_ = offset;
     }
@@ -4319,8 +4578,10 @@ inline result<void> download::flush(std::size_t me, std::string& buffer) {
   const auto begin = mine.flushed, end = begin + buffer.size();
   const std::string_view bytes = buffer;
   if (!remote_.info.size) {  // one connection, which may have had to begin again
-    const auto behind = (std::min)((std::max)(frontier_, begin) - begin, end - begin);
-    if (auto written = into_->write(begin + behind, bytes.substr(static_cast<std::size_t>(behind))); !written) return written;
+    // What was hashed stays; without a digest, a transfer that began again is the one that counts.
+    const auto behind = checked() ? (std::min)((std::max)(frontier_, begin) - begin, end - begin) : 0;
+    if (auto written = into_->write(begin + behind, bytes.substr(static_cast<std::size_t>(behind))); !written)
+      return written;
     buffer.clear();
     const lock held(mutex_);
     mine.flushed = end;
@@ -4335,7 +4596,7 @@ inline result<void> download::flush(std::size_t me, std::string& buffer) {
   {
     const lock held(mutex_);
     for (auto i = first; i < last; ++i) {
-      if (claimed_[static_cast<std::size_t>(i)]) continue;
+      if (claimed_[static_cast<std::size_t>(i)] && checked()) continue;
       claimed_[static_cast<std::size_t>(i)] = true;
       if (mine_to_write.empty() || mine_to_write.back().end != i) mine_to_write.push_back({i, i});
       mine_to_write.back().end = i + 1;
@@ -4343,7 +4604,8 @@ inline result<void> download::flush(std::size_t me, std::string& buffer) {
   }
   for (const auto& run : mine_to_write) {
     const auto from = run.begin * partial_file::block, until = (std::min)(run.end * partial_file::block, end);
-    const auto part = bytes.substr(static_cast<std::size_t>(from - begin), static_cast<std::size_t>(until - from));
+    const auto part =
+        bytes.substr(static_cast<std::size_t>(from - begin), static_cast<std::size_t>(until - from));
     if (auto written = into_->write(from, part); !written) return written;
   }
   buffer.clear();
@@ -4351,7 +4613,10 @@ inline result<void> download::flush(std::size_t me, std::string& buffer) {
   mine.flushed = end;
   renewed_ = false;
   for (const auto& run : mine_to_write) {
-    present_ += (std::min)(into_->size(), run.end * partial_file::block) - run.begin * partial_file::block;
+    for (auto i = run.begin; i < run.end; ++i) {
+      if (!into_->has(i))
+        present_ += (std::min)(into_->size(), (i + 1) * partial_file::block) - i * partial_file::block;
+    }
     if (auto recorded = into_->record(run.begin, run.end); !recorded) return recorded;
   }
   const auto before = frontier_;
@@ -4381,10 +4646,12 @@ inline void download::work(std::size_t me) {
       if (!failure || stopped_) continue;
       if (!failure->is_transient()) return fail(*failure);
       const auto wait = tries.after(*failure);
-      if (!wait) return wait.error().code() == errc::cancelled ? fail(wait.error()) : retire(me, wait.error());
+      if (!wait)
+        return wait.error().code() == errc::cancelled ? fail(wait.error()) : retire(me, wait.error());
       if (tries.failures() == 1) others = received_;
       lock held(mutex_);
-      if (tries.failures() == 3 && received_ != others && alive_ > 1) {  // others get on: the server wants no more
+      if (tries.failures() == 3 && received_ != others &&
+          alive_ > 1) {  // others get on: the server wants no more
         held.unlock();
         return retire(me, *failure);
       }
@@ -4415,12 +4682,14 @@ inline result<url> download::address(lock& held) {
   resolving_ = true;
   if (generation_ > 0) {  // an address that has expired: ask the service for the file again
     held.unlock();
-    auto fresh = service(session_, call_).find_file(run_, name_);
+    call inner(call_, stopped_);
+    auto fresh = service(session_, inner).find_file(run_, name_);
     held.lock();
     if (!fresh) return tried(fresh.error());
     if (fresh->info.md5 != remote_.info.md5 || fresh->info.size != remote_.info.size) {
       entity_changed_ = true;
-      return error(errc::protocol_violation, what() + ": the run replaced the file while it was being fetched; try again");
+      return error(errc::protocol_violation,
+                   what() + ": the run replaced the file while it was being fetched; try again");
     }
     remote_.address = fresh->address;
   }
@@ -4452,12 +4721,22 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
   }
   http_request request;
   const std::uint64_t begin = mine.at, end = mine.end;
+  const bool combinable = checked() || (!entity_tag_.empty() && !starts_with(entity_tag_, "W/"));
+  if (begin > 0 && !combinable) {  // RFC 9110, section 15.3.7.3
+    settle();
+    entity_changed_ = true;
+    return error(errc::protocol_violation,
+                 what() + ": it was cut off, and without md5 and entity tag nothing says that the "
+                          "rest would be of the same content");
+  }
   const bool ranged = begin > 0 || (remote_.info.size && end < *remote_.info.size);
   if (ranged) {
-    request.headers.emplace_back("Range", "bytes=" + std::to_string(begin) + '-' +
-                                              (end == range_plan::endless ? std::string() : std::to_string(end - 1)));
+    request.headers.emplace_back("Range",
+                                 "bytes=" + std::to_string(begin) + '-' +
+                                     (end == range_plan::endless ? std::string() : std::to_string(end - 1)));
     // RFC 9110, section 13.1.5: a strong entity tag only; with another one the whole comes back, which is noticed.
-    if (!entity_tag_.empty() && !starts_with(entity_tag_, "W/")) request.headers.emplace_back("If-Range", entity_tag_);
+    if (!entity_tag_.empty() && !starts_with(entity_tag_, "W/"))
+      request.headers.emplace_back("If-Range", entity_tag_);
   }
   range_sink sink(*this, me, buffer, ranged, *here);
   held.unlock();
@@ -4485,7 +4764,8 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
     held.lock();
     if (mine.at < frontier_) {
       entity_changed_ = true;
-      return error(errc::protocol_violation, what() + ": " + here->redacted() + " became shorter while it was being fetched");
+      return error(errc::protocol_violation,
+                   what() + ": " + here->redacted() + " became shorter while it was being fetched");
     }
     into_->set_size(mine.at);
     complete_ = mine.end == range_plan::endless || mine.at == mine.end;
@@ -4509,12 +4789,16 @@ inline std::optional<error> download::judge(const answer& got, const url& from, 
   error failure = session_.status_error(what() + ": " + from.redacted(), got, from, authorization);
   if (status == 416) {  // RFC 9110, section 15.5.17: it has become shorter
     entity_changed_ = true;
-    return error(errc::protocol_violation, std::string(failure.what()) + ": it changed while it was being fetched", status);
+    return error(errc::protocol_violation,
+                 std::string(failure.what()) + ": it changed while it was being fetched", status);
   }
-  if (!storage || (status != 401 && status != 403 && status != 410)) return failure;
+  // Some stores say 400 of a signature or token that has expired, and name it in the body.
+  const bool expired = status == 401 || status == 403 || status == 410 ||
+                       (status == 400 && contains_ignoring_case(got.body, "expired"));
+  if (!storage || !expired) return failure;
   if (generation_ != used) return std::nullopt;  // another has renewed it
-  if (renewed_) {  // told at once: nobody else shall ask for yet another
-    failure = error(status == 410 ? errc::http_failure : errc::permission_denied,
+  if (renewed_) {                                // told at once: nobody else shall ask for yet another
+    failure = error(status == 410 || status == 400 ? errc::http_failure : errc::permission_denied,
                     std::string(failure.what()) + ", also with a new address", status);
     if (!failure_) failure_ = failure;
     stopped_ = true;
@@ -4551,8 +4835,9 @@ namespace detail {
 /// Refuses what would leave root, under the rules of any system (the SDK's wandb/sdk/lib/paths.py).
 inline result<void> check_name(std::string_view name) {
   const auto refuse = [&](const char* why) {
-    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": " + why +
-                                             "; a name is a path inside the run, such as \"model.h5\" or \"ckpt/best.h5\"");
+    return error(errc::invalid_argument,
+                 "cannot restore " + in_quotes(name) + ": " + why +
+                     "; a name is a path inside the run, such as \"model.h5\" or \"ckpt/best.h5\"");
   };
   if (name.empty()) return refuse("the name is empty");
   if (name.find('\0') != std::string_view::npos) return refuse("the name has a NUL in it");
@@ -4580,14 +4865,14 @@ inline std::string service_name(std::string_view name) {
 
 /// The run that is meant, as far as that is known without a request: the entity may be missing.
 inline result<run_path> run_of(const settings& configuration, std::string_view text) {
-  auto run = split_run_path(text.empty() ? std::string_view(configuration.run_id) : text);
-  if (text.empty()) run = run_path{{}, {}, configuration.run_id};
+  auto run = text.empty() ? result<run_path>(run_path{{}, {}, configuration.run_id}) : split_run_path(text);
   if (!run) return run;
   if (run->entity.empty()) run->entity = configuration.entity;
   if (run->project.empty()) run->project = configuration.project;
   if (run->run_id.empty()) {
-    return error(errc::invalid_run_path,
-                 "no run path was given and there is no current run: pass entity/project/run_id, or set WANDB_RUN_ID");
+    return error(
+        errc::invalid_run_path,
+        "no run path was given and there is no current run: pass entity/project/run_id, or set WANDB_RUN_ID");
   }
   if (run->project.empty()) {
     return error(errc::invalid_run_path, "no project for run " + in_quotes(run->run_id) +
@@ -4602,9 +4887,11 @@ inline std::string shown(const run_path& run) {
 }
 
 /// The failure of a call with what the call was about in front, unless the text names that itself.
-inline error in_context(const error& failure, const std::string& doing, std::initializer_list<std::string> names) {
+inline error in_context(const error& failure, const std::string& doing,
+                        std::initializer_list<std::string> names) {
   const std::string_view text = failure.what();
-  if (std::all_of(names.begin(), names.end(), [&](const auto& name) { return text.find(name) != text.npos; })) return failure;
+  if (std::all_of(names.begin(), names.end(), [&](const auto& name) { return text.find(name) != text.npos; }))
+    return failure;
   error whole(failure.code(), doing + ": " + failure.what(), failure.http_status());
   if (!failure.is_transient()) whole = error::permanent(failure.code(), whole.what(), failure.http_status());
   whole.retry_after(failure.retry_after());
@@ -4615,12 +4902,14 @@ inline error in_context(const error& failure, const std::string& doing, std::ini
 class restoring {
  public:
   restoring(session& with, call& of, const restore_options& options, std::string name, run_path run, place at)
-      : session_(with), call_(of), options_(options), name_(std::move(name)), run_(std::move(run)), at_(std::move(at)) {}
+      : session_(with), call_(of), options_(options), name_(std::move(name)), run_(std::move(run)),
+        at_(std::move(at)) {}
 
   result<restored_file> operator()() {
     const auto seen = facts_of(at_.target);
     if (seen && seen->is_directory) {
-      return error(errc::disk_failure, "cannot restore " + in_quotes(name_) + ": " + in_quotes(at_.target) + " is a directory");
+      return error(errc::disk_failure,
+                   "cannot restore " + in_quotes(name_) + ": " + in_quotes(at_.target) + " is a directory");
     }
     const auto policy = options_.replace ? cache_policy::replace() : options_.cache.value_or(session_.policy);
     const auto copy = seen ? std::optional<local_copy>(copy_of(*seen)) : std::nullopt;
@@ -4635,8 +4924,9 @@ class restoring {
     }
     auto remote = asked.find_file(run_, name_);
     if (!remote) return remote.error();
-    if (verdict == cache_policy::verdict::ask && policy(*copy, &remote->info) == cache_policy::verdict::keep) {
-      return keep(*copy, remote->info);
+    if (verdict == cache_policy::verdict::ask &&
+        policy(*copy, &remote->info) == cache_policy::verdict::keep) {
+      return keep(*copy, *seen, remote->info);
     }
     return fetch(*std::move(remote), seen);
   }
@@ -4646,7 +4936,8 @@ class restoring {
     local_copy copy;
     copy.path = at_.target;
     copy.size = facts.size;
-    copy.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(std::chrono::nanoseconds(facts.modified));
+    copy.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
+        std::chrono::nanoseconds(facts.modified));
     if (const auto known = read_receipt(session_.config.cache_dir, at_.target, facts)) {
       copy.restored_from = known->run;
       copy.receipt_md5 = known->md5;
@@ -4659,17 +4950,18 @@ class restoring {
     if (const auto& from = copy.restored_from) {
       if (from->run_id != run_.run_id || from->project != run_.project ||
           (!run_.entity.empty() && from->entity != run_.entity)) {
-        return error(errc::local_conflict, in_quotes(at_.target) + " was restored from " + from->str() + ", but " +
-                                               shown(run_) + " is asked for: replace or refresh it, or set another root");
+        return error(errc::local_conflict, in_quotes(at_.target) + " was restored from " + from->str() +
+                                               ", but " + shown(run_) +
+                                               " is asked for: replace or refresh it, or set another root");
       }
     }
     return open({at_.target, copy.size, copy.receipt_md5, source::local, !copy.receipt_md5.empty()});
   }
 
   /// After the service was asked. What it has too is the asked run's, wherever it came from.
-  result<restored_file> keep(const local_copy& copy, const file_info& remote) {
+  result<restored_file> keep(const local_copy& copy, const file_facts& facts, const file_info& remote) {
     if (remote.md5.empty() || copy.md5() != remote.md5) return open_local(copy);
-    remember(remote.md5);
+    remember(remote.md5, facts);
     return open({at_.target, copy.size, remote.md5, source::local, true});
   }
 
@@ -4679,10 +4971,9 @@ class restoring {
     return restored_file(std::move(stream), std::move(facts));
   }
 
-  void remember(const std::string& md5) const {
-    if (const auto facts = facts_of(at_.target)) {
+  void remember(const std::string& md5, const std::optional<file_facts>& facts) const {
+    if (facts)
       write_receipt(session_.config.cache_dir, at_.target, {run_, facts->size, facts->modified, md5});
-    }
   }
 
   result<restored_file> fetch(remote_file remote, const std::optional<file_facts>& seen) {
@@ -4690,34 +4981,41 @@ class restoring {
     place_lock lock(at_);
     if (!wait_for(lock)) return call_.why_cancelled();
     const auto now = facts_of(at_.target);
-    if (now && !(seen && *seen == *now) && !remote.info.md5.empty()) {  // another process brought it meanwhile
+    if (now && !(seen && *seen == *now) &&
+        !remote.info.md5.empty()) {  // another process brought it meanwhile
       const auto copy = copy_of(*now);
-      if (copy.md5() == remote.info.md5) return keep(copy, remote.info);
+      if (copy.md5() == remote.info.md5) return keep(copy, *now, remote.info);
     }
     for (bool again = false;; again = true) {
-      auto opened = again ? partial_file::create(at_, remote.info.md5, remote.info.size.value_or(0))
-                          : partial_file::open(at_, remote.info.md5, remote.info.size.value_or(0));
+      // What no md5 will prove is not gone on from.
+      const std::string key = options_.verify ? remote.info.md5 : std::string();
+      const std::uint64_t size = remote.info.size.value_or(0);
+      auto opened = again ? partial_file::create(at_, key, size) : partial_file::open(at_, key, size);
       if (!opened) return opened.error();
       partial_file& partial = **opened;
-      keeper kept{partial, at_, remote.info.md5};
+      keeper kept{partial, at_, key};
       if (auto room = partial.reserve(); !room) return room.error();
 
-      bool changed = false;
+      bool changed = false, worthless = false;
       auto done = [&] {
         download transfer(session_, call_, run_, name_, remote, options_);
         auto outcome = transfer.run(partial);
         changed = transfer.entity_changed();
+        worthless = changed || transfer.content_wrong();
         return outcome;
       }();
       if (done) return publish(partial, remote);
       const bool wrong = done.error().code() == errc::checksum_mismatch;
       if (!wrong && !changed) return done.error();
-      kept.wanted = false;
+      kept.wanted = !worthless;
       if (again) {
-        return error(done.error().code(), std::string(done.error().what()) +
-                                              (wrong ? " (fetched twice; the run may be writing it: try again later)" : " (twice)"));
+        return error(
+            done.error().code(),
+            std::string(done.error().what()) +
+                (wrong ? " (fetched twice; the run may be writing it: try again later)" : " (twice)"));
       }
-      auto fresh = service(session_, call_).find_file(run_, name_);  // what is right may be another content by now
+      auto fresh =
+          service(session_, call_).find_file(run_, name_);  // what is right may be another content by now
       if (!fresh) return fresh.error();
       remote = *std::move(fresh);
     }
@@ -4739,7 +5037,7 @@ class restoring {
     if (!stream) return stream.error();
     const bool verified = options_.verify && !remote.info.md5.empty();
     const std::string md5 = verified ? remote.info.md5 : std::string();
-    remember(md5);
+    remember(md5, partial.published());
     clean_up(at_);
     return restored_file(*std::move(stream), {at_.target, partial.size(), md5, source::downloaded, verified});
   }
@@ -4753,7 +5051,8 @@ class restoring {
       std::sort(now.begin(), now.end());
       if (now != before) since = clock::now();
       before = std::move(now);
-      if (clock::now() - since > std::chrono::seconds(partial_file::quiet)) return true;  // it has lost its turn
+      if (clock::now() - since > std::chrono::seconds(partial_file::quiet))
+        return true;  // it has lost its turn
       if (options_.on_progress && !options_.on_progress({name_, phase::downloading, 0, {}, 0})) call_.stop();
       if (!call_.sleep(milliseconds(100))) return false;
     }
@@ -4768,8 +5067,8 @@ class restoring {
   place at_;
 };
 
-WANDB_RESTORE_PRIVATE_INLINE std::shared_ptr<session> open_session(settings configuration, transport_ref transport,
-                                                                   cache_policy policy) {
+WANDB_RESTORE_PRIVATE_INLINE std::shared_ptr<session>
+open_session(settings configuration, transport_ref transport, cache_policy policy) {
   return std::make_shared<session>(std::move(configuration), transport, std::move(policy));
 }
 
@@ -4777,20 +5076,22 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
                                                            const restore_options& options) {
   if (auto good = check_name(name); !good) return good.error();
   if (options.connections < 1) {
-    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": connections must be at least 1, not " +
+    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) +
+                                             ": connections must be at least 1, not " +
                                              std::to_string(options.connections));
   }
   for (const auto time : {with.config.connect_timeout, with.config.idle_timeout, with.config.retry_timeout}) {
     if (time.count() <= 0) {
-      return error(errc::invalid_argument,
-                   "cannot restore " + in_quotes(name) + ": connect, idle and retry timeouts must be more than 0");
+      return error(errc::invalid_argument, "cannot restore " + in_quotes(name) +
+                                               ": connect, idle and retry timeouts must be more than 0");
     }
   }
   auto run = run_of(with.config, options.run_path);
   if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
   const path root = options.root.empty() ? with.config.run_dir : options.root;
   if (const auto there = facts_of(root); !root.empty() && there && !there->is_directory) {
-    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) + " is not a directory");
+    return error(errc::invalid_argument,
+                 "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) + " is not a directory");
   }
   call of(with.config, options.cancel);
   const std::string inside = service_name(name);
@@ -4800,7 +5101,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
                     {in_quotes(inside), run->project + '/' + run->run_id});
 }
 
-WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& with, const restore_options& options) {
+WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& with,
+                                                                       const restore_options& options) {
   auto run = run_of(with.config, options.run_path);
   if (!run) return run.error();
   call of(with.config, options.cancel);
@@ -4814,7 +5116,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
     return asked.list_files(*run);
   }();
   if (listed) return listed;
-  return in_context(listed.error(), "listing the files of " + shown(*run), {run->project + '/' + run->run_id});
+  return in_context(listed.error(), "listing the files of " + shown(*run),
+                    {run->project + '/' + run->run_id});
 }
 
 }  // namespace detail
@@ -5515,7 +5818,8 @@ class connection final : public httplib::ClientImpl {
     httplib::Response response;
     auto ignored = httplib::Error::Success;
     if (!send(request, response, ignored))
-      now.fail(errc::protocol_violation, "the body's chunks are malformed");
+      now.fail(errc::protocol_violation,
+               "the body could not be read to its end (" + httplib::to_string(ignored) + ")");
     channel_.rest();
     is_reusable_ = is_reusable_ && !now.failure;
     return !now.failure;

@@ -60,7 +60,8 @@ TEST_SUITE("credentials: keys") {
   TEST_CASE("a key from the environment") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
-    const scoped_environment there{{"WANDB_API_KEY", f.server.key()}, {"WANDB_BASE_URL", f.server.base_url()},
+    const scoped_environment there{{"WANDB_API_KEY", f.server.key()},
+                                   {"WANDB_BASE_URL", f.server.base_url()},
                                    {"SSL_CERT_FILE", f.ca().string()}};
     (void)f.success(wandb::try_restore("a.txt", f.path, false, f.root()));
     CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
@@ -72,9 +73,10 @@ TEST_SUITE("credentials: keys") {
       f.server.add_file(f.run, "a.txt", text);
       const std::string host = f.server.base_url().substr(8);
       auto s = f.public_settings();
-      s.netrc_file = write_file(f.directory / "netrc", "machine elsewhere.invalid login user password wrong\n" +
-                                                           (by_default ? "default" : "machine " + host) +
-                                                           " login user password " + f.server.key() + "\n");
+      s.netrc_file =
+          write_file(f.directory / "netrc", "machine elsewhere.invalid login user password wrong\n" +
+                                                (by_default ? "default" : "machine " + host) +
+                                                " login user password " + f.server.key() + "\n");
       (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path));
       CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
       CHECK(authorization(f, request_kind::files) == basic(f.server.key()));
@@ -109,16 +111,18 @@ TEST_SUITE("credentials: keys") {
     wandb::client<> client(f.public_settings());
     (void)f.success(client.try_restore("a.txt", "somebody/open/r1"));
     CHECK(f.success(client.try_list_files([] {
-      wandb::restore_options options;
-      options.run_path = "somebody/open/r1";
-      return options;
-    }())).size() == 1);
+             wandb::restore_options options;
+             options.run_path = "somebody/open/r1";
+             return options;
+           }()))
+              .size() == 1);
     CHECK(authorization(f, request_kind::graphql) == std::nullopt);
     CHECK(authorization(f, request_kind::files) == std::nullopt);
     CHECK(f.warnings().empty());
   }
 
-  TEST_CASE("without a key a run that is not public looks like none: the text says where a key was looked for") {
+  TEST_CASE(
+      "without a key a run that is not public looks like none: the text says where a key was looked for") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto s = f.public_settings();
@@ -129,8 +133,9 @@ TEST_SUITE("credentials: keys") {
   }
 
   TEST_CASE("keys of every accepted form go out as they are") {
-    for (const std::string& key : {std::string(40, 'k'), std::string(86, 'k'), "local-" + std::string(40, 'k'),
-                                   "wandb_v1_" + std::string(60, 'x') + "_y", std::string("eyJhbGciOi.eyJzdWIi-_.c2ln")}) {
+    for (const std::string& key :
+         {std::string(40, 'k'), std::string(86, 'k'), "local-" + std::string(40, 'k'),
+          "wandb_v1_" + std::string(60, 'x') + "_y", std::string("eyJhbGciOi.eyJzdWIi-_.c2ln")}) {
       CAPTURE(key);
       stand_in::options how;
       how.key = key;
@@ -145,7 +150,8 @@ TEST_SUITE("credentials: keys") {
     fixture f;
     for (const std::string& key :
          {std::string("short"), std::string(39, 's'), ' ' + std::string(40, 's'), std::string(40, 's') + '\n',
-          std::string(39, 's') + '*', "s\r\nX-Evil: " + std::string(40, 's'), std::string(20, 's') + ' ' + std::string(20, 's')}) {
+          std::string(39, 's') + '*', "s\r\nX-Evil: " + std::string(40, 's'),
+          std::string(20, 's') + ' ' + std::string(20, 's')}) {
       for (const bool in_netrc : {false, true}) {
         if (in_netrc && key.find_first_of(" \r\n") != key.npos) continue;  // cannot be written there
         CAPTURE(key);
@@ -156,7 +162,8 @@ TEST_SUITE("credentials: keys") {
         } else {
           s.api_key = key;
         }
-        const auto failure = f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::invalid_argument);
+        const auto failure =
+            f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::invalid_argument);
         check_names(failure, {"API key", "a.txt", f.path});
       }
     }
@@ -169,7 +176,8 @@ TEST_SUITE("credentials: keys") {
     auto client = f.client();
     f.server.set_key(std::string(40, 'n'));
     const auto failure = f.failure(client.try_restore("a.txt", f.path), errc::not_authenticated);
-    check_names(failure, {"a.txt", f.path, "127.0.0.1", "401", "key", "refused", "WANDB_API_KEY", "wandb login"});
+    check_names(failure,
+                {"a.txt", f.path, "127.0.0.1", "401", "key", "refused", "WANDB_API_KEY", "wandb login"});
     CHECK(failure.http_status() == 401);
     CHECK_FALSE(failure.is_transient());
     CHECK(f.asked() == "graphql 1, files 0, storage 0");
@@ -189,10 +197,12 @@ TEST_SUITE("credentials: keys") {
     f.server.add_file(f.run, "a.txt", text);
     auto client = f.client();
     f.server.add_fault(place::files, act::status(401));
-    check_names(f.failure(client.try_restore("a.txt", f.path), errc::not_authenticated), {"a.txt", f.path, "WANDB_API_KEY"});
+    check_names(f.failure(client.try_restore("a.txt", f.path), errc::not_authenticated),
+                {"a.txt", f.path, "WANDB_API_KEY"});
     f.server.clear_faults();
     f.server.add_fault(place::files, act::status(403, {}, R"({"error":"not for you"})"));
-    check_names(f.failure(client.try_restore("a.txt", f.path), errc::permission_denied), {"a.txt", f.path, "not for you"});
+    check_names(f.failure(client.try_restore("a.txt", f.path), errc::permission_denied),
+                {"a.txt", f.path, "not for you"});
   }
 
   TEST_CASE("a server that repeats what it was sent does not make us repeat it") {
@@ -210,9 +220,10 @@ TEST_SUITE("credentials: keys") {
         } else {
           s.api_key = key;
         }
-        f.server.add_fault(place::graphql,
-                           act::status(status, {{"Content-Type", "application/json"}},
-                                       json{{"error", "bad key " + key + " as " + base64("api:" + key) + " it is"}}.dump()));
+        f.server.add_fault(
+            place::graphql,
+            act::status(status, {{"Content-Type", "application/json"}},
+                        json{{"error", "bad key " + key + " as " + base64("api:" + key) + " it is"}}.dump()));
         const auto failure = f.failure(wandb::client<>(s).try_restore("a.txt", f.path));
         check_names(failure, {"bad key", "it is"});
       }
@@ -285,7 +296,8 @@ TEST_SUITE("credentials: identity tokens") {
     wandb::client<> client(f.settings());
     std::vector<std::thread> threads;
     for (int i = 0; i < 6; ++i) {
-      threads.emplace_back([&, i] { (void)client.try_restore("a.txt", f.path, true, f.root() / std::to_string(i)); });
+      threads.emplace_back(
+          [&, i] { (void)client.try_restore("a.txt", f.path, true, f.root() / std::to_string(i)); });
     }
     for (auto& one : threads) one.join();
     CHECK(visible(f.root()).size() == 6);
@@ -294,7 +306,8 @@ TEST_SUITE("credentials: identity tokens") {
 
   TEST_CASE("the shared file: readable by its owner alone, other entries and keys kept") {
     federated f;
-    write_file(f.credentials(), R"({"credentials": {"https://api.wandb.ai": {"expires_at": "2099-01-01 00:00:00",
+    write_file(f.credentials(),
+               R"({"credentials": {"https://api.wandb.ai": {"expires_at": "2099-01-01 00:00:00",
         "access_token": "of another"}}, "more": [1]})");
     (void)f.success(wandb::client<>(f.settings()).try_restore("a.txt", f.path));
     const json whole = json::parse(read_file(f.credentials()));
@@ -319,8 +332,9 @@ TEST_SUITE("credentials: identity tokens") {
       std::uint64_t exchanges;
     };
     const std::vector<row> table = {
-        {"an hour left", 3600s, true, 0},      {"six minutes left", 360s, true, 0}, {"four minutes left", 240s, true, 1},
-        {"run out", -60s, true, 1},            {"another server's", 3600s, false, 1},
+        {"an hour left", 3600s, true, 0},      {"six minutes left", 360s, true, 0},
+        {"four minutes left", 240s, true, 1},  {"run out", -60s, true, 1},
+        {"another server's", 3600s, false, 1},
     };
     for (const row& r : table) {
       CAPTURE(std::string(r.what));
@@ -337,7 +351,8 @@ TEST_SUITE("credentials: identity tokens") {
     }
   }
 
-  TEST_CASE("a token that is about to run out is renewed within a client, and the identity file is read again") {
+  TEST_CASE(
+      "a token that is about to run out is renewed within a client, and the identity file is read again") {
     federated f(200);  // seconds: less than the five minutes that a token has to be good for
     wandb::client<> client(f.settings());
     (void)f.success(client.try_restore("a.txt", f.path, true));
@@ -374,10 +389,12 @@ TEST_SUITE("credentials: identity tokens") {
     for (const int status : {400, 401, 403, 404, 422}) {
       CAPTURE(status);
       federated f;
-      f.server.add_fault(place::oidc, act::status(status, {{"Content-Type", "application/json"}},
-                                                  json{{"error", "the audience is wrong: " + std::string(jwt)}}.dump()));
+      f.server.add_fault(place::oidc,
+                         act::status(status, {{"Content-Type", "application/json"}},
+                                     json{{"error", "the audience is wrong: " + std::string(jwt)}}.dump()));
       const auto failure = f.failure(wandb::client<>(f.settings()).try_restore("a.txt", f.path));
-      check_names(failure, {"a.txt", f.path, "identity token", "127.0.0.1", std::to_string(status), "the audience is wrong"});
+      check_names(failure, {"a.txt", f.path, "identity token", "127.0.0.1", std::to_string(status),
+                            "the audience is wrong"});
       CHECK(failure.http_status() == status);
       CHECK_FALSE(failure.is_transient());
       if (status == 401) CHECK(failure.code() == errc::not_authenticated);
@@ -387,7 +404,8 @@ TEST_SUITE("credentials: identity tokens") {
   }
 
   TEST_CASE("an exchange that fails in passing is tried again") {
-    for (const auto& fault : {act::status(500), act::status(503), act::too_many_requests("0"), act::drop(), act::cut(5)}) {
+    for (const auto& fault :
+         {act::status(500), act::status(503), act::too_many_requests("0"), act::drop(), act::cut(5)}) {
       federated f;
       f.server.add_fault(target(place::oidc).nth(1), fault);
       (void)f.success(wandb::client<>(f.settings()).try_restore("a.txt", f.path));
@@ -396,13 +414,15 @@ TEST_SUITE("credentials: identity tokens") {
   }
 
   TEST_CASE("an exchange whose answer makes no sense is a protocol_violation") {
-    for (const char* body : {"", "{}", "[]", "null", R"({"access_token": 7, "expires_in": 3600})", R"({"access_token": "token-x"})",
-                             R"({"access_token": "", "expires_in": 3600})", R"({"access_token": "token-x", "expires_in": "soon"})",
+    for (const char* body : {"", "{}", "[]", "null", R"({"access_token": 7, "expires_in": 3600})",
+                             R"({"access_token": "token-x"})", R"({"access_token": "", "expires_in": 3600})",
+                             R"({"access_token": "token-x", "expires_in": "soon"})",
                              R"({"access_token": "token-\r\nX-Evil: 1", "expires_in": 3600})", "<html>"}) {
       CAPTURE(std::string(body));
       federated f;
       f.server.add_fault(place::oidc, act::body(body));
-      const auto failure = f.failure(wandb::client<>(f.settings()).try_restore("a.txt", f.path), errc::protocol_violation);
+      const auto failure =
+          f.failure(wandb::client<>(f.settings()).try_restore("a.txt", f.path), errc::protocol_violation);
       check_names(failure, {"a.txt", f.path, "127.0.0.1", "identity token"});
       CHECK(f.exchanges() == 1);
       CHECK(f.asked() == "graphql 0, files 0, storage 0");
@@ -439,7 +459,8 @@ TEST_SUITE("credentials: identity tokens") {
                                   {"WANDB_IDENTITY_TOKEN_FILE", (f.directory / "identity").string()},
                                   {"WANDB_BASE_URL", f.server.base_url()},
                                   {"SSL_CERT_FILE", f.ca().string()}};
-    const auto failure = f.failure(wandb::try_restore("a.txt", f.path, false, f.root()), errc::invalid_argument);
+    const auto failure =
+        f.failure(wandb::try_restore("a.txt", f.path, false, f.root()), errc::invalid_argument);
     check_names(failure, {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"});
     CHECK(f.exchanges() == 0);
   }
@@ -481,9 +502,10 @@ TEST_SUITE("credentials: where they go") {
       const char* path;
       bool home;
     };
-    for (const row& r : {row{"/wandb/elsewhere", true}, row{"/wandb", true}, row{"/wandb?x=1", true}, row{"/wandb-evil/files", false},
-                         row{"/wandbx", false}, row{"/", false}, row{"/other/wandb/", false}, row{"/wandb/../evil", false},
-                         row{"/wandb/%2e%2e/evil", false}}) {
+    for (const row& r :
+         {row{"/wandb/elsewhere", true}, row{"/wandb", true}, row{"/wandb?x=1", true},
+          row{"/wandb-evil/files", false}, row{"/wandbx", false}, row{"/", false},
+          row{"/other/wandb/", false}, row{"/wandb/../evil", false}, row{"/wandb/%2e%2e/evil", false}}) {
       CAPTURE(std::string(r.path));
       fixture f(how);
       f.server.add_file(f.run, "a.txt", text);
@@ -524,7 +546,8 @@ TEST_SUITE("credentials: where they go") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     f.server.set_redirect(stand_in::redirect::loop);
-    check_names(f.failure(f.client().try_restore("a.txt", f.path), errc::protocol_violation), {"a.txt", f.path, "redirects"});
+    check_names(f.failure(f.client().try_restore("a.txt", f.path), errc::protocol_violation),
+                {"a.txt", f.path, "redirects"});
     CHECK(f.server.counted().of(request_kind::files).requests <= 11);
   }
 
@@ -570,7 +593,9 @@ TEST_SUITE("credentials: where they go") {
 }
 
 TEST_SUITE("credentials: proxies") {
-  std::string proxy_host(const fixture& f) { return "127.0.0.1:" + std::to_string(f.server.port(origin::proxy)); }
+  std::string proxy_host(const fixture& f) {
+    return "127.0.0.1:" + std::to_string(f.server.port(origin::proxy));
+  }
 
   stand_in::options with_proxy(std::optional<std::string> credentials = {}) {
     stand_in::options how;
@@ -580,7 +605,8 @@ TEST_SUITE("credentials: proxies") {
     return how;
   }
 
-  TEST_CASE("both origins are reached through tunnels; the proxy sees no key, they see no proxy credentials") {
+  TEST_CASE(
+      "both origins are reached through tunnels; the proxy sees no key, they see no proxy credentials") {
     fixture f(with_proxy("somebody:secret word"));
     f.server.add_file(f.run, "a.txt", text);
     f.secrets.insert(f.secrets.end(), {"secret word", "secret%20word", base64("somebody:secret word")});
@@ -652,7 +678,8 @@ TEST_SUITE("credentials: proxies") {
       std::string all;
       std::vector<std::unique_ptr<scoped_environment>> set;
       const auto put = [&](const std::string& name, const std::string& value) {
-        set.push_back(std::make_unique<scoped_environment>(std::initializer_list<scoped_environment::variable>{{name, value}}));
+        set.push_back(std::make_unique<scoped_environment>(
+            std::initializer_list<scoped_environment::variable>{{name, value}}));
       };
       for (const auto& [name, value] : r.variables) {
         std::string now = value;
@@ -695,9 +722,11 @@ TEST_SUITE("credentials: proxies") {
     auto s = f.settings();
     s.connect_timeout = s.retry_timeout = 300ms;
     s.https_proxy.url = "http://me:secretword@" + proxy_host(f);
-    check_names(f.failure(wandb::client<>(s).try_restore("a.txt", f.path)), {"a.txt", f.path, "proxy", "403"});
+    check_names(f.failure(wandb::client<>(s).try_restore("a.txt", f.path)),
+                {"a.txt", f.path, "proxy", "403"});
     s.https_proxy.url = "http://me:secretword@127.0.0.1:1";
-    check_names(f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::connection_failed), {"a.txt", f.path, "127.0.0.1:1"});
+    check_names(f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::connection_failed),
+                {"a.txt", f.path, "127.0.0.1:1"});
   }
 }
 
@@ -727,16 +756,19 @@ TEST_SUITE("credentials: certificates") {
       const char* name;
       std::string value;
     };
-    for (const row& r : {row{"SSL_CERT_FILE", file}, row{"SSL_CERT_DIR", directory}, row{"REQUESTS_CA_BUNDLE", file},
-                         row{"REQUESTS_CA_BUNDLE", directory}, row{"CURL_CA_BUNDLE", file}}) {
+    for (const row& r :
+         {row{"SSL_CERT_FILE", file}, row{"SSL_CERT_DIR", directory}, row{"REQUESTS_CA_BUNDLE", file},
+          row{"REQUESTS_CA_BUNDLE", directory}, row{"CURL_CA_BUNDLE", file}}) {
       CAPTURE(std::string(r.name));
       CAPTURE(r.value);
-      const scoped_environment there{{"WANDB_API_KEY", f.server.key()}, {"WANDB_BASE_URL", f.server.base_url()}, {r.name, r.value}};
+      const scoped_environment there{
+          {"WANDB_API_KEY", f.server.key()}, {"WANDB_BASE_URL", f.server.base_url()}, {r.name, r.value}};
       (void)f.success(wandb::try_restore("a.txt", f.path, true, f.root()));
     }
     const scoped_environment none{{"WANDB_API_KEY", f.server.key()}, {"WANDB_BASE_URL", f.server.base_url()}};
     auto s = wandb::settings::from_environment();
-    const auto failure = f.failure(wandb::client<>(s).try_restore("a.txt", f.path, true, f.root()), errc::connection_failed);
+    const auto failure =
+        f.failure(wandb::client<>(s).try_restore("a.txt", f.path, true, f.root()), errc::connection_failed);
     check_names(failure, {"a.txt", f.path, "127.0.0.1", "certificate", "SSL_CERT_FILE"});
     CHECK_FALSE(failure.is_transient());
   }
@@ -744,7 +776,8 @@ TEST_SUITE("credentials: certificates") {
   TEST_CASE("a refused certificate is refused at once: of the service or of the storage") {
     using stand_in::certificate;
     for (const bool storage : {false, true}) {
-      for (const auto how_bad : {certificate::wrong_host, certificate::expired, certificate::other_authority}) {
+      for (const auto how_bad :
+           {certificate::wrong_host, certificate::expired, certificate::other_authority}) {
         CAPTURE(storage);
         CAPTURE(static_cast<int>(how_bad));
         stand_in::options how;
@@ -766,7 +799,8 @@ TEST_SUITE("credentials: certificates") {
     how.service_certificate = stand_in::certificate::other_authority;
     fixture f(how);
     f.server.add_file(f.run, "a.txt", text);
-    const scoped_environment there{{"WANDB_INSECURE_DISABLE_SSL", "true"}, {"WANDB_API_KEY", f.server.key()},
+    const scoped_environment there{{"WANDB_INSECURE_DISABLE_SSL", "true"},
+                                   {"WANDB_API_KEY", f.server.key()},
                                    {"WANDB_BASE_URL", f.server.base_url()}};
     auto s = wandb::settings::from_environment();
     s.run_dir = f.root();

@@ -10,8 +10,12 @@ namespace {
 class environment {
  public:
   explicit environment(fixture& f)
-      : set_{{"WANDB_BASE_URL", f.server.base_url()}, {"WANDB_API_KEY", f.server.key()}, {"SSL_CERT_FILE", f.ca().string()},
-             {"WANDB_ENTITY", "vanpelt"},             {"WANDB_PROJECT", "my-project"},   {"WANDB_RUN_ID", "a1b2c3d"},
+      : set_{{"WANDB_BASE_URL", f.server.base_url()},
+             {"WANDB_API_KEY", f.server.key()},
+             {"SSL_CERT_FILE", f.ca().string()},
+             {"WANDB_ENTITY", "vanpelt"},
+             {"WANDB_PROJECT", "my-project"},
+             {"WANDB_RUN_ID", "a1b2c3d"},
              {"XDG_CACHE_HOME", (f.directory / "home-cache").string()}},
         there_(f.root()) {}
 
@@ -46,14 +50,18 @@ TEST_SUITE("braced forms") {
     CHECK(wandb::restore("a.txt", {.run_path = fixture::path}).path() == "a.txt");
     CHECK(wandb::restore("a.txt", {.replace = true}).source() == wandb::source::downloaded);
     CHECK(wandb::restore("a.txt", {.root = "ckpt"}).source() == wandb::source::local);
-    CHECK(wandb::restore("a.txt", {.cache = wandb::cache_policy::refresh()}).source() == wandb::source::local);
-    CHECK(wandb::restore("a.txt", {.cache = [](const wandb::local_copy&, const wandb::file_info*) {
-                           return wandb::cache_policy::verdict::fetch;
-                         }}).source() == wandb::source::downloaded);
-    CHECK(wandb::try_restore("a.txt", {.run_path = fixture::path, .connections = 1, .verify = false}).has_value());
+    CHECK(wandb::restore("a.txt", {.cache = wandb::cache_policy::refresh()}).source() ==
+          wandb::source::local);
+    CHECK(wandb::restore(
+              "a.txt", {.cache = [](const wandb::local_copy&,
+                                    const wandb::file_info*) { return wandb::cache_policy::verdict::fetch; }})
+              .source() == wandb::source::downloaded);
+    CHECK(wandb::try_restore("a.txt", {.run_path = fixture::path, .connections = 1, .verify = false})
+              .has_value());
     wandb::client<> client;
     CHECK(client.restore("a.txt", {.run_path = fixture::path}).path() == "a.txt");
-    CHECK(client.try_restore("a.txt", {.on_progress = [](const wandb::progress&) { return true; }}).has_value());
+    CHECK(client.try_restore("a.txt", {.on_progress = [](const wandb::progress&) { return true; }})
+              .has_value());
     wandb::client<> told({.base_url = f.server.base_url(), .api_key = f.server.key(), .ca_file = f.ca()});
     CHECK(told.restore("a.txt", {.run_path = fixture::path, .root = "told"}).verified());
 #else

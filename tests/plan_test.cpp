@@ -34,7 +34,8 @@ class simulation {
   simulation(std::uint64_t size, std::deque<byte_range> gaps, std::vector<double> paces)
       : size_(size), plan(paces.size(), gaps), written_((size + block - 1) / block, 0),
         wanted_(written_.size(), 0), paces_(std::move(paces)) {
-    for (std::size_t me = 0; me < paces_.size(); ++me) plan[me].delay = 0.05;  // seconds: a server that is not near
+    for (std::size_t me = 0; me < paces_.size(); ++me)
+      plan[me].delay = 0.05;  // seconds: a server that is not near
     for (const auto& gap : gaps)
       for (auto i = gap.begin / block; i < (gap.end + block - 1) / block; ++i) wanted_[i] = 1, ++missing_;
   }

@@ -138,7 +138,8 @@ class fixture {
 
   /// Texts are shown to everybody: none may hold a key, a token or a signature.
   void check_harmless(std::string_view text) const {
-    for (const auto& secret : secrets) CHECK_MESSAGE(!contains(text, secret), "a secret in: ", std::string(text));
+    for (const auto& secret : secrets)
+      CHECK_MESSAGE(!contains(text, secret), "a secret in: ", std::string(text));
     for (const char* sign : {"X-Signature", "Authorization", "Basic ", "Bearer ", "token-"}) {
       CHECK_MESSAGE(!contains(text, sign), "a secret in: ", std::string(text));
     }
@@ -179,7 +180,8 @@ class fixture {
 
 /// Texts name things: every part has to be in it.
 inline void check_names(const wandb::error& failure, const std::vector<std::string>& parts) {
-  for (const auto& part : parts) CHECK_MESSAGE(contains(failure.what(), part), "no ", part, " in: ", std::string(failure.what()));
+  for (const auto& part : parts)
+    CHECK_MESSAGE(contains(failure.what(), part), "no ", part, " in: ", std::string(failure.what()));
 }
 
 }  // namespace restore_tests

@@ -23,9 +23,12 @@ const std::string new_text = "new bytes, more of them";
 class environment {
  public:
   explicit environment(fixture& f)
-      : set_{{"WANDB_BASE_URL", f.server.base_url()},  {"WANDB_API_KEY", f.server.key()},
-             {"SSL_CERT_FILE", f.ca().string()},       {"WANDB_ENTITY", "vanpelt"},
-             {"WANDB_PROJECT", "my-project"},          {"WANDB_RUN_ID", "a1b2c3d"},
+      : set_{{"WANDB_BASE_URL", f.server.base_url()},
+             {"WANDB_API_KEY", f.server.key()},
+             {"SSL_CERT_FILE", f.ca().string()},
+             {"WANDB_ENTITY", "vanpelt"},
+             {"WANDB_PROJECT", "my-project"},
+             {"WANDB_RUN_ID", "a1b2c3d"},
              {"XDG_CACHE_HOME", (f.directory / "home-cache").string()}},
         there_(f.root()) {}
 
@@ -59,7 +62,8 @@ TEST_SUITE("restore: forms") {
     options.root = "1";
     form(wandb::restore("a.txt", options), "1/a.txt");
     form(wandb::restore("a.txt", "vanpelt/my-project/a1b2c3d", false, "2"), "2/a.txt");
-    form(wandb::restore("a.txt", std::string("my-project/a1b2c3d"), true, "2"), "2/a.txt");  // entity: the environment
+    form(wandb::restore("a.txt", std::string("my-project/a1b2c3d"), true, "2"),
+         "2/a.txt");  // entity: the environment
     form(wandb::restore("a.txt", std::string_view("a1b2c3d"), false, "3"), "3/a.txt");
     form(f.success(wandb::try_restore("a.txt", f.options(true))), "a.txt");
     form(f.success(wandb::try_restore("a.txt", f.path, true)), "a.txt");
@@ -114,7 +118,8 @@ TEST_SUITE("restore: forms") {
     check_file(four, new_text, wandb::source::downloaded, true);
   }
 
-  TEST_CASE("an explicit run path costs one question, one address and one fetch, and a handshake each origin") {
+  TEST_CASE(
+      "an explicit run path costs one question, one address and one fetch, and a handshake each origin") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto client = f.client();
@@ -240,7 +245,8 @@ TEST_SUITE("restore: forms") {
     for (const int connections : {0, -1}) {
       auto options = f.options();
       options.connections = connections;
-      check_names(f.failure(client.try_restore("a.txt", options), errc::invalid_argument), {"connections", "1"});
+      check_names(f.failure(client.try_restore("a.txt", options), errc::invalid_argument),
+                  {"connections", "1"});
     }
     CHECK(f.asked() == "graphql 0, files 0, storage 0");
   }
@@ -325,163 +331,188 @@ TEST_SUITE("restore: the stream") {
   }
 }
 
-TEST_SUITE("restore: names and roots") {
-  TEST_CASE("names that are taken, where they end up, and what the service is asked for") {
-    struct row {
-      const char *name, *local, *remote;
-    };
-    const std::vector<row> table = {
-        {"a", "a", "a"},
-        {"sub/dir/a.txt", "sub/dir/a.txt", "sub/dir/a.txt"},
-        {"./a", "a", "a"},
-        {"a//b", "a/b", "a/b"},
-        {"x/./y", "x/y", "x/y"},
-        {"..a", "..a", "..a"},
-        {"a..", "a..", "a.."},
-        {"...", "...", "..."},
-        {"~/a", "~/a", "~/a"},
-        {"con", "con", "con"},
-        {"with space.txt", "with space.txt", "with space.txt"},
-        {"100%.txt", "100%.txt", "100%.txt"},
-        {"%2e%2e", "%2e%2e", "%2e%2e"},
-        {"what?#.txt", "what?#.txt", "what?#.txt"},
-        {"gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5", "gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5",
-         "gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5"},
-        {"step:100.ckpt", "step:100.ckpt", "step:100.ckpt"},
-        {"quote\"'.txt", "quote\"'.txt", "quote\"'.txt"},
+TEST_SUITE("restore: names and roots"){
+    TEST_CASE("names that are taken, where they end up, and what the service is asked for"){
+        struct row{const char * name, *local, *remote;
+}
+;
+const std::vector<row> table = {
+    {"a", "a", "a"},
+    {"sub/dir/a.txt", "sub/dir/a.txt", "sub/dir/a.txt"},
+    {"./a", "a", "a"},
+    {"a//b", "a/b", "a/b"},
+    {"x/./y", "x/y", "x/y"},
+    {"..a", "..a", "..a"},
+    {"a..", "a..", "a.."},
+    {"...", "...", "..."},
+    {"~/a", "~/a", "~/a"},
+    {"con", "con", "con"},
+    {"with space.txt", "with space.txt", "with space.txt"},
+    {"100%.txt", "100%.txt", "100%.txt"},
+    {"%2e%2e", "%2e%2e", "%2e%2e"},
+    {"what?#.txt", "what?#.txt", "what?#.txt"},
+    {"gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5", "gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5",
+     "gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5"},
+    {"step:100.ckpt", "step:100.ckpt", "step:100.ckpt"},
+    {"quote\"'.txt", "quote\"'.txt", "quote\"'.txt"},
 #ifndef _WIN32
-        {"a\\b", "a\\b", "a\\b"},
+    {"a\\b", "a\\b", "a\\b"},
 #endif
-    };
-    fixture f;
-    auto client = f.client();
-    for (const row& r : table) {
-      CAPTURE(std::string(r.name));
-      const std::string text = std::string("content of ") + r.remote;
-      f.server.add_file(f.run, r.remote, text);
-      const fs::path root = f.root() / std::to_string(&r - table.data());
-      auto options = f.options();
-      options.root = root;
-      auto file = f.success(client.try_restore(r.name, options));
-      CHECK(read_all(file) == text);
-      CHECK(file.path() == root / fs::u8path(r.name));  // as given
-      CHECK(visible(root) == names{r.local});
-    }
+};
+fixture f;
+auto client = f.client();
+for (const row& r : table) {
+  CAPTURE(std::string(r.name));
+  const std::string text = std::string("content of ") + r.remote;
+  f.server.add_file(f.run, r.remote, text);
+  const fs::path root = f.root() / std::to_string(&r - table.data());
+  auto options = f.options();
+  options.root = root;
+  auto file = f.success(client.try_restore(r.name, options));
+  CHECK(read_all(file) == text);
+  CHECK(file.path() == root / fs::u8path(r.name));  // as given
+  CHECK(visible(root) == names{r.local});
+}
+}
+
+TEST_CASE("names that are refused, whatever the system, without a request and without a directory made") {
+  using namespace std::string_view_literals;
+  // Source: wandb/sdk/lib/paths.py; NUL and directories fail there later.
+  const std::vector<std::string_view> table = {
+      ""sv,
+      "."sv,
+      ".."sv,
+      "../a"sv,
+      "a/.."sv,
+      "a/../b"sv,
+      "a/../../b"sv,
+      "..\\a"sv,
+      "a\\..\\b"sv,
+      "/a"sv,
+      "//host/a"sv,
+      "\\a"sv,
+      "\\\\host\\share\\a"sv,
+      "C:/a"sv,
+      "C:a"sv,
+      "c:\\a"sv,
+      "a:b"sv,
+      "1:a"sv,
+      "a/"sv,
+      "a/."sv,
+      "./"sv,
+      "a\0b"sv,
+      "/"sv,
+      "a/..\\b"sv,
+      "./.."sv,
+  };
+  fixture f;
+  auto client = f.client();
+  for (const auto name : table) {
+    CAPTURE(std::string(name));
+    const auto failure = f.failure(client.try_restore(name, f.options()), errc::invalid_argument);
+    CHECK(contains(failure.what(), "cannot restore"));
+    CHECK_FALSE(contains(failure.what(), std::string_view("\0", 1)));
   }
+  CHECK(f.asked() == "graphql 0, files 0, storage 0");
+  CHECK(fs::is_empty(f.root()));
+}
 
-  TEST_CASE("names that are refused, whatever the system, without a request and without a directory made") {
-    using namespace std::string_view_literals;
-    // Source: wandb/sdk/lib/paths.py; NUL and directories fail there later.
-    const std::vector<std::string_view> table = {
-        ""sv,       "."sv,       ".."sv,        "../a"sv,    "a/.."sv,     "a/../b"sv,  "a/../../b"sv, "..\\a"sv,
-        "a\\..\\b"sv, "/a"sv,    "//host/a"sv,  "\\a"sv,     "\\\\host\\share\\a"sv,    "C:/a"sv,      "C:a"sv,
-        "c:\\a"sv,  "a:b"sv,     "1:a"sv,       "a/"sv,      "a/."sv,      "./"sv,      "a\0b"sv,      "/"sv,
-        "a/..\\b"sv, "./.."sv,
-    };
-    fixture f;
-    auto client = f.client();
-    for (const auto name : table) {
-      CAPTURE(std::string(name));
-      const auto failure = f.failure(client.try_restore(name, f.options()), errc::invalid_argument);
-      CHECK(contains(failure.what(), "cannot restore"));
-      CHECK_FALSE(contains(failure.what(), std::string_view("\0", 1)));
-    }
-    CHECK(f.asked() == "graphql 0, files 0, storage 0");
-    CHECK(fs::is_empty(f.root()));
+TEST_CASE("a refused name is refused before anything else is looked at") {
+  fixture f;
+  auto broken = f.settings();
+  broken.base_url = "nonsense";
+  broken.offline = true;
+  wandb::client<> client(broken);
+  auto options = f.options();
+  options.run_path = "//";
+  (void)f.failure(client.try_restore("../a", options), errc::invalid_argument);
+}
+
+TEST_CASE("root: the option, else the program's run directory, else the working directory") {
+  fixture f;
+  f.server.add_file(f.run, "sub/a.txt", new_text);
+  const scoped_working_directory there(f.directory.path());
+  auto s = f.settings();
+  s.run_dir = f.directory / "run dir" / "files";
+  wandb::client<> with_run_dir(s);
+  s.run_dir.clear();
+  wandb::client<> without(s);
+
+  auto options = f.options();
+  CHECK(with_run_dir.restore("sub/a.txt", options).path() == f.directory / "run dir" / "files" / "sub/a.txt");
+  CHECK(without.restore("sub/a.txt", options).path() == "sub/a.txt");
+  CHECK(read_file(f.directory / "sub" / "a.txt") == new_text);
+
+  for (const char* root :
+       {"rel", "rel/deeper/still", "./dot", "../", "with space", "gr\xc3\xbc\xc3\x9f e\xcc\x81"}) {
+    CAPTURE(std::string(root));
+    if (root == std::string("../")) continue;  // of the machine, not of this test
+    options.root = fs::u8path(root);
+    auto file = with_run_dir.restore("sub/a.txt", options);
+    CHECK(file.path() == fs::u8path(root) / "sub/a.txt");
+    CHECK(read_all(file) == new_text);
+    CHECK(read_file(f.directory / fs::u8path(root) / "sub" / "a.txt") == new_text);
   }
+}
 
-  TEST_CASE("a refused name is refused before anything else is looked at") {
-    fixture f;
-    auto broken = f.settings();
-    broken.base_url = "nonsense";
-    broken.offline = true;
-    wandb::client<> client(broken);
-    auto options = f.options();
-    options.run_path = "//";
-    (void)f.failure(client.try_restore("../a", options), errc::invalid_argument);
+TEST_CASE("a relative root may lead out of the working directory: the caller said so") {
+  fixture f;
+  f.server.add_file(f.run, "a.txt", new_text);
+  fs::create_directories(f.directory / "here");
+  const scoped_working_directory there(f.directory / "here");
+  auto client = f.client();
+  (void)client.restore("a.txt", f.path, false, "../beside");
+  CHECK(read_file(f.directory / "beside" / "a.txt") == new_text);
+}
+
+TEST_CASE("a receipt belongs to the absolute path, however it is spelled") {
+  fixture f;
+  f.server.add_file(f.run, "a.txt", new_text);
+  const scoped_working_directory there(f.directory.path());
+  auto client = f.client();
+  (void)client.restore("a.txt", f.path, false, "root/sub/..");
+  CHECK(client.restore("a.txt", f.path, false, f.root()).verified());
+  CHECK(client.restore("./a.txt", f.path, false, "root").verified());
+  CHECK(f.asked() == "graphql 1, files 1, storage 1");
+}
+
+TEST_CASE("a root that is a file is an invalid_argument that names it") {
+  fixture f;
+  f.server.add_file(f.run, "a.txt", new_text);
+  write_file(f.root() / "file", "not a directory");
+  auto client = f.client();
+  check_names(
+      f.failure(client.try_restore("a.txt", f.path, false, f.root() / "file"), errc::invalid_argument),
+      {"file"});
+  CHECK(read_file(f.root() / "file") == "not a directory");
+}
+
+TEST_CASE("a directory in the file's place is left alone") {
+  fixture f;
+  f.server.add_file(f.run, "a", new_text);
+  write_file(f.root() / "a" / "inside", "mine");
+  auto client = f.client();
+  for (const bool replace : {false, true}) {
+    check_names(f.failure(client.try_restore("a", f.path, replace), errc::disk_failure),
+                {"directory", "\"a\""});
   }
-
-  TEST_CASE("root: the option, else the program's run directory, else the working directory") {
-    fixture f;
-    f.server.add_file(f.run, "sub/a.txt", new_text);
-    const scoped_working_directory there(f.directory.path());
-    auto s = f.settings();
-    s.run_dir = f.directory / "run dir" / "files";
-    wandb::client<> with_run_dir(s);
-    s.run_dir.clear();
-    wandb::client<> without(s);
-
-    auto options = f.options();
-    CHECK(with_run_dir.restore("sub/a.txt", options).path() == f.directory / "run dir" / "files" / "sub/a.txt");
-    CHECK(without.restore("sub/a.txt", options).path() == "sub/a.txt");
-    CHECK(read_file(f.directory / "sub" / "a.txt") == new_text);
-
-    for (const char* root : {"rel", "rel/deeper/still", "./dot", "../" , "with space", "gr\xc3\xbc\xc3\x9f e\xcc\x81"}) {
-      CAPTURE(std::string(root));
-      if (root == std::string("../")) continue;  // of the machine, not of this test
-      options.root = fs::u8path(root);
-      auto file = with_run_dir.restore("sub/a.txt", options);
-      CHECK(file.path() == fs::u8path(root) / "sub/a.txt");
-      CHECK(read_all(file) == new_text);
-      CHECK(read_file(f.directory / fs::u8path(root) / "sub" / "a.txt") == new_text);
-    }
-  }
-
-  TEST_CASE("a relative root may lead out of the working directory: the caller said so") {
-    fixture f;
-    f.server.add_file(f.run, "a.txt", new_text);
-    fs::create_directories(f.directory / "here");
-    const scoped_working_directory there(f.directory / "here");
-    auto client = f.client();
-    (void)client.restore("a.txt", f.path, false, "../beside");
-    CHECK(read_file(f.directory / "beside" / "a.txt") == new_text);
-  }
-
-  TEST_CASE("a receipt belongs to the absolute path, however it is spelled") {
-    fixture f;
-    f.server.add_file(f.run, "a.txt", new_text);
-    const scoped_working_directory there(f.directory.path());
-    auto client = f.client();
-    (void)client.restore("a.txt", f.path, false, "root/sub/..");
-    CHECK(client.restore("a.txt", f.path, false, f.root()).verified());
-    CHECK(client.restore("./a.txt", f.path, false, "root").verified());
-    CHECK(f.asked() == "graphql 1, files 1, storage 1");
-  }
-
-  TEST_CASE("a root that is a file is an invalid_argument that names it") {
-    fixture f;
-    f.server.add_file(f.run, "a.txt", new_text);
-    write_file(f.root() / "file", "not a directory");
-    auto client = f.client();
-    check_names(f.failure(client.try_restore("a.txt", f.path, false, f.root() / "file"), errc::invalid_argument), {"file"});
-    CHECK(read_file(f.root() / "file") == "not a directory");
-  }
-
-  TEST_CASE("a directory in the file's place is left alone") {
-    fixture f;
-    f.server.add_file(f.run, "a", new_text);
-    write_file(f.root() / "a" / "inside", "mine");
-    auto client = f.client();
-    for (const bool replace : {false, true}) {
-      check_names(f.failure(client.try_restore("a", f.path, replace), errc::disk_failure), {"directory", "\"a\""});
-    }
-    CHECK(read_file(f.root() / "a" / "inside") == "mine");
-  }
+  CHECK(read_file(f.root() / "a" / "inside") == "mine");
+}
 
 #ifndef _WIN32
-  TEST_CASE("a link in the file's place is replaced, not written through") {
-    fixture f;
-    f.server.add_file(f.run, "a.txt", new_text);
-    write_file(f.directory / "elsewhere.txt", old_text);
-    fs::create_symlink(f.directory / "elsewhere.txt", f.root() / "a.txt");
-    auto client = f.client();
-    auto kept = client.restore("a.txt", f.path);
-    CHECK(read_all(kept) == old_text);
-    auto file = client.restore("a.txt", f.path, true);
-    CHECK(read_all(file) == new_text);
-    CHECK(read_file(f.root() / "a.txt") == new_text);
-    CHECK(read_file(f.directory / "elsewhere.txt") == old_text);
-  }
+TEST_CASE("a link in the file's place is replaced, not written through") {
+  fixture f;
+  f.server.add_file(f.run, "a.txt", new_text);
+  write_file(f.directory / "elsewhere.txt", old_text);
+  fs::create_symlink(f.directory / "elsewhere.txt", f.root() / "a.txt");
+  auto client = f.client();
+  auto kept = client.restore("a.txt", f.path);
+  CHECK(read_all(kept) == old_text);
+  auto file = client.restore("a.txt", f.path, true);
+  CHECK(read_all(file) == new_text);
+  CHECK(read_file(f.root() / "a.txt") == new_text);
+  CHECK(read_file(f.directory / "elsewhere.txt") == old_text);
+}
 #endif
 }
 
@@ -501,7 +532,8 @@ TEST_SUITE("restore: keep") {
         {"no such CA file", [](auto& s) { s.ca_file = "/no/such/file"; }},
         {"a problem of the environment",
          [](auto& s) { s.problem = wandb::error(errc::invalid_argument, "the environment is no good"); }},
-        {"an identity token file that is not there", [](auto& s) { s.api_key.clear(), s.identity_token_file = "/no/such/file"; }},
+        {"an identity token file that is not there",
+         [](auto& s) { s.api_key.clear(), s.identity_token_file = "/no/such/file"; }},
         {"warnings", [](auto& s) { s.warnings = {"something"}, s.verify_tls = false; }},
     };
     fixture f;
@@ -524,8 +556,11 @@ TEST_SUITE("restore: keep") {
     fixture f;
     const environment there(f);
     write_file(f.root() / "a.txt", old_text);
-    const scoped_environment bad{{"WANDB_API_KEY", "short"}, {"WANDB_BASE_URL", "nonsense"}, {"SSL_CERT_FILE", "/none"},
-                                 {"WANDB_HTTP_TIMEOUT", "soon"}, {"WANDB_MODE", "sideways"}};
+    const scoped_environment bad{{"WANDB_API_KEY", "short"},
+                                 {"WANDB_BASE_URL", "nonsense"},
+                                 {"SSL_CERT_FILE", "/none"},
+                                 {"WANDB_HTTP_TIMEOUT", "soon"},
+                                 {"WANDB_MODE", "sideways"}};
     auto file = wandb::restore("a.txt");
     check_file(file, old_text, wandb::source::local, false);
     (void)f.failure(wandb::try_restore("other.txt"), errc::invalid_argument);
@@ -586,10 +621,14 @@ TEST_SUITE("restore: replace and refresh") {
         {"replace", cache_policy::replace(), {}, false, "graphql 1, files 1, storage 1"},
         {"refresh", cache_policy::refresh(), {}, false, "graphql 1, files 0, storage 0"},
         {"keep, replace = true", cache_policy::keep(), {}, true, "graphql 1, files 1, storage 1"},
-        {"keep over replace", cache_policy::replace(), cache_policy::keep(), false, "graphql 0, files 0, storage 0"},
-        {"refresh over keep", cache_policy::keep(), cache_policy::refresh(), false, "graphql 1, files 0, storage 0"},
-        {"replace over keep", cache_policy::keep(), cache_policy::replace(), false, "graphql 1, files 1, storage 1"},
-        {"keep over keep, replace = true", cache_policy::keep(), cache_policy::keep(), true, "graphql 1, files 1, storage 1"},
+        {"keep over replace", cache_policy::replace(), cache_policy::keep(), false,
+         "graphql 0, files 0, storage 0"},
+        {"refresh over keep", cache_policy::keep(), cache_policy::refresh(), false,
+         "graphql 1, files 0, storage 0"},
+        {"replace over keep", cache_policy::keep(), cache_policy::replace(), false,
+         "graphql 1, files 1, storage 1"},
+        {"keep over keep, replace = true", cache_policy::keep(), cache_policy::keep(), true,
+         "graphql 1, files 1, storage 1"},
         {"refresh, replace = true", cache_policy::refresh(), {}, true, "graphql 1, files 1, storage 1"},
     };
     fixture f;
@@ -602,7 +641,8 @@ TEST_SUITE("restore: replace and refresh") {
       auto options = f.options(r.replace);
       options.cache = r.option;
       auto file = f.success(client.try_restore("a.txt", options));
-      check_file(file, new_text, std::string(r.asked).back() == '1' ? wandb::source::downloaded : wandb::source::local, true);
+      check_file(file, new_text,
+                 std::string(r.asked).back() == '1' ? wandb::source::downloaded : wandb::source::local, true);
       CHECK(f.asked() == r.asked);
     }
   }
@@ -645,10 +685,12 @@ TEST_SUITE("restore: replace and refresh") {
       bool verified;
     };
     const std::vector<row> table = {
-        {"another file at the service", [](fixture& f) { f.server.add_file(f.run, "a.txt", new_text); }, true},
+        {"another file at the service", [](fixture& f) { f.server.add_file(f.run, "a.txt", new_text); },
+         true},
         {"one of the same size", [](fixture& f) { f.server.add_file(f.run, "a.txt", "OLD bytes"); }, true},
         {"changed by the user", [](fixture& f) { write_file(f.root() / "a.txt", "mine"); }, true},
-        {"changed by the user, same size", [](fixture& f) { write_file(f.root() / "a.txt", "OLD mines"); }, true},
+        {"changed by the user, same size", [](fixture& f) { write_file(f.root() / "a.txt", "OLD mines"); },
+         true},
         {"no md5",
          [](fixture& f) {
            stand_in::file_attributes unknown;
@@ -716,7 +758,9 @@ TEST_SUITE("restore: a rule of the user's own") {
       const auto age = std::chrono::system_clock::now() - local.modified;
       CHECK(age < 1h);
       CHECK(age > -1h);
-      calls.push_back(remote == nullptr ? "copy" : "service: " + remote->name + ' ' + std::to_string(remote->size.value_or(0)));
+      calls.push_back(remote == nullptr
+                          ? "copy"
+                          : "service: " + remote->name + ' ' + std::to_string(remote->size.value_or(0)));
       return remote == nullptr ? verdict::ask : verdict::keep;
     };
     auto file = f.success(client.try_restore("a.txt", f.with(rule)));
@@ -745,13 +789,15 @@ TEST_SUITE("restore: a rule of the user's own") {
       CAPTURE(static_cast<int>(r.second));
       write_file(f.root() / "a.txt", old_text);
       f.server.clear_log();
-      auto file = f.success(client.try_restore("a.txt", f.with([&](const wandb::local_copy& local, const wandb::file_info* remote) {
-        CHECK_FALSE(local.restored_from.has_value());  // the user's own file
-        CHECK(local.receipt_md5.empty());
-        return remote == nullptr ? r.first : r.second;
-      })));
+      auto file = f.success(client.try_restore(
+          "a.txt", f.with([&](const wandb::local_copy& local, const wandb::file_info* remote) {
+            CHECK_FALSE(local.restored_from.has_value());  // the user's own file
+            CHECK(local.receipt_md5.empty());
+            return remote == nullptr ? r.first : r.second;
+          })));
       const bool fetched = std::string(r.asked).back() == '1';
-      check_file(file, fetched ? new_text : old_text, fetched ? wandb::source::downloaded : wandb::source::local, fetched);
+      check_file(file, fetched ? new_text : old_text,
+                 fetched ? wandb::source::downloaded : wandb::source::local, fetched);
       CHECK(f.asked() == r.asked);
     }
   }
@@ -759,14 +805,16 @@ TEST_SUITE("restore: a rule of the user's own") {
   TEST_CASE("it is not asked where there is no copy") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
-    auto file = f.success(f.client().try_restore("a.txt", f.with([](const wandb::local_copy&, const wandb::file_info*) {
-      FAIL_CHECK("asked");
-      return verdict::keep;
-    })));
+    auto file = f.success(
+        f.client().try_restore("a.txt", f.with([](const wandb::local_copy&, const wandb::file_info*) {
+          FAIL_CHECK("asked");
+          return verdict::keep;
+        })));
     check_file(file, new_text, wandb::source::downloaded, true);
   }
 
-  TEST_CASE("a copy that is kept although the service has another is still the user's own: no receipt is made up") {
+  TEST_CASE(
+      "a copy that is kept although the service has another is still the user's own: no receipt is made up") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.root() / "a.txt", old_text);
@@ -776,11 +824,12 @@ TEST_SUITE("restore: a rule of the user's own") {
     };
     (void)f.success(client.try_restore("a.txt", f.with(stubborn)));
     bool seen = false;
-    (void)f.success(client.try_restore("a.txt", f.with([&](const wandb::local_copy& local, const wandb::file_info*) {
-      seen = true;
-      CHECK_FALSE(local.restored_from.has_value());
-      return verdict::keep;
-    })));
+    (void)f.success(
+        client.try_restore("a.txt", f.with([&](const wandb::local_copy& local, const wandb::file_info*) {
+          seen = true;
+          CHECK_FALSE(local.restored_from.has_value());
+          return verdict::keep;
+        })));
     CHECK(seen);
   }
 
@@ -798,7 +847,8 @@ TEST_SUITE("restore: a rule of the user's own") {
       });
       (void)f.failure(client.try_restore("a.txt", options), errc::local_conflict);
       CHECK(read_file(f.root() / "a.txt") == old_text);
-      auto still = client.restore("a.txt", "vanpelt/my-project/other");  // and its receipt says where it is from
+      auto still =
+          client.restore("a.txt", "vanpelt/my-project/other");  // and its receipt says where it is from
       check_file(still, old_text, wandb::source::local, true);
     }
   }
@@ -824,7 +874,8 @@ TEST_SUITE("restore: receipts") {
         {"vanpelt/my-project/a1b2c3d", "my-project/a1b2c3d", "somebody", true},
         {"vanpelt/my-project/a1b2c3d", "https://wandb.ai/vanpelt/my-project/runs/a1b2c3d", "", false},
         {"vanpelt/my-project/a1b2c3d", "https://wandb.ai/vanpelt/my-project/runs/other", "", true},
-        {"my-project/a1b2c3d", "stand-in/my-project/a1b2c3d", "", false},  // the default entity, as the server told it
+        {"my-project/a1b2c3d", "stand-in/my-project/a1b2c3d", "",
+         false},  // the default entity, as the server told it
         {"my-project/a1b2c3d", "vanpelt/my-project/a1b2c3d", "", true},
     };
     for (const row& r : table) {
@@ -862,7 +913,8 @@ TEST_SUITE("restore: receipts") {
     check_file(file, new_text, wandb::source::local, true);
   }
 
-  TEST_CASE("a conflict is cured by replace, by refresh, or by another root; then the file is the asked run's") {
+  TEST_CASE(
+      "a conflict is cured by replace, by refresh, or by another root; then the file is the asked run's") {
     for (const bool same_content : {false, true}) {
       for (const bool refresh : {false, true}) {
         CAPTURE(same_content);
@@ -890,7 +942,8 @@ TEST_SUITE("restore: receipts") {
     }
   }
 
-  TEST_CASE("a file that the user changed, replaced or put back is the user's own: kept for any run, not verified") {
+  TEST_CASE("a file that the user changed, replaced or put back is the user's own: kept for any run, not "
+            "verified") {
     struct row {
       const char* what;
       std::function<void(const fs::path&)> change;
@@ -925,7 +978,8 @@ TEST_SUITE("restore: receipts") {
     }
   }
 
-  TEST_CASE("without a cache directory there are no receipts: copies are kept, never verified, never in conflict") {
+  TEST_CASE(
+      "without a cache directory there are no receipts: copies are kept, never verified, never in conflict") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto s = f.settings();
@@ -937,7 +991,8 @@ TEST_SUITE("restore: receipts") {
     check_file(kept, new_text, wandb::source::local, false);
   }
 
-  TEST_CASE("a cache directory that cannot be written, or holds rubbish, costs the receipt and nothing else") {
+  TEST_CASE(
+      "a cache directory that cannot be written, or holds rubbish, costs the receipt and nothing else") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.directory / "not-a-directory", "");
@@ -1022,21 +1077,26 @@ TEST_SUITE("restore: offline") {
     (void)f.client().restore("a.txt", f.path);
     auto s = f.settings();
     s.offline = true;
-    (void)f.failure(wandb::client<>(s).try_restore("a.txt", "vanpelt/my-project/other"), errc::local_conflict);
+    (void)f.failure(wandb::client<>(s).try_restore("a.txt", "vanpelt/my-project/other"),
+                    errc::local_conflict);
   }
 }
 
 TEST_SUITE("restore: several at once") {
   TEST_CASE("one client, many threads: different files") {
     fixture f;
-    for (int i = 0; i < 8; ++i) f.server.add_file(f.run, "f" + std::to_string(i), stand_in::generated(50'000, static_cast<unsigned>(i)));
+    for (int i = 0; i < 8; ++i)
+      f.server.add_file(f.run, "f" + std::to_string(i),
+                        stand_in::generated(50'000, static_cast<unsigned>(i)));
     auto client = f.client();
     std::vector<std::thread> threads;
     std::atomic<int> good{0};
     for (int i = 0; i < 8; ++i) {
       threads.emplace_back([&, i] {
         auto file = client.try_restore("f" + std::to_string(i), f.path);
-        if (file && file->verified() && read_all(*file) == stand_in::read_text(*stand_in::generated(50'000, static_cast<unsigned>(i)))) ++good;
+        if (file && file->verified() &&
+            read_all(*file) == stand_in::read_text(*stand_in::generated(50'000, static_cast<unsigned>(i))))
+          ++good;
       });
     }
     for (auto& one : threads) one.join();
@@ -1045,7 +1105,8 @@ TEST_SUITE("restore: several at once") {
     CHECK(visible(f.root()).size() == 8);
   }
 
-  TEST_CASE("the same file by many threads, through one client or two: each gets it whole, it is fetched once") {
+  TEST_CASE(
+      "the same file by many threads, through one client or two: each gets it whole, it is fetched once") {
     for (const bool two : {false, true}) {
       CAPTURE(two);
       fixture f;

@@ -22,7 +22,9 @@ std::string answer(const json& edges) {
 }
 std::string answer_node(const json& node) { return answer(json::array({json{{"node", node}}})); }
 
-std::string asked_url(fixture& f, const std::string& name = "a.txt") { return f.server.files_url(f.run, name); }
+std::string asked_url(fixture& f, const std::string& name = "a.txt") {
+  return f.server.files_url(f.run, name);
+}
 
 }  // namespace
 
@@ -51,7 +53,8 @@ TEST_SUITE("service: the question") {
     CHECK(variables.at("project") == "my-project");
     CHECK(variables.at("name") == "a1b2c3d");
     CHECK(variables.at("fileNames") == json::array({"sub/a \"b\".txt"}));
-    for (const char* name : {"$project", "$entity", "$name", "$fileNames", "$fileCursor", "$fileLimit", "$pattern"}) {
+    for (const char* name :
+         {"$project", "$entity", "$name", "$fileNames", "$fileCursor", "$fileLimit", "$pattern"}) {
       CHECK(contains(body.at("query").get<std::string>(), name));
     }
   }
@@ -120,7 +123,11 @@ TEST_SUITE("service: answers that lead to the file") {
     };
     const auto with = [](const char* key, json value) {
       return [=](fixture& f) {
-        json node = {{"id", "1"}, {"name", "a.txt"}, {"url", asked_url(f)}, {"sizeBytes", text.size()}, {"md5", text_md5}};
+        json node = {{"id", "1"},
+                     {"name", "a.txt"},
+                     {"url", asked_url(f)},
+                     {"sizeBytes", text.size()},
+                     {"md5", text_md5}};
         node[key] = value;
         return node;
       };
@@ -128,16 +135,30 @@ TEST_SUITE("service: answers that lead to the file") {
     const std::string once = "graphql 1, files 1, storage 1", direct = "graphql 1, files 0, storage 1";
     const std::vector<row> table = {
         {"id, name and directUrl alone",
-         [](fixture& f) { return json{{"id", "1"}, {"name", "a.txt"}, {"directUrl", f.server.signed_url(f.run, "a.txt")}}; }, false,
-         direct.c_str()},
+         [](fixture& f) {
+           return json{{"id", "1"}, {"name", "a.txt"}, {"directUrl", f.server.signed_url(f.run, "a.txt")}};
+         },
+         false, direct.c_str()},
         {"url null, directUrl there",
          [](fixture& f) {
-           return json{{"name", "a.txt"}, {"url", nullptr}, {"directUrl", f.server.signed_url(f.run, "a.txt")}, {"md5", text_md5}};
+           return json{{"name", "a.txt"},
+                       {"url", nullptr},
+                       {"directUrl", f.server.signed_url(f.run, "a.txt")},
+                       {"md5", text_md5}};
          },
          true, direct.c_str()},
-        {"url alone", [](fixture& f) { return json{{"name", "a.txt"}, {"url", asked_url(f)}}; }, false, once.c_str()},
-        {"no name", [](fixture& f) { return json{{"url", asked_url(f)}}; }, false, once.c_str()},
-        {"url relative to the origin", with("url", "/files/vanpelt/my-project/a1b2c3d/a.txt"), true, once.c_str()},
+        {"url alone",
+         [](fixture& f) {
+           return json{{"name", "a.txt"}, {"url", asked_url(f)}};
+         },
+         false, once.c_str()},
+        {"no name",
+         [](fixture& f) {
+           return json{{"url", asked_url(f)}};
+         },
+         false, once.c_str()},
+        {"url relative to the origin", with("url", "/files/vanpelt/my-project/a1b2c3d/a.txt"), true,
+         once.c_str()},
         {"directUrl null", with("directUrl", nullptr), true, once.c_str()},
         {"size as a string", with("sizeBytes", std::to_string(text.size())), true, once.c_str()},
         {"size null", with("sizeBytes", nullptr), true, once.c_str()},
@@ -146,12 +167,13 @@ TEST_SUITE("service: answers that lead to the file") {
         {"size below zero", with("sizeBytes", -1), true, once.c_str()},
         {"size true", with("sizeBytes", true), true, once.c_str()},
         {"md5 in base64", with("md5", stand_in::md5_base64(*stand_in::bytes(text))), true, once.c_str()},
-        {"md5 in capital hex", with("md5",
-                                    [] {
-                                      std::string capital = text_md5;
-                                      for (char& c : capital) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
-                                      return capital;
-                                    }()),
+        {"md5 in capital hex",
+         with("md5",
+              [] {
+                std::string capital = text_md5;
+                for (char& c : capital) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+                return capital;
+              }()),
          true, once.c_str()},
         {"md5 null", with("md5", nullptr), false, once.c_str()},
         {"md5 empty", with("md5", ""), false, once.c_str()},
@@ -201,10 +223,11 @@ TEST_SUITE("service: answers that lead to the file") {
   TEST_CASE("the node is looked for by its name, among others and among nothing") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
-    f.server.add_fault(place::graphql,
-                       act::body(answer(json::array({nullptr, json{{"node", nullptr}}, json{{"cursor", "x"}},
-                                                     json{{"node", {{"name", "b.txt"}, {"url", asked_url(f, "b.txt")}}}},
-                                                     json{{"node", {{"name", "a.txt"}, {"url", asked_url(f)}}}}}))));
+    f.server.add_fault(
+        place::graphql,
+        act::body(answer(json::array({nullptr, json{{"node", nullptr}}, json{{"cursor", "x"}},
+                                      json{{"node", {{"name", "b.txt"}, {"url", asked_url(f, "b.txt")}}}},
+                                      json{{"node", {{"name", "a.txt"}, {"url", asked_url(f)}}}}}))));
     auto file = f.success(f.client().try_restore("a.txt", f.path));
     CHECK(read_all(file) == text);
   }
@@ -242,10 +265,14 @@ TEST_SUITE("service: answers that lead to the file") {
       const char* asked;
     };
     const std::vector<row> table = {
-        {redirect::absolute, 302, "graphql 1, files 1, storage 1"}, {redirect::absolute, 301, "graphql 1, files 1, storage 1"},
-        {redirect::absolute, 303, "graphql 1, files 1, storage 1"}, {redirect::absolute, 307, "graphql 1, files 1, storage 1"},
-        {redirect::absolute, 308, "graphql 1, files 1, storage 1"}, {redirect::relative, 302, "graphql 1, files 2, storage 0"},
-        {redirect::chain, 302, "graphql 1, files 4, storage 1"},    {redirect::none, 302, "graphql 1, files 1, storage 0"},
+        {redirect::absolute, 302, "graphql 1, files 1, storage 1"},
+        {redirect::absolute, 301, "graphql 1, files 1, storage 1"},
+        {redirect::absolute, 303, "graphql 1, files 1, storage 1"},
+        {redirect::absolute, 307, "graphql 1, files 1, storage 1"},
+        {redirect::absolute, 308, "graphql 1, files 1, storage 1"},
+        {redirect::relative, 302, "graphql 1, files 2, storage 0"},
+        {redirect::chain, 302, "graphql 1, files 4, storage 1"},
+        {redirect::none, 302, "graphql 1, files 1, storage 0"},
     };
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
@@ -279,25 +306,55 @@ TEST_SUITE("service: answers that lead to no file") {
       errc code;
       std::vector<std::string> names;
     };
-    const auto address = [](const char* url) { return answer_node({{"name", "a.txt"}, {"url", url}, {"md5", text_md5}}); };
+    const auto address = [](const char* url) {
+      return answer_node({{"name", "a.txt"}, {"url", url}, {"md5", text_md5}});
+    };
     const std::vector<row> table = {
-        {"project null", R"({"data":{"project":null}})", errc::run_not_found, {"vanpelt/my-project", "127.0.0.1", "run path"}},
-        {"run null", R"({"data":{"project":{"run":null}}})", errc::run_not_found, {fixture::path, "127.0.0.1", "run path"}},
+        {"project null",
+         R"({"data":{"project":null}})",
+         errc::run_not_found,
+         {"vanpelt/my-project", "127.0.0.1", "run path"}},
+        {"run null",
+         R"({"data":{"project":{"run":null}}})",
+         errc::run_not_found,
+         {fixture::path, "127.0.0.1", "run path"}},
         {"no edges", answer(json::array()), errc::file_not_found, {"a.txt", fixture::path, "no such file"}},
-        {"another file's edge", answer_node({{"name", "b.txt"}, {"url", "https://x/"}}), errc::file_not_found, {"a.txt"}},
-        {"md5 0", answer_node({{"name", "a.txt"}, {"md5", "0"}, {"sizeBytes", 0}, {"url", "https://x/"}}), errc::file_not_found,
+        {"another file's edge",
+         answer_node({{"name", "b.txt"}, {"url", "https://x/"}}),
+         errc::file_not_found,
+         {"a.txt"}},
+        {"md5 0",
+         answer_node({{"name", "a.txt"}, {"md5", "0"}, {"sizeBytes", 0}, {"url", "https://x/"}}),
+         errc::file_not_found,
          {"a.txt", "never uploaded"}},
         {"no address", answer_node({{"name", "a.txt"}}), errc::protocol_violation, {"address"}},
-        {"empty addresses", answer_node({{"name", "a.txt"}, {"url", ""}, {"directUrl", ""}}), errc::protocol_violation, {"address"}},
-        {"a reference into a bucket", address("s3://bucket/key?X-Signature=1"), errc::protocol_violation, {"s3://bucket/key", "reference"}},
-        {"a reference to a local file", address("file:///etc/passwd"), errc::protocol_violation, {"file:///etc/passwd"}},
+        {"empty addresses",
+         answer_node({{"name", "a.txt"}, {"url", ""}, {"directUrl", ""}}),
+         errc::protocol_violation,
+         {"address"}},
+        {"a reference into a bucket",
+         address("s3://bucket/key?X-Signature=1"),
+         errc::protocol_violation,
+         {"s3://bucket/key", "reference"}},
+        {"a reference to a local file",
+         address("file:///etc/passwd"),
+         errc::protocol_violation,
+         {"file:///etc/passwd"}},
         {"another scheme", address("ftp://127.0.0.1/a"), errc::protocol_violation, {"ftp://127.0.0.1/a"}},
         {"a scheme that begins as http does", address("httpx://127.0.0.1/a"), errc::protocol_violation, {}},
         {"a scheme without slashes", address("data:text/plain,hello"), errc::protocol_violation, {}},
-        {"plain http under https", address("http://127.0.0.1:1/a?X-Signature=1"), errc::protocol_violation, {"http://127.0.0.1:1/a", "https"}},
-        {"a line break in the address", address("https://127.0.0.1/a\r\nX-Evil: 1"), errc::protocol_violation, {"control"}},
-        {"a NUL in the address", answer_node({{"name", "a.txt"}, {"url", std::string("https://127.0.0.1/a\0b", 21)}}),
-         errc::protocol_violation, {"control"}},
+        {"plain http under https",
+         address("http://127.0.0.1:1/a?X-Signature=1"),
+         errc::protocol_violation,
+         {"http://127.0.0.1:1/a", "https"}},
+        {"a line break in the address",
+         address("https://127.0.0.1/a\r\nX-Evil: 1"),
+         errc::protocol_violation,
+         {"control"}},
+        {"a NUL in the address",
+         answer_node({{"name", "a.txt"}, {"url", std::string("https://127.0.0.1/a\0b", 21)}}),
+         errc::protocol_violation,
+         {"control"}},
         {"a tab in the address", address("https://127.0.0.1/a\tb"), errc::protocol_violation, {"control"}},
         {"no host", address("https:///a"), errc::protocol_violation, {}},
         {"a bad port", address("https://127.0.0.1:99999/a"), errc::protocol_violation, {}},
@@ -317,18 +374,37 @@ TEST_SUITE("service: answers that lead to no file") {
         {"run a word", R"({"data":{"project":{"run":"r"}}})", errc::protocol_violation, {}},
         {"no files", R"({"data":{"project":{"run":{}}}})", errc::protocol_violation, {}},
         {"files null", R"({"data":{"project":{"run":{"files":null}}}})", errc::protocol_violation, {}},
-        {"edges no list", R"({"data":{"project":{"run":{"files":{"edges":{}}}}}})", errc::protocol_violation, {}},
-        {"errors: not found", R"({"errors":[{"message":"project not found"}],"data":{"project":null}})", errc::run_not_found,
+        {"edges no list",
+         R"({"data":{"project":{"run":{"files":{"edges":{}}}}}})",
+         errc::protocol_violation,
+         {}},
+        {"errors: not found",
+         R"({"errors":[{"message":"project not found"}],"data":{"project":null}})",
+         errc::run_not_found,
          {"project not found", "127.0.0.1"}},
-        {"errors: could not find", R"({"errors":[{"message":"could not find run"}]})", errc::run_not_found, {"could not find run"}},
-        {"errors: something else not found", R"({"errors":[{"message":"PersistedQueryNotFound: query not found"}]})", errc::http_failure, {}},
-        {"errors: permission denied", R"({"errors":[{"message":"permission denied"}]})", errc::permission_denied, {"permission denied"}},
+        {"errors: could not find",
+         R"({"errors":[{"message":"could not find run"}]})",
+         errc::run_not_found,
+         {"could not find run"}},
+        {"errors: something else not found",
+         R"({"errors":[{"message":"PersistedQueryNotFound: query not found"}]})",
+         errc::http_failure,
+         {}},
+        {"errors: permission denied",
+         R"({"errors":[{"message":"permission denied"}]})",
+         errc::permission_denied,
+         {"permission denied"}},
         {"errors: several", R"({"errors":["one",{"message":"two"}]})", errc::http_failure, {"one; two"}},
-        {"errors beside data", R"({"errors":[{"message":"half of it failed"}],"data":{"project":{"run":{"files":{"edges":[]}}}}})",
-         errc::http_failure, {"half of it failed"}},
+        {"errors beside data",
+         R"({"errors":[{"message":"half of it failed"}],"data":{"project":{"run":{"files":{"edges":[]}}}}})",
+         errc::http_failure,
+         {"half of it failed"}},
         {"error: a word", R"({"error":"out of order"})", errc::http_failure, {"out of order"}},
         {"error: a message", R"({"error":{"message":"out of order"}})", errc::http_failure, {"out of order"}},
-        {"errors without a message", R"({"errors":[{"path":["x"]}],"data":{"project":null}})", errc::http_failure, {}},
+        {"errors without a message",
+         R"({"errors":[{"path":["x"]}],"data":{"project":null}})",
+         errc::http_failure,
+         {}},
     };
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
@@ -361,7 +437,10 @@ TEST_SUITE("service: answers that lead to no file") {
         {404, R"({"error":"project not found"})", errc::run_not_found, {"project not found"}},
         {404, R"({"errors":[{"message":"project not found"}]})", errc::run_not_found, {"project not found"}},
         {404, R"({"error":"file not found"})", errc::file_not_found, {"file not found"}},
-        {404, R"({"error":"not found"})", errc::http_failure, {"base URL"}},  // a router's words: no reason to start afresh
+        {404,
+         R"({"error":"not found"})",
+         errc::http_failure,
+         {"base URL"}},  // a router's words: no reason to start afresh
         {404, "<html>no such page</html>", errc::http_failure, {"base URL"}},
         {404, "", errc::http_failure, {"base URL"}},
         {403, R"({"errors":["permission denied"]})", errc::permission_denied, {"permission denied"}},
@@ -403,7 +482,8 @@ TEST_SUITE("service: answers that lead to no file") {
       stand_in::action fault;
     };
     const std::vector<row> table = {
-        {"Server down", act::status(500, {{"Content-Type", "application/json"}}, R"({"errors":["Server down"]})")},
+        {"Server down",
+         act::status(500, {{"Content-Type", "application/json"}}, R"({"errors":["Server down"]})")},
         {"502 of a gateway", act::html(502)},
         {"503", act::status(503)},
         {"504", act::html(504)},
@@ -430,7 +510,8 @@ TEST_SUITE("service: answers that lead to no file") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto client = f.client();
-    for (const auto& fault : {act::oversize(64 << 20), act::endless_body(), act::endless_header(), act::many_headers(5000)}) {
+    for (const auto& fault :
+         {act::oversize(64 << 20), act::endless_body(), act::endless_header(), act::many_headers(5000)}) {
       f.server.clear_faults();
       f.server.add_fault(place::graphql, fault);
       f.server.clear_log();
@@ -480,16 +561,16 @@ TEST_SUITE("service: the default entity") {
     CHECK(f.asked() == "graphql 2, files 1, storage 1");
     (void)f.success(client.try_restore("b.txt", "my-project/r1"));
     CHECK(f.asked() == "graphql 3, files 2, storage 2");
-    CHECK(f.success(client.try_list_files(
-                        [] {
-                          wandb::restore_options options;
-                          options.run_path = "my-project:r1";
-                          return options;
-                        }()))
+    CHECK(f.success(client.try_list_files([] {
+             wandb::restore_options options;
+             options.run_path = "my-project:r1";
+             return options;
+           }()))
               .size() == 2);
     CHECK(f.asked() == "graphql 4, files 2, storage 2");
     CHECK(contains(f.server.requests(request_kind::graphql).at(0).body, "viewer"));
-    CHECK(json::parse(f.server.requests(request_kind::graphql).at(1).body).at("variables").at("entity") == "stand-in");
+    CHECK(json::parse(f.server.requests(request_kind::graphql).at(1).body).at("variables").at("entity") ==
+          "stand-in");
   }
 
   TEST_CASE("it is not asked where settings or the path name one, nor for a local copy") {
@@ -521,8 +602,10 @@ TEST_SUITE("service: the default entity") {
     for (const bool with_key : {true, false}) {
       CAPTURE(with_key);
       wandb::client<> client(with_key ? f.settings() : f.public_settings());
-      const auto failure = f.failure(client.try_restore("a.txt", "my-project/a1b2c3d"), errc::invalid_run_path);
-      check_names(failure, {"a.txt", "my-project/a1b2c3d", "127.0.0.1", "WANDB_ENTITY", "entity/project/run_id"});
+      const auto failure =
+          f.failure(client.try_restore("a.txt", "my-project/a1b2c3d"), errc::invalid_run_path);
+      check_names(failure,
+                  {"a.txt", "my-project/a1b2c3d", "127.0.0.1", "WANDB_ENTITY", "entity/project/run_id"});
       CHECK(contains(failure.what(), "WANDB_API_KEY") == !with_key);
       CHECK_FALSE(failure.is_not_found());
     }
@@ -531,8 +614,10 @@ TEST_SUITE("service: the default entity") {
   TEST_CASE("no run path and no current run, or no project: told without a request") {
     fixture f;
     auto client = f.client();
-    check_names(f.failure(client.try_restore("a.txt"), errc::invalid_run_path), {"a.txt", "entity/project/run_id", "WANDB_RUN_ID"});
-    check_names(f.failure(client.try_restore("a.txt", "r"), errc::invalid_run_path), {"\"r\"", "WANDB_PROJECT"});
+    check_names(f.failure(client.try_restore("a.txt"), errc::invalid_run_path),
+                {"a.txt", "entity/project/run_id", "WANDB_RUN_ID"});
+    check_names(f.failure(client.try_restore("a.txt", "r"), errc::invalid_run_path),
+                {"\"r\"", "WANDB_PROJECT"});
     CHECK(f.asked() == "graphql 0, files 0, storage 0");
   }
 }
@@ -579,8 +664,9 @@ TEST_SUITE("service: the list of files") {
     fixture f;
     auto client = f.client();
     CHECK(f.success(client.try_list_files(f.options())).empty());
-    f.server.add_fault(place::graphql, act::body(answer(json::array({json{{"node", {{"name", "soon"}, {"md5", "0"}}}},
-                                                                     json{{"node", {{"name", "there"}}}}}))));
+    f.server.add_fault(place::graphql,
+                       act::body(answer(json::array({json{{"node", {{"name", "soon"}, {"md5", "0"}}}},
+                                                     json{{"node", {{"name", "there"}}}}}))));
     const auto listed = f.success(client.try_list_files(f.options()));
     REQUIRE(listed.size() == 1);
     CHECK(listed[0].name == "there");
@@ -600,11 +686,13 @@ TEST_SUITE("service: the list of files") {
     auto client = f.client();
     auto options = f.options();
     options.run_path = "vanpelt/my-project/none";
-    check_names(f.failure(client.try_list_files(options), errc::run_not_found), {"vanpelt/my-project/none", "127.0.0.1"});
+    check_names(f.failure(client.try_list_files(options), errc::run_not_found),
+                {"vanpelt/my-project/none", "127.0.0.1"});
     options.run_path = "a/b/c/d/e";
     (void)f.failure(client.try_list_files(options), errc::invalid_run_path);
     f.server.add_fault(place::graphql, act::malformed_json());
-    check_names(f.failure(client.try_list_files(f.options()), errc::protocol_violation), {f.path, "127.0.0.1"});
+    check_names(f.failure(client.try_list_files(f.options()), errc::protocol_violation),
+                {f.path, "127.0.0.1"});
     CHECK(fs::is_empty(f.root()));
   }
 }
