@@ -500,8 +500,9 @@ TEST_SUITE("httplib_transport") {
     wandb::http_request request;
     request.url = silent.url("https");
     collector sink;
-    check_cancel(transport, request, sink,
-                 [&] { ::close(silent.accept()); });  // an accepted one shows that it runs
+    int accepted = -1;  // shows that it runs; open until the end, so that nothing but the cancellation ends it
+    check_cancel(transport, request, sink, [&] { accepted = silent.accept(); });
+    ::close(accepted);
     request.connect_timeout = 300ms;
     const auto begin = clock_type::now();
     check_failed(transport.send(request, sink), wandb::errc::connection_failed, "TLS handshake");
