@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# What the header costs: time to include it, and size in a program. Medians of several runs; each pair is measured in turns,
+# so that a busy machine slows both.
+#
+#   tests/matrix/measure.sh [RUNS]     5 runs by default
+#
+# CXX chooses the compiler. WANDB_RESTORE_HTTPLIB_INCLUDE_DIR names the folder of a single httplib.h (0.18 or later);
+# without it, the one that tests/matrix/run.sh has fetched is taken.
+set -euo pipefail
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+cxx=${CXX:-c++}
+runs=${1:-5}
+httplib=${WANDB_RESTORE_HTTPLIB_INCLUDE_DIR:-${WANDB_RESTORE_MATRIX_FOLDER:-$top/build-matrix}/headers/httplib-0.18}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+cd "$scratch"
+
+milliseconds() { # of processor time
+  local user system
+  { TIMEFORMAT='%U %S'; time "$@" > /dev/null; } 2> time.txt || { cat time.txt >&2; return 1; }
+  read -r user system < <(tail -1 time.txt)
+  awk -v u="$user" -v s="$system" 'BEGIN { printf "%d\n", (u + s) * 1000 }'
+}
+median() { sort -n | awk '{ a[NR] = $1 } END { print a[int((NR + 1) / 2)] }'; }
+
+compare() { # WHAT LIMIT EXTRA-MS OURS THEIRS FLAG...
+  local what=$1 limit=$2 extra=$3 ours=$4 theirs=$5 i
+  shift 5
+  : > ours.txt
+  : > theirs.txt
+  for ((i = 0; i < runs; ++i)); do
+    milliseconds "$cxx" -std=c++17 "$@" -I"$top" "$theirs" >> theirs.txt
+    milliseconds "$cxx" -std=c++17 "$@" -I"$top" "$ours" >> ours.txt
+  done
+  awk -v what="$what" -v limit="$limit" -v extra="$extra" -v ours="$(median < ours.txt)" -v theirs="$(median < theirs.txt)" '
+    BEGIN {
+      verdict = ours <= limit * theirs || ours <= theirs + extra ? "ok" : "TOO MUCH"
+      printf "%s: %d ms against %d ms, %.2f times (at most %s) %s\n", what, ours, theirs, ours / theirs, limit, verdict
+    }'
+}
+
+header=$top/wandb_restore.hpp
+# The standard headers of the declarations are those above the line where the implementation begins.
+sed '/implementation from here on/q' "$header" | grep -E '^#include <[a-z_]+>' > standard.cpp
+printf '#define WANDB_RESTORE_SPLIT\n#include "wandb_restore.hpp"\n' > split.cpp
+printf '#include <httplib.h>\n#include <nlohmann/json.hpp>\n' > libraries.cpp
+printf '#include "wandb_restore.hpp"\n' > full.cpp
+
+compare "include in split mode, -O0, against its standard headers alone" 1.25 150 split.cpp standard.cpp -O0 -c -o include.o
+if [ -e "$httplib/httplib.h" ]; then
+  compare "include in full mode, -fsyntax-only, against httplib.h and json.hpp alone" 1.2 0 full.cpp libraries.cpp \
+    -fsyntax-only -DCPPHTTPLIB_OPENSSL_SUPPORT -isystem "$httplib"
+else
+  echo "include in full mode: no single httplib.h; run tests/matrix/run.sh, or name a folder"
+fi
+
+# A program with nothing but the header over a Transport in memory.
+cat > small.cpp <<'CODE'
+#include "wandb_restore.hpp"
+struct memory {
+  wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
+    wandb::http_response head;
+    head.status = 200;
+    const char* text = request.method == "POST"
+        ? "{\"data\":{\"project\":{\"run\":{\"files\":{\"edges\":[{\"node\":{\"url\":\"http://m/a\",\"sizeBytes\":3}}]}}}}}" : "abc";
+    if (!sink.start(head) || !sink.write(text)) return wandb::error(wandb::errc::cancelled, "stopped");
+    return head;
+  }
+};
+int main() {
+  wandb::settings settings;
+  settings.base_url = "http://m";
+  wandb::client<memory> client(settings, memory{});
+  auto file = client.try_restore("a", "e/p/r");
+  return file && file->get() == 'a' ? 0 : 1;
+}
+CODE
+size_of() { # WHAT FLAG...
+  local what=$1
+  shift
+  "$cxx" -std=c++17 -Os -s -DWANDB_RESTORE_NO_HTTPLIB -DWANDB_RESTORE_NO_OPENSSL -I"$top" "$@" small.cpp -o small -pthread
+  rm -rf a
+  ./small || { echo "$what: the program fails"; return 1; }
+  echo "$what: $(($(stat -c %s small) / 1024)) KiB (aim: under 300 KiB)"
+}
+size_of "stripped program over a Transport in memory, -Os"
+size_of "the same with -ffunction-sections -fdata-sections -Wl,--gc-sections" -ffunction-sections -fdata-sections -Wl,--gc-sections
+size_of "the same without exceptions and RTTI" -ffunction-sections -fdata-sections -Wl,--gc-sections -fno-exceptions -fno-rtti
