@@ -182,8 +182,11 @@ class [[nodiscard]] result {
   using value_type = T;
   using error_type = wandb::error;
 
-  result(T value) : value_(std::move(value)) {}                   // NOLINT: implicit, as in expected
-  result(wandb::error failure) : failure_(std::move(failure)) {}  // NOLINT
+  // Implicit, as in expected. By reference: before clang 13, `return local;` moves into a parameter of that kind only.
+  result(const T& value) : value_(value) {}                          // NOLINT
+  result(T&& value) : value_(std::move(value)) {}                    // NOLINT
+  result(const wandb::error& failure) : failure_(failure) {}         // NOLINT
+  result(wandb::error&& failure) : failure_(std::move(failure)) {}   // NOLINT
 
   [[nodiscard]] bool has_value() const noexcept { return value_.has_value(); }
   explicit operator bool() const noexcept { return has_value(); }
