@@ -183,10 +183,10 @@ class [[nodiscard]] result {
   using error_type = wandb::error;
 
   // Implicit, as in expected. By reference: before clang 13, `return local;` moves into a parameter of that kind only.
-  result(const T& value) : value_(value) {}                          // NOLINT
-  result(T&& value) : value_(std::move(value)) {}                    // NOLINT
-  result(const wandb::error& failure) : failure_(failure) {}         // NOLINT
-  result(wandb::error&& failure) : failure_(std::move(failure)) {}   // NOLINT
+  result(const T& value) : value_(value) {}                         // NOLINT
+  result(T&& value) : value_(std::move(value)) {}                   // NOLINT
+  result(const wandb::error& failure) : failure_(failure) {}        // NOLINT
+  result(wandb::error&& failure) : failure_(std::move(failure)) {}  // NOLINT
 
   [[nodiscard]] bool has_value() const noexcept { return value_.has_value(); }
   explicit operator bool() const noexcept { return has_value(); }
@@ -4376,25 +4376,27 @@ class download::range_sink final : public body_sink {
     const std::string* field = head.header("Content-Range");
     const auto range = field != nullptr ? content_range::parse(*field) : std::nullopt;
     if (!ranged_ || !range) return violation("answers 206 without a range that was asked for");
-    if (range->size && of_.remote_.info.size && *range->size != *of_.remote_.info.size)
-      return wrong_size(*range->size);
+    const std::uint64_t size = range->size.value_or(0);  // 0: not told; no part is of something empty
+    if (size != 0 && of_.remote_.info.size && size != *of_.remote_.info.size) return wrong_size(size);
     promised_end_ = range->bytes.end;
     if (range->bytes.begin != slot_.at || range->bytes.end > asked_end_) {
       return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
     }
     if (!of_.remote_.info.size) {
-      if (!range->size) return violation("does not say how long the file is");
-      slot_.end = *range->size;
+      if (size == 0) return violation("does not say how long the file is");
+      slot_.end = size;
     }
     return std::nullopt;
   }
   /// A server that ignores Range sends everything from the start: one stream, then.
   std::optional<error> check_whole(const http_response& head) {
     const std::string* field = head.header("Content-Length");
-    const auto length = field != nullptr ? to_number<std::uint64_t>(trim(*field)) : std::nullopt;
-    auto& size = of_.remote_.info.size;
-    if (length && size && *length != *size) return wrong_size(*length);
-    of_.plan_->take_whole(me_, size ? *size : length.value_or(range_plan::endless));
+    const std::uint64_t length = field != nullptr
+                                     ? to_number<std::uint64_t>(trim(*field)).value_or(range_plan::endless)
+                                     : range_plan::endless;
+    const auto& size = of_.remote_.info.size;
+    if (size && length != range_plan::endless && length != *size) return wrong_size(length);
+    of_.plan_->take_whole(me_, size.value_or(length));
     buffer_.clear();
     of_.changed_.notify_all();
     return std::nullopt;
