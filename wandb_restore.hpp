@@ -4079,7 +4079,7 @@ class range_plan {
   static constexpr std::uint64_t mebibyte = 1024 * 1024;
   static constexpr std::uint64_t first_piece = 4 * mebibyte, largest_piece = 64 * mebibyte,
                                  smallest_piece = mebibyte;
-  static constexpr std::uint64_t smallest_share = 4 * block;
+  static constexpr std::uint64_t smallest_share = mebibyte;  // what a cut connection had under way is lost
   static constexpr std::uint64_t worth_splitting = 2 * first_piece;
   static constexpr std::uint64_t endless = ~std::uint64_t{0};  // the end of what has no known size
 
