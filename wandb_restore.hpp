@@ -4628,9 +4628,7 @@ inline result<void> download::flush(std::size_t me, std::string& buffer) {
   while (frontier_ < into_->size() && into_->has(frontier_ / partial_file::block)) {
     frontier_ = (std::min)(into_->size(), (frontier_ / partial_file::block + 1) * partial_file::block);
   }
-  complete_ = present_ == into_->size();
-  if (complete_) changed_.notify_all();
-  if (complete_ || frontier_ != before) advanced_.notify_all();
+  if (frontier_ != before) advanced_.notify_all();
   return {};
 }
 
@@ -4671,6 +4669,12 @@ inline void download::work(std::size_t me) {
 inline bool download::next_range(std::size_t me) {
   lock held(mutex_);
   while (!stopped_ && !complete_ && !failure_) {
+    if (remote_.info.size && present_ == into_->size()) {  // and the last exchange has ended as it should
+      complete_ = true;
+      changed_.notify_all();
+      advanced_.notify_all();
+      break;
+    }
     // Where the digest cannot keep up, more connections only take its processor time.
     const bool digest_is_behind = me > 1 && hashing_ && frontier_ - hashed_ > digest_backlog;
     if (!digest_is_behind && plan_->take(me)) return true;
