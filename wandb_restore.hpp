@@ -5155,7 +5155,7 @@ inline int poll_socket(pollfd& entry, int wait_ms) { return WSAPoll(&entry, 1, w
 inline int io_size(std::size_t size) { return static_cast<int>((std::min)(size, std::size_t{1} << 30)); }
 inline bool make_nonblocking(socket_handle handle) {
   u_long on = 1;
-  return ioctlsocket(handle, FIONBIO, &on) == 0;
+  return ioctlsocket(handle, static_cast<long>(FIONBIO), &on) == 0;
 }
 #else
 using socket_handle = int;
