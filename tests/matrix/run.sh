@@ -399,7 +399,7 @@ done
 mkdir -p "$work"
 unset "${!WANDB_@}"
 export WANDB_RESTORE_MATRIX_FOLDER=$work XDG_CACHE_HOME=$work/cache
-rm -f "$work"/{tls,plain}.env
+rm -rf "$work"/{tls,plain}.env "$work/cells"
 fetch_headers
 start_servers || exit 1
 "$list"
