@@ -135,7 +135,8 @@ build_and_run() {
   # In the optimiser's sight the standard library's own code is full of null pointers.
   case $mode in *LTO*) flags+=(-Wno-null-dereference) ;; esac
   if [ "$machine" = windows ]; then
-    flags+=(-D_WIN32_WINNT=0x0A00 -static) name=program.exe
+    # Without optimisation the inline functions are more sections than an object file of the usual kind can hold.
+    flags+=(-D_WIN32_WINNT=0x0A00 -static -Wa,-mbig-obj) name=program.exe
     [ "$httplib" = none ] || libraries=(-lws2_32 -lcrypt32)
   fi
 
