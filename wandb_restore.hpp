@@ -330,6 +330,9 @@ struct http_response {
 /// returns false to say: stop now, close the connection, return errc::cancelled.
 class body_sink {
  public:
+  /// Optional, before `start`: a TCP connection to the server or its proxy stands. Whoever was reached and then says
+  /// nothing is tried again for settings::retry_timeout; without this call, only for connect_timeout.
+  virtual void connected() {}
   virtual bool start(const http_response& head) = 0;
   virtual bool write(std::string_view bytes) = 0;
 
@@ -417,6 +420,10 @@ class restored_file : public std::ifstream {
 
 // ============================================================================================= cache policy
 
+namespace detail {
+class restoring;
+}
+
 /// What is known of a local copy without asking the service.
 class local_copy {
  public:
@@ -428,9 +435,13 @@ class local_copy {
   /// What was verified when the receipt was written: hex, or empty.
   std::string receipt_md5;
 
-  /// The md5 of the content, in hex: from the receipt or, where that does not tell, by reading the file once (blocks).
-  /// Empty where the file cannot be read.
+  /// The md5 of the content, in hex: from the receipt or, where that does not tell, by reading the file once (blocks,
+  /// and reports progress). Empty where the file cannot be read, or the restore is cancelled meanwhile.
   [[nodiscard]] std::string md5() const;
+
+ private:
+  friend class detail::restoring;
+  std::function<bool(std::uint64_t)> go_on_ = {};
 };
 
 /// Says what a local copy is worth: a function of the copy's facts and, once asked for, the service's.
@@ -1023,6 +1034,21 @@ inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
          *second;
 }
 
+// ---- header fields (RFC 9110, section 5)
+
+/// Bytes of all fields of a response together.
+inline constexpr std::size_t max_head_bytes = 64 * 1024;
+
+inline bool is_token(std::string_view text) {
+  return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
+    return is_letter(c) || is_digit(c) ||
+           std::string_view("!#$%&'*+-.^_`|~").find(c) != std::string_view::npos;
+  });
+}
+inline bool is_field_value(std::string_view text) {
+  return std::none_of(text.begin(), text.end(), [](char c) { return is_control(c) && c != '\t'; });
+}
+
 }  // namespace detail
 
 WANDB_RESTORE_PRIVATE_INLINE const std::string* http_response::header(std::string_view name) const {
@@ -1277,15 +1303,6 @@ inline result<text_map> parse_netrc(std::string_view text) {
   return passwords;
 }
 
-/// The password for a host, written exactly as in the file (with its port, where it has one), else the default entry's.
-inline std::optional<std::string> find_netrc_password(std::string_view netrc_text, std::string_view netloc) {
-  const auto passwords = parse_netrc(netrc_text);
-  if (!passwords) return std::nullopt;
-  auto found = passwords->find(std::string(netloc));
-  if (found == passwords->end()) found = passwords->find("default");
-  return found == passwords->end() ? std::nullopt : std::optional(found->second);
-}
-
 // ------------------------------------------------------------------------------------------------- run paths
 
 inline std::string replace_all(std::string_view text, std::string_view what, std::string_view with) {
@@ -1419,15 +1436,27 @@ using path = std::filesystem::path;
 
 #ifdef _WIN32
 inline int last_os_error() { return static_cast<int>(GetLastError()); }
-inline std::string os_message(int code) { return std::system_category().message(code); }
 #else
 inline int last_os_error() { return errno; }
-inline std::string os_message(int code) { return std::generic_category().message(code); }
 #endif
+inline std::string system_text(int code) { return std::system_category().message(code); }
+
+/// What the caller can do about a failure of the disk, for messages; empty where nothing general helps.
+inline const char* disk_remedy(const std::error_condition& why) {
+  if (why == std::errc::no_space_on_device) return "; free some space, or set root to another disk";
+  if (why == std::errc::permission_denied || why == std::errc::operation_not_permitted ||
+      why == std::errc::read_only_file_system) {
+    return "; set root to a directory that this user may write to";
+  }
+  if (why == std::errc::too_many_files_open) return "; raise the limit on open files (ulimit -n)";
+  if (why == std::errc::filename_too_long) return "; set root to a directory with a shorter path";
+  return "";
+}
 
 inline error disk_error(std::string_view what, const path& where, int code = last_os_error()) {
-  return error(errc::disk_failure,
-               "cannot " + std::string(what) + " " + in_quotes(where) + ": " + os_message(code));
+  return error(errc::disk_failure, "cannot " + std::string(what) + " " + in_quotes(where) + ": " +
+                                       system_text(code) +
+                                       disk_remedy(std::system_category().default_error_condition(code)));
 }
 
 // A header cannot set _FILE_OFFSET_BITS in time, so files over 2 GiB on 32-bit machines need glibc's explicit names.
@@ -1724,8 +1753,8 @@ inline result<void> make_directories(const path& directory) {
   if (!directory.empty()) std::filesystem::create_directories(directory, failure);
   if (directory.empty() || std::filesystem::is_directory(directory, ignored)) return {};
   if (!failure) failure = std::make_error_code(std::errc::not_a_directory);
-  return error(errc::disk_failure,
-               "cannot make the directory " + in_quotes(directory) + ": " + failure.message());
+  return error(errc::disk_failure, "cannot make the directory " + in_quotes(directory) + ": " +
+                                       failure.message() + disk_remedy(failure.default_error_condition()));
 }
 
 /// The whole of a file of at most `limit` bytes. errc::disk_failure for a longer or unreadable one.
@@ -1897,9 +1926,11 @@ struct owner {
     if (!process || !start || !serial) return std::nullopt;
     return owner{std::string(parts[0]), *process, *start, *serial};
   }
+  /// Of this host, boot and pid namespace: it can be asked.
+  [[nodiscard]] bool is_here() const { return !realm.empty() && realm == process_realm(); }
   /// Not merely silent: gone for certain.
   [[nodiscard]] bool provably_dead() const {
-    if (realm.empty() || realm != process_realm()) return false;
+    if (!is_here()) return false;
     const auto now = process_start(process);
     return !now || (*now != 0 && start != 0 && *now != start);
   }
@@ -1957,6 +1988,9 @@ inline std::vector<found_partial> find_partials(const place& at) {
   return found;
 }
 
+/// Is told now and then how many bytes are done; returns false to end what may take long.
+using watcher = std::function<bool(std::uint64_t done)>;
+
 /// A file on its way: content at its own offsets, and behind it a record of the blocks that are present. One inode holds
 /// both, so that a rename hands over both. A block is recorded after it was written; the record is a claim that only the
 /// whole file's md5 proves.
@@ -1966,9 +2000,10 @@ class partial_file {
   static constexpr std::uint64_t quiet =
       60;  // seconds after which a writer that cannot be asked counts as gone
 
-  /// Goes on from what an earlier writer left of this content, or starts a new file. `size` is in bytes.
+  /// Goes on from what an earlier writer left of this content, or starts a new file. `size` is in bytes. What has to be
+  /// copied for that ends where the watcher says so.
   static result<std::unique_ptr<partial_file>> open(const place& at, const std::string& md5,
-                                                    std::uint64_t size);
+                                                    std::uint64_t size, const watcher& go_on = {});
   /// Starts a new file: a new inode, whatever there is.
   static result<std::unique_ptr<partial_file>> create(const place& at, const std::string& md5,
                                                       std::uint64_t size);
@@ -2001,6 +2036,10 @@ class partial_file {
       bits_[byte_of(i)] = static_cast<char>(bits_[byte_of(i)] | 1 << (i % 8));
     const auto begin = byte_of(first), end = byte_of(last - 1) + 1;
     return write(record_offset() + header_size + begin, std::string_view(bits_).substr(begin, end - begin));
+  }
+  /// Shows others, who wait for signs of work, that there is some although nothing is written.
+  void touch() const {
+    if (!bits_.empty()) (void)write(record_offset() + header_size, std::string_view(bits_).substr(0, 1));
   }
   /// Content of unknown length: the size is known only at its end.
   void set_size(std::uint64_t size) { size_ = size; }
@@ -2046,7 +2085,7 @@ class partial_file {
            static_cast<std::int64_t>(bits_.size());
   }
   /// Copies what another partial file says is present; what cannot be copied is fetched again.
-  void adopt(const path& other);
+  void adopt(const path& other, const watcher& go_on);
 
   file out_;
   path where_;
@@ -2071,7 +2110,7 @@ inline result<std::unique_ptr<partial_file>> partial_file::create(const place& a
 }
 
 inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at, const std::string& md5,
-                                                                std::uint64_t size) {
+                                                                std::uint64_t size, const watcher& go_on) {
   if (md5.empty()) return create(at, md5, size);
   auto candidates = find_partials(at);
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
@@ -2099,13 +2138,13 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   for (const auto& one : candidates) {
     if (!one.abandoned() && now &&
         now->modified - one.facts.modified > static_cast<std::int64_t>(quiet) * 1000000000) {
-      (*made)->adopt(one.where);
+      (*made)->adopt(one.where, go_on);
     }
   }
   return made;
 }
 
-inline void partial_file::adopt(const path& other) {
+inline void partial_file::adopt(const path& other, const watcher& go_on) {
   file in;
   if (in.open(other, file::mode::read) != 0) return;
   partial_file theirs(std::move(in), {}, size_);
@@ -2121,6 +2160,7 @@ inline void partial_file::adopt(const path& other) {
   page_buffer buffer;
   for (std::uint64_t i = 0; i < blocks(); ++i) {
     if (has(i) || !theirs.has(i)) continue;
+    if (go_on && !go_on(i * block)) return;
     const auto wanted = static_cast<std::size_t>((std::min)(block, size_ - i * block));
     if (theirs.out_.read_at(i * block, buffer.data(), wanted) != static_cast<std::int64_t>(wanted)) return;
     if (!write(i * block, {buffer.data(), wanted}) || !record(i, i + 1)) return;
@@ -2146,7 +2186,7 @@ inline result<void> partial_file::reserve() const {
   if (code == 0) return {};
   return error(errc::disk_failure, "not enough room in " +
                                        in_quotes(directory.empty() ? path(".") : directory) + ": " +
-                                       std::to_string(missing) + " bytes are missing: " + os_message(code) +
+                                       std::to_string(missing) + " bytes are missing: " + system_text(code) +
                                        "; free some (or raise the quota), or set root to another disk");
 }
 
@@ -2188,10 +2228,13 @@ inline result<std::ifstream> partial_file::publish(const place& at) {
   return stream;
 }
 
-/// Removes hidden files that nobody uses any more: of other contents always, of this content after it was published.
-inline void clean_up(const place& at) {
+/// Removes hidden files that nobody uses any more. `now` is the file system's own clock, in nanoseconds: an owner that
+/// cannot be asked, on another host, and wrote nothing for a day, is taken for gone.
+inline void clean_up(const place& at, std::int64_t now) {
+  constexpr std::int64_t day = 86400 * std::int64_t{1000000000};
   for (const auto& one : find_partials(at)) {
-    if (one.abandoned()) remove_quietly(one.where);
+    if (one.abandoned() || (!(one.writer && one.writer->is_here()) && now - one.facts.modified > day))
+      remove_quietly(one.where);
   }
 }
 
@@ -2454,15 +2497,15 @@ class md5 {
   std::uint64_t length_ = 0;
 };
 
-/// The md5 of a whole file in hex; empty where it cannot be read.
-inline std::string md5_of_file(const path& where) {
+/// The md5 of a whole file in hex; empty where it cannot be read, or the watcher ended it.
+inline std::string md5_of_file(const path& where, const watcher& go_on = {}) {
   file in;
   if (in.open(where, file::mode::read) != 0) return {};
   md5 hash;
   page_buffer buffer;
   for (std::uint64_t offset = 0;;) {
     const auto count = in.read_at(offset, buffer.data(), page_buffer::size);
-    if (count < 0) return {};
+    if (count < 0 || (go_on && !go_on(offset))) return {};
     if (count == 0) return hash.finish();
     hash.update({buffer.data(), static_cast<std::size_t>(count)});
     offset += static_cast<std::uint64_t>(count);
@@ -2472,7 +2515,7 @@ inline std::string md5_of_file(const path& where) {
 }  // namespace detail
 
 WANDB_RESTORE_PRIVATE_INLINE std::string local_copy::md5() const {
-  return receipt_md5.empty() ? detail::md5_of_file(path) : receipt_md5;
+  return receipt_md5.empty() ? detail::md5_of_file(path, go_on_) : receipt_md5;
 }
 
 // ====================================================================================== settings, resolved
@@ -2653,12 +2696,7 @@ inline std::optional<http_headers> parse_string_object(std::string_view text) {
 
 /// Whether a header field may be sent as it is (RFC 9110, section 5): a line break in it would begin another one.
 inline bool is_header(const std::pair<std::string, std::string>& field) {
-  const auto& [name, value] = field;
-  return !name.empty() && std::none_of(value.begin(), value.end(), is_control) &&
-         std::all_of(name.begin(), name.end(), [](char c) {
-           return is_letter(c) || is_digit(c) ||
-                  std::string_view("!#$%&'*+-.^_`|~").find(c) != std::string_view::npos;
-         });
+  return is_token(field.first) && is_field_value(field.second);
 }
 
 // ------------------------------------------------------------------------------------------------- proxies
@@ -2811,13 +2849,16 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
 
 // ------------------------------------------------------------------------------------ shared access tokens
 
+/// A token that runs out within this time is not used any more.
+inline constexpr std::chrono::seconds token_margin{300};
+
 struct access_token {
   std::string value;
   std::chrono::system_clock::time_point expires_at;
-};
+  std::chrono::seconds margin = token_margin;  // less for one that did not live long from the start
 
-/// A token that runs out within this time is not used any more.
-inline constexpr std::chrono::minutes token_margin{5};
+  [[nodiscard]] bool lasts() const { return expires_at - std::chrono::system_clock::now() > margin; }
+};
 
 /// "YYYY-MM-DD HH:MM:SS", UTC.
 inline std::optional<std::chrono::system_clock::time_point> parse_utc(std::string_view text) {
@@ -3163,7 +3204,7 @@ inline std::string seconds_text(milliseconds time) {
   return text.data();
 }
 
-/// One call of the user: how it may be ended, and whether anything has answered yet.
+/// One call of the user: how it may be ended, and whether anything was reached yet.
 class call {
  public:
   call(const settings& configuration, const std::atomic<bool>* cancel)
@@ -3174,7 +3215,7 @@ class call {
         began_(outer.began_) {}
 
   const settings& config;
-  std::atomic<bool> reached{false};  // some server has answered
+  std::atomic<bool> reached{false};  // some server took a connection, or answered
 
   [[nodiscard]] bool cancelled() const {
     return stopped_ || (cancel_ != nullptr && cancel_->load(std::memory_order_relaxed)) || out_of_time() ||
@@ -3281,11 +3322,12 @@ struct answer {
 /// that are no good (redirects, errors) away from the taker.
 class guarded_sink final : public body_sink {
  public:
-  static constexpr std::size_t max_fields = 200, max_head = 64 * 1024, max_error_body = 16 * 1024;
+  static constexpr std::size_t max_fields = 200, max_error_body = 16 * 1024;
 
   guarded_sink(call& of, body_sink& taker, std::string what)
       : call_(of), taker_(taker), what_(std::move(what)), since_(clock::now()) {}
 
+  void connected() override { call_.reached = true; }
   bool start(const http_response& head) override { return go_on_ = begin(head); }
   bool write(std::string_view bytes) override { return go_on_ = go_on_ && take(bytes); }
   /// It was said that no more is wanted: then a transport's "done" is none.
@@ -3326,7 +3368,7 @@ class guarded_sink final : public body_sink {
 
  private:
   bool begin(const http_response& head) {
-    call_.reached = true;
+    connected();
     {
       const std::lock_guard<std::mutex> guard(mutex_);
       started_ = true;  // from here on the body's pace counts, not what it took to get here
@@ -3335,7 +3377,7 @@ class guarded_sink final : public body_sink {
     }
     std::size_t size = 0;
     for (const auto& field : head.headers) size += field.first.size() + field.second.size() + 4;
-    if (head.headers.size() > max_fields || size > max_head) return refuse("its header is too large");
+    if (head.headers.size() > max_fields || size > max_head_bytes) return refuse("its header is too large");
     head_ = head;
     streamed_ = head.status == 200 || head.status == 206;
     const std::string* coding = head.header("Content-Encoding");
@@ -3459,6 +3501,8 @@ class session {
   std::atomic<bool> warned_{false};
   std::optional<std::string> netrc_key_;
   std::optional<access_token> token_;
+  bool exchanging_ = false;  // one call is getting a token, the others wait
+  std::condition_variable exchanged_;
 };
 
 inline result<url> session::ready() {
@@ -3569,29 +3613,46 @@ inline result<std::string> session::authorization(call& of) {
     for (const auto& text : warnings) warn(text);
   }
   if (key.empty()) return std::string();
-  if (auto good = check_api_key(key); !good) return good.error();
+  if (auto good = check_api_key(key); !good) {
+    const bool in_netrc = config.api_key.empty();
+    return error(errc::invalid_argument,
+                 (in_netrc ? "in " + in_quotes(config.netrc_file) + ": " : std::string()) +
+                     good.error().what());
+  }
   return "Basic " + base64_encode("api:" + key);
 }
 
+/// The token in hand or the shared one, as long as it lasts; otherwise one exchange, for all who wait.
 inline result<std::string> session::bearer(call& of, const url& base) {
-  const std::lock_guard<std::mutex> guard(mutex);  // one exchange for all who wait
-  const auto now = std::chrono::system_clock::now();
   std::string_view server = config.base_url;  // as the SDK names it in the shared file
   while (!server.empty() && server.back() == '/') server.remove_suffix(1);
-  const auto fresh = [&](const std::optional<access_token>& one) {
-    return one && one->expires_at - now > token_margin;
-  };
-  if (!fresh(token_)) token_ = read_shared_token(config.credentials_file, std::string(server), now);
-  if (!fresh(token_)) {
-    auto got = exchange_identity(of, base);
-    if (!got) return got.error();
-    token_ = *got;
-    if (!config.credentials_file.empty()) {
-      const auto kept = write_shared_token(config.credentials_file, std::string(server), *token_);
-      if (!kept) warn(kept.error().what());
+  {
+    std::unique_lock<std::mutex> held(mutex);
+    while (exchanging_) {
+      if (of.cancelled()) return of.why_cancelled();
+      exchanged_.wait_for(held, milliseconds(50));
     }
+    if (!token_ || !token_->lasts()) {
+      token_ =
+          read_shared_token(config.credentials_file, std::string(server), std::chrono::system_clock::now());
+    }
+    if (token_) return "Bearer " + token_->value;
+    exchanging_ = true;
   }
-  return "Bearer " + token_->value;
+  auto got = exchange_identity(of, base);
+  result<void> kept;
+  if (got && !config.credentials_file.empty()) {
+    kept = write_shared_token(config.credentials_file, std::string(server), *got);
+  }
+  {
+    const std::lock_guard<std::mutex> guard(mutex);
+    if (got) token_ = *got;
+    exchanging_ = false;
+    exchanged_.notify_all();
+  }
+  if (!kept) warn(kept.error().what());
+  if (!got) return got.error();
+  return "Bearer " + got->value;
 }
 
 /// RFC 7523: a signed statement of identity for an access token.
@@ -3639,10 +3700,10 @@ inline result<access_token> session::exchange_identity(call& of, const url& base
           lifetime->is_number() && !token->get_ref<const std::string&>().empty() &&
           std::none_of(token->get_ref<const std::string&>().begin(),
                        token->get_ref<const std::string&>().end(), is_control)) {
-        const auto seconds =
-            static_cast<std::int64_t>((std::min)((std::max)(lifetime->get<double>(), 0.0), 1e9));
-        return access_token{token->get<std::string>(),
-                            std::chrono::system_clock::now() + std::chrono::seconds(seconds)};
+        const std::chrono::seconds lives(
+            static_cast<std::int64_t>((std::min)((std::max)(lifetime->get<double>(), 0.0), 1e9)));
+        return access_token{token->get<std::string>(), std::chrono::system_clock::now() + lives,
+                            (std::min)(token_margin, lives / 2)};
       }
     }
     if (auto end = tries.wait_after(failure)) return *end;
@@ -4300,7 +4361,7 @@ class download {
   std::atomic<std::uint64_t> received_{0};
   std::uint64_t received_before_ = 0;
   double pace_ = 0;
-  clock::time_point ticked_ = clock::now();
+  clock::time_point ticked_ = clock::now(), said_alive_ = ticked_;
   std::deque<thread> threads_;  // last: joined before anything they use goes
 };
 
@@ -4483,7 +4544,13 @@ inline result<void> download::run(partial_file& into) {
   }
   stop();
   if (failure_) return *failure_;
-  if (checked() && !hashing_) digest_ = md5_of_file(into.where());
+  if (checked() && !hashing_) {
+    digest_ = md5_of_file(into.where(), [&](std::uint64_t done) {
+      hashed_ = done;
+      tick(phase::verifying);
+      return !call_.cancelled();
+    });
+  }
   const progress end{name_, checked() ? phase::verifying : phase::downloading, into.size(), into.size(),
                      pace_};
   if (options_.on_progress && !options_.on_progress(end)) call_.stop();
@@ -4534,6 +4601,10 @@ inline void download::tick(phase now) {
   progress report{name_, now, 0, {}, pace_};
   {
     const lock held(mutex_);
+    if (now == phase::verifying && time - said_alive_ > std::chrono::seconds(partial_file::quiet / 6)) {
+      said_alive_ = time;
+      into_->touch();
+    }
     plan_->measure(seconds);
     // What connections still hold counts, too; where another takes over from one, it is not counted back.
     shown_ = (std::max)(
@@ -4841,6 +4912,18 @@ WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::refresh() {
 
 namespace detail {
 
+/// Whether Windows takes it for the name of a file or directory as it stands: no stream behind a colon, no device, nothing
+/// that it would strip.
+inline bool is_windows_name(std::string_view piece) {
+  if (piece == "." || piece.empty()) return true;
+  if (piece.find_first_of("<>:\"|?*") != piece.npos || std::any_of(piece.begin(), piece.end(), is_control))
+    return false;
+  if (piece.back() == '.' || piece.back() == ' ') return false;
+  const std::string stem = lower(trim(piece.substr(0, piece.find('.'))));
+  if (stem == "con" || stem == "prn" || stem == "aux" || stem == "nul") return false;
+  return !(stem.size() == 4 && (starts_with(stem, "com") || starts_with(stem, "lpt")) && is_digit(stem[3]));
+}
+
 /// Refuses what would leave root, under the rules of any system (the SDK's wandb/sdk/lib/paths.py).
 inline result<void> check_name(std::string_view name) {
   const auto refuse = [&](const char* why) {
@@ -4857,6 +4940,9 @@ inline result<void> check_name(std::string_view name) {
     last = part;
     for (const auto piece : split(part, '\\')) {
       if (piece == "..") return refuse("it leaves the directory");
+#ifdef _WIN32
+      if (!is_windows_name(piece)) return refuse("Windows has no files of such a name");
+#endif
     }
   }
   if (last.empty() || last == ".") return refuse("it is a directory");
@@ -4923,6 +5009,7 @@ class restoring {
     const auto policy = options_.replace ? cache_policy::replace() : options_.cache.value_or(session_.policy);
     const auto copy = seen ? std::optional<local_copy>(copy_of(*seen)) : std::nullopt;
     const auto verdict = copy ? policy(*copy, nullptr) : cache_policy::verdict::fetch;
+    if (call_.cancelled()) return call_.why_cancelled();
     if (verdict == cache_policy::verdict::keep) return open_local(*copy);
 
     service asked(session_, call_);
@@ -4937,12 +5024,26 @@ class restoring {
         policy(*copy, &remote->info) == cache_policy::verdict::keep) {
       return keep(*copy, *seen, remote->info);
     }
+    if (call_.cancelled()) return call_.why_cancelled();
     return fetch(*std::move(remote), seen);
   }
 
  private:
-  [[nodiscard]] local_copy copy_of(const file_facts& facts) const {
+  /// Tells the caller how far it is, about ten times a second. False when the call is to end.
+  bool report(phase now, std::uint64_t done, std::optional<std::uint64_t> total) {
+    const auto time = clock::now();
+    if (time - reported_ >= milliseconds(90)) {
+      reported_ = time;
+      if (options_.on_progress && !options_.on_progress({name_, now, done, total, 0})) call_.stop();
+    }
+    return !call_.cancelled();
+  }
+
+  [[nodiscard]] local_copy copy_of(const file_facts& facts) {
     local_copy copy;
+    copy.go_on_ = [this, size = facts.size](std::uint64_t done) {
+      return report(phase::verifying, done, size);
+    };
     copy.path = at_.target;
     copy.size = facts.size;
     copy.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
@@ -4969,7 +5070,9 @@ class restoring {
 
   /// After the service was asked. What it has too is the asked run's, wherever it came from.
   result<restored_file> keep(const local_copy& copy, const file_facts& facts, const file_info& remote) {
-    if (remote.md5.empty() || copy.md5() != remote.md5) return open_local(copy);
+    const bool verified = !remote.md5.empty() && copy.md5() == remote.md5;
+    if (call_.cancelled()) return call_.why_cancelled();
+    if (!verified) return open_local(copy);
     remember(remote.md5, facts);
     return open({at_.target, copy.size, remote.md5, source::local, true});
   }
@@ -4994,12 +5097,15 @@ class restoring {
         !remote.info.md5.empty()) {  // another process brought it meanwhile
       const auto copy = copy_of(*now);
       if (copy.md5() == remote.info.md5) return keep(copy, *now, remote.info);
+      if (call_.cancelled()) return call_.why_cancelled();
     }
     for (bool again = false;; again = true) {
       // What no md5 will prove is not gone on from.
       const std::string key = options_.verify ? remote.info.md5 : std::string();
       const std::uint64_t size = remote.info.size.value_or(0);
-      auto opened = again ? partial_file::create(at_, key, size) : partial_file::open(at_, key, size);
+      const watcher copying = [&](std::uint64_t done) { return report(phase::downloading, done, size); };
+      auto opened =
+          again ? partial_file::create(at_, key, size) : partial_file::open(at_, key, size, copying);
       if (!opened) return opened.error();
       partial_file& partial = **opened;
       keeper kept{partial, at_, key};
@@ -5047,14 +5153,15 @@ class restoring {
     const bool verified = options_.verify && !remote.info.md5.empty();
     const std::string md5 = verified ? remote.info.md5 : std::string();
     remember(md5, partial.published());
-    clean_up(at_);
+    if (partial.published()) clean_up(at_, partial.published()->modified);
     return restored_file(*std::move(stream), {at_.target, partial.size(), md5, source::downloaded, verified});
   }
 
   /// Another downloader of this target is given time as long as it makes progress. False if cancelled.
   bool wait_for(place_lock& lock) {
     std::vector<std::int64_t> before;
-    for (auto since = clock::now(); lock.try_acquire() == place_lock::outcome::busy;) {
+    const auto began = clock::now();
+    for (auto since = began; lock.try_acquire() == place_lock::outcome::busy;) {
       std::vector<std::int64_t> now;
       for (const auto& one : find_partials(at_)) now.push_back(one.facts.modified);
       std::sort(now.begin(), now.end());
@@ -5062,8 +5169,10 @@ class restoring {
       before = std::move(now);
       if (clock::now() - since > std::chrono::seconds(partial_file::quiet))
         return true;  // it has lost its turn
-      if (options_.on_progress && !options_.on_progress({name_, phase::downloading, 0, {}, 0})) call_.stop();
-      if (!call_.sleep(milliseconds(100))) return false;
+      if (!report(phase::downloading, 0, {})) return false;
+      // A thousand that wait must not wear out the file system: the longer it takes, the less often one looks.
+      const auto waited = std::chrono::duration_cast<milliseconds>(clock::now() - began);
+      if (!call_.sleep(std::clamp(waited / 10, milliseconds(50), milliseconds(1000)))) return false;
     }
     return true;
   }
@@ -5074,6 +5183,7 @@ class restoring {
   std::string name_;
   run_path run_;
   place at_;
+  clock::time_point reported_ = clock::now();
 };
 
 WANDB_RESTORE_PRIVATE_INLINE std::shared_ptr<session>
@@ -5176,8 +5286,6 @@ inline bool make_nonblocking(socket_handle handle) {
   return ::fcntl(handle, F_SETFD, FD_CLOEXEC) == 0 && ::fcntl(handle, F_SETFL, O_NONBLOCK) == 0;
 }
 #endif
-
-inline std::string system_text(int code) { return std::system_category().message(code); }
 
 // ---- where an exchange goes, and how it fares
 
@@ -5562,17 +5670,6 @@ class channel {
 
 // ---- heads (RFC 9112, sections 2 to 5)
 
-inline constexpr std::size_t max_head_bytes = 65536;
-
-inline bool is_token(std::string_view text) {
-  return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
-    return is_letter(c) || is_digit(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
-  });
-}
-inline bool is_field_value(std::string_view text) {
-  return std::none_of(text.begin(), text.end(), [](char c) { return is_control(c) && c != '\t'; });
-}
-
 /// Whether a header that is a list of tokens has this one.
 inline bool has_token(const http_response& head, std::string_view name, std::string_view token) {
   for (const auto& [field, value] : head.headers) {
@@ -5838,6 +5935,7 @@ class connection final : public httplib::ClientImpl {
   bool create_and_connect_socket(Socket& socket, httplib::Error&) {
     const route& way = exchange_->way;
     if (!channel_.connect(way.via ? *way.via : way.to)) return false;
+    exchange_->sink.connected();
     socket.sock = channel_.socket();
     if (!way.is_secure()) return true;
     if (way.via && !open_tunnel(way)) return false;

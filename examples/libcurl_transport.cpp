@@ -219,6 +219,9 @@ class curl_transport {
 
     const without_sigpipe guard;
     const CURLcode code = curl_easy_perform(curl.get());
+    curl_off_t connected = 0;  // microseconds until then; 0: it never was
+    curl_easy_getinfo(curl.get(), CURLINFO_CONNECT_TIME_T, &connected);
+    if (connected > 0) sink.connected();
     pool_->give_back(std::move(curl), address->origin());
     if (code == CURLE_OK) return std::move(now.response);
     return failure(code, now.ended,

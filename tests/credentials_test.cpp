@@ -353,7 +353,7 @@ TEST_SUITE("credentials: identity tokens") {
 
   TEST_CASE(
       "a token that is about to run out is renewed within a client, and the identity file is read again") {
-    federated f(200);  // seconds: less than the five minutes that a token has to be good for
+    federated f(0);  // seconds
     wandb::client<> client(f.settings());
     (void)f.success(client.try_restore("a.txt", f.path, true));
     const auto before = f.exchanges();
@@ -362,6 +362,37 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(f.exchanges() > before);
     write_file(f.directory / "identity", "eyJub3QiOiJ0aGlzIn0.e30.e30");
     (void)f.failure(client.try_restore("a.txt", f.path, true), errc::not_authenticated);
+  }
+
+  TEST_CASE("a token that never had five minutes is used for half its life, not exchanged for each request") {
+    federated f(200);  // seconds
+    f.server.add_file(f.run, "large", stand_in::generated(16 << 20, 1));
+    (void)f.success(wandb::client<>(f.settings()).try_restore("large", f.path));
+    CHECK(f.server.counted().of(request_kind::storage).requests > 1);
+    CHECK(f.exchanges() == 1);
+  }
+
+  TEST_CASE("who waits for another's exchange can be cancelled") {
+    federated f;
+    f.server.add_fault(place::oidc, act::hang());
+    wandb::client<> client(f.settings());
+    std::atomic<bool> stop_first{false}, stop_second{true}, first_is_back{false};
+    const auto ask = [&](const std::atomic<bool>& stop) {
+      wandb::restore_options options;
+      options.run_path = f.path;
+      options.root = f.root();
+      options.cancel = &stop;
+      return client.try_restore("a.txt", options);
+    };
+    std::thread first([&] {
+      (void)ask(stop_first);
+      first_is_back = true;
+    });
+    CHECK(f.server.wait_for([](const auto& seen) { return seen.counts.stalled > 0; }, 20s));
+    (void)f.failure(ask(stop_second), errc::cancelled);
+    CHECK_FALSE(first_is_back);
+    stop_first = true;
+    first.join();
   }
 
   TEST_CASE("a shared file that cannot be written is a warning; one that is something else is written anew") {

@@ -243,7 +243,7 @@ TEST_SUITE("partial files") {
       const auto mine = must(partial_file::open(at, md5, size));
       CHECK_FALSE(mine->has(0));
       CHECK(find_partials(at).size() == 2);
-      clean_up(at);
+      clean_up(at, 0);
       CHECK(find_partials(at).size() == 2);
     }
     bool buried = false;
@@ -276,7 +276,7 @@ TEST_SUITE("partial files") {
     const auto alive = must(partial_file::create(at, other_md5, size));
     write_file(directory / ".wandb-restore-notes", "the user's own");
     REQUIRE(find_partials(at).size() == 4);
-    clean_up(at);
+    clean_up(at, 0);
     REQUIRE(find_partials(at).size() == 1);
     CHECK(find_partials(at).front().where == alive->where());
     CHECK(fs::exists(directory / ".wandb-restore-notes"));
@@ -352,12 +352,58 @@ TEST_SUITE("partial files") {
     CHECK(content_at(*mine, 0) == block_text(0));
     CHECK(content_at(*mine, 3) == block_text(3));
     CHECK(mine->content().facts()->inode != facts_of(theirs)->inode);
-    clean_up(at);
+    const auto now = mine->content().facts()->modified;
+    clean_up(at, now);
     CHECK(fs::exists(theirs));  // it may still be written to
 
     // What the copy is, stays: the other's later writes do not show.
     REQUIRE(left->write(0, block_text(0, 'z')).has_value());
     CHECK(content_at(*mine, 0) == block_text(0));
+  }
+
+  TEST_CASE("copying another's blocks ends where its watcher says so") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    auto left = must(partial_file::create(at, md5, size));
+    fill(*left, 0, 4);
+    const fs::path theirs = at.partial(md5, owner{"0000000000000000", 1, 2, 3}.str());
+    fs::rename(left->where(), theirs);
+    set_age(theirs, static_cast<std::int64_t>(partial_file::quiet) + 10);
+    int asked = 0;
+    const auto mine = must(partial_file::open(at, md5, size, [&](std::uint64_t) { return ++asked < 2; }));
+    const bool cloned = asked == 0;  // by the file system, at once
+    CHECK(mine->has(0));
+    CHECK(mine->has(1) == cloned);
+  }
+
+  TEST_CASE("an owner on another host that wrote nothing for a day is taken for gone") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    auto left = must(partial_file::create(at, md5, size));
+    const auto now = left->content().facts()->modified;
+    const fs::path theirs = at.partial(md5, owner{"0000000000000000", 1, 2, 3}.str());
+    fs::copy_file(left->where(), theirs);
+    set_age(theirs, 86000);
+    clean_up(at, now);
+    CHECK(fs::exists(theirs));
+    set_age(theirs, 87000);
+    set_age(left->where(), 87000);
+    clean_up(at, now);
+    CHECK_FALSE(fs::exists(theirs));
+    CHECK(fs::exists(left->where()));  // of this very process, which lives
+  }
+
+  TEST_CASE("a sign of life is one: the file was changed just now, and its record stays") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    auto mine = must(partial_file::create(at, md5, size));
+    fill(*mine, 1, 2);
+    set_age(mine->where(), 3600);
+    const auto before = mine->content().facts()->modified;
+    mine->touch();
+    CHECK(mine->content().facts()->modified > before);
+    CHECK(mine->has(1));
+    CHECK_FALSE(mine->has(0));
   }
 
   TEST_CASE("names that look alike are nobody's partial files") {

@@ -343,6 +343,17 @@ TEST_SUITE("download: what is survived") {
     CHECK(it.storage() == 2);
   }
 
+  TEST_CASE(
+      "who takes the connection and says nothing was reached: it is tried again for longer than a connect") {
+    world it;
+    it.settings.connect_timeout = 300ms;
+    it.settings.idle_timeout = 200ms;
+    const auto what = it.add("model.h5", small_size);
+    it.server.add_fault(target(place::connect).matching("service").nth(1, 2), act::hang());
+    it.server.add_fault(target(place::graphql).nth(1), act::hang());
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+  }
+
   TEST_CASE("a body that stalls, and one that drips, are dropped and gone on with") {
     for (const bool drips : {false, true}) {
       CAPTURE(drips);

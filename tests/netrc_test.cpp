@@ -5,12 +5,20 @@
 #include <doctest/doctest.h>
 
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
-using wandb::detail::find_netrc_password;
-
 namespace {
+
+/// The password for a host as a netrc file spells it, else the default entry's.
+std::optional<std::string> find_netrc_password(std::string_view text, const std::string& host) {
+  const auto passwords = wandb::detail::parse_netrc(text);
+  if (!passwords) return std::nullopt;
+  auto found = passwords->find(host);
+  if (found == passwords->end()) found = passwords->find("default");
+  return found == passwords->end() ? std::nullopt : std::optional(found->second);
+}
 
 /// What the netrc reader makes of a whole file, through the settings that name it.
 struct netrc_answer {

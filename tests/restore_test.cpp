@@ -239,6 +239,35 @@ TEST_SUITE("restore: forms") {
     CHECK(visible(f.root()).empty());
   }
 
+  TEST_CASE("options: a local copy that is hashed reports progress, and that can be cancelled") {
+    fixture f;
+    f.server.add_file(f.run, "a.bin", stand_in::generated(0, 1));
+    constexpr std::uint64_t size = 1 << 30;
+    std::atomic<bool> cancel{false};
+    for (const bool by_flag : {false, true}) {
+      fs::create_directories(f.root());
+      std::ofstream(f.root() / "a.bin").close();
+      fs::resize_file(f.root() / "a.bin", size);  // takes no room
+      auto options = f.options();
+      // Of a policy of one's own, so that the size alone does not decide.
+      options.cache = [](const wandb::local_copy& local, const wandb::file_info*) {
+        return local.md5().empty() ? wandb::cache_policy::verdict::fetch : wandb::cache_policy::verdict::keep;
+      };
+      bool verifying = false;
+      options.cancel = &cancel;
+      options.on_progress = [&](const wandb::progress& now) {
+        verifying = now.phase == wandb::phase::verifying && now.bytes_total == size && now.bytes_done < size;
+        if (by_flag) cancel = true;
+        return by_flag;
+      };
+      auto client = f.client();
+      (void)f.failure(client.try_restore("a.bin", options), errc::cancelled);
+      CHECK(verifying);
+      CHECK(fs::file_size(f.root() / "a.bin") == size);
+      CHECK(f.asked() == "graphql 0, files 0, storage 0");
+    }
+  }
+
   TEST_CASE("options: what makes no sense is told without a request") {
     fixture f;
     auto client = f.client();
@@ -415,6 +444,19 @@ TEST_CASE("names that are refused, whatever the system, without a request and wi
   }
   CHECK(f.asked() == "graphql 0, files 0, storage 0");
   CHECK(fs::is_empty(f.root()));
+}
+
+TEST_CASE("what Windows takes for the name of a file") {
+  for (const char* name :
+       {"a", "model.h5", ".hidden", "com", "com10", "console", "nullable.txt", "a b", "\xc3\xa4"}) {
+    CAPTURE(std::string(name));
+    CHECK(wandb::detail::is_windows_name(name));
+  }
+  for (const char* name : {"media:v0", "a?", "a*", "\"a\"", "a<b", "a>b", "a|b", "tab\tbed", "nul", "NUL",
+                           "con.txt", "Aux.tar.gz", "com1", "LPT9.log", "dot.", "space ", "prn ."}) {
+    CAPTURE(std::string(name));
+    CHECK_FALSE(wandb::detail::is_windows_name(name));
+  }
 }
 
 TEST_CASE("a refused name is refused before anything else is looked at") {

@@ -500,7 +500,8 @@ TEST_SUITE("httplib_transport") {
     wandb::http_request request;
     request.url = silent.url("https");
     collector sink;
-    int accepted = -1;  // shows that it runs; open until the end, so that nothing but the cancellation ends it
+    int accepted =
+        -1;  // shows that it runs; open until the end, so that nothing but the cancellation ends it
     check_cancel(transport, request, sink, [&] { accepted = silent.accept(); });
     ::close(accepted);
     request.connect_timeout = 300ms;
