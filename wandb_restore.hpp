@@ -441,7 +441,8 @@ class local_copy {
 
  private:
   friend class detail::restoring;
-  std::function<bool(std::uint64_t)> go_on_ = {};
+  std::weak_ptr<const std::function<bool(std::uint64_t)>> go_on_ = {};  // copies may outlive the restore
+  mutable std::string known_md5_ = {};
 };
 
 /// Says what a local copy is worth: a function of the copy's facts and, once asked for, the service's.
@@ -494,7 +495,8 @@ struct settings {
   std::string api_key = {};                     ///< 40 characters or more, or a JWT
   std::string identity_token_file = {};         ///< a file with a JWT that is exchanged for an access token
   std::filesystem::path credentials_file = {};  ///< where access tokens are shared with the SDK
-  std::filesystem::path netrc_file = {};        ///< where a key is looked for if the two above are empty
+  std::filesystem::path netrc_file =
+      {};  ///< where a key is looked for if there is neither key nor token file
 
   std::string entity = {};   ///< default for run paths without one
   std::string project = {};  ///< likewise
@@ -511,11 +513,12 @@ struct settings {
   std::chrono::milliseconds retry_timeout{300000};  ///< trying again without progress ends after this
   std::chrono::milliseconds total_timeout{0};       ///< for a whole call; 0: none
 
-  proxy_settings http_proxy = {};           ///< for http addresses
-  proxy_settings https_proxy = {};          ///< for https addresses, through CONNECT
-  std::filesystem::path ca_file = {};       ///< PEM bundle; this and the next empty: the system's own
-  std::filesystem::path ca_directory = {};  ///< hashed directory of certificates
-  bool verify_tls = true;                   ///< false accepts any certificate, with a warning
+  proxy_settings http_proxy = {};      ///< for http addresses
+  proxy_settings https_proxy = {};     ///< for https addresses, through CONNECT
+  std::filesystem::path ca_file = {};  ///< PEM bundle; this and the next empty: the system's own
+  std::filesystem::path ca_directory =
+      {};  ///< hashed directory of certificates; a list with ':' between (Windows: ';') is several
+  bool verify_tls = true;  ///< false accepts any certificate, with a warning
 
   http_headers extra_headers =
       {};  ///< for the base URL's requests only; a Proxy-Authorization goes to the proxy only
@@ -964,8 +967,16 @@ inline std::string in_quotes(std::string_view text) {
 
 /// Names inside runs are UTF-8; so are paths in messages and records, on every system.
 inline std::string utf8(const std::filesystem::path& path) {
-  const auto text = path.u8string();  // of char8_t from C++20 on
-  return std::string(text.begin(), text.end());
+#ifdef _WIN32
+  const std::wstring& wide = path.native();  // u8string() throws where a surrogate stands alone
+  const int size = static_cast<int>(wide.size());
+  std::string text(wide.size() * 3, '\0');
+  text.resize(static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, text.data(),
+                                                           static_cast<int>(text.size()), nullptr, nullptr)));
+  return text;
+#else
+  return path.native();
+#endif
 }
 inline std::filesystem::path from_utf8(std::string_view text) {
 #ifdef _WIN32
@@ -1364,8 +1375,8 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
   std::size_t at = runs - 2;
   for (std::string* part : {&found.entity, &found.project, &found.run_id}) {
     if (at == runs) ++at;
-    auto plain = has_host ? percent_decode(segments[at++]) : std::string(segments[at++]);
-    if (!plain || !is_usable_part(*plain)) return std::nullopt;
+    const auto plain = has_host ? percent_decode(segments[at++]) : std::string(segments[at++]);
+    if (!plain || !is_usable_part(trim(*plain))) return std::nullopt;
     *part = trim(*plain);
   }
   return found;
@@ -1398,7 +1409,8 @@ inline result<run_path> check_run_path(const run_path& path, std::string_view te
     const char* variable;
     const std::string& value;
   };
-  const std::string what = text.empty() ? "no run path was given" : "invalid run path " + in_quotes(text);
+  const auto shown = text.substr(0, text.find_first_of("?#"));  // a query may hold an access token
+  const std::string what = text.empty() ? "no run path was given" : "invalid run path " + in_quotes(shown);
   std::string missing, variables;
   for (const auto& [name, variable, value] :
        {part{"entity", "WANDB_ENTITY", path.entity}, part{"project", "WANDB_PROJECT", path.project},
@@ -2133,6 +2145,12 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
     if (claimed->load_record()) return claimed;  // a foreign or torn file goes with its owner
   }
   auto made = create(at, md5, size);
+  if (!made && !candidates.empty()) {
+    return error(made.error().code(),
+                 std::string(made.error().what()) + "; also, " + in_quotes(candidates.front().where) +
+                     " holds a part of it for a process that cannot be asked whether it lives: "
+                     "remove it if none is at work");
+  }
   if (!made) return made;
   const auto now = (*made)->out_.facts();  // the file system's own clock
   for (const auto& one : candidates) {
@@ -2179,7 +2197,11 @@ inline result<void> partial_file::check_room(const path& directory, std::uint64_
 inline result<void> partial_file::reserve() const {
   const auto facts = out_.facts();
   const std::uint64_t whole = record_offset() + header_size + bits_.size();
-  const std::uint64_t missing = facts && facts->allocated < whole ? whole - facts->allocated : 0;
+  std::uint64_t present = facts ? facts->allocated : 0;  // less than what was written where it is compressed
+  std::uint64_t written = 0;
+  for (std::uint64_t i = 0; i < blocks(); ++i) written += has(i) ? block : 0;
+  present = (std::max)(present, written);
+  const std::uint64_t missing = present < whole ? whole - present : 0;
   const path directory = where_.parent_path();
   if (auto room = check_room(directory, missing); !room) return room;
   const int code = out_.reserve(whole);
@@ -2238,6 +2260,12 @@ inline void clean_up(const place& at, std::int64_t now) {
   }
 }
 
+inline path absolute_path(const path& where) {
+  std::error_code failure;
+  const path whole = std::filesystem::absolute(where, failure);
+  return (failure ? where : whole).lexically_normal();
+}
+
 // ---- locks: a courtesy that spares duplicate work; correctness never rests on them
 
 /// Keeps other threads and, where the file system's locks work, other processes away from a place. Never blocks.
@@ -2245,10 +2273,7 @@ class place_lock {
  public:
   enum class outcome { held, busy, unavailable };
 
-  explicit place_lock(const place& at) : where_(at.lock()) {
-    std::error_code failure;
-    key_ = std::filesystem::absolute(at.target, failure).lexically_normal();
-  }
+  explicit place_lock(const place& at) : where_(at.lock()), key_(absolute_path(at.target)) {}
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
@@ -2303,6 +2328,7 @@ class place_lock {
     if (::fcntl(out_.native(), set, &whole) != 0) {
       const bool busy = errno == EAGAIN || errno == EACCES;
       out_.close();
+      if (!busy) remove_quietly(where_);  // nobody can hold it
       return busy ? outcome::busy : outcome::unavailable;
     }
     // The holder before may have removed the file between our open and our lock: then the next try makes a new one.
@@ -2328,11 +2354,6 @@ struct receipt {
   std::string md5;            // verified, in hex; or empty
 };
 
-inline path absolute_path(const path& where) {
-  std::error_code failure;
-  const path whole = std::filesystem::absolute(where, failure);
-  return (failure ? where : whole).lexically_normal();
-}
 inline path receipt_path(const path& cache, const path& target) {
   return cache / "receipts" / (hex64(name_hash(utf8(absolute_path(target)))) + ".json");
 }
@@ -2515,7 +2536,10 @@ inline std::string md5_of_file(const path& where, const watcher& go_on = {}) {
 }  // namespace detail
 
 WANDB_RESTORE_PRIVATE_INLINE std::string local_copy::md5() const {
-  return receipt_md5.empty() ? detail::md5_of_file(path, go_on_) : receipt_md5;
+  if (!receipt_md5.empty()) return receipt_md5;
+  const auto go_on = go_on_.lock();
+  if (known_md5_.empty()) known_md5_ = detail::md5_of_file(path, go_on ? *go_on : detail::watcher());
+  return known_md5_;
 }
 
 // ====================================================================================== settings, resolved
@@ -2623,8 +2647,9 @@ inline result<void> check_api_key(std::string_view key) {
 /// Source: wandb/sdk/lib/wbauth/host_url.py; in addition, what could not be sent on as written is refused.
 inline result<url> parse_base_url(std::string_view text) {
   const auto fail = [&](std::string_view why) {
-    return error(errc::invalid_argument,
-                 "cannot use the base URL " + in_quotes(text) + ": " + std::string(why));
+    return error(errc::invalid_argument, "cannot use the base URL " +
+                                             in_quotes(text.substr(0, text.find_first_of("?#"))) + ": " +
+                                             std::string(why));
   };
   if (text.find('@') != text.npos) {  // not quoted: there may be a password in it
     return error(errc::invalid_argument, "the base URL has an @: a user name or password has no place in it");
@@ -3119,11 +3144,21 @@ inline void find_manners(settings& s, const settings_sources& from) {
   s.cache_dir = cache.empty() ? cache : cache / "restore";
 }
 
-/// SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own, and what the SDK's core reads. Where neither is set, the variables of
-/// Python's requests and of curl count, which may name a file or a directory.
+/// SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own, and what the SDK's core reads: each takes the place of the system's
+/// file or directory, the other of which stays. Where neither is set, the variables of Python's requests and of curl
+/// count, which may name a file or a directory and leave nothing else.
 inline void find_certificates(settings& s, const settings_sources& from) {
   s.ca_file = from_utf8(first_of_environment({"SSL_CERT_FILE"}));
   s.ca_directory = from_utf8(first_of_environment({"SSL_CERT_DIR"}));
+  if (s.ca_file.empty() != s.ca_directory.empty()) {
+    for (const char* const directory : {"/etc/ssl/certs", "/etc/pki/tls/certs"}) {
+      const auto facts = facts_of(directory);
+      if (!facts || !facts->is_directory) continue;
+      if (!s.ca_directory.empty()) s.ca_directory += ":";
+      s.ca_directory += directory;
+      break;
+    }
+  }
   const path bundle = expand_home(first_of_environment({"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}));
   if (s.ca_file.empty() && s.ca_directory.empty()) {
     const auto facts = facts_of(bundle);
@@ -3168,6 +3203,9 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
   if (!chosen) return {};
   auto address = proxy_address(chosen.value);
   if (!address) {
+    const auto base = parse_base_url(s.base_url);
+    // Nothing leads from https to http: there this proxy would never be used.
+    chosen.in_file = chosen.in_file || (!tls && base && base->scheme == "https");
     from.reject(
         chosen,
         "expected an address like http://[user:password@]host:port (no other kinds of proxy are known)");
@@ -3353,14 +3391,14 @@ class guarded_sink final : public body_sink {
   [[nodiscard]] std::optional<error> verdict(const error& failure) const {
     if (refused_) return refused_;
     if (call_.cancelled()) return call_.why_cancelled();
+    if (head_.status != 0 && !streamed_)
+      return std::nullopt;  // the status tells, whatever became of the body
     if (slow_) {
       return error(errc::connection_failed,
                    what_ + (started_ ? ": sent less than " + readable_bytes(call_.config.low_speed) +
                                            " a second for " + seconds_text(call_.config.idle_timeout)
                                      : std::string(": no answer in time")));
     }
-    if (failure.code() == errc::cancelled && kept_.size() >= max_error_body)
-      return std::nullopt;  // enough was read
     return failure;
   }
   [[nodiscard]] const http_response& head() const { return head_; }
@@ -3450,17 +3488,29 @@ inline url beneath(url base, std::string_view target) {
   return base;
 }
 
+/// Points in time are sums: a time that means "for ever" must not overflow them.
+inline settings with_bounded_times(settings configuration) {
+  constexpr std::chrono::hours year(365 * 24);
+  for (auto* time : {&configuration.connect_timeout, &configuration.idle_timeout,
+                     &configuration.retry_timeout, &configuration.total_timeout}) {
+    *time = (std::min<milliseconds>)(*time, year);
+  }
+  return configuration;
+}
+
 /// Settings, transport and what is learned between calls. Safe to use from several threads.
 class session {
  public:
   session(settings configuration, transport_ref transport, cache_policy policy_)
-      : config(std::move(configuration)), policy(std::move(policy_)), transport_(transport) {}
+      : config(with_bounded_times(std::move(configuration))), policy(std::move(policy_)),
+        base(parse_base_url(config.base_url)), transport_(transport) {}
 
   const settings config;
   const cache_policy policy;
+  const result<url> base;  // the base URL, or what is wrong with it
 
-  /// The base URL, once the settings are found fit for a request; warnings are passed on here.
-  result<url> ready();
+  /// Whether the settings are fit for a request; warnings are passed on here.
+  result<void> ready();
 
   /// One exchange, redirects followed (RFC 9110, section 15.4; at most 10, never from https to http). `here` is where to
   /// begin and, from the sink's first call on, where one has got to. The Authorization value and the extra headers go
@@ -3471,6 +3521,8 @@ class session {
 
   /// An Authorization value for the base URL; empty where no credentials are to be had.
   result<std::string> authorization(call& of);
+  /// What a server said, fit for messages: one that repeats what it was sent must not make us repeat it.
+  [[nodiscard]] std::string without_secrets(std::string said, const std::string& authorization) const;
   /// For messages about refused or missing credentials.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
   /// The status that came, in the service's words where it has any.
@@ -3494,8 +3546,8 @@ class session {
  private:
   void add_credentials(http_request& request, bool home, const std::string& authorization) const;
   std::string words_of(const answer& got, const url& from, const std::string& authorization) const;
-  result<std::string> bearer(call& of, const url& base);
-  result<access_token> exchange_identity(call& of, const url& base);
+  result<std::string> bearer(call& of);
+  result<access_token> exchange_identity(call& of);
 
   transport_ref transport_;
   std::atomic<bool> warned_{false};
@@ -3505,8 +3557,7 @@ class session {
   std::condition_variable exchanged_;
 };
 
-inline result<url> session::ready() {
-  auto base = parse_base_url(config.base_url);
+inline result<void> session::ready() {
   if (config.offline) {
     return error(errc::offline, "offline mode (WANDB_MODE), so nothing can be asked of " +
                                     (base ? base->redacted() : "the service") +
@@ -3524,7 +3575,8 @@ inline result<url> session::ready() {
                        " cannot be sent: it has control characters, or the name is none");
     }
   }
-  if (base && !warned_.exchange(true)) {
+  if (!base) return base.error();
+  if (!warned_.exchange(true)) {
     for (const auto& text : config.warnings) warn(text);
     if (!config.verify_tls && base->scheme == "https") {
       warn("certificates are not checked (WANDB_INSECURE_DISABLE_SSL): anybody on the way can read the API "
@@ -3532,12 +3584,11 @@ inline result<url> session::ready() {
            "and change the files");
     }
   }
-  return base;
+  return {};
 }
 
 inline result<answer> session::send(call& of, http_request request, const std::string& authorization,
                                     body_sink& sink, url& here) {
-  const auto base = parse_base_url(config.base_url);
   if (!base) return base.error();
   const http_headers own = std::exchange(request.headers, {});
   const auto unwanted = std::exchange(request.is_cancelled, {});
@@ -3558,7 +3609,7 @@ inline result<answer> session::send(call& of, http_request request, const std::s
       got = error(errc::cancelled, request.method + " " + here.redacted() + ": stopped");
     if (!got) {
       if (auto failure = guard.verdict(got.error())) return *std::move(failure);
-      got = guard.head();  // cut off on purpose
+      got = guard.head();
     }
     const std::string* location = got->header("Location");
     if (!is_redirect(got->status) || location == nullptr) return answer{*std::move(got), guard.take_body()};
@@ -3598,9 +3649,8 @@ inline void session::add_credentials(http_request& request, bool home,
 }
 
 inline result<std::string> session::authorization(call& of) {
-  auto base = ready();
-  if (!base) return base.error();
-  if (!config.identity_token_file.empty() && config.api_key.empty()) return bearer(of, *base);
+  if (auto good = ready(); !good) return good.error();
+  if (!config.identity_token_file.empty() && config.api_key.empty()) return bearer(of);
   std::string key = config.api_key;
   if (key.empty()) {
     std::vector<std::string>
@@ -3623,7 +3673,7 @@ inline result<std::string> session::authorization(call& of) {
 }
 
 /// The token in hand or the shared one, as long as it lasts; otherwise one exchange, for all who wait.
-inline result<std::string> session::bearer(call& of, const url& base) {
+inline result<std::string> session::bearer(call& of) {
   std::string_view server = config.base_url;  // as the SDK names it in the shared file
   while (!server.empty() && server.back() == '/') server.remove_suffix(1);
   {
@@ -3639,7 +3689,7 @@ inline result<std::string> session::bearer(call& of, const url& base) {
     if (token_) return "Bearer " + token_->value;
     exchanging_ = true;
   }
-  auto got = exchange_identity(of, base);
+  auto got = exchange_identity(of);
   result<void> kept;
   if (got && !config.credentials_file.empty()) {
     kept = write_shared_token(config.credentials_file, std::string(server), *got);
@@ -3656,7 +3706,7 @@ inline result<std::string> session::bearer(call& of, const url& base) {
 }
 
 /// RFC 7523: a signed statement of identity for an access token.
-inline result<access_token> session::exchange_identity(call& of, const url& base) {
+inline result<access_token> session::exchange_identity(call& of) {
   const auto identity = read_small_file(from_utf8(config.identity_token_file), 64 * 1024);
   if (!identity) {
     return error(errc::invalid_argument,
@@ -3671,10 +3721,10 @@ inline result<access_token> session::exchange_identity(call& of, const url& base
   request.headers = {{"Content-Type", "application/x-www-form-urlencoded"}};
   request.body = "grant_type=" + percent_encode("urn:ietf:params:oauth:grant-type:jwt-bearer") +
                  "&assertion=" + percent_encode(trim(*identity));
-  const std::string what = "exchanging the identity token at " + base.redacted();
+  const std::string what = "exchanging the identity token at " + base->redacted();
   for (patience tries(of);;) {
     collecting_sink body(64 * 1024);
-    url here = beneath(base, "/oidc/token");
+    url here = beneath(*base, "/oidc/token");
     auto got = send(of, request, {}, body, here);
     error failure(errc::protocol_violation, what + ": the answer has no access token");
     if (!got) {
@@ -3711,7 +3761,6 @@ inline result<access_token> session::exchange_identity(call& of, const url& base
 }
 
 inline std::string session::credentials_hint(const std::string& authorization) const {
-  const auto base = parse_base_url(config.base_url);
   const std::string host = base ? base->host : "the service";
   if (authorization.empty()) {
     return "no API key for " + host +
@@ -3745,17 +3794,22 @@ inline std::string backend_message(const nlohmann::json& body) {
   return joined;
 }
 
-/// A server that repeats what it was sent must not make us repeat it.
-inline std::string without_secrets(std::string said, const std::string& authorization) {
+inline std::string session::without_secrets(std::string said, const std::string& authorization) const {
   const auto behind = [](const std::string& text, char mark) {
     const auto at = text.find(mark);
     return at == text.npos ? std::string() : text.substr(at + 1);
   };
-  const auto secret = behind(authorization, ' ');
-  if (!secret.empty()) said = replace_all(said, secret, "***");
-  const auto key =
-      starts_with(authorization, "Basic ") ? behind(base64_decode(secret).value_or(""), ':') : std::string();
-  if (!key.empty()) said = replace_all(said, key, "***");
+  const auto hide = [&](const std::string& secret) {
+    if (!secret.empty()) said = replace_all(said, secret, "***");
+  };
+  const auto hide_credentials = [&](const std::string& value) {
+    const auto secret = behind(value, ' ');
+    hide(value);
+    hide(secret);
+    if (starts_with(value, "Basic ")) hide(behind(base64_decode(secret).value_or(""), ':'));
+  };
+  hide_credentials(authorization);
+  for (const auto& field : config.extra_headers) hide_credentials(field.second);
   return said;
 }
 
@@ -3774,7 +3828,6 @@ inline std::optional<errc> what_is_missing(std::string_view said) {
 /// Empty for storage, whose bodies may repeat signatures.
 inline std::string session::words_of(const answer& got, const url& from,
                                      const std::string& authorization) const {
-  const auto base = parse_base_url(config.base_url);
   if (!base || !under_base(*base, from)) return {};
   return without_secrets(backend_message(nlohmann::json::parse(got.body, nullptr, false)), authorization);
 }
@@ -3789,12 +3842,13 @@ inline error session::status_error(const std::string& what, const answer& got, c
                                    const std::string& authorization) const {
   const int status = got.head.status;
   std::string text = what + ": " + status_text(got, from, authorization);
-  const auto base = parse_base_url(config.base_url);
   if (base && under_base(*base, from)) {
-    const auto said = words_of(got, from, authorization);
+    const auto missing = what_is_missing(text.substr(what.size()));
+    const bool forbidden =
+        status == 403 || contains_ignoring_case(text.substr(what.size()), "permission denied");
     if (status == 401)
       return error(errc::not_authenticated, text + "; " + credentials_hint(authorization), status);
-    if (status == 403 || contains_ignoring_case(said, "permission denied")) {
+    if (forbidden) {
       return error(errc::permission_denied,
                    text + "; " +
                        (authorization.empty()
@@ -3802,7 +3856,7 @@ inline error session::status_error(const std::string& what, const answer& got, c
                             : "this account may not see it: ask its owner, or use another key"),
                    status);
     }
-    if (const auto missing = what_is_missing(said); status == 404 && missing) {
+    if (status == 404 && missing) {
       return error(*missing,
                    text + "; " +
                        (authorization.empty() ? credentials_hint(authorization)
@@ -3845,13 +3899,12 @@ class service {
   static constexpr std::size_t max_answer = 16 * 1024 * 1024;  // bytes; a page of files is far below that
 
   result<json> ask(const std::string& what, const char* query, json variables);
-  result<json> ask_once(const std::string& what, const url& base, const std::string& authorization,
-                        const std::string& body);
+  result<json> ask_once(const std::string& what, const std::string& authorization, const std::string& body);
   result<json> files_page(const std::string& what, const run_path& run, json variables);
   [[nodiscard]] static file_info info_of(const json& node);
   [[nodiscard]] result<std::string> address_of(const std::string& what, const json& node) const;
   [[nodiscard]] std::string host() const {
-    const auto base = parse_base_url(session_.config.base_url);
+    const auto& base = session_.base;
     return base ? base->host : "the service";
   }
 
@@ -3873,22 +3926,21 @@ class service {
 };
 
 inline result<nlohmann::json> service::ask(const std::string& what, const char* query, json variables) {
-  auto base = session_.ready();
-  if (!base) return base.error();
+  if (auto good = session_.ready(); !good) return good.error();
   auto authorization = session_.authorization(call_);
   if (!authorization) return authorization.error();
   anonymous_ = authorization->empty();
   const json question = {{"query", query}, {"variables", std::move(variables)}};
   const std::string body = question.dump(-1, ' ', false, json::error_handler_t::replace);
   for (patience tries(call_);;) {
-    auto data = ask_once(what, *base, *authorization, body);
+    auto data = ask_once(what, *authorization, body);
     if (data) return data;
     if (auto end = tries.wait_after(data.error())) return *end;
   }
 }
 
-inline result<nlohmann::json> service::ask_once(const std::string& what, const url& base,
-                                                const std::string& authorization, const std::string& body) {
+inline result<nlohmann::json> service::ask_once(const std::string& what, const std::string& authorization,
+                                                const std::string& body) {
   http_request request;
   request.method = "POST";
   request.body = body;
@@ -3899,7 +3951,7 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const u
     request.headers.emplace_back("X-WANDB-USER-EMAIL", session_.config.user_email);
 
   collecting_sink answered(max_answer);
-  url here = beneath(base, "/graphql");
+  url here = beneath(*session_.base, "/graphql");
   auto got = session_.send(call_, std::move(request), authorization, answered, here);
   if (answered.overflow) {
     return error(errc::protocol_violation,
@@ -3916,7 +3968,7 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const u
                      " its base URL?",
                  200);
   }
-  const auto said = without_secrets(backend_message(body_read), authorization);
+  const auto said = session_.without_secrets(backend_message(body_read), authorization);
   if (!said.empty() || !member(body_read, "errors").empty()) {
     const std::string full = what + ": " + host() + " answers " +
                              (said.empty() ? "with errors that say nothing" : in_quotes(said));
@@ -3986,15 +4038,21 @@ inline file_info service::info_of(const json& node) {
 inline result<std::string> service::address_of(const std::string& what, const json& node) const {
   std::string address = text(node, "url");
   if (address.empty()) address = text(node, "directUrl");
-  const std::string shown = in_quotes(address.substr(0, address.find('?')));
   if (address.empty()) {
     return error(errc::protocol_violation, what + ": the answer of " + host() + " tells no address for it");
   }
-  if (address.find("://") != std::string::npos && !starts_with(lower(address), "http")) {
+  const auto end_of_scheme = address.find_first_of(":/?#");
+  const bool has_scheme = end_of_scheme != address.npos && address[end_of_scheme] == ':';
+  std::string public_part = address.substr(0, address.find_first_of("?#"));  // the rest may be a signature
+  if (const auto at = public_part.rfind('@'); has_scheme && at != public_part.npos) {
+    public_part.replace(end_of_scheme + 1, at - end_of_scheme, "//***@");
+  }
+  const std::string shown = in_quotes(public_part);
+  if (has_scheme && !starts_with(lower(address), "http")) {
     return error(errc::protocol_violation, what + ": it is a reference to " + shown +
                                                ", which is kept elsewhere and not served over HTTP");
   }
-  const auto base = parse_base_url(session_.config.base_url);
+  const auto& base = session_.base;
   if (!base) return base.error();
   const auto absolute = base->resolve(address);
   if (!absolute) return error(errc::protocol_violation, what + ": " + absolute.error().what());
@@ -4341,7 +4399,7 @@ class download {
   std::optional<url> final_;      // where the redirects led
   bool resolving_ = false;        // one connection is finding that out, the others wait
   std::uint64_t generation_ = 0;  // of final_
-  bool renewed_ = false;          // and nothing has arrived since
+  bool renewed_ = false;          // and nothing was served from there yet
   std::string entity_tag_;
   std::uint64_t frontier_ = 0;  // all bytes before this are on disk
   std::uint64_t present_ = 0;   // bytes on disk
@@ -4380,6 +4438,7 @@ class download::range_sink final : public body_sink {
     if (slot_.revoked && slot_.at >= slot_.end) return false;  // another has it by now
     failure_ = check(head);
     if (failure_ || of_.stopped_) return false;
+    if (generation_ == of_.generation_) of_.renewed_ = false;  // the address of today is good
     if (!of_.final_ &&
         generation_ == of_.generation_) {  // a late answer from an address given up since is none
       of_.final_ = here_;
@@ -4393,7 +4452,7 @@ class download::range_sink final : public body_sink {
     slot_.received += bytes.size();
     of_.received_ += bytes.size();
     while (!bytes.empty()) {
-      const std::uint64_t at = slot_.at, end = slot_.end;
+      const std::uint64_t at = slot_.at, end = (std::min)(slot_.end.load(), promised_end_);
       if (of_.stopped_ || at >= end) {
         surplus_ = true;
         return false;
@@ -4477,7 +4536,7 @@ class download::range_sink final : public body_sink {
   std::uint64_t asked_end_ = slot_.end;
   clock::time_point asked_ = clock::now();
   std::uint64_t generation_ = of_.generation_;
-  std::uint64_t promised_end_ = 0;
+  std::uint64_t promised_end_ = range_plan::endless;  // of a 206: where its Content-Range ends
   std::optional<error> failure_;
   bool surplus_ = false;
 };
@@ -4637,7 +4696,9 @@ inline void download::hash_along() {
       const auto wanted = (std::min<std::uint64_t>)(page_buffer::size, until - offset);
       const auto count = into_->content().read_at(offset, buffer.data(), static_cast<std::size_t>(wanted));
       if (count != static_cast<std::int64_t>(wanted)) {
-        return fail(disk_error("read back", into_->where(), count < 0 ? static_cast<int>(-count) : 0));
+        return fail(count < 0 ? disk_error("read back", into_->where(), static_cast<int>(-count))
+                              : error(errc::disk_failure, "cannot read back " + in_quotes(into_->where()) +
+                                                              ": somebody made it shorter; try again"));
       }
       hash.update({buffer.data(), static_cast<std::size_t>(wanted)});
       offset += wanted;
@@ -4661,7 +4722,6 @@ inline result<void> download::flush(std::size_t me, std::string& buffer) {
     buffer.clear();
     const lock held(mutex_);
     mine.flushed = end;
-    renewed_ = false;
     frontier_ = present_ = (std::max)(frontier_, end);
     advanced_.notify_all();
     return {};
@@ -4687,7 +4747,6 @@ inline result<void> download::flush(std::size_t me, std::string& buffer) {
   buffer.clear();
   const lock held(mutex_);
   mine.flushed = end;
-  renewed_ = false;
   for (const auto& run : mine_to_write) {
     for (auto i = run.begin; i < run.end; ++i) {
       if (!into_->has(i))
@@ -4708,12 +4767,14 @@ inline void download::work(std::size_t me) {
   std::string buffer;
   buffer.reserve(static_cast<std::size_t>(range_sink::chunk));
   const auto& mine = (*plan_)[me];
-  std::uint64_t others = 0;  // bytes that all connections had received when this one began to fail
+  std::uint64_t before = 0;  // what the other connections had received when this one began to fail
+  const auto others = [&] { return received_ - mine.received; };
   const auto unfinished = [&] {
     const lock held(mutex_);
     return !stopped_ && !complete_ && mine.at < mine.end;
   };
   while (next_range(me)) {
+    tries.progressed();  // what it waited for work does not count
     buffer.clear();
     while (unfinished()) {
       const auto failure = fetch(me, buffer, tries);
@@ -4722,9 +4783,9 @@ inline void download::work(std::size_t me) {
       const auto wait = tries.after(*failure);
       if (!wait)
         return wait.error().code() == errc::cancelled ? fail(wait.error()) : retire(me, wait.error());
-      if (tries.failures() == 1) others = received_;
+      if (tries.failures() == 1) before = others();
       lock held(mutex_);
-      if (tries.failures() == 3 && received_ != others &&
+      if (tries.failures() == 3 && others() != before &&
           alive_ > 1) {  // others get on: the server wants no more
         held.unlock();
         return retire(me, *failure);
@@ -4779,7 +4840,8 @@ inline result<url> download::address(lock& held) {
 /// One exchange for what is left of a connection's range. Nothing: go on with what is left then, if anything.
 inline std::optional<error> download::fetch(std::size_t me, std::string& buffer, patience& tries) {
   auto& mine = (*plan_)[me];
-  const auto authorization = session_.authorization(call_);
+  call inner(call_, stopped_);
+  const auto authorization = session_.authorization(inner);
   if (!authorization) return tried(authorization.error());
 
   lock held(mutex_);
@@ -4860,11 +4922,11 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
 }
 
 /// Statuses of a file's address that are neither 200 nor 206. A signature that has expired is nothing wrong: the address
-/// is renewed, once for all connections, and again only after something has arrived.
+/// is renewed, once for all connections, and again only after the new one has served something.
 inline std::optional<error> download::judge(const answer& got, const url& from, std::uint64_t used,
                                             const std::string& authorization) {
   const int status = got.head.status;
-  const auto base = parse_base_url(session_.config.base_url);
+  const auto& base = session_.base;
   const bool storage = base && !under_base(*base, from);
   error failure = session_.status_error(what() + ": " + from.redacted(), got, from, authorization);
   if (status == 416) {  // RFC 9110, section 15.5.17: it has become shorter
@@ -4976,6 +5038,15 @@ inline result<run_path> run_of(const settings& configuration, std::string_view t
   return run;
 }
 
+inline result<void> check_times(const settings& configuration, const std::string& what) {
+  for (const auto time :
+       {configuration.connect_timeout, configuration.idle_timeout, configuration.retry_timeout}) {
+    if (time.count() <= 0)
+      return error(errc::invalid_argument, what + ": connect, idle and retry timeouts must be more than 0");
+  }
+  return {};
+}
+
 /// A run of which the entity may be unknown, for messages.
 inline std::string shown(const run_path& run) {
   return run.entity.empty() ? run.project + '/' + run.run_id + " (of the default entity)" : run.str();
@@ -5041,9 +5112,9 @@ class restoring {
 
   [[nodiscard]] local_copy copy_of(const file_facts& facts) {
     local_copy copy;
-    copy.go_on_ = [this, size = facts.size](std::uint64_t done) {
-      return report(phase::verifying, done, size);
-    };
+    hashing_ = std::make_shared<const watcher>(
+        [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); });
+    copy.go_on_ = hashing_;
     copy.path = at_.target;
     copy.size = facts.size;
     copy.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
@@ -5184,6 +5255,7 @@ class restoring {
   run_path run_;
   place at_;
   clock::time_point reported_ = clock::now();
+  std::shared_ptr<const watcher> hashing_;  // of the local copy
 };
 
 WANDB_RESTORE_PRIVATE_INLINE std::shared_ptr<session>
@@ -5199,12 +5271,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
                                              ": connections must be at least 1, not " +
                                              std::to_string(options.connections));
   }
-  for (const auto time : {with.config.connect_timeout, with.config.idle_timeout, with.config.retry_timeout}) {
-    if (time.count() <= 0) {
-      return error(errc::invalid_argument, "cannot restore " + in_quotes(name) +
-                                               ": connect, idle and retry timeouts must be more than 0");
-    }
-  }
+  if (auto good = check_times(with.config, "cannot restore " + in_quotes(name)); !good) return good.error();
   auto run = run_of(with.config, options.run_path);
   if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
   const path root = options.root.empty() ? with.config.run_dir : options.root;
@@ -5222,6 +5289,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
 
 WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& with,
                                                                        const restore_options& options) {
+  if (auto good = check_times(with.config, "cannot list the files of a run"); !good) return good.error();
   auto run = run_of(with.config, options.run_path);
   if (!run) return run.error();
   call of(with.config, options.cancel);
@@ -5258,6 +5326,7 @@ namespace detail {
 using socket_handle = SOCKET;
 inline constexpr socket_handle no_socket = INVALID_SOCKET;
 inline constexpr int send_flags = 0;
+inline constexpr char list_separator = ';';
 inline int socket_error() { return WSAGetLastError(); }
 inline bool would_block(int code) { return code == WSAEWOULDBLOCK; }
 inline void close_socket(socket_handle handle) { closesocket(handle); }
@@ -5270,6 +5339,7 @@ inline bool make_nonblocking(socket_handle handle) {
 #else
 using socket_handle = int;
 inline constexpr socket_handle no_socket = -1;
+inline constexpr char list_separator = ':';
 #ifdef MSG_NOSIGNAL
 inline constexpr int send_flags = MSG_NOSIGNAL;
 #else
@@ -5352,8 +5422,6 @@ struct exchange {
 /// socket: httplib closes it.
 class channel {
  public:
-  using clock = std::chrono::steady_clock;
-
   channel() = default;
   channel(const channel&) = delete;
   channel& operator=(const channel&) = delete;
@@ -5496,7 +5564,12 @@ class channel {
 
   /// 0, an error code, or -1 when the time was up.
   int connect(const addrinfo& to) {
-    const socket_handle made = ::socket(to.ai_family, to.ai_socktype, to.ai_protocol);
+#ifdef SOCK_CLOEXEC
+    const int type = to.ai_socktype | SOCK_CLOEXEC;
+#else
+    const int type = to.ai_socktype;
+#endif
+    const socket_handle made = ::socket(to.ai_family, type, to.ai_protocol);
     if (made == no_socket) return socket_error();
     socket_ = made;
     const int on = 1;
@@ -5741,8 +5814,10 @@ class head_reader {
     return true;
   }
   bool malformed(const char* what) {
+    // Of a header no more than its name: a value may be a signed address or a cookie.
+    const std::string_view shown = std::string_view(line_).substr(0, line_.find_first_of(":?="));
     return exchange_.fail(errc::protocol_violation,
-                          std::string(what) + " of the response is malformed: " + detail::in_quotes(line_));
+                          std::string(what) + " of the response is malformed: " + detail::in_quotes(shown));
   }
 
   channel& from_;
@@ -5837,7 +5912,7 @@ class wire final : public httplib::Stream {
  private:
   bool read_head() {
     http_response& head = exchange_.head;
-    channel_.enter("waiting for the response", channel::clock::now() + exchange_.request.idle_timeout);
+    channel_.enter("waiting for the response", clock::now() + exchange_.request.idle_timeout);
     head_reader reader(channel_, exchange_);
     if (!reader.read(head)) return false;
     if (head.status == 407 && exchange_.way.asks_proxy())
@@ -6015,10 +6090,15 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
   if (!ca_file.empty() && SSL_CTX_load_verify_locations(made.get(), utf8(ca_file).c_str(), nullptr) != 1) {
     return unusable("file", ca_file);
   }
-  std::error_code ignored;
+  const std::string directories = utf8(ca_directory);
+  const auto parts = split(directories, list_separator);
+  const bool any = std::any_of(parts.begin(), parts.end(), [](std::string_view part) {
+    const auto facts = facts_of(from_utf8(part));
+    return facts && facts->is_directory;
+  });
   if (!ca_directory.empty() &&
-      (!std::filesystem::is_directory(ca_directory, ignored) ||  // OpenSSL would only notice in the handshake
-       SSL_CTX_load_verify_locations(made.get(), nullptr, utf8(ca_directory).c_str()) != 1)) {
+      (!any ||  // OpenSSL would only notice in the handshake
+       SSL_CTX_load_verify_locations(made.get(), nullptr, directories.c_str()) != 1)) {
     return unusable("directory", ca_directory);
   }
   if (ca_file.empty() && ca_directory.empty() && !load_system_certificates(made.get())) {

@@ -215,15 +215,19 @@ TEST_SUITE("credentials: keys") {
         f.secrets = {key, base64("api:" + key)};
         auto s = f.public_settings();
         s.retry_timeout = 1ms;
+        const std::string gateway = "gateway-secret-1234";
+        f.secrets.push_back(gateway);
+        s.extra_headers = {{"X-Gateway", "Token " + gateway}};
         if (from_netrc) {
           s.netrc_file = write_file(f.directory / "netrc", "default login user password " + key);
         } else {
           s.api_key = key;
         }
-        f.server.add_fault(
-            place::graphql,
-            act::status(status, {{"Content-Type", "application/json"}},
-                        json{{"error", "bad key " + key + " as " + base64("api:" + key) + " it is"}}.dump()));
+        f.server.add_fault(place::graphql,
+                           act::status(status, {{"Content-Type", "application/json"}},
+                                       json{{"error", "bad key " + key + " as " + base64("api:" + key) +
+                                                          " behind " + gateway + " it is"}}
+                                           .dump()));
         const auto failure = f.failure(wandb::client<>(s).try_restore("a.txt", f.path));
         check_names(failure, {"bad key", "it is"});
       }
@@ -787,9 +791,9 @@ TEST_SUITE("credentials: certificates") {
       const char* name;
       std::string value;
     };
-    for (const row& r :
-         {row{"SSL_CERT_FILE", file}, row{"SSL_CERT_DIR", directory}, row{"REQUESTS_CA_BUNDLE", file},
-          row{"REQUESTS_CA_BUNDLE", directory}, row{"CURL_CA_BUNDLE", file}}) {
+    for (const row& r : {row{"SSL_CERT_FILE", file}, row{"SSL_CERT_DIR", directory},
+                         row{"SSL_CERT_DIR", "/nowhere:" + directory}, row{"REQUESTS_CA_BUNDLE", file},
+                         row{"REQUESTS_CA_BUNDLE", directory}, row{"CURL_CA_BUNDLE", file}}) {
       CAPTURE(std::string(r.name));
       CAPTURE(r.value);
       const scoped_environment there{

@@ -588,6 +588,15 @@ TEST_SUITE("download: the content changes") {
 }
 
 TEST_SUITE("download: expired signatures") {
+  TEST_CASE("a connection that goes on at the old address does not have new ones asked for without end") {
+    world it;
+    it.add("model.h5", large_size);
+    it.server.add_fault(target(place::storage).nth(1), act::drip(10ms, 64 * 1024));
+    it.server.add_fault(target(place::storage).from(2), act::status(403));
+    it.check_failed(it.restore("model.h5"), errc::permission_denied, 403);
+    CHECK(it.graphql() <= 2);
+  }
+
   TEST_CASE("renewed once for all connections") {
     world it;
     const auto what = it.add("model.h5", 40 * MiB);
@@ -695,6 +704,8 @@ TEST_SUITE("download: how it fails") {
         {"storage garbage", place::storage, act::garbage_status_line(), errc::protocol_violation, -1, 1},
         {"storage gzip", place::storage, act::header("Content-Encoding", "gzip"), errc::protocol_violation,
          -1, 1},
+        {"files malformed header", place::files,
+         act::header("Location ", "https://h/a?X-Signature=1&X-Expires=2"), errc::protocol_violation, -1, 1},
         {"storage interim for ever", place::storage, act::interim(103, 100000), errc::protocol_violation, -1,
          1},
     };
@@ -711,6 +722,41 @@ TEST_SUITE("download: how it fails") {
       CHECK_FALSE(fs::exists(it.at("model.h5")));
       CHECK(it.hidden() == 0);
     }
+  }
+
+  TEST_CASE("a refusal is one, also where its body is cut off") {
+    for (const int status : {400, 404, 403, 401}) {
+      CAPTURE(status);
+      world it;
+      it.add("model.h5", small_size);
+      it.server.add_fault(place::files, act::status(status, {}, std::string(1000, 'x')));
+      it.server.add_fault(place::files, act::cut_abruptly(10));
+      it.check_failed(it.restore("model.h5"),
+                      status == 401   ? errc::not_authenticated
+                      : status == 403 ? errc::permission_denied
+                                      : errc::http_failure,
+                      status);
+      CHECK(it.files() == 1);
+    }
+  }
+
+  TEST_CASE("an empty answer of status 200 is a failure that is waited after, not asked for without end") {
+    world it;
+    it.settings.retry_timeout = 1500ms;
+    it.add("model.h5", small_size);
+    it.server.add_fault(place::storage, act::status(200));
+    it.server.add_fault(place::storage, act::chunked());
+    it.check_failed(it.restore("model.h5"), errc::connection_failed);
+    CHECK(it.storage() >= 2);
+    CHECK(it.storage() <= 50);
+  }
+
+  TEST_CASE("times that mean for ever are that") {
+    world it;
+    const auto what = it.add("model.h5", small_size);
+    it.settings.connect_timeout = it.settings.idle_timeout = it.settings.retry_timeout =
+        it.settings.total_timeout = std::chrono::milliseconds::max();
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
   }
 
   TEST_CASE("ranges: an answer that is not what was asked for is refused") {

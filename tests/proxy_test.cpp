@@ -179,6 +179,14 @@ TEST_SUITE("proxy") {
       CHECK(told.find("HTTPS_PROXY cannot be used: ") == 0);
       CHECK(told.find("secret") == std::string::npos);
     }
+    {  // for http addresses, which an https service never leads to
+      const scoped_environment proxies{{"HTTP_PROXY", "socks5://u:secret@p:1"}};
+      const auto configuration = wandb::settings::from_environment();
+      CHECK_FALSE(configuration.problem.has_value());
+      REQUIRE(configuration.warnings.size() == 1);
+      CHECK(configuration.warnings[0].find("HTTP_PROXY cannot be used: ") == 0);
+      CHECK(configuration.warnings[0].find("secret") == std::string::npos);
+    }
     for (const char* text : {"x", "[]", R"({"https": 1})"}) {
       CAPTURE(text);
       const scoped_environment proxies{{"WANDB__PROXIES", text}};

@@ -844,6 +844,18 @@ TEST_SUITE("restore: a rule of the user's own") {
     }
   }
 
+  TEST_CASE("what it was shown may be kept beyond the restore") {
+    fixture f;
+    write_file(f.root() / "a.txt", "hello");
+    std::optional<wandb::local_copy> shown;
+    (void)f.success(f.client().try_restore("a.txt", f.with([&](const wandb::local_copy& local, const auto*) {
+      shown = local;
+      return wandb::cache_policy::verdict::keep;
+    })));
+    REQUIRE(shown.has_value());
+    CHECK(shown->md5() == "5d41402abc4b2a76b9719d911017c592");
+  }
+
   TEST_CASE("it is not asked where there is no copy") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);

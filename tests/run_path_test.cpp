@@ -117,6 +117,9 @@ TEST_SUITE("run path") {
         {"p:r?x", "DE", "p", "r"},          {"r#x?y", "DE", "DP", "r"},
     };
     for (const auto& row : rows) check(row);
+    const auto incomplete = wandb::run_path::parse("r?accessToken=secret", {});
+    REQUIRE_FALSE(incomplete.has_value());
+    CHECK_FALSE(contains(incomplete.error().what(), "secret"));
   }
 
   TEST_CASE("addresses of other things say so") {

@@ -288,6 +288,16 @@ TEST_SUITE("service: answers that lead to the file") {
     }
   }
 
+  TEST_CASE("an address may hold a secret before its host, and another address in its query") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", stand_in::generated(10, 1));
+    f.server.add_fault(place::graphql, act::body(answer_node(
+                                           {{"name", "a.txt"}, {"url", "s3://key:hidden-secret@bucket/a"}})));
+    const auto failure = f.failure(f.client().try_restore("a.txt", f.path), errc::protocol_violation);
+    CHECK(std::string(failure.what()).find("hidden-secret") == std::string::npos);
+    check_names(failure, {"s3://", "bucket/a"});
+  }
+
   TEST_CASE("plain HTTP is no obstacle where the base URL is plain HTTP") {
     stand_in::options how;
     how.service_tls = how.storage_tls = false;
@@ -683,6 +693,9 @@ TEST_SUITE("service: the list of files") {
 
   TEST_CASE("failures are those of a restore, and name the run") {
     fixture f;
+    auto without_time = f.settings();
+    without_time.idle_timeout = std::chrono::milliseconds(0);
+    (void)f.failure(wandb::client<>(without_time).try_list_files(f.options()), errc::invalid_argument);
     auto client = f.client();
     auto options = f.options();
     options.run_path = "vanpelt/my-project/none";

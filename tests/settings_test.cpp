@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+namespace fs = std::filesystem;
 using support::scoped_environment;
 using support::temporary_directory;
 using support::write_file;
@@ -339,24 +340,35 @@ TEST_SUITE("settings") {
     const machine here;
     const auto file = write_file(here.home() / "ca.pem", "");
     const auto directory = here.home();
+    // Of the system's two places SSL_CERT_FILE takes one and SSL_CERT_DIR the other.
+    const std::string system = fs::is_directory("/etc/ssl/certs")       ? "/etc/ssl/certs"
+                               : fs::is_directory("/etc/pki/tls/certs") ? "/etc/pki/tls/certs"
+                                                                        : "";
     {
       const scoped_environment variables{{"REQUESTS_CA_BUNDLE", file.string()},
                                          {"CURL_CA_BUNDLE", "/curl.pem"}};
       CHECK(settings::from_environment().ca_file == file);
       CHECK(settings::from_environment().ca_directory == "");
-      const scoped_environment system{{"SSL_CERT_FILE", "/own.pem"}};
+      const scoped_environment own{{"SSL_CERT_FILE", "/own.pem"}};
       CHECK(settings::from_environment().ca_file == "/own.pem");
+      CHECK(settings::from_environment().ca_directory == system);
     }
     {
       const scoped_environment variables{{"REQUESTS_CA_BUNDLE", directory.string()}};
       CHECK(settings::from_environment().ca_file == "");
       CHECK(settings::from_environment().ca_directory == directory);
-      const scoped_environment system{{"SSL_CERT_DIR", "/own.d"}};
+      const scoped_environment own{{"SSL_CERT_DIR", "/own.d"}};
       CHECK(settings::from_environment().ca_file == "");
+      CHECK(settings::from_environment().ca_directory == (system.empty() ? "/own.d" : "/own.d:" + system));
+    }
+    {
+      const scoped_environment both{{"SSL_CERT_FILE", "/own.pem"}, {"SSL_CERT_DIR", "/own.d"}};
+      CHECK(settings::from_environment().ca_file == "/own.pem");
       CHECK(settings::from_environment().ca_directory == "/own.d");
     }
     const scoped_environment variables{{"CURL_CA_BUNDLE", "/curl.pem"}};
     CHECK(settings::from_environment().ca_file == "/curl.pem");
+    CHECK(settings::from_environment().ca_directory == "");
   }
 
   TEST_CASE("the cache directory") {
@@ -492,6 +504,7 @@ TEST_SUITE("base URL") {
         {"https://wandb.ai/api.", "did you mean https://api.wandb.ai?"},
         {"https://x/p?q", "query or a fragment"},
         {"https://x/p#f", "query or a fragment"},
+        {"https://x/p?token=SECRET", "query or a fragment"},
         {"https://u:SECRET@x/", "user name or password"},
     };
     for (const auto& row : rows) {
