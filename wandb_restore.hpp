@@ -3112,7 +3112,7 @@ inline void find_credentials(settings& s, const settings_sources& from) {
   if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = last_resort;
 }
 
-inline void find_manners(settings& s, const settings_sources& from) {
+inline void find_network_settings(settings& s, const settings_sources& from) {
   if (const auto mode = from.find({"WANDB_MODE"}, "mode")) {
     s.offline = mode.value == "offline" || mode.value == "dryrun" || mode.value == "disabled";
     if (!s.offline && mode.value != "online" && mode.value != "run" && mode.value != "shared") {
@@ -3222,7 +3222,7 @@ WANDB_RESTORE_PRIVATE_INLINE settings settings::from_environment() {
   if (auto base = from.find({"WANDB_BASE_URL"}, "base_url")) s.base_url = std::move(base.value);
   detail::find_run(s, from);
   detail::find_credentials(s, from);
-  detail::find_manners(s, from);
+  detail::find_network_settings(s, from);
   detail::find_certificates(s, from);
   s.http_proxy = detail::find_proxy(s, from, false);
   s.https_proxy = detail::find_proxy(s, from, true);
@@ -3290,9 +3290,9 @@ class call {
 };
 
 /// How long one goes on trying: exponential backoff with full jitter, Retry-After, and an end to it all.
-class patience {
+class backoff {
  public:
-  explicit patience(const call& of) : call_(of) {}
+  explicit backoff(const call& of) : call_(of) {}
 
   /// Something arrived: the count and the clock start anew.
   void progressed() {
@@ -3482,7 +3482,7 @@ inline bool is_redirect(int status) {
 }
 
 /// An address under the base URL; `target` begins with a slash.
-inline url beneath(url base, std::string_view target) {
+inline url join_path(url base, std::string_view target) {
   if (base.target == "/") base.target.clear();
   base.target += target;
   return base;
@@ -3545,7 +3545,7 @@ class session {
 
  private:
   void add_credentials(http_request& request, bool home, const std::string& authorization) const;
-  std::string words_of(const answer& got, const url& from, const std::string& authorization) const;
+  std::string error_message(const answer& got, const url& from, const std::string& authorization) const;
   result<std::string> bearer(call& of);
   result<access_token> exchange_identity(call& of);
 
@@ -3722,9 +3722,9 @@ inline result<access_token> session::exchange_identity(call& of) {
   request.body = "grant_type=" + percent_encode("urn:ietf:params:oauth:grant-type:jwt-bearer") +
                  "&assertion=" + percent_encode(trim(*identity));
   const std::string what = "exchanging the identity token at " + base->redacted();
-  for (patience tries(of);;) {
+  for (backoff tries(of);;) {
     collecting_sink body(64 * 1024);
-    url here = beneath(*base, "/oidc/token");
+    url here = join_path(*base, "/oidc/token");
     auto got = send(of, request, {}, body, here);
     error failure(errc::protocol_violation, what + ": the answer has no access token");
     if (!got) {
@@ -3826,15 +3826,15 @@ inline std::optional<errc> what_is_missing(std::string_view said) {
 }
 
 /// Empty for storage, whose bodies may repeat signatures.
-inline std::string session::words_of(const answer& got, const url& from,
-                                     const std::string& authorization) const {
+inline std::string session::error_message(const answer& got, const url& from,
+                                          const std::string& authorization) const {
   if (!base || !under_base(*base, from)) return {};
   return without_secrets(backend_message(nlohmann::json::parse(got.body, nullptr, false)), authorization);
 }
 
 inline std::string session::status_text(const answer& got, const url& from,
                                         const std::string& authorization) const {
-  const auto said = words_of(got, from, authorization);
+  const auto said = error_message(got, from, authorization);
   return "HTTP status " + std::to_string(got.head.status) + (said.empty() ? said : ", " + in_quotes(said));
 }
 
@@ -3932,7 +3932,7 @@ inline result<nlohmann::json> service::ask(const std::string& what, const char* 
   anonymous_ = authorization->empty();
   const json question = {{"query", query}, {"variables", std::move(variables)}};
   const std::string body = question.dump(-1, ' ', false, json::error_handler_t::replace);
-  for (patience tries(call_);;) {
+  for (backoff tries(call_);;) {
     auto data = ask_once(what, *authorization, body);
     if (data) return data;
     if (auto end = tries.wait_after(data.error())) return *end;
@@ -3951,7 +3951,7 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const s
     request.headers.emplace_back("X-WANDB-USER-EMAIL", session_.config.user_email);
 
   collecting_sink answered(max_answer);
-  url here = beneath(*session_.base, "/graphql");
+  url here = join_path(*session_.base, "/graphql");
   auto got = session_.send(call_, std::move(request), authorization, answered, here);
   if (answered.overflow) {
     return error(errc::protocol_violation,
@@ -4367,10 +4367,10 @@ class download {
 
   void work(std::size_t me);
   bool next_range(std::size_t me);
-  std::optional<error> fetch(std::size_t me, std::string& buffer, patience& tries);
+  std::optional<error> fetch(std::size_t me, std::string& buffer, backoff& tries);
   result<url> address(lock& held);
-  std::optional<error> judge(const answer& got, const url& from, std::uint64_t used,
-                             const std::string& authorization);
+  std::optional<error> handle_status(const answer& got, const url& from, std::uint64_t used,
+                                     const std::string& authorization);
   result<void> flush(std::size_t me, std::string& buffer);
   /// What the service was asked for was tried long enough: not worth another try here.
   static error tried(const error& failure) {
@@ -4763,7 +4763,7 @@ inline result<void> download::flush(std::size_t me, std::string& buffer) {
 }
 
 inline void download::work(std::size_t me) {
-  patience tries(call_);
+  backoff tries(call_);
   std::string buffer;
   buffer.reserve(static_cast<std::size_t>(range_sink::chunk));
   const auto& mine = (*plan_)[me];
@@ -4838,7 +4838,7 @@ inline result<url> download::address(lock& held) {
 }
 
 /// One exchange for what is left of a connection's range. Nothing: go on with what is left then, if anything.
-inline std::optional<error> download::fetch(std::size_t me, std::string& buffer, patience& tries) {
+inline std::optional<error> download::fetch(std::size_t me, std::string& buffer, backoff& tries) {
   auto& mine = (*plan_)[me];
   call inner(call_, stopped_);
   const auto authorization = session_.authorization(inner);
@@ -4891,7 +4891,7 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
   settle();
   if (sink.failure()) return sink.failure();
   if (got && got->head.status != 200 && got->head.status != 206) {
-    if (auto failure = judge(*got, *here, used, *authorization)) return failure;
+    if (auto failure = handle_status(*got, *here, used, *authorization)) return failure;
     return std::nullopt;  // the next try is from the new address
   }
   if (mine.revoked && mine.at >= mine.end) return std::nullopt;  // another has the rest
@@ -4923,8 +4923,8 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
 
 /// Statuses of a file's address that are neither 200 nor 206. A signature that has expired is nothing wrong: the address
 /// is renewed, once for all connections, and again only after the new one has served something.
-inline std::optional<error> download::judge(const answer& got, const url& from, std::uint64_t used,
-                                            const std::string& authorization) {
+inline std::optional<error> download::handle_status(const answer& got, const url& from, std::uint64_t used,
+                                                    const std::string& authorization) {
   const int status = got.head.status;
   const auto& base = session_.base;
   const bool storage = base && !under_base(*base, from);
@@ -5313,7 +5313,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
 
 #ifndef WANDB_RESTORE_NO_HTTPLIB
 
-// cpp-httplib drives an exchange and takes the framing off its body. What lies beneath it, sockets and TLS,
+// cpp-httplib drives an exchange and takes the framing off its body. What lies join_path it, sockets and TLS,
 // and the two heads are made here, because its versions (0.11 to 0.41 were read) differ in what they get
 // wrong: they percent-decode header values, rewrite queries, know of no interim response but 100, do not
 // bound a head as a whole, load the CA store for each connection, raise SIGPIPE, and cannot be cancelled

@@ -253,14 +253,14 @@ TEST_SUITE("range plan") {
   }
 }
 
-TEST_SUITE("patience") {
+TEST_SUITE("backoff") {
   using wandb::errc;
   using wandb::error;
-  using wandb::detail::patience;
+  using wandb::detail::backoff;
 
   TEST_CASE("what cannot get better is given up at once") {
     call_of_a_test one;
-    patience tries(one.call);
+    backoff tries(one.call);
     for (const auto& failure :
          {error(errc::http_failure, "x", 400), error(errc::http_failure, "x", 404),
           error(errc::http_failure, "x", 501), error(errc::not_authenticated, "x", 401),
@@ -284,7 +284,7 @@ TEST_SUITE("patience") {
       const error failure(status == 0 ? errc::connection_failed : errc::http_failure, "x", status);
       std::int64_t longest = 0, shortest = 1000000;
       for (int round = 0; round < 200; ++round) {
-        patience tries(one.call);
+        backoff tries(one.call);
         for (int n = 0; n < 9; ++n) {
           const auto wait = tries.after(failure);
           REQUIRE(wait.has_value());
@@ -301,7 +301,7 @@ TEST_SUITE("patience") {
   TEST_CASE("Retry-After is kept to, unless it is too long to wait for") {
     call_of_a_test one;
     one.call.reached = true;
-    patience tries(one.call);
+    backoff tries(one.call);
     error failure(errc::http_failure, "busy", 429);
     failure.retry_after(60s);
     auto wait = tries.after(failure);
@@ -316,9 +316,9 @@ TEST_SUITE("patience") {
     CHECK(std::string(wait.error().what()).find("gave up after 2 tries") != std::string::npos);
   }
 
-  TEST_CASE("where nothing ever answered, patience ends after connect_timeout") {
+  TEST_CASE("where nothing was ever reached, trying ends after connect_timeout") {
     call_of_a_test one;
-    patience tries(one.call);
+    backoff tries(one.call);
     error failure(errc::connection_failed, "refused");
     failure.retry_after(one.configuration.connect_timeout + 1s);
     CHECK_FALSE(tries.after(failure).has_value());
@@ -330,7 +330,7 @@ TEST_SUITE("patience") {
     call_of_a_test one;
     one.call.reached = true;
     one.configuration.retry_timeout = 1h;
-    patience tries(one.call);
+    backoff tries(one.call);
     for (int n = 0; n < 200; ++n) {
       tries.progressed();
       const auto wait = tries.after(error(errc::connection_failed, "x"));
@@ -342,7 +342,7 @@ TEST_SUITE("patience") {
   TEST_CASE("cancelled comes first") {
     call_of_a_test one;
     one.cancel = true;
-    patience tries(one.call);
+    backoff tries(one.call);
     const auto wait = tries.after(error(errc::connection_failed, "x"));
     REQUIRE_FALSE(wait.has_value());
     CHECK(wait.error().code() == errc::cancelled);
