@@ -1402,19 +1402,28 @@ inline result<run_path> split_run_path(std::string_view text) {
                          : "expected entity/project/run_id, project/run_id or run_id, with no part empty");
 }
 
-/// Whether all three parts are there and usable; `text` is what they were read from.
-inline result<run_path> check_run_path(const run_path& path, std::string_view text) {
-  struct part {
-    const char* name;
-    const char* variable;
-    const std::string& value;
-  };
+/// What a run path names, with defaults for what it leaves out.
+inline result<run_path> completed_run_path(std::string_view text, const run_path& defaults) {
+  auto found = split_run_path(text);
+  if (!found) return found;
+  if (found->entity.empty()) found->entity = defaults.entity;
+  if (found->project.empty()) found->project = defaults.project;
+  if (found->run_id.empty()) found->run_id = defaults.run_id;
+  return found;
+}
+
+struct run_path_part {
+  const char* name;
+  const char* variable;
+  const std::string& value;
+};
+
+/// Whether these parts are there and usable; `text` is what they were read from.
+inline result<void> check_parts(std::string_view text, std::initializer_list<run_path_part> parts) {
   const auto shown = text.substr(0, text.find_first_of("?#"));  // a query may hold an access token
   const std::string what = text.empty() ? "no run path was given" : "invalid run path " + in_quotes(shown);
   std::string missing, variables;
-  for (const auto& [name, variable, value] :
-       {part{"entity", "WANDB_ENTITY", path.entity}, part{"project", "WANDB_PROJECT", path.project},
-        part{"run id", "WANDB_RUN_ID", path.run_id}}) {
+  for (const auto& [name, variable, value] : parts) {
     if (value.empty()) {
       missing.append(missing.empty() ? "no " : ", no ").append(name);
       variables.append(variables.empty() ? "" : ", ").append(variable);
@@ -1423,7 +1432,7 @@ inline result<run_path> check_run_path(const run_path& path, std::string_view te
                                                " has a slash or control characters");
     }
   }
-  if (missing.empty()) return path;
+  if (missing.empty()) return {};
   return error(errc::invalid_run_path,
                what + ": " + missing + "; expected entity/project/run_id, or set " + variables);
 }
@@ -1432,12 +1441,13 @@ inline result<run_path> check_run_path(const run_path& path, std::string_view te
 
 WANDB_RESTORE_PRIVATE_INLINE result<run_path> run_path::parse(std::string_view text,
                                                               const run_path& defaults) {
-  auto parsed = detail::split_run_path(text);
-  if (!parsed) return parsed;
-  if (parsed->entity.empty()) parsed->entity = defaults.entity;
-  if (parsed->project.empty()) parsed->project = defaults.project;
-  if (parsed->run_id.empty()) parsed->run_id = defaults.run_id;
-  return detail::check_run_path(*parsed, text);
+  auto found = detail::completed_run_path(text, defaults);
+  if (!found) return found;
+  const auto good = detail::check_parts(text, {{"entity", "WANDB_ENTITY", found->entity},
+                                               {"project", "WANDB_PROJECT", found->project},
+                                               {"run id", "WANDB_RUN_ID", found->run_id}});
+  if (!good) return good.error();
+  return found;
 }
 
 // ==================================================================================================== disk
@@ -2829,13 +2839,11 @@ inline std::string proxy_for(const settings& configuration, const url& target) {
   return proxy.url;
 }
 
-/// A proxy as people write it ("host:port" will do), as settings want it. Absent where it is something else.
-inline std::optional<std::string> proxy_address(std::string_view text) {
+/// A proxy as people write it: "host:port" will do. Absent where it is something else.
+inline std::optional<url> parse_proxy(std::string_view text) {
   const auto parsed =
       url::parse(text.find("://") == text.npos ? "http://" + std::string(text) : std::string(text));
-  if (!parsed || parsed->scheme != "http") return std::nullopt;
-  const std::string user = parsed->user_info.empty() ? "" : parsed->user_info + "@";
-  return "http://" + user + parsed->origin().substr(7);
+  return parsed && parsed->scheme == "http" ? std::optional(*parsed) : std::nullopt;
 }
 
 // --------------------------------------------------------------------------------------------------- netrc
@@ -3201,7 +3209,7 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
     bypass = first_of_environment({"NO_PROXY", "no_proxy"}) + ",localhost,127.0.0.0/8,::1";
   }
   if (!chosen) return {};
-  auto address = proxy_address(chosen.value);
+  const auto address = parse_proxy(chosen.value);
   if (!address) {
     const auto base = parse_base_url(s.base_url);
     // Nothing leads from https to http: there this proxy would never be used.
@@ -3211,7 +3219,8 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
         "expected an address like http://[user:password@]host:port (no other kinds of proxy are known)");
     return {};
   }
-  return {*std::move(address), std::move(bypass)};
+  const std::string user = address->user_info.empty() ? "" : address->user_info + "@";
+  return {"http://" + user + address->origin().substr(7), std::move(bypass)};
 }
 
 }  // namespace detail
@@ -5020,21 +5029,15 @@ inline std::string service_name(std::string_view name) {
   return joined;
 }
 
-/// The run that is meant, as far as that is known without a request: the entity may be missing.
+/// The run that is meant, as far as that is known without a request: the entity may be missing, the server tells it.
 inline result<run_path> run_of(const settings& configuration, std::string_view text) {
-  auto run = text.empty() ? result<run_path>(run_path{{}, {}, configuration.run_id}) : split_run_path(text);
+  const std::string current = text.empty() ? configuration.run_id : std::string();
+  auto run = completed_run_path(text, {configuration.entity, configuration.project, current});
   if (!run) return run;
-  if (run->entity.empty()) run->entity = configuration.entity;
-  if (run->project.empty()) run->project = configuration.project;
-  if (run->run_id.empty()) {
-    return error(
-        errc::invalid_run_path,
-        "no run path was given and there is no current run: pass entity/project/run_id, or set WANDB_RUN_ID");
-  }
-  if (run->project.empty()) {
-    return error(errc::invalid_run_path, "no project for run " + in_quotes(run->run_id) +
-                                             ": pass entity/project/run_id, or set WANDB_PROJECT");
-  }
+  auto good = check_parts(
+      text, {{"project", "WANDB_PROJECT", run->project}, {"run id", "WANDB_RUN_ID", run->run_id}});
+  if (good && !run->entity.empty()) good = check_parts(text, {{"entity", "WANDB_ENTITY", run->entity}});
+  if (!good) return good.error();
   return run;
 }
 
@@ -5382,9 +5385,8 @@ struct route {
     route made{*std::move(to), std::nullopt, request.proxy_authorization};
     if (request.proxy.empty()) return made;
 
-    const bool has_scheme = request.proxy.find("://") != std::string::npos;
-    auto via = url::parse(has_scheme ? request.proxy : "http://" + request.proxy);
-    if (!via || via->scheme != "http") {  // its text may hold a password
+    auto via = parse_proxy(request.proxy);
+    if (!via) {  // its text may hold a password
       return error(errc::invalid_argument,
                    "the proxy for " + made.to.origin() +
                        " cannot be used: http://[user:password@]host:port is expected");
