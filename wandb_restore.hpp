@@ -734,11 +734,12 @@ restored_file restore(std::string_view name, const Text& run_path, bool replace 
 #endif
 #include <process.h>  // _beginthreadex
 #else
-#include <cerrno>      //
-#include <fcntl.h>     // open, record locks, fallocate
-#include <pthread.h>   // a thread whose failure to start is a value
-#include <signal.h>    // is that process alive
-#include <sys/stat.h>  //
+#include <cerrno>          //
+#include <fcntl.h>         // open, record locks, fallocate
+#include <pthread.h>       // a thread whose failure to start is a value
+#include <signal.h>        // is that process alive
+#include <sys/stat.h>      //
+#include <sys/resource.h>  // RLIMIT_FSIZE
 #include <sys/statvfs.h>
 #include <unistd.h>
 #ifdef __linux__
@@ -1491,6 +1492,7 @@ inline error disk_error(std::string_view what, const path& where, int code = las
 /// What a directory entry is. Symbolic links are followed.
 struct file_facts {
   bool is_directory = false;
+  bool is_file = false;                 // neither that nor a device, pipe or socket
   std::uint64_t size = 0;               // bytes
   std::uint64_t allocated = 0;          // bytes that have room on the disk already
   std::int64_t modified = 0;            // nanoseconds since 1970
@@ -1511,6 +1513,7 @@ inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entr
 #endif
   file_facts facts;
   facts.is_directory = S_ISDIR(entry.st_mode);
+  facts.is_file = S_ISREG(entry.st_mode);
   facts.size = static_cast<std::uint64_t>(entry.st_size);
   facts.allocated = static_cast<std::uint64_t>(entry.st_blocks) * 512;
   facts.modified = static_cast<std::int64_t>(modified.tv_sec) * 1000000000 + modified.tv_nsec;
@@ -1529,6 +1532,7 @@ inline std::optional<file_facts> facts_of(const path& where) {
   const auto join = [](DWORD high, DWORD low) { return static_cast<std::uint64_t>(high) << 32 | low; };
   file_facts facts;
   facts.is_directory = (entry.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
+  facts.is_file = (entry.dwFileAttributes & (FILE_ATTRIBUTE_DIRECTORY | FILE_ATTRIBUTE_DEVICE)) == 0;
   facts.size = join(entry.nFileSizeHigh, entry.nFileSizeLow);
   // FILETIME counts 100 ns since 1601.
   facts.modified = (static_cast<std::int64_t>(
@@ -2068,14 +2072,19 @@ class partial_file {
 
   /// An error where the disk has no room for the rest; otherwise the room is taken, where the file system can.
   result<void> reserve() const;
+  /// An error where this process may not write files of so many bytes.
+  static result<void> check_limit(std::uint64_t whole);
   /// An error where a directory's disk has no room for so many bytes more.
   static result<void> check_room(const path& directory, std::uint64_t missing);
 
+  /// It holds a part of something that another try can recognise.
+  [[nodiscard]] bool is_worth_keeping(const std::string& md5) const {
+    return !md5.empty() && bits_.find_first_not_of('\0') != std::string::npos;
+  }
   /// Keeps the file for whoever restores this content next. Of no effect once it was published.
   void release(const place& at, const std::string& md5) {
     out_.close();
-    if (where_.empty() || md5.empty() || bits_.find_first_not_of('\0') == std::string::npos)
-      return;  // it is worth nothing: it goes
+    if (where_.empty() || !is_worth_keeping(md5)) return;
     if (rename_over(where_, at.partial(md5, "free-" + owner::self().str())) == 0) where_.clear();
   }
   /// Puts the finished content in the target's place and returns a stream on it, opened on this very inode.
@@ -2090,6 +2099,8 @@ class partial_file {
   partial_file(file out, path where, std::uint64_t size)
       : out_(std::move(out)), where_(std::move(where)), size_(size), bits_(byte_of(blocks() + 7), '\0') {}
   static std::size_t byte_of(std::uint64_t index) { return static_cast<std::size_t>(index / 8); }
+  /// Bytes of content and record.
+  [[nodiscard]] std::uint64_t whole() const { return record_offset() + header_size + bits_.size(); }
   [[nodiscard]] std::uint64_t record_offset() const { return (size_ + block - 1) / block * block; }
   [[nodiscard]] std::string header() const {
     std::string text(magic);
@@ -2124,6 +2135,7 @@ inline result<std::unique_ptr<partial_file>> partial_file::create(const place& a
   file out;
   if (const int code = out.open(where, file::mode::create)) return disk_error("create", where, code);
   std::unique_ptr<partial_file> made(new partial_file(std::move(out), where, size));
+  if (auto allowed = check_limit(made->whole()); !allowed) return allowed.error();
   if (size > 0) {
     if (auto done = made->write(made->record_offset(), made->header() + made->bits_); !done)
       return done.error();
@@ -2195,6 +2207,22 @@ inline void partial_file::adopt(const path& other, const watcher& go_on) {
   }
 }
 
+/// A process that writes beyond its limit is killed by SIGXFSZ: better told before.
+inline result<void> partial_file::check_limit(std::uint64_t whole) {
+#ifndef _WIN32
+  struct rlimit limit {};
+  if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return {};
+  if (whole > static_cast<std::uint64_t>(limit.rlim_cur)) {
+    return error(errc::disk_failure, "this process may not write files of " + std::to_string(whole) +
+                                         " bytes, at most " + std::to_string(limit.rlim_cur) +
+                                         ": raise the limit (ulimit -f)");
+  }
+#else
+  (void)whole;
+#endif
+  return {};
+}
+
 inline result<void> partial_file::check_room(const path& directory, std::uint64_t missing) {
   const auto space = free_space(directory);
   if (!space || missing <= *space) return {};
@@ -2206,15 +2234,15 @@ inline result<void> partial_file::check_room(const path& directory, std::uint64_
 
 inline result<void> partial_file::reserve() const {
   const auto facts = out_.facts();
-  const std::uint64_t whole = record_offset() + header_size + bits_.size();
+  if (auto allowed = check_limit(whole()); !allowed) return allowed;
   std::uint64_t present = facts ? facts->allocated : 0;  // less than what was written where it is compressed
   std::uint64_t written = 0;
   for (std::uint64_t i = 0; i < blocks(); ++i) written += has(i) ? block : 0;
   present = (std::max)(present, written);
-  const std::uint64_t missing = present < whole ? whole - present : 0;
+  const std::uint64_t missing = present < whole() ? whole() - present : 0;
   const path directory = where_.parent_path();
   if (auto room = check_room(directory, missing); !room) return room;
-  const int code = out_.reserve(whole);
+  const int code = out_.reserve(whole());
   if (code == 0) return {};
   return error(errc::disk_failure, "not enough room in " +
                                        in_quotes(directory.empty() ? path(".") : directory) + ": " +
@@ -2224,9 +2252,9 @@ inline result<void> partial_file::reserve() const {
 
 inline result<std::ifstream> partial_file::publish(const place& at) {
   const auto old = facts_of(at.target);
-  if (old && old->is_directory) {
+  if (old && !old->is_file) {
     return error(errc::disk_failure,
-                 "cannot put a file in the place of the directory " + in_quotes(at.target));
+                 "cannot put a file in the place of " + in_quotes(at.target) + ", which is no ordinary file");
   }
   if (const int code = out_.resize(size_)) return disk_error("shorten", where_, code);
   // From here on the record is gone: where the rest fails it is written again, so that the next try can go on.
@@ -2364,27 +2392,33 @@ struct receipt {
   std::string md5;            // verified, in hex; or empty
 };
 
-inline path receipt_path(const path& cache, const path& target) {
-  return cache / "receipts" / (hex64(name_hash(utf8(absolute_path(target)))) + ".json");
+/// The same for whatever leads to a directory: links are common where home and scratch directories are large.
+inline path real_path(const path& where) {
+  std::error_code failure;
+  const path directory = std::filesystem::canonical(absolute_path(where).parent_path(), failure);
+  return failure ? absolute_path(where) : directory / where.filename();
+}
+inline path receipt_path(const path& cache, const path& real_target) {
+  return cache / "receipts" / (hex64(name_hash(utf8(real_target))) + ".json");
 }
 
-/// Without a cache directory, or where it cannot be written, there is no receipt: the file counts as the user's own.
-inline void write_receipt(const path& cache, const path& target, const receipt& facts) {
-  if (cache.empty()) return;
-  const nlohmann::json record = {{"path", percent_encode(utf8(absolute_path(target)), "/")},
+/// Without a receipt, for want of a cache directory say, the file counts as the user's own.
+inline result<void> write_receipt(const path& cache, const path& target, const receipt& facts) {
+  if (cache.empty()) return {};
+  const path real = real_path(target);
+  const nlohmann::json record = {{"path", percent_encode(utf8(real), "/")},
                                  {"entity", percent_encode(facts.run.entity)},
                                  {"project", percent_encode(facts.run.project)},
                                  {"run_id", percent_encode(facts.run.run_id)},
                                  {"size", facts.size},
                                  {"modified_ns", facts.modified},
                                  {"md5", facts.md5}};
-  (void)replace_small_file(receipt_path(cache, target), record.dump(2) + '\n');
+  return replace_small_file(receipt_path(cache, real), record.dump(2) + '\n');
 }
 
-/// The receipt for a file, if there is one and the file has not changed since.
-inline std::optional<receipt> read_receipt(const path& cache, const path& target, const file_facts& now) {
-  if (cache.empty()) return std::nullopt;
-  const auto text = read_small_file(receipt_path(cache, target), 64 * 1024);
+/// What is on record for that very path, if it is of the file as it is now.
+inline std::optional<receipt> receipt_of(const path& cache, const path& real, const file_facts& now) {
+  const auto text = read_small_file(receipt_path(cache, real), 64 * 1024);
   const auto record = text ? nlohmann::json::parse(*text, nullptr, false) : nlohmann::json();
   if (!record.is_object()) return std::nullopt;
   const auto field = [&](const char* name) {
@@ -2397,11 +2431,20 @@ inline std::optional<receipt> read_receipt(const path& cache, const path& target
     const auto found = record.find(name);
     return found != record.end() && found->is_number_integer() ? found->get<std::int64_t>() : -1;
   };
-  if (field("path") != utf8(absolute_path(target)) || number("size") != static_cast<std::int64_t>(now.size) ||
+  if (field("path") != utf8(real) || number("size") != static_cast<std::int64_t>(now.size) ||
       number("modified_ns") != now.modified) {
     return std::nullopt;
   }
   return receipt{{field("entity"), field("project"), field("run_id")}, now.size, now.modified, field("md5")};
+}
+
+/// The receipt for a file, if there is one and the file has not changed since.
+inline std::optional<receipt> read_receipt(const path& cache, const path& target, const file_facts& now) {
+  if (cache.empty()) return std::nullopt;
+  const path plain = absolute_path(target);
+  if (auto found = receipt_of(cache, plain, now)) return found;
+  const path real = real_path(target);  // asking for each directory on the way takes its time
+  return real == plain ? std::nullopt : receipt_of(cache, real, now);
 }
 
 }  // namespace detail
@@ -3272,11 +3315,9 @@ class call {
   [[nodiscard]] error why_cancelled() const {
     if (!stopped_ && out_of_time()) {
       return error::permanent(errc::connection_failed,
-                              "not done within " + seconds_text(config.total_timeout) +
-                                  " (total_timeout); what has arrived is kept for the next try");
+                              "not done within " + seconds_text(config.total_timeout) + " (total_timeout)");
     }
-    return error(errc::cancelled,
-                 "cancelled; what has arrived is kept, so that the next try goes on from there");
+    return error(errc::cancelled, "cancelled");
   }
   /// False if cancelled meanwhile.
   [[nodiscard]] bool sleep(milliseconds time) const {
@@ -3317,8 +3358,9 @@ class backoff {
     const auto limit = call_.reached ? call_.config.retry_timeout : call_.config.connect_timeout;
     const auto spent = std::chrono::duration_cast<milliseconds>(clock::now() - since_);
     const milliseconds ceiling((std::min)(30000, 500 << (std::min)(tries_++, 6)));
-    const auto wait = (std::max)(jitter(ceiling), failure.retry_after());
-    if (spent + wait < limit) return wait;
+    const auto left = (std::max)(limit - spent, milliseconds(0));
+    if (failure.retry_after() < left)
+      return (std::max)((std::min)(jitter(ceiling), left), failure.retry_after());
     std::string text = failure.what();
     if (failure.retry_after().count() > 0) text += "; it asks to wait " + seconds_text(failure.retry_after());
     text += " (gave up after " + std::to_string(tries_) + (tries_ == 1 ? " try in " : " tries in ") +
@@ -3549,6 +3591,7 @@ class session {
     }
   }
 
+  std::atomic<bool> told_of_receipts{false};  // that they cannot be written: once is enough
   std::mutex mutex;                           // guards what follows
   std::optional<std::string> default_entity;  // as the server told
 
@@ -3872,7 +3915,6 @@ inline error session::status_error(const std::string& what, const answer& got, c
                                               : "check the run path, and that this key may see the run"),
                    status);
     }
-    if (status == 404) text += "; is " + config.base_url + " the base URL of a W&B server?";
   }
   error failure(errc::http_failure, text, status);
   failure.retry_after(parse_retry_after(got.head));
@@ -3967,8 +4009,14 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const s
                  what + ": the answer of " + host() + " is longer than " + readable_bytes(max_answer));
   }
   if (!got) return error(got.error());
-  if (got->head.status != 200)
-    return session_.status_error(what + " at " + host(), *got, here, authorization);
+  if (got->head.status != 200) {
+    const error failure = session_.status_error(what + " at " + host(), *got, here, authorization);
+    if (failure.http_status() != 404 || failure.code() != errc::http_failure) return failure;
+    return error(failure.code(),
+                 std::string(failure.what()) + "; is " + session_.config.base_url +
+                     " the base URL of a W&B server?",
+                 404);
+  }
   auto body_read = json::parse(answered.text, nullptr, false);
   if (!body_read.is_object()) {
     return error(errc::protocol_violation,
@@ -4207,7 +4255,8 @@ class range_plan {
   static constexpr std::uint64_t mebibyte = 1024 * 1024;
   static constexpr std::uint64_t first_piece = 4 * mebibyte, largest_piece = 64 * mebibyte,
                                  smallest_piece = mebibyte;
-  static constexpr std::uint64_t smallest_share = mebibyte;  // what a cut connection had under way is lost
+  static constexpr std::uint64_t smallest_share =
+      mebibyte / 2;  // what a cut connection had under way is lost
   static constexpr std::uint64_t worth_splitting = 2 * first_piece;
   static constexpr std::uint64_t endless = ~std::uint64_t{0};  // the end of what has no known size
 
@@ -4290,10 +4339,12 @@ class range_plan {
     if (slots_.size() == 1 || whole_) return endless;
     std::uint64_t left = 0;
     for (const auto& gap : gaps_) left += gap.end - gap.begin;
-    // Asking costs a round trip: at most a fiftieth of what it brings. On near servers pieces stay small, so that the
-    // frontier, and the digest with it, is never far behind.
-    const auto wanted =
-        (std::max)(first_piece, static_cast<std::uint64_t>((std::max)(of.pace, 0.0) * of.delay * 50));
+    // Asking costs a round trip: at most a fiftieth of what it brings. On near servers pieces stay small, and smaller for
+    // a slow connection, so that the frontier, and the digest with it, never waits long for one.
+    const double pace = (std::max)(of.pace, 0.0);
+    const auto quarter_second = static_cast<std::uint64_t>(pace / 4);
+    const auto usual = of.pace < 0 ? first_piece : (std::clamp)(quarter_second, smallest_piece, first_piece);
+    const auto wanted = (std::max)(usual, static_cast<std::uint64_t>(pace * of.delay * 50));
     const auto fair = left / (2 * slots_.size());
     const auto bounded = (std::max)((std::min)({wanted, fair, largest_piece}), smallest_piece);
     return (bounded + block - 1) / block * block;
@@ -4309,8 +4360,8 @@ class range_plan {
       const double time = static_cast<double>(other.end - other.at) / (std::max)(other.pace, 1.0);
       if (time > longest) longest = time, slowest = &other;
     }
-    if (slowest == nullptr || longest < 0.1)
-      return false;  // what is here at once is not worth a connection cut
+    // What is here at once is not worth a connection cut, nor what would not have begun to come by then.
+    if (slowest == nullptr || longest < (std::max)(0.03, 2 * mine.delay)) return false;
     const std::uint64_t at = slowest->at, end = slowest->end;
     const auto middle = (at + (end - at) / 2 + block - 1) / block * block;
     if (end - at >= 2 * smallest_share) {
@@ -4318,8 +4369,9 @@ class range_plan {
       assign(mine, {middle, end});
       return true;
     }
-    if (longest < 1 || mine.pace < 4 * slowest->pace) return false;
     const auto begin = slowest->flushed;
+    const double mine_alone = static_cast<double>(end - begin) / (std::max)(mine.pace, 1.0) + mine.delay;
+    if (longest < 2 * mine_alone) return false;  // what it has under way would be fetched twice for little
     revoke(*slowest, begin);
     assign(mine, {begin, end});
     return true;
@@ -4381,6 +4433,7 @@ class download {
   std::optional<error> handle_status(const answer& got, const url& from, std::uint64_t used,
                                      const std::string& authorization);
   result<void> flush(std::size_t me, std::string& buffer);
+  void keep_whole_blocks(std::size_t me, std::string& buffer);
   /// What the service was asked for was tried long enough: not worth another try here.
   static error tried(const error& failure) {
     return error::permanent(failure.code(), failure.what(), failure.http_status());
@@ -4788,22 +4841,40 @@ inline void download::work(std::size_t me) {
     while (unfinished()) {
       const auto failure = fetch(me, buffer, tries);
       if (!failure || stopped_) continue;
-      if (!failure->is_transient()) return fail(*failure);
+      if (!failure->is_transient()) {
+        keep_whole_blocks(me, buffer);
+        return fail(*failure);
+      }
       const auto wait = tries.after(*failure);
-      if (!wait)
+      if (!wait) {
+        keep_whole_blocks(me, buffer);
         return wait.error().code() == errc::cancelled ? fail(wait.error()) : retire(me, wait.error());
+      }
       if (tries.failures() == 1) before = others();
       lock held(mutex_);
       if (tries.failures() == 3 && others() != before &&
           alive_ > 1) {  // others get on: the server wants no more
         held.unlock();
+        keep_whole_blocks(me, buffer);
         return retire(me, *failure);
       }
       changed_.wait_for(held, *wait, [&] { return stopped_ || complete_ || mine.at >= mine.end; });
     }
+    keep_whole_blocks(me, buffer);
     const lock held(mutex_);
     plan_->done(me);
   }
+}
+
+/// What arrived before a connection ends is not lost, as far as it is whole blocks, which alone can be recorded.
+inline void download::keep_whole_blocks(std::size_t me, std::string& buffer) {
+  if (!remote_.info.size) return;
+  const auto& mine = (*plan_)[me];
+  const auto end = (std::min)(mine.flushed + buffer.size(), mine.end.load());
+  if (end <= mine.flushed) return buffer.clear();
+  const auto kept = end == into_->size() ? end : end / partial_file::block * partial_file::block;
+  buffer.resize(static_cast<std::size_t>((std::max)(kept, mine.flushed) - mine.flushed));
+  (void)flush(me, buffer);
 }
 
 /// Waits for something to fetch; false when there is nothing more to do.
@@ -4893,8 +4964,14 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
   held.unlock();
 
   request.is_cancelled = [&] { return stopped_ || (mine.revoked && mine.at >= mine.end); };
+  const auto asked = clock::now();
   const auto got = session_.send(call_, std::move(request), *authorization, sink, *here);
-  if (mine.at > begin) tries.progressed();
+  // A few bytes each time are no progress: it would take for ever.
+  const double seconds = std::chrono::duration<double>(clock::now() - asked).count();
+  if (mine.at > begin &&
+      static_cast<double>(mine.at - begin) >= static_cast<double>(session_.config.low_speed) * seconds) {
+    tries.progressed();
+  }
 
   held.lock();
   settle();
@@ -5055,16 +5132,21 @@ inline std::string shown(const run_path& run) {
   return run.entity.empty() ? run.project + '/' + run.run_id + " (of the default entity)" : run.str();
 }
 
+/// The same failure in other words.
+inline error with_text(const error& failure, const std::string& text) {
+  error whole(failure.code(), text, failure.http_status());
+  if (!failure.is_transient()) whole = error::permanent(failure.code(), text, failure.http_status());
+  whole.retry_after(failure.retry_after());
+  return whole;
+}
+
 /// The failure of a call with what the call was about in front, unless the text names that itself.
 inline error in_context(const error& failure, const std::string& doing,
                         std::initializer_list<std::string> names) {
   const std::string_view text = failure.what();
   if (std::all_of(names.begin(), names.end(), [&](const auto& name) { return text.find(name) != text.npos; }))
     return failure;
-  error whole(failure.code(), doing + ": " + failure.what(), failure.http_status());
-  if (!failure.is_transient()) whole = error::permanent(failure.code(), whole.what(), failure.http_status());
-  whole.retry_after(failure.retry_after());
-  return whole;
+  return with_text(failure, doing + ": " + failure.what());
 }
 
 /// One restore, from name to stream.
@@ -5076,9 +5158,10 @@ class restoring {
 
   result<restored_file> operator()() {
     const auto seen = facts_of(at_.target);
-    if (seen && seen->is_directory) {
-      return error(errc::disk_failure,
-                   "cannot restore " + in_quotes(name_) + ": " + in_quotes(at_.target) + " is a directory");
+    if (seen && !seen->is_file) {
+      return error(errc::disk_failure, "cannot restore " + in_quotes(name_) + ": " + in_quotes(at_.target) +
+                                           (seen->is_directory ? " is a directory" : " is no ordinary file") +
+                                           "; set another root, or move it away");
     }
     const auto policy = options_.replace ? cache_policy::replace() : options_.cache.value_or(session_.policy);
     const auto copy = seen ? std::optional<local_copy>(copy_of(*seen)) : std::nullopt;
@@ -5153,13 +5236,24 @@ class restoring {
 
   result<restored_file> open(restored_file::facts facts) const {
     std::ifstream stream(at_.target, std::ios::binary);
-    if (!stream) return disk_error("open", at_.target);
+    if (!stream) {
+      return error(errc::disk_failure, "cannot open the local copy " + in_quotes(at_.target) + ": " +
+                                           system_text(last_os_error()) +
+                                           "; make it readable, or replace it");
+    }
     return restored_file(std::move(stream), std::move(facts));
   }
 
   void remember(const std::string& md5, const std::optional<file_facts>& facts) const {
-    if (facts)
-      write_receipt(session_.config.cache_dir, at_.target, {run_, facts->size, facts->modified, md5});
+    if (!facts) return;
+    const auto written =
+        write_receipt(session_.config.cache_dir, at_.target, {run_, facts->size, facts->modified, md5});
+    if (!written && !session_.told_of_receipts.exchange(true)) {
+      session_.warn(
+          std::string("where files come from cannot be remembered, so that another run's are not told "
+                      "apart: ") +
+          written.error().what() + "; WANDB_CACHE_DIR may name another directory");
+    }
   }
 
   result<restored_file> fetch(remote_file remote, const std::optional<file_facts>& seen) {
@@ -5195,7 +5289,12 @@ class restoring {
       }();
       if (done) return publish(partial, remote);
       const bool wrong = done.error().code() == errc::checksum_mismatch;
-      if (!wrong && !changed) return done.error();
+      if (!wrong && !changed) {
+        return partial.is_worth_keeping(key)
+                   ? with_text(done.error(), std::string(done.error().what()) +
+                                                 "; what has arrived is kept for the next try")
+                   : done.error();
+      }
       kept.wanted = !worthless;
       if (again) {
         return error(
@@ -5278,9 +5377,11 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
   auto run = run_of(with.config, options.run_path);
   if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
   const path root = options.root.empty() ? with.config.run_dir : options.root;
-  if (const auto there = facts_of(root); !root.empty() && there && !there->is_directory) {
-    return error(errc::invalid_argument,
-                 "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) + " is not a directory");
+  path there = root;
+  while (there.has_relative_path() && !facts_of(there)) there = there.parent_path();
+  if (const auto facts = facts_of(there); facts && !facts->is_directory) {
+    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) +
+                                             ": " + in_quotes(there) + " is not a directory");
   }
   call of(with.config, options.cancel);
   const std::string inside = service_name(name);
@@ -5408,7 +5509,10 @@ struct exchange {
   bool was_answered = false;  ///< a byte came back
   std::optional<wandb::error> failure = {};
 
-  std::string label() const { return request.method + ' ' + way.to.redacted() + ": "; }
+  std::string label() const {
+    const std::string through = way.via ? " through the proxy " + way.via->origin() : std::string();
+    return request.method + ' ' + way.to.redacted() + through + ": ";
+  }
   /// The first failure counts: later ones follow from it. Returns false.
   bool fail(errc code, const std::string& why) { return fail(error(code, label() + why)); }
   bool fail(error why) {

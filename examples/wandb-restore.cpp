@@ -76,8 +76,9 @@ int exit_status(wandb::errc code) {
 }
 
 constexpr const char* help_footer =
-    "NAMEs are paths inside the run. Each is tried; the exit status is the first failure's. With --list\n"
-    "they are patterns: * stands for any text, / included, and ? for one character.\n"
+    "NAMEs are paths inside the run. Each is tried; the exit status is the first failure's, or 130 if\n"
+    "interrupted. With --list they are patterns: * stands for any text, / included, and ? for one\n"
+    "character.\n"
     "\n"
     "The key and the defaults for entity, project and run come from where the Python SDK has them:\n"
     "WANDB_API_KEY, WANDB_BASE_URL, WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_ID, settings files, netrc.\n"
@@ -153,7 +154,9 @@ std::size_t terminal_width() {
 void prepare_process() {
   std::signal(SIGINT, on_interrupt);
   std::signal(SIGTERM, on_interrupt);
+  if (std::signal(SIGHUP, on_interrupt) == SIG_IGN) std::signal(SIGHUP, SIG_IGN);  // nohup
   std::signal(SIGPIPE, SIG_IGN);  // a reader that leaves is noticed by `print`
+  std::signal(SIGXFSZ, SIG_IGN);  // a limit on the size of files is noticed where it is met
 }
 
 #endif
@@ -328,8 +331,10 @@ class console {
   void progress(const wandb::progress& now) {
     if (!progress_) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    const std::string line = status_line(now, terminal_width() - 1);  // the last column may wrap
-    write('\r' + line + std::string(drawn_ - std::min(drawn_, columns(line)), ' '));
+    const std::size_t width = terminal_width() - 1;  // the last column may wrap
+    const std::string line = status_line(now, width);
+    const std::size_t before = std::min(drawn_, width);  // the terminal may have shrunk
+    write('\r' + line + std::string(before - std::min(before, columns(line)), ' '));
     drawn_ = columns(line);
   }
 

@@ -508,6 +508,13 @@ TEST_SUITE("command line") {
     const screen seen = watch(result.err);
     REQUIRE(seen.frames.size() >= 4);
     CHECK(seen.frames[0].size() > 30);
+    for (std::size_t begin = 0, end = 0; end != result.err.npos; begin = end + 1) {
+      end = result.err.find('\r', begin);
+      std::string drawn = result.err.substr(begin, end == result.err.npos ? end : end - begin);
+      const auto whole = drawn.size();
+      drawn.erase(drawn.find_last_not_of(' ') + 1);
+      if (drawn.size() < 30) CHECK(whole < 30);  // not padded to the width before: that would wrap
+    }
     CHECK(seen.frames[seen.frames.size() - 3].size() < 30);
   }
 

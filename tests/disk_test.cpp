@@ -617,7 +617,8 @@ TEST_SUITE("receipts") {
     const auto facts = facts_of(target);
     REQUIRE(facts.has_value());
     const wandb::run_path run{"team \"x\"", "p\xff", "r/1"};
-    wandb::detail::write_receipt(cache, target, {run, facts->size, facts->modified, md5});
+    REQUIRE(
+        wandb::detail::write_receipt(cache, target, {run, facts->size, facts->modified, md5}).has_value());
     const auto found = wandb::detail::read_receipt(cache, target, *facts);
     REQUIRE(found.has_value());
     CHECK(found->run == run);
@@ -642,7 +643,9 @@ TEST_SUITE("receipts") {
     const support::scoped_working_directory here(directory.path());
     const auto facts = facts_of("model.h5");
     REQUIRE(facts.has_value());
-    wandb::detail::write_receipt(cache, "model.h5", {{"e", "p", "r"}, facts->size, facts->modified, md5});
+    REQUIRE(
+        wandb::detail::write_receipt(cache, "model.h5", {{"e", "p", "r"}, facts->size, facts->modified, md5})
+            .has_value());
     CHECK(wandb::detail::read_receipt(cache, directory / "model.h5", *facts).has_value());
     CHECK(wandb::detail::read_receipt(cache, "./x/../model.h5", *facts).has_value());
   }
@@ -652,7 +655,8 @@ TEST_SUITE("receipts") {
     const fs::path cache = directory / "cache", target = directory / "model.h5";
     write_file(target, "hello");
     const auto facts = *facts_of(target);
-    wandb::detail::write_receipt(cache, target, {{"e", "p", "r"}, facts.size, facts.modified, md5});
+    REQUIRE(wandb::detail::write_receipt(cache, target, {{"e", "p", "r"}, facts.size, facts.modified, md5})
+                .has_value());
     const fs::path where = wandb::detail::receipt_path(cache, target);
     const std::string good = read_file(where);
     REQUIRE(wandb::detail::read_receipt(cache, target, facts).has_value());
@@ -675,7 +679,10 @@ TEST_SUITE("receipts") {
   TEST_CASE("a cache that cannot be written is no failure") {
     const temporary_directory directory;
     write_file(directory / "cache", "a file");
-    wandb::detail::write_receipt(directory / "cache", directory / "model.h5", {{"e", "p", "r"}, 1, 2, md5});
+    CHECK_FALSE(wandb::detail::write_receipt(directory / "cache", directory / "model.h5",
+                                             {{"e", "p", "r"}, 1, 2, md5})
+                    .has_value());
+    CHECK(wandb::detail::write_receipt({}, directory / "model.h5", {{"e", "p", "r"}, 1, 2, md5}).has_value());
     CHECK(read_file(directory / "cache") == "a file");
   }
 }
@@ -778,8 +785,9 @@ TEST_SUITE("publishing") {
       CHECK(made->has(3));
       REQUIRE(made->publish(at).has_value());
       CHECK(read_file(at.target) == whole_text());
-      wandb::detail::write_receipt(directory / "cache", at.target,
-                                   {{"e", "p", "r"}, size, facts_of(at.target)->modified, md5});
+      REQUIRE(wandb::detail::write_receipt(directory / "cache", at.target,
+                                           {{"e", "p", "r"}, size, facts_of(at.target)->modified, md5})
+                  .has_value());
       CHECK(wandb::detail::read_receipt(directory / "cache", at.target, *facts_of(at.target)).has_value());
     }
   }

@@ -855,6 +855,30 @@ TEST_SUITE("download: how it fails") {
     CHECK(it.storage_bytes() < 6 * MiB);
   }
 
+  TEST_CASE("whole blocks that are still in a buffer are kept, too") {
+    world it;
+    const auto what = it.add("model.h5", small_size);
+    it.settings.total_timeout = 1s;
+    it.server.add_fault(target(place::storage).nth(1), act::stall(150'000));
+    const auto failure = it.check_failed(it.restore("model.h5"), errc::connection_failed);
+    CHECK(std::string(failure.what()).find("is kept") != std::string::npos);
+    CHECK(it.hidden() == 1);
+    it.server.clear_log();
+    it.settings.total_timeout = 0ms;
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage_bytes() == small_size - 2 * 65536);
+  }
+
+  TEST_CASE("a few bytes with each try are no progress: it ends") {
+    world it;
+    it.add("model.h5", small_size);
+    it.settings.idle_timeout = 300ms;
+    it.settings.retry_timeout = 2s;
+    it.server.add_fault(place::storage, act::stall(50));
+    const auto failure = it.check_failed(it.restore("model.h5"), errc::connection_failed);
+    CHECK(std::string(failure.what()).find("gave up") != std::string::npos);
+  }
+
   TEST_CASE("a size beyond any disk: disk_failure before the first byte") {
     for (const auto size : {std::uint64_t{1} << 50, std::uint64_t{1} << 62}) {
       CAPTURE(size);

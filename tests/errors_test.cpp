@@ -336,7 +336,7 @@ const std::vector<row>& table() {
        option([](auto&) {}),
        "sub"},
       {"a root below a file",
-       errc::disk_failure,
+       errc::invalid_argument,
        0,
        false,
        false,

@@ -25,6 +25,11 @@ TEST_SUITE("examples") {
     const outcome missing = f.start("quickstart", {"nothing.h5", f.run_path()});
     CHECK(missing.status == 1);
     CHECK(contains(missing.err, "nothing.h5"));
+
+    // What the README opens with is this program.
+    const fs::path top = fs::path(__FILE__).parent_path().parent_path();
+    CHECK(contains(read_file(top / "README.md"),
+                   "```cpp\n" + read_file(top / "examples" / "quickstart.cpp") + "```\n"));
   }
 
   TEST_CASE("resume_training: goes on from a checkpoint, starts fresh only where there is none") {

@@ -326,6 +326,18 @@ TEST_SUITE("backoff") {
     CHECK(tries.after(failure).has_value());
   }
 
+  TEST_CASE("a wait that would go beyond the limit is shortened to it: the time that was promised is used") {
+    for (int round = 0; round < 200; ++round) {
+      call_of_a_test one;
+      one.call.reached = true;
+      one.configuration.retry_timeout = 10ms;
+      backoff tries(one.call);
+      const auto wait = tries.after(error(errc::connection_failed, "x"));
+      REQUIRE(wait.has_value());
+      REQUIRE(*wait <= 10ms);
+    }
+  }
+
   TEST_CASE("progress resets the count") {
     call_of_a_test one;
     one.call.reached = true;

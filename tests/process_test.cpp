@@ -17,6 +17,7 @@
 #include <signal.h>
 #include <spawn.h>
 #include <sys/stat.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -349,6 +350,22 @@ TEST_SUITE("processes: many at once") {
           }(),
           "model.h5", *what);
     }
+  }
+
+  TEST_CASE("a limit on the size of files is told, with what to do, and not run into") {
+    world it;
+    it.add("model.h5", 9 * MiB);
+    rlimit before{};
+    REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
+    rlimit lower = before;
+    lower.rlim_cur = 5 * MiB;
+    REQUIRE(::setrlimit(RLIMIT_FSIZE, &lower) == 0);
+    auto outcome = it.restore("model.h5");
+    REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
+    const auto failure = it.check_failed(std::move(outcome), wandb::errc::disk_failure);
+    CHECK(std::string(failure.what()).find("ulimit -f") != std::string::npos);
+    CHECK(it.storage() == 0);
+    CHECK(it.hidden() == 0);
   }
 
   TEST_CASE("without locks, some of them killed: the others end with the right file") {

@@ -1,6 +1,9 @@
 // What a restore means: names, roots, local copies, policies and receipts, against the stand-in over TLS.
 #include "restore_fixture.hpp"
 
+#ifndef _WIN32
+#include <sys/stat.h>  // mkfifo
+#endif
 #include <atomic>
 #include <functional>
 #include <map>
@@ -518,6 +521,56 @@ TEST_CASE("a receipt belongs to the absolute path, however it is spelled") {
   CHECK(f.asked() == "graphql 1, files 1, storage 1");
 }
 
+#ifndef _WIN32
+TEST_CASE("a file that is reached through links is the same file: its receipt counts, and its conflict") {
+  fixture f;
+  f.server.add_file(f.run, "a.txt", new_text);
+  fs::create_directories(f.directory / "real");
+  fs::create_directory_symlink(f.directory / "real", f.directory / "link");
+  auto client = f.client();
+  for (const bool through_link : {false, true}) {
+    const fs::path one = f.directory / (through_link ? "link" : "real");
+    const fs::path other = f.directory / (through_link ? "real" : "link");
+    (void)client.restore("a.txt", f.path, true, one);
+    CHECK(client.restore("a.txt", f.path, false, other).verified());
+    CHECK(client.restore("a.txt", f.path, false, one).verified());
+    (void)f.failure(client.try_restore("a.txt", "other/my-project/a1b2c3d", false, other),
+                    errc::local_conflict);
+    (void)f.failure(client.try_restore("a.txt", "other/my-project/a1b2c3d", false, one),
+                    errc::local_conflict);
+  }
+}
+
+TEST_CASE("what is neither file nor directory is left alone, and not waited for") {
+  fixture f;
+  f.server.add_file(f.run, "pipe", new_text);
+  f.server.add_file(f.run, "zero", new_text);
+  REQUIRE(::mkfifo((f.root() / "pipe").c_str(), 0600) == 0);
+  fs::create_symlink("/dev/zero", f.root() / "zero");
+  auto client = f.client();
+  for (const char* name : {"pipe", "zero"}) {
+    for (const bool replace : {false, true}) {
+      check_names(f.failure(client.try_restore(name, f.path, replace), errc::disk_failure),
+                  {name, "no ordinary file"});
+    }
+  }
+  CHECK(fs::is_fifo(f.root() / "pipe"));
+}
+#endif
+
+TEST_CASE("a restore that cannot remember where the file came from says so once") {
+  fixture f;
+  f.server.add_file(f.run, "a.txt", new_text);
+  auto s = f.settings();
+  s.cache_dir = write_file(f.directory / "file", "in the place of a directory");
+  wandb::client<> client(s);
+  (void)f.success(client.try_restore("a.txt", f.path));
+  (void)f.success(client.try_restore("a.txt", f.path, true));
+  REQUIRE(f.warnings().size() == 1);
+  CHECK(f.warnings()[0].find("cannot be remembered") != std::string::npos);
+  CHECK(f.warnings()[0].find("WANDB_CACHE_DIR") != std::string::npos);
+}
+
 TEST_CASE("a root that is a file is an invalid_argument that names it") {
   fixture f;
   f.server.add_file(f.run, "a.txt", new_text);
@@ -526,6 +579,9 @@ TEST_CASE("a root that is a file is an invalid_argument that names it") {
   check_names(
       f.failure(client.try_restore("a.txt", f.path, false, f.root() / "file"), errc::invalid_argument),
       {"file"});
+  check_names(f.failure(client.try_restore("a.txt", f.path, false, f.root() / "file" / "deep"),
+                        errc::invalid_argument),
+              {"file", "deep"});
   CHECK(read_file(f.root() / "file") == "not a directory");
 }
 
