@@ -398,7 +398,8 @@ TEST_SUITE("errors") {
 
   TEST_CASE("a failure where nothing was before leaves nothing behind under the name") {
     for (const row& r : table()) {
-      if (r.code == errc::local_conflict || r.code == errc::disk_failure)
+      if (r.code == errc::local_conflict || r.code == errc::disk_failure ||
+          std::string(r.what) == "a root below a file")
         continue;                 // they need something to be there
       if (r.transient) continue;  // they take their time, and differ in nothing here
       CAPTURE(std::string(r.what));
