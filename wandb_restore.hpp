@@ -4342,8 +4342,8 @@ class range_plan {
     // Asking costs a round trip: at most a fiftieth of what it brings. On near servers pieces stay small, and smaller for
     // a slow connection, so that the frontier, and the digest with it, never waits long for one.
     const double pace = (std::max)(of.pace, 0.0);
-    const auto quarter_second = static_cast<std::uint64_t>(pace / 4);
-    const auto usual = of.pace < 0 ? first_piece : (std::clamp)(quarter_second, smallest_piece, first_piece);
+    const auto half_second = static_cast<std::uint64_t>(pace / 2);
+    const auto usual = of.pace < 0 ? first_piece : (std::clamp)(half_second, smallest_piece, 2 * first_piece);
     const auto wanted = (std::max)(usual, static_cast<std::uint64_t>(pace * of.delay * 50));
     const auto fair = left / (2 * slots_.size());
     const auto bounded = (std::max)((std::min)({wanted, fair, largest_piece}), smallest_piece);
@@ -4471,6 +4471,8 @@ class download {
   bool complete_ = false;
   std::optional<error> failure_;
   std::string digest_;
+  double pace_ = 0;       // bytes a second that arrive
+  double hash_pace_ = 0;  // bytes a second that the digest takes while it has any
   bool hashing_ = false;  // by a thread of its own
   bool hashed_all_ = false;
 
@@ -4480,7 +4482,6 @@ class download {
   std::atomic<std::uint64_t> hashed_{0};
   std::atomic<std::uint64_t> received_{0};
   std::uint64_t received_before_ = 0;
-  double pace_ = 0;
   clock::time_point ticked_ = clock::now(), said_alive_ = ticked_;
   std::deque<thread> threads_;  // last: joined before anything they use goes
 };
@@ -4718,10 +4719,11 @@ inline void download::tick(phase now) {
   const auto received = received_.load();
   const double lately = static_cast<double>(received - received_before_) / seconds;
   received_before_ = received;
-  pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
-  progress report{name_, now, 0, {}, pace_};
+  progress report{name_, now, 0, {}, 0};
   {
     const lock held(mutex_);
+    pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
+    report.bytes_per_second = pace_;
     if (now == phase::verifying && time - said_alive_ > std::chrono::seconds(partial_file::quiet / 6)) {
       said_alive_ = time;
       into_->touch();
@@ -4740,10 +4742,12 @@ inline void download::tick(phase now) {
 inline void download::hash_along() {
   md5 hash;
   page_buffer buffer;
+  double busy = 0;  // seconds
   for (std::uint64_t offset = 0;;) {
     std::uint64_t until = 0;
     {
       lock held(mutex_);
+      if (busy > 0) hash_pace_ = static_cast<double>(offset) / busy;
       advanced_.wait(held, [&] { return stopped_ || complete_ || frontier_ > offset; });
       if (stopped_) return;
       until = frontier_;
@@ -4754,6 +4758,7 @@ inline void download::hash_along() {
         return;
       }
     }
+    const auto began = clock::now();
     while (offset < until && !stopped_) {
       const auto wanted = (std::min<std::uint64_t>)(page_buffer::size, until - offset);
       const auto count = into_->content().read_at(offset, buffer.data(), static_cast<std::size_t>(wanted));
@@ -4766,6 +4771,7 @@ inline void download::hash_along() {
       offset += wanted;
       hashed_ = offset;
     }
+    busy += std::chrono::duration<double>(clock::now() - began).count();
   }
 }
 
@@ -4887,8 +4893,10 @@ inline bool download::next_range(std::size_t me) {
       advanced_.notify_all();
       break;
     }
-    // Where the digest cannot keep up, more connections only take its processor time.
-    const bool digest_is_behind = me > 1 && hashing_ && frontier_ - hashed_ > digest_backlog;
+    // Where the digest cannot keep up, more connections only take its processor time. That it waited for a slow one's
+    // range is another matter: it catches up.
+    const bool digest_is_behind =
+        me > 1 && hashing_ && pace_ > hash_pace_ && frontier_ - hashed_ > digest_backlog;
     if (!digest_is_behind && plan_->take(me)) return true;
     changed_.wait_for(held, milliseconds(50));  // paces change, and connections give back
   }
