@@ -426,3 +426,16 @@ TEST_SUITE("addresses") {
     }
   }
 }
+
+TEST_CASE("what Windows takes for the name of a file") {
+  for (const char* name :
+       {"a", "model.h5", ".hidden", "com", "com10", "console", "nullable.txt", "a b", "\xc3\xa4"}) {
+    CAPTURE(std::string(name));
+    CHECK(wandb::detail::is_windows_name(name));
+  }
+  for (const char* name : {"media:v0", "a?", "a*", "\"a\"", "a<b", "a>b", "a|b", "tab\tbed", "nul", "NUL",
+                           "con.txt", "Aux.tar.gz", "com1", "LPT9.log", "dot.", "space ", "prn ."}) {
+    CAPTURE(std::string(name));
+    CHECK_FALSE(wandb::detail::is_windows_name(name));
+  }
+}

@@ -3,6 +3,10 @@
 #ifndef WANDB_RESTORE_TESTS_ENGINE_HPP
 #define WANDB_RESTORE_TESTS_ENGINE_HPP
 
+#ifndef WANDB_RESTORE_SPLIT
+#error "tests that look into wandb::detail are built in another mode: they cannot share this with the others"
+#endif
+
 #include <doctest/doctest.h>
 
 #include <chrono>

@@ -449,19 +449,6 @@ TEST_CASE("names that are refused, whatever the system, without a request and wi
   CHECK(fs::is_empty(f.root()));
 }
 
-TEST_CASE("what Windows takes for the name of a file") {
-  for (const char* name :
-       {"a", "model.h5", ".hidden", "com", "com10", "console", "nullable.txt", "a b", "\xc3\xa4"}) {
-    CAPTURE(std::string(name));
-    CHECK(wandb::detail::is_windows_name(name));
-  }
-  for (const char* name : {"media:v0", "a?", "a*", "\"a\"", "a<b", "a>b", "a|b", "tab\tbed", "nul", "NUL",
-                           "con.txt", "Aux.tar.gz", "com1", "LPT9.log", "dot.", "space ", "prn ."}) {
-    CAPTURE(std::string(name));
-    CHECK_FALSE(wandb::detail::is_windows_name(name));
-  }
-}
-
 TEST_CASE("a refused name is refused before anything else is looked at") {
   fixture f;
   auto broken = f.settings();
