@@ -1421,21 +1421,24 @@ struct run_path_part {
 
 /// Whether these parts are there and usable; `text` is what they were read from.
 inline result<void> check_parts(std::string_view text, std::initializer_list<run_path_part> parts) {
-  const auto shown = text.substr(0, text.find_first_of("?#"));  // a query may hold an access token
-  const std::string what = text.empty() ? "no run path was given" : "invalid run path " + in_quotes(shown);
+  const auto what = [&] {
+    const auto shown = text.substr(0, text.find_first_of("?#"));  // a query may hold an access token
+    return text.empty() ? "no run path was given" : "invalid run path " + in_quotes(shown);
+  };
   std::string missing, variables;
   for (const auto& [name, variable, value] : parts) {
     if (value.empty()) {
       missing.append(missing.empty() ? "no " : ", no ").append(name);
       variables.append(variables.empty() ? "" : ", ").append(variable);
     } else if (!is_usable_part(value)) {
-      return error(errc::invalid_run_path, what + ": the " + name + " " + in_quotes(std::string_view(value)) +
+      return error(errc::invalid_run_path, what() + ": the " + name + " " +
+                                               in_quotes(std::string_view(value)) +
                                                " has a slash or control characters");
     }
   }
   if (missing.empty()) return {};
   return error(errc::invalid_run_path,
-               what + ": " + missing + "; expected entity/project/run_id, or set " + variables);
+               what() + ": " + missing + "; expected entity/project/run_id, or set " + variables);
 }
 
 }  // namespace detail
