@@ -174,42 +174,25 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
   std::chrono::milliseconds retry_after_{0};
 };
 
-/// A value or an `error`: the part of std::expected<T, error> that is needed here, under the same names. `value()` on a
-/// failure throws the error (or aborts, where exceptions are off).
-template <class T>
-class [[nodiscard]] result {
+namespace detail {
+
+/// What result<T> is for every T: success, or an error.
+class outcome {
  public:
-  using value_type = T;
   using error_type = wandb::error;
 
-  // Implicit, as in expected. By reference: before clang 13, `return local;` moves into a parameter of that kind only.
-  result(const T& value) : value_(value) {}                         // NOLINT
-  result(T&& value) : value_(std::move(value)) {}                   // NOLINT
-  result(const wandb::error& failure) : failure_(failure) {}        // NOLINT
-  result(wandb::error&& failure) : failure_(std::move(failure)) {}  // NOLINT
+  outcome() = default;
+  outcome(const wandb::error& failure) : failure_(failure) {}        // NOLINT: implicit, as in expected
+  outcome(wandb::error&& failure) : failure_(std::move(failure)) {}  // NOLINT
 
-  [[nodiscard]] bool has_value() const noexcept { return value_.has_value(); }
+  [[nodiscard]] bool has_value() const noexcept { return !failure_; }
   explicit operator bool() const noexcept { return has_value(); }
-
-  T& operator*() & noexcept { return *value_; }
-  const T& operator*() const& noexcept { return *value_; }
-  T&& operator*() && noexcept { return *std::move(value_); }
-  T* operator->() noexcept { return &*value_; }
-  const T* operator->() const noexcept { return &*value_; }
-
-  T& value() & { return require(), **this; }
-  const T& value() const& { return require(), **this; }
-  T&& value() && { return require(), *std::move(*this); }
-  template <class U>
-  T value_or(U&& other) && {
-    return has_value() ? *std::move(*this) : static_cast<T>(std::forward<U>(other));
-  }
 
   /// Only where there is no value.
   [[nodiscard]] const wandb::error& error() const& noexcept { return *failure_; }
   [[nodiscard]] wandb::error&& error() && noexcept { return *std::move(failure_); }
 
- private:
+ protected:
   void require() const {
     if (has_value()) return;
 #if WANDB_RESTORE_EXCEPTIONS
@@ -218,35 +201,50 @@ class [[nodiscard]] result {
     std::abort();
 #endif
   }
-  // Exactly one of the two. A std::variant would know a third state, and compiles to twice the code.
-  std::optional<T> value_;
-  std::optional<wandb::error> failure_;
-};
-
-template <>
-class [[nodiscard]] result<void> {
- public:
-  using value_type = void;
-  using error_type = wandb::error;
-
-  result() = default;
-  result(wandb::error failure) : failure_(std::move(failure)) {}  // NOLINT: implicit, as in expected
-
-  [[nodiscard]] bool has_value() const noexcept { return !failure_; }
-  explicit operator bool() const noexcept { return has_value(); }
-  void value() const {
-    if (!failure_) return;
-#if WANDB_RESTORE_EXCEPTIONS
-    throw *failure_;
-#else
-    std::abort();
-#endif
-  }
-  [[nodiscard]] const wandb::error& error() const& noexcept { return *failure_; }
-  [[nodiscard]] wandb::error&& error() && noexcept { return *std::move(failure_); }
 
  private:
   std::optional<wandb::error> failure_;
+};
+
+}  // namespace detail
+
+/// A value or an `error`: the part of std::expected<T, error> that is needed here, under the same names. `value()` on a
+/// failure throws the error (or aborts, where exceptions are off). T has a default constructor.
+template <class T>
+class [[nodiscard]] result : public detail::outcome {
+ public:
+  using value_type = T;
+  using outcome::outcome;
+
+  // Implicit, as in expected. By reference: before clang 13, `return local;` moves into a parameter of that kind only.
+  result(const T& value) : value_(value) {}        // NOLINT
+  result(T&& value) : value_(std::move(value)) {}  // NOLINT
+
+  T& operator*() & noexcept { return value_; }
+  const T& operator*() const& noexcept { return value_; }
+  T&& operator*() && noexcept { return std::move(value_); }
+  T* operator->() noexcept { return &value_; }
+  const T* operator->() const noexcept { return &value_; }
+
+  T& value() & { return require(), value_; }
+  const T& value() const& { return require(), value_; }
+  T&& value() && { return require(), std::move(value_); }
+  template <class U>
+  T value_or(U&& other) && {
+    return has_value() ? std::move(value_) : static_cast<T>(std::forward<U>(other));
+  }
+
+ private:
+  T value_{};  // beside a failure, an empty one: optional and variant take several times as long to compile
+};
+
+template <>
+class [[nodiscard]] result<void> : public detail::outcome {
+ public:
+  using value_type = void;
+  using outcome::outcome;
+
+  void value() const { require(); }
 };
 
 // ================================================================================================= run path
@@ -392,6 +390,8 @@ class restored_file : public std::ifstream {
     wandb::source source = wandb::source::local;
     bool verified = false;
   };
+  /// On no file yet, to be moved to, as with any stream.
+  restored_file() = default;
   restored_file(std::ifstream stream, facts known)
       : std::ifstream(std::move(stream)), facts_(std::move(known)) {}
   restored_file(restored_file&& other) noexcept
@@ -706,7 +706,6 @@ restored_file restore(std::string_view name, const Text& run_path, bool replace 
 #include <cstdio>              // warnings
 #include <cstring>             // memcpy
 #include <ctime>               // HTTP dates
-#include <deque>               //
 #include <map>                 //
 #include <mutex>               //
 #include <set>                 //
@@ -812,19 +811,32 @@ inline std::string lower(std::string_view text) {
   return out;
 }
 inline bool equal_ignoring_case(std::string_view a, std::string_view b) {
-  return a.size() == b.size() &&
-         std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return lower(x) == lower(y); });
+  std::size_t same = 0;
+  while (same < a.size() && same < b.size() && lower(a[same]) == lower(b[same])) ++same;
+  return same == a.size() && same == b.size();
 }
 inline bool contains_ignoring_case(std::string_view text, std::string_view part) {
-  return std::search(text.begin(), text.end(), part.begin(), part.end(),
-                     [](char x, char y) { return lower(x) == lower(y); }) != text.end();
+  return lower(text).find(lower(part)) != std::string::npos;
+}
+inline bool has_control(std::string_view text) {
+  for (const char c : text) {
+    if (is_control(c)) return true;
+  }
+  return false;
+}
+/// Letters, digits, - and _ only.
+inline bool is_plain(std::string_view text) {
+  for (const char c : text) {
+    if (!is_letter(c) && !is_digit(c) && c != '-' && c != '_') return false;
+  }
+  return true;
 }
 inline bool has_word(std::string_view text, std::string_view word) {
-  const auto part_of_one = [](char c) { return is_letter(c) || is_digit(c) || c == '_' || c == '-'; };
   for (std::size_t at = 0; at + word.size() <= text.size(); ++at) {
     const auto end = at + word.size();
-    if (equal_ignoring_case(text.substr(at, word.size()), word) && (at == 0 || !part_of_one(text[at - 1])) &&
-        (end == text.size() || !part_of_one(text[end]))) {
+    if (equal_ignoring_case(text.substr(at, word.size()), word) &&
+        (at == 0 || !is_plain(text.substr(at - 1, 1))) &&
+        (end == text.size() || !is_plain(text.substr(end, 1)))) {
       return true;
     }
   }
@@ -850,10 +862,9 @@ inline std::vector<std::string_view> split(std::string_view text, char separator
   }
 }
 
-/// The whole of `text` as a number, or nothing.
-template <class Number>
-std::optional<Number> to_number(std::string_view text, int base = 10) {
-  Number value{};
+/// The whole of `text` as a number without sign, or nothing.
+inline std::optional<std::uint64_t> to_number(std::string_view text, int base = 10) {
+  std::uint64_t value = 0;
   const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value, base);
   if (failure != std::errc() || end != text.data() + text.size() || text.empty()) return std::nullopt;
   return value;
@@ -873,7 +884,7 @@ inline std::optional<std::string> hex_decode(std::string_view text) {
   if (text.size() % 2 != 0) return std::nullopt;
   std::string out;
   for (std::size_t i = 0; i < text.size(); i += 2) {
-    const auto byte = to_number<unsigned>(text.substr(i, 2), 16);
+    const auto byte = to_number(text.substr(i, 2), 16);
     if (!byte) return std::nullopt;
     out += static_cast<char>(*byte);
   }
@@ -945,7 +956,7 @@ inline std::optional<std::string> percent_decode(std::string_view text) {
       out += text[i];
       continue;
     }
-    const auto byte = i + 2 < text.size() ? to_number<unsigned>(text.substr(i + 1, 2), 16) : std::nullopt;
+    const auto byte = i + 2 < text.size() ? to_number(text.substr(i + 1, 2), 16) : std::nullopt;
     if (!byte) return std::nullopt;
     out += static_cast<char>(*byte);
     i += 2;
@@ -1036,14 +1047,16 @@ inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
   static constexpr std::string_view months = "JanFebMarAprMayJunJulAugSepOctNovDec";
   if (text.size() != 29 || text.substr(25) != " GMT") return std::nullopt;
   const auto month = months.find(text.substr(8, 3));
-  const auto day = to_number<int>(text.substr(5, 2)), year = to_number<int>(text.substr(12, 4)),
-             hour = to_number<int>(text.substr(17, 2)), minute = to_number<int>(text.substr(20, 2)),
-             second = to_number<int>(text.substr(23, 2));
+  const auto day = to_number(text.substr(5, 2)), year = to_number(text.substr(12, 4)),
+             hour = to_number(text.substr(17, 2)), minute = to_number(text.substr(20, 2)),
+             second = to_number(text.substr(23, 2));
   if (month == std::string_view::npos || month % 3 != 0 || !day || !year || !hour || !minute || !second) {
     return std::nullopt;
   }
-  return days_from_civil(*year, static_cast<int>(month / 3) + 1, *day) * 86400 + *hour * 3600 + *minute * 60 +
-         *second;
+  const std::uint64_t of_day = *hour * 3600 + *minute * 60 + *second;
+  return days_from_civil(static_cast<int>(*year), static_cast<int>(month / 3) + 1, static_cast<int>(*day)) *
+             86400 +
+         static_cast<std::int64_t>(of_day);
 }
 
 // ---- header fields (RFC 9110, section 5)
@@ -1052,13 +1065,17 @@ inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
 inline constexpr std::size_t max_head_bytes = 64 * 1024;
 
 inline bool is_token(std::string_view text) {
-  return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
-    return is_letter(c) || is_digit(c) ||
-           std::string_view("!#$%&'*+-.^_`|~").find(c) != std::string_view::npos;
-  });
+  for (const char c : text) {
+    if (!is_plain({&c, 1}) && std::string_view("!#$%&'*+.^`|~").find(c) == std::string_view::npos)
+      return false;
+  }
+  return !text.empty();
 }
 inline bool is_field_value(std::string_view text) {
-  return std::none_of(text.begin(), text.end(), [](char c) { return is_control(c) && c != '\t'; });
+  for (const char c : text) {
+    if (is_control(c) && c != '\t') return false;
+  }
+  return true;
 }
 
 }  // namespace detail
@@ -1077,7 +1094,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
   const auto fail = [&](const char* why) {
     return error(errc::protocol_violation, "cannot use the address " + detail::in_quotes(shown) + ": " + why);
   };
-  if (std::any_of(text.begin(), text.end(), detail::is_control)) return fail("it has control characters");
+  if (detail::has_control(text)) return fail("it has control characters");
   const auto colon = text.find("://");
   if (colon == std::string_view::npos) return fail("it is not absolute (http:// or https://)");
   url parsed;
@@ -1111,9 +1128,9 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
   parsed.host = detail::lower(host);
   if (!port.empty() && port.front() != ':') return fail("its port is malformed");
   if (port.size() > 1) {
-    const auto number = detail::to_number<int>(port.substr(1));
+    const auto number = detail::to_number(port.substr(1));
     if (!number || *number < 1 || *number > 65535) return fail("its port is malformed");
-    parsed.port = *number;
+    parsed.port = static_cast<int>(*number);
   }
   parsed.target = target.empty() || target.front() != '/' ? "/" : "";
   for (const char c : target) {
@@ -1182,7 +1199,8 @@ inline std::optional<std::string> unescape_percent(std::string_view value) {
 /// configparser reads it: `key = value` or `key : value`, comments on lines of their own, deeper indented lines go on with
 /// the value above. What makes Python refuse the file is an error.
 inline result<text_map> parse_ini(std::string_view text) {
-  std::map<std::string, text_map> sections;
+  text_map values, inherited, others;  // of [default], of [DEFAULT], of the section that is read
+  std::set<std::string> sections;
   text_map* section = nullptr;
   std::string* value = nullptr;  // the one that an indented line goes on with
   std::size_t value_indent = 0, number = 0;
@@ -1207,9 +1225,10 @@ inline result<text_map> parse_ini(std::string_view text) {
 
     if (const auto end = content.rfind(']'); content.front() == '[' && end != content.npos && end > 1) {
       const std::string name(content.substr(1, end - 1));
-      const auto [at, is_new] = sections.try_emplace(name);
+      const bool is_new = sections.insert(name).second;
       if (!is_new && name != "DEFAULT") return fail("the section [" + name + "] is there twice");
-      section = &at->second;
+      others.clear();
+      section = name == "default" ? &values : name == "DEFAULT" ? &inherited : &others;
       value = nullptr;
       continue;
     }
@@ -1217,15 +1236,14 @@ inline result<text_map> parse_ini(std::string_view text) {
     const auto delimiter = content.find_first_of("=:");
     const std::string key = lower(trim(content.substr(0, delimiter)));
     if (key.empty() || delimiter == content.npos) return fail("expected key = value");
-    const auto [at, is_new] = section->try_emplace(key, trim(content.substr(delimiter + 1)));
-    if (!is_new) return fail("the key " + in_quotes(std::string_view(key)) + " is there twice");
-    value = &at->second;
+    if (section->count(key) != 0) {
+      return fail("the key " + in_quotes(std::string_view(key)) + " is there twice");
+    }
+    value = &((*section)[key] = trim(content.substr(delimiter + 1)));
   }
 
-  const auto found = sections.find("default");
-  if (found == sections.end()) return text_map{};
-  text_map values = found->second;
-  values.merge(sections["DEFAULT"]);
+  if (sections.count("default") == 0) return text_map{};
+  values.merge(inherited);
   for (auto& [key, raw] : values) {
     while (!raw.empty() && is_space(raw.back())) raw.pop_back();
     auto plain = unescape_percent(raw);
@@ -1315,6 +1333,46 @@ inline result<text_map> parse_netrc(std::string_view text) {
   return passwords;
 }
 
+// ----------------------------------------------------------------------------------------------------- JSON
+
+// Plain functions, so that a program compiles what nlohmann/json makes of its templates for few types. Each takes any
+// value: an answer of another shape reads as one that has nothing in it.
+
+using json = nlohmann::json;
+
+/// A value that can be told from an error: nearly everything converts to a plain `json`.
+struct json_document {
+  json root;
+};
+
+/// null for what is no JSON.
+inline json parse_json(std::string_view text) {
+  json value = json::parse(text.data(), text.data() + text.size(), nullptr, false);
+  return value.is_discarded() ? json() : value;
+}
+/// On one line, or with that many spaces a level. Bytes that are no UTF-8 become U+FFFD.
+inline std::string write_json(const json& value, int indent = -1) {
+  return value.dump(indent, ' ', false, json::error_handler_t::replace);
+}
+
+inline bool has_member(const json& object, const std::string& name) {
+  return object.is_object() && object.find(name) != object.end();
+}
+/// The member of that name, or null.
+inline const json& member(const json& object, const std::string& name) {
+  static const json null;
+  return has_member(object, name) ? *object.find(name) : null;
+}
+/// A string's text, or "".
+inline std::string text_of(const json& value) {
+  const auto* text = value.get_ptr<const json::string_t*>();
+  return text ? *text : std::string();
+}
+/// Of an object only.
+inline void set_member(json& object, const std::string& name, json value) {
+  (*object.get_ptr<json::object_t*>())[name] = std::move(value);
+}
+
 // ------------------------------------------------------------------------------------------------- run paths
 
 inline std::string replace_all(std::string_view text, std::string_view what, std::string_view with) {
@@ -1327,7 +1385,7 @@ inline std::string replace_all(std::string_view text, std::string_view what, std
 }
 
 inline bool is_usable_part(std::string_view part) {
-  return !part.empty() && part.find('/') == part.npos && std::none_of(part.begin(), part.end(), is_control);
+  return !part.empty() && part.find('/') == part.npos && !has_control(part);
 }
 
 /// The forms that the SDK knows, with the parts that the text leaves out empty. Absent for anything else.
@@ -1392,7 +1450,7 @@ inline result<run_path> split_run_path(std::string_view text) {
                                              std::string(why));  // a query may hold an access token
   };
   const auto path = trim(text.substr(0, text.find_first_of("?#")));
-  if (std::any_of(path.begin(), path.end(), is_control)) return fail("it has control characters");
+  if (has_control(path)) return fail("it has control characters");
   const std::string start = lower(path.substr(0, 8));
   const bool has_scheme = starts_with(start, "http://") || start == "https://";
   // The SDK's reading comes first, so that whatever it accepts keeps its meaning.
@@ -1891,9 +1949,8 @@ inline std::optional<std::uint64_t> process_start(process_id id) {
   const auto fields =
       split(std::string_view(*text).substr((std::min)(text->rfind(')') + 2, text->size())), ' ');
   if (fields.size() < 20) return 0;
-  if ((fields[0] == "Z" && to_number<int>(fields[17]).value_or(0) <= 1) || fields[0] == "X")
-    return std::nullopt;
-  return to_number<std::uint64_t>(fields[19]).value_or(0);
+  if ((fields[0] == "Z" && to_number(fields[17]).value_or(0) <= 1) || fields[0] == "X") return std::nullopt;
+  return to_number(fields[19]).value_or(0);
 #elif defined(__APPLE__)
   struct kinfo_proc process {};
   std::size_t size = sizeof process;
@@ -1950,8 +2007,8 @@ struct owner {
   static std::optional<owner> parse(std::string_view text) {
     const auto parts = split(text, '.');
     if (parts.size() != 4) return std::nullopt;
-    const auto process = to_number<process_id>(parts[1]);
-    const auto start = to_number<std::uint64_t>(parts[2]), serial = to_number<std::uint64_t>(parts[3]);
+    const auto process = to_number(parts[1]);
+    const auto start = to_number(parts[2]), serial = to_number(parts[3]);
     if (!process || !start || !serial) return std::nullopt;
     return owner{std::string(parts[0]), *process, *start, *serial};
   }
@@ -2314,7 +2371,7 @@ class place_lock {
  public:
   enum class outcome { held, busy, unavailable };
 
-  explicit place_lock(const place& at) : where_(at.lock()), key_(absolute_path(at.target)) {}
+  explicit place_lock(const place& at) : where_(at.lock()), key_(utf8(absolute_path(at.target))) {}
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
@@ -2346,8 +2403,8 @@ class place_lock {
     static std::mutex one;
     return one;
   }
-  static std::set<path>& threads() {
-    static std::set<path> one;
+  static std::set<std::string>& threads() {
+    static std::set<std::string> one;
     return one;
   }
   outcome try_file() {
@@ -2381,7 +2438,7 @@ class place_lock {
   }
 
   path where_;
-  path key_;
+  std::string key_;
   file out_;
   outcome outcome_ = outcome::busy;
 };
@@ -2402,40 +2459,29 @@ inline path real_path(const path& where) {
   return failure ? absolute_path(where) : directory / where.filename();
 }
 inline path receipt_path(const path& cache, const path& real_target) {
-  return cache / "receipts" / (hex64(name_hash(utf8(real_target))) + ".json");
+  return cache / "receipts" / hex64(name_hash(utf8(real_target)));
 }
 
 /// Without a receipt, for want of a cache directory say, the file counts as the user's own.
 inline result<void> write_receipt(const path& cache, const path& target, const receipt& facts) {
   if (cache.empty()) return {};
   const path real = real_path(target);
-  const nlohmann::json record = {{"path", percent_encode(utf8(real), "/")},
-                                 {"entity", percent_encode(facts.run.entity)},
-                                 {"project", percent_encode(facts.run.project)},
-                                 {"run_id", percent_encode(facts.run.run_id)},
-                                 {"size", facts.size},
-                                 {"modified_ns", facts.modified},
-                                 {"md5", facts.md5}};
-  return replace_small_file(receipt_path(cache, real), record.dump(2) + '\n');
+  const std::string record =
+      "path=" + percent_encode(utf8(real), "/") + "\nentity=" + percent_encode(facts.run.entity) +
+      "\nproject=" + percent_encode(facts.run.project) + "\nrun_id=" + percent_encode(facts.run.run_id) +
+      "\nsize=" + std::to_string(facts.size) + "\nmodified_ns=" + std::to_string(facts.modified) +
+      "\nmd5=" + facts.md5 + "\nend=yes\n";
+  return replace_small_file(receipt_path(cache, real), record);
 }
 
 /// What is on record for that very path, if it is of the file as it is now.
 inline std::optional<receipt> receipt_of(const path& cache, const path& real, const file_facts& now) {
   const auto text = read_small_file(receipt_path(cache, real), 64 * 1024);
-  const auto record = text ? nlohmann::json::parse(*text, nullptr, false) : nlohmann::json();
-  if (!record.is_object()) return std::nullopt;
-  const auto field = [&](const char* name) {
-    const auto found = record.find(name);
-    return found != record.end() && found->is_string()
-               ? percent_decode(found->get_ref<const std::string&>()).value_or(std::string())
-               : std::string();
-  };
-  const auto number = [&](const char* name) {
-    const auto found = record.find(name);
-    return found != record.end() && found->is_number_integer() ? found->get<std::int64_t>() : -1;
-  };
-  if (field("path") != utf8(real) || number("size") != static_cast<std::int64_t>(now.size) ||
-      number("modified_ns") != now.modified) {
+  if (!text) return std::nullopt;
+  auto record = parse_key_values(*text);
+  const auto field = [&](const char* name) { return percent_decode(record[name]).value_or(std::string()); };
+  if (record["end"] != "yes" || field("path") != utf8(real) || to_number(record["size"]) != now.size ||
+      record["modified_ns"] != std::to_string(now.modified)) {
     return std::nullopt;
   }
   return receipt{{field("entity"), field("project"), field("run_id")}, now.size, now.modified, field("md5")};
@@ -2500,7 +2546,7 @@ class md5 {
 #endif
   static void
   compress(words& state, const char* bytes, std::size_t blocks) {
-    auto [a, b, c, d] = state;
+    std::uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
     for (; blocks > 0; --blocks, bytes += 64) {
       std::uint32_t x[16];
       for (int i = 0; i < 16; ++i) {
@@ -2678,22 +2724,16 @@ inline result<void> check_api_key(std::string_view key) {
     return error(errc::invalid_argument,
                  "the API key " + why + "; copy it again from https://wandb.ai/authorize");
   };
-  const auto is_word = [](std::string_view text) {
-    return std::all_of(text.begin(), text.end(),
-                       [](char c) { return is_letter(c) || is_digit(c) || c == '_' || c == '-'; });
-  };
   if (key.empty()) return fail("is empty");
   if (trim(key).size() != key.size()) return fail("begins or ends with white space");
-  if (std::any_of(key.begin(), key.end(), is_control)) return fail("has control characters");
+  if (has_control(key)) return fail("has control characters");
   const auto parts = split(key, '.');
-  if (parts.size() == 3 && std::all_of(parts.begin(), parts.end(), [&](std::string_view part) {
-        return !part.empty() && is_word(part);
-      })) {
-    return {};
-  }
+  bool is_jwt = parts.size() == 3;
+  for (const auto part : parts) is_jwt = is_jwt && !part.empty() && is_plain(part);
+  if (is_jwt) return {};
   const auto dash = key.find('-');
   const auto secret = dash == key.npos ? key : key.substr(dash + 1);
-  if (!is_word(secret)) return fail("has other characters than letters, digits, - and _");
+  if (!is_plain(secret)) return fail("has other characters than letters, digits, - and _");
   if (secret.size() < 40)
     return fail("has " + std::to_string(secret.size()) + " characters instead of 40 or more");
   return {};
@@ -2751,26 +2791,27 @@ inline std::optional<bool> parse_bool(std::string_view text) {
   return std::nullopt;
 }
 
-/// Seconds with an optional fraction, more than zero. By hand: from_chars for double came late to standard libraries.
-inline std::optional<std::chrono::milliseconds> parse_seconds(std::string_view text) {
+/// Seconds with an optional fraction, more than zero; else 0. By hand: from_chars for double came late to standard libraries.
+inline std::chrono::milliseconds parse_seconds(std::string_view text) {
+  constexpr std::uint64_t max_seconds = 0xffffffff;
   text = trim(text);
   const auto dot = text.find('.');
-  const auto seconds = to_number<std::uint32_t>(text.substr(0, dot));
+  const auto seconds = to_number(text.substr(0, dot));
   std::string fraction(dot == text.npos ? "" : text.substr(dot + 1, 3));
   fraction.resize(3, '0');
-  const auto thousandths = to_number<std::uint32_t>(fraction);
-  if (!seconds || !thousandths || *seconds + *thousandths == 0) return std::nullopt;
-  return std::chrono::seconds(*seconds) + std::chrono::milliseconds(*thousandths);
+  const auto thousandths = to_number(fraction);
+  if (!seconds || *seconds > max_seconds || !thousandths) return {};
+  return std::chrono::milliseconds(static_cast<std::int64_t>(*seconds * 1000 + *thousandths));
 }
 
 /// A JSON object of strings, as pairs; absent for anything else.
 inline std::optional<http_headers> parse_string_object(std::string_view text) {
-  const auto json = nlohmann::json::parse(text, nullptr, false);
-  if (!json.is_object()) return std::nullopt;
+  const json parsed = parse_json(text);
+  if (!parsed.is_object()) return std::nullopt;
   http_headers pairs;
-  for (const auto& item : json.items()) {
-    if (!item.value().is_string()) return std::nullopt;
-    pairs.emplace_back(item.key(), item.value().template get<std::string>());
+  for (auto at = parsed.begin(); at != parsed.end(); ++at) {
+    if (!at->is_string()) return std::nullopt;
+    pairs.emplace_back(at.key(), text_of(*at));
   }
   return pairs;
 }
@@ -2782,68 +2823,64 @@ inline bool is_header(const std::pair<std::string, std::string>& field) {
 
 // ------------------------------------------------------------------------------------------------- proxies
 
-using ip_address = std::array<unsigned char, 16>;  // an IPv4 address as ::ffff:a.b.c.d
+using ip_address = std::string;  // 16 bytes, an IPv4 address as ::ffff:a.b.c.d; empty: none
 
 /// Appends the bytes of "1.2.3.4".
-inline bool parse_ipv4(std::string_view text, std::vector<unsigned char>& bytes) {
+inline bool parse_ipv4(std::string_view text, std::string& bytes) {
   const auto parts = split(text, '.');
   for (const auto part : parts) {
-    const auto number = to_number<unsigned>(part);
+    const auto number = to_number(part);
     if (!number || *number > 255 || (part.size() > 1 && part.front() == '0')) return false;
-    bytes.push_back(static_cast<unsigned char>(*number));
+    bytes += static_cast<char>(*number);
   }
   return parts.size() == 4;
 }
 
 /// Appends the bytes of "1:2:ffff" or "1:2:1.2.3.4"; of nothing, none.
-inline bool parse_ipv6_groups(std::string_view text, std::vector<unsigned char>& bytes) {
+inline bool parse_ipv6_groups(std::string_view text, std::string& bytes) {
   if (text.empty()) return true;
   const auto groups = split(text, ':');
   for (std::size_t i = 0; i < groups.size(); ++i) {
     if (i + 1 == groups.size() && groups[i].find('.') != std::string_view::npos)
       return parse_ipv4(groups[i], bytes);
-    const auto number = to_number<unsigned>(groups[i], 16);
+    const auto number = to_number(groups[i], 16);
     if (!number || groups[i].size() > 4) return false;
-    bytes.push_back(static_cast<unsigned char>(*number >> 8));
-    bytes.push_back(static_cast<unsigned char>(*number & 0xff));
+    bytes += static_cast<char>(*number >> 8);
+    bytes += static_cast<char>(*number & 0xff);
   }
   return true;
 }
 
-inline std::optional<ip_address> parse_ip(std::string_view text) {
-  std::vector<unsigned char> head, tail;
+inline constexpr std::string_view ipv4_prefix("\0\0\0\0\0\0\0\0\0\0\xff\xff", 12);
+inline bool is_ipv4(const ip_address& address) { return starts_with(address, ipv4_prefix); }
+
+/// Empty for what is no address.
+inline ip_address parse_ip(std::string_view text) {
+  std::string head, tail;
   const auto gap = text.find("::");
   if (text.find(':') == text.npos) {
-    head.assign(12, 0);
-    head[10] = head[11] = 0xff;
-    if (!parse_ipv4(text, head)) return std::nullopt;
+    head = ipv4_prefix;
+    if (!parse_ipv4(text, head)) return {};
   } else if (!parse_ipv6_groups(text.substr(0, gap), head) ||
              (gap != text.npos && !parse_ipv6_groups(text.substr(gap + 2), tail))) {
-    return std::nullopt;
+    return {};
   }
   const std::size_t known = head.size() + tail.size();
-  if (gap == text.npos ? known != 16 : known > 14) return std::nullopt;
-  ip_address address{};
-  std::copy(head.begin(), head.end(), address.begin());
-  std::copy(tail.begin(), tail.end(), address.end() - static_cast<std::ptrdiff_t>(tail.size()));
-  return address;
-}
-
-inline bool is_ipv4(const ip_address& address) {
-  static constexpr unsigned char mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
-  return std::equal(std::begin(mapped), std::end(mapped), address.begin());
+  if (gap == text.npos ? known != 16 : known > 14) return {};
+  head.resize(16 - tail.size(), '\0');
+  return head + tail;
 }
 
 /// Whether an address is in a network like "10.0.0.0/8" or "fd00::/8".
 inline bool in_network(const ip_address& address, std::string_view network) {
   const auto slash = network.find('/');
   const auto base = parse_ip(network.substr(0, slash));
-  auto bits = to_number<std::size_t>(network.substr(slash + 1));
-  if (!base || !bits || is_ipv4(*base) != is_ipv4(address) || *bits > (is_ipv4(*base) ? 32u : 128u))
+  auto bits = to_number(network.substr(slash + 1));
+  if (base.empty() || !bits || is_ipv4(base) != is_ipv4(address) || *bits > (is_ipv4(base) ? 32u : 128u))
     return false;
-  if (is_ipv4(*base)) *bits += 96;
+  if (is_ipv4(base)) *bits += 96;
   for (std::size_t bit = 0; bit < *bits; ++bit) {
-    if (((*base)[bit / 8] ^ address[bit / 8]) & (0x80 >> bit % 8)) return false;
+    if ((base[bit / 8] ^ address[bit / 8]) & (0x80 >> bit % 8)) return false;
   }
   return true;
 }
@@ -2854,7 +2891,7 @@ inline bool in_network(const ip_address& address, std::string_view network) {
 inline bool bypasses(std::string_view entry, const url& target) {
   if (entry == "*") return true;
   const auto address = parse_ip(target.host);
-  if (entry.find('/') != entry.npos) return address && in_network(*address, entry);
+  if (entry.find('/') != entry.npos) return !address.empty() && in_network(address, entry);
 
   std::string_view host = entry, port;
   if (!entry.empty() && entry.front() == '[') {
@@ -2865,10 +2902,12 @@ inline bool bypasses(std::string_view entry, const url& target) {
     host = entry.substr(0, colon);
     port = entry.substr(colon);
   }
-  if (!port.empty() && (port.front() != ':' || to_number<int>(port.substr(1)) != target.port)) return false;
-  if (const auto wanted = parse_ip(host)) return address == wanted;
+  if (!port.empty() &&
+      (port.front() != ':' || to_number(port.substr(1)) != static_cast<unsigned>(target.port)))
+    return false;
+  if (const auto wanted = parse_ip(host); !wanted.empty()) return address == wanted;
   if (starts_with(host, "*.")) host.remove_prefix(1);
-  if (host.empty() || address) return false;
+  if (host.empty() || !address.empty()) return false;
   const std::string_view name = target.host;
   if (equal_ignoring_case(name, host)) return true;
   const std::string suffix = (host.front() == '.' ? "" : ".") + std::string(host);
@@ -2947,11 +2986,12 @@ inline std::optional<std::chrono::system_clock::time_point> parse_utc(std::strin
   }
   std::array<int, 6> part{};  // year, month, day, hour, minute, second
   for (std::size_t i = 0; i < part.size(); ++i) {
-    const auto number = to_number<unsigned>(i == 0 ? text.substr(0, 4) : text.substr(i * 3 + 2, 2));
+    const auto number = to_number(i == 0 ? text.substr(0, 4) : text.substr(i * 3 + 2, 2));
     if (!number) return std::nullopt;
     part[i] = static_cast<int>(*number);
   }
-  const auto [year, month, day, hour, minute, second] = part;
+  const int year = part[0], month = part[1], day = part[2], hour = part[3], minute = part[4],
+            second = part[5];
   if (month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60)
     return std::nullopt;
   const int known_year = std::clamp(year, 1970, 2200);  // a clock that counts nanoseconds ends in 2262
@@ -2974,34 +3014,29 @@ inline std::string format_utc(std::chrono::system_clock::time_point time) {
 
 /// The file of access tokens that the SDK shares between processes: {"credentials": {base URL: token}}. It is a cache:
 /// where there is none, or something else, an empty one is as good.
-inline result<nlohmann::json> read_credentials(const path& where) {
-  auto json = nlohmann::json::object();
+inline result<json_document> read_credentials(const path& where) {
+  json_document file;
   if (facts_of(where)) {
     const auto text = read_small_file(where, 1 << 20);
     if (!text) return text.error();
-    json = nlohmann::json::parse(*text, nullptr, false);
-    if (!json.is_object()) json = nlohmann::json::object();
+    file.root = parse_json(*text);
   }
-  if (!json["credentials"].is_object()) json["credentials"] = nlohmann::json::object();
-  return json;
+  if (!file.root.is_object()) file.root = json(json::value_t::object);
+  if (!member(file.root, "credentials").is_object())
+    set_member(file.root, "credentials", json(json::value_t::object));
+  return file;
 }
 
 /// The access token kept there for a server, unless it runs out soon. `base_url` has no trailing slash.
 /// Source: core/internal/api/credentials.go, as is the format.
 inline std::optional<access_token> read_shared_token(const path& where, const std::string& base_url,
                                                      std::chrono::system_clock::time_point now) {
-  const auto json = read_credentials(where);
-  if (!json) return std::nullopt;
-  const auto& tokens = (*json)["credentials"];
-  const auto entry = tokens.find(base_url);
-  if (entry == tokens.end() || !entry->is_object()) return std::nullopt;
-  const auto text = [&](const char* key) {
-    const auto at = entry->find(key);
-    return at != entry->end() && at->is_string() ? at->get<std::string>() : std::string();
-  };
-  const auto expires_at = parse_utc(text("expires_at"));
-  auto value = text("access_token");
-  if (value.empty() || std::any_of(value.begin(), value.end(), is_control)) return std::nullopt;
+  const auto file = read_credentials(where);
+  if (!file) return std::nullopt;
+  const json& entry = member(member(file->root, "credentials"), base_url);
+  const auto expires_at = parse_utc(text_of(member(entry, "expires_at")));
+  auto value = text_of(member(entry, "access_token"));
+  if (value.empty() || has_control(value)) return std::nullopt;
   if (!expires_at || *expires_at - now <= token_margin) return std::nullopt;
   return access_token{std::move(value), *expires_at};
 }
@@ -3009,14 +3044,17 @@ inline std::optional<access_token> read_shared_token(const path& where, const st
 /// Keeps a token there, beside what else is in the file; readable by its owner only, and whole at any time.
 inline result<void> write_shared_token(const path& where, const std::string& base_url,
                                        const access_token& token) {
-  auto json = read_credentials(where);
-  if (!json) return json.error();
-  (*json)["credentials"][base_url] = {{"expires_at", format_utc(token.expires_at)},
-                                      {"access_token", token.value}};
+  auto file = read_credentials(where);
+  if (!file) return file.error();
+  json entry = json(json::value_t::object);
+  set_member(entry, "expires_at", format_utc(token.expires_at));
+  set_member(entry, "access_token", token.value);
+  json tokens = member(file->root, "credentials");
+  set_member(tokens, base_url, std::move(entry));
+  set_member(file->root, "credentials", std::move(tokens));
   std::error_code failure;  // a link to the file stays one
   const path target = std::filesystem::canonical(where, failure);
-  return replace_small_file(failure ? where : target,
-                            json->dump(2, ' ', false, nlohmann::json::error_handler_t::replace), 0600);
+  return replace_small_file(failure ? where : target, write_json(file->root, 2), 0600);
 }
 
 // ------------------------------------------------------------------------- where settings come from, in order
@@ -3100,10 +3138,11 @@ class settings_sources {
     if (const auto text = read_small_file("secrets.env", 1 << 20)) secrets_ = parse_key_values(*text);
     const auto file_text = read_small_file(hyperparameters, 1 << 20);
     for (const std::string& text : {file_text ? *file_text : std::string(), training.value_or("")}) {
-      const auto json = nlohmann::json::parse(text, nullptr, false);
-      const auto at = json.is_object() ? json.find("wandb_api_key") : json.end();
-      if (!json.is_object() || at == json.end() || !at->is_string()) continue;
-      std::string_view key = at->get_ref<const std::string&>();
+      const json parsed = parse_json(text);
+      const json& told = member(parsed, "wandb_api_key");
+      if (!told.is_string()) continue;
+      const std::string quoted = text_of(told);
+      std::string_view key = quoted;
       while (!key.empty() && key.front() == '"')
         key.remove_prefix(1);  // parameter searches quote values once more
       while (!key.empty() && key.back() == '"') key.remove_suffix(1);
@@ -3128,10 +3167,9 @@ inline void find_run(settings& s, const settings_sources& from) {
   if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" || !facts_of(resume_file))
     return;
   const auto text = read_small_file(resume_file, 1 << 20);
-  const auto json = nlohmann::json::parse(text ? *text : "", nullptr, false);
-  if (const auto id = json.is_object() ? json.find("run_id") : json.end();
-      id != json.end() && id->is_string()) {
-    s.run_id = id->get<std::string>();
+  const json resumed = text ? parse_json(*text) : json();
+  if (const json& id = member(resumed, "run_id"); id.is_string()) {
+    s.run_id = text_of(id);
   } else {
     s.warnings.push_back("the resume file " + in_quotes(resume_file) + " names no run and is not used");
   }
@@ -3176,9 +3214,9 @@ inline void find_network_settings(settings& s, const settings_sources& from) {
   if (const auto timeout = from.find(
           {"WANDB_HTTP_TIMEOUT", "WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "WANDB__GRAPHQL_TIMEOUT_SECONDS"},
           "x_graphql_timeout_seconds")) {
-    if (const auto time = parse_seconds(timeout.value)) {
-      s.connect_timeout = s.idle_timeout = *time;
-      s.retry_timeout = *time * 10;
+    if (const auto time = parse_seconds(timeout.value); time.count() > 0) {
+      s.connect_timeout = s.idle_timeout = time;
+      s.retry_timeout = time * 10;
     } else {
       from.reject(timeout, "expected a number of seconds, more than 0");
     }
@@ -3398,10 +3436,10 @@ inline milliseconds parse_retry_after(const http_response& head) {
     const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
     return milliseconds((std::max<std::int64_t>)(0, *date - static_cast<std::int64_t>(now)) * 1000);
   }
-  const auto whole = to_number<std::int64_t>(text.substr(0, text.find('.')));
-  return milliseconds(whole && *whole >= 0 ? (std::min<std::int64_t>)(*whole, 86400) * 1000 +
-                                                 (text.find('.') < text.size() ? 1000 : 0)
-                                           : 0);
+  const auto whole = to_number(text.substr(0, text.find('.')));
+  if (!whole) return {};
+  const auto seconds = (std::min<std::uint64_t>)(*whole, 86400) + (text.find('.') < text.size() ? 1 : 0);
+  return std::chrono::seconds(static_cast<std::int64_t>(seconds));
 }
 
 /// What came back in the end, from the last hop.
@@ -3798,16 +3836,13 @@ inline result<access_token> session::exchange_identity(call& of) {
           status);
       failure.retry_after(parse_retry_after(got->head));
     } else {
-      const auto answer = nlohmann::json::parse(body.text, nullptr, false);
-      const auto token = answer.is_object() ? answer.find("access_token") : answer.end();
-      const auto lifetime = answer.is_object() ? answer.find("expires_in") : answer.end();
-      if (answer.is_object() && token != answer.end() && token->is_string() && lifetime != answer.end() &&
-          lifetime->is_number() && !token->get_ref<const std::string&>().empty() &&
-          std::none_of(token->get_ref<const std::string&>().begin(),
-                       token->get_ref<const std::string&>().end(), is_control)) {
+      const json answered = parse_json(body.text);
+      const json& lifetime = member(answered, "expires_in");
+      auto token = text_of(member(answered, "access_token"));
+      if (lifetime.is_number() && !token.empty() && !has_control(token)) {
         const std::chrono::seconds lives(
-            static_cast<std::int64_t>((std::min)((std::max)(lifetime->get<double>(), 0.0), 1e9)));
-        return access_token{token->get<std::string>(), std::chrono::system_clock::now() + lives,
+            static_cast<std::int64_t>(std::clamp(lifetime.get<double>(), 0.0, 1e9)));
+        return access_token{std::move(token), std::chrono::system_clock::now() + lives,
                             (std::min)(token_margin, lives / 2)};
       }
     }
@@ -3830,21 +3865,15 @@ inline std::string session::credentials_hint(const std::string& authorization) c
 }
 
 /// What a backend says in an error body: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
-inline std::string backend_message(const nlohmann::json& body) {
-  const auto text_of = [](const nlohmann::json& one) {
-    if (one.is_string()) return one.get<std::string>();
-    const auto message = one.is_object() ? one.find("message") : one.end();
-    return one.is_object() && message != one.end() && message->is_string() ? message->get<std::string>()
-                                                                           : std::string();
-  };
+inline std::string backend_message(const json& body) {
   std::string joined;
-  const auto add = [&](const std::string& text) {
-    if (!text.empty()) joined += (joined.empty() ? "" : "; ") + text;
+  const auto add = [&](const json& one) {
+    const std::string text = text_of(one.is_string() ? one : member(one, "message"));
+    if (!text.empty()) joined.append(joined.empty() ? "" : "; ").append(text);
   };
-  if (!body.is_object()) return joined;
-  if (const auto one = body.find("error"); one != body.end()) add(text_of(*one));
-  if (const auto all = body.find("errors"); all != body.end() && all->is_array()) {
-    for (const auto& one : *all) add(text_of(one));
+  add(member(body, "error"));
+  if (const json& all = member(body, "errors"); all.is_array()) {
+    for (const json& one : all) add(one);
   }
   return joined;
 }
@@ -3884,7 +3913,7 @@ inline std::optional<errc> what_is_missing(std::string_view said) {
 inline std::string session::error_message(const answer& got, const url& from,
                                           const std::string& authorization) const {
   if (!base || !under_base(*base, from)) return {};
-  return without_secrets(backend_message(nlohmann::json::parse(got.body, nullptr, false)), authorization);
+  return without_secrets(backend_message(parse_json(got.body)), authorization);
 }
 
 inline std::string session::status_text(const answer& got, const url& from,
@@ -3949,12 +3978,12 @@ class service {
   result<std::string> default_entity();
 
  private:
-  using json = nlohmann::json;
   static constexpr std::size_t max_answer = 16 * 1024 * 1024;  // bytes; a page of files is far below that
 
-  result<json> ask(const std::string& what, const char* query, json variables);
-  result<json> ask_once(const std::string& what, const std::string& authorization, const std::string& body);
-  result<json> files_page(const std::string& what, const run_path& run, json variables);
+  result<json_document> ask(const std::string& what, const char* query, json variables);
+  result<json_document> ask_once(const std::string& what, const std::string& authorization,
+                                 const std::string& body);
+  result<json_document> files_page(const std::string& what, const run_path& run, json variables);
   [[nodiscard]] static file_info info_of(const json& node);
   [[nodiscard]] result<std::string> address_of(const std::string& what, const json& node) const;
   [[nodiscard]] std::string host() const {
@@ -3962,30 +3991,20 @@ class service {
     return base ? base->host : "the service";
   }
 
-  static std::string text(const json& object, const char* name) {
-    const auto found = object.is_object() ? object.find(name) : object.end();
-    return object.is_object() && found != object.end() && found->is_string() ? found->get<std::string>()
-                                                                             : std::string();
-  }
-  static const json& member(const json& object, const char* name) {
-    static const json null;
-    if (!object.is_object()) return null;
-    const auto found = object.find(name);
-    return found != object.end() ? *found : null;
-  }
-
   session& session_;
   call& call_;
   bool anonymous_ = false;
 };
 
-inline result<nlohmann::json> service::ask(const std::string& what, const char* query, json variables) {
+inline result<json_document> service::ask(const std::string& what, const char* query, json variables) {
   if (auto good = session_.ready(); !good) return good.error();
   auto authorization = session_.authorization(call_);
   if (!authorization) return authorization.error();
   anonymous_ = authorization->empty();
-  const json question = {{"query", query}, {"variables", std::move(variables)}};
-  const std::string body = question.dump(-1, ' ', false, json::error_handler_t::replace);
+  json question = json(json::value_t::object);
+  set_member(question, "query", std::string(query));
+  set_member(question, "variables", std::move(variables));
+  const std::string body = write_json(question);
   for (backoff tries(call_);;) {
     auto data = ask_once(what, *authorization, body);
     if (data) return data;
@@ -3993,8 +4012,8 @@ inline result<nlohmann::json> service::ask(const std::string& what, const char* 
   }
 }
 
-inline result<nlohmann::json> service::ask_once(const std::string& what, const std::string& authorization,
-                                                const std::string& body) {
+inline result<json_document> service::ask_once(const std::string& what, const std::string& authorization,
+                                               const std::string& body) {
   http_request request;
   request.method = "POST";
   request.body = body;
@@ -4020,7 +4039,7 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const s
                      " the base URL of a W&B server?",
                  404);
   }
-  auto body_read = json::parse(answered.text, nullptr, false);
+  const json body_read = parse_json(answered.text);
   if (!body_read.is_object()) {
     return error(errc::protocol_violation,
                  what + ": the answer of " + host() +
@@ -4041,12 +4060,12 @@ inline result<nlohmann::json> service::ask_once(const std::string& what, const s
     }
     return error(errc::http_failure, full, 200);
   }
-  return json(member(body_read, "data"));
+  return json_document{member(body_read, "data")};
 }
 
 /// `project(...).run(...).files` of the answer.
-inline result<nlohmann::json> service::files_page(const std::string& what, const run_path& run,
-                                                  json variables) {
+inline result<json_document> service::files_page(const std::string& what, const run_path& run,
+                                                 json variables) {
   // The names of the variables are the SDK's (RunFiles in wandb/apis/public/files.py).
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
@@ -4055,18 +4074,18 @@ inline result<nlohmann::json> service::files_page(const std::string& what, const
       "files(names: $fileNames, after: $fileCursor, first: $fileLimit, pattern: $pattern) { "
       "edges { node { id name url directUrl sizeBytes mimetype updatedAt md5 } cursor } "
       "pageInfo { endCursor hasNextPage } } } } }";
-  variables["project"] = run.project;
-  variables["entity"] = run.entity;
-  variables["name"] = run.run_id;
+  set_member(variables, "project", run.project);
+  set_member(variables, "entity", run.entity);
+  set_member(variables, "name", run.run_id);
   auto data = ask(what, query, std::move(variables));
   if (!data) return data;
-  if (!data->is_object() || !data->contains("project")) {
+  if (!has_member(data->root, "project")) {
     return error(errc::protocol_violation, what + ": the answer of " + host() + " has no project in it");
   }
-  const json& project = member(*data, "project");
+  const json& project = member(data->root, "project");
   const json& found = member(project, "run");
   const bool no_project = project.is_null();
-  if (no_project || (project.is_object() && project.contains("run") && found.is_null())) {
+  if (no_project || (has_member(project, "run") && found.is_null())) {
     return error(errc::run_not_found, what + ": " + host() + " knows no " +
                                           (no_project ? "project " + in_quotes(run.entity + "/" + run.project)
                                                       : "run " + in_quotes(run.str())) +
@@ -4074,30 +4093,30 @@ inline result<nlohmann::json> service::files_page(const std::string& what, const
                                           (anonymous_ ? "without a key; " + session_.credentials_hint({})
                                                       : std::string("with this key; check the run path")));
   }
-  json files = member(found, "files");
+  const json& files = member(found, "files");
   if (!found.is_object() || !member(files, "edges").is_array()) {
     return error(errc::protocol_violation,
                  what + ": the answer of " + host() + " has no list of files in it");
   }
-  return files;
+  return json_document{files};
 }
 
 inline file_info service::info_of(const json& node) {
   file_info info;
-  info.name = text(node, "name");
-  info.md5 = normalised_md5(trim(text(node, "md5")));
-  info.mimetype = text(node, "mimetype");
-  info.updated_at = text(node, "updatedAt");
+  info.name = text_of(member(node, "name"));
+  info.md5 = normalised_md5(trim(text_of(member(node, "md5"))));
+  info.mimetype = text_of(member(node, "mimetype"));
+  info.updated_at = text_of(member(node, "updatedAt"));
   const json& size = member(node, "sizeBytes");  // a number or a string; the SDK reads null as 0
   if (size.is_number_unsigned()) info.size = size.get<std::uint64_t>();
-  if (size.is_string()) info.size = to_number<std::uint64_t>(size.get_ref<const std::string&>());
+  if (size.is_string()) info.size = to_number(text_of(size));
   if (info.size == std::uint64_t{0} && info.md5 != md5().finish()) info.size.reset();  // 0 may stand for null
   return info;
 }
 
 inline result<std::string> service::address_of(const std::string& what, const json& node) const {
-  std::string address = text(node, "url");
-  if (address.empty()) address = text(node, "directUrl");
+  std::string address = text_of(member(node, "url"));
+  if (address.empty()) address = text_of(member(node, "directUrl"));
   if (address.empty()) {
     return error(errc::protocol_violation, what + ": the answer of " + host() + " tells no address for it");
   }
@@ -4124,12 +4143,19 @@ inline result<std::string> service::address_of(const std::string& what, const js
 
 inline result<remote_file> service::find_file(const run_path& run, const std::string& name) {
   const std::string what = "looking for " + in_quotes(name) + " in " + run.str();
-  auto files = files_page(what, run, {{"fileNames", {name}}, {"fileLimit", 1}});
+  json names = json(json::value_t::array);
+  names.push_back(json(name));
+  json variables = json(json::value_t::object);
+  set_member(variables, "fileNames", std::move(names));
+  set_member(variables, "fileLimit", json::number_integer_t{1});
+  auto files = files_page(what, run, std::move(variables));
   if (!files) return files.error();
-  for (const auto& edge : member(*files, "edges")) {
+  for (const auto& edge : member(files->root, "edges")) {
     const json& node = member(edge, "node");
-    if (!node.is_object() || (!text(node, "name").empty() && text(node, "name") != name)) continue;
-    if (text(node, "md5") == "0") {
+    if (!node.is_object() ||
+        (!text_of(member(node, "name")).empty() && text_of(member(node, "name")) != name))
+      continue;
+    if (text_of(member(node, "md5")) == "0") {
       return error(errc::file_not_found,
                    what + ": " + host() +
                        " says that it was never uploaded (yet): if the run still writes it, try again later");
@@ -4152,17 +4178,18 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   std::vector<file_info> all;
   std::set<std::string> seen;
   for (std::string cursor;;) {
-    json variables = {{"fileLimit", 500}};
-    if (!cursor.empty()) variables["fileCursor"] = cursor;
+    json variables = json(json::value_t::object);
+    set_member(variables, "fileLimit", json::number_integer_t{500});
+    if (!cursor.empty()) set_member(variables, "fileCursor", cursor);
     auto files = files_page(what, run, std::move(variables));
     if (!files) return files.error();
     std::string last;
-    for (const auto& edge : member(*files, "edges")) {
-      last = text(edge, "cursor");
-      if (text(member(edge, "node"), "md5") != "0") all.push_back(info_of(member(edge, "node")));
+    for (const auto& edge : member(files->root, "edges")) {
+      last = text_of(member(edge, "cursor"));
+      if (text_of(member(member(edge, "node"), "md5")) != "0") all.push_back(info_of(member(edge, "node")));
     }
-    const json& page = member(*files, "pageInfo");
-    if (last.empty()) last = text(page, "endCursor");
+    const json& page = member(files->root, "pageInfo");
+    if (last.empty()) last = text_of(member(page, "endCursor"));
     const json& more = member(page, "hasNextPage");
     if (!more.is_boolean() || !more.get<bool>() || last.empty()) return all;
     if (!seen.insert(last).second) {
@@ -4178,9 +4205,9 @@ inline result<std::string> service::default_entity() {
     if (session_.default_entity) return *session_.default_entity;
   }
   const std::string what = "asking for the account's default entity";
-  auto data = ask(what, "query Viewer { viewer { id entity } }", json::object());
+  auto data = ask(what, "query Viewer { viewer { id entity } }", json(json::value_t::object));
   if (!data) return data.error();
-  const std::string entity = text(member(*data, "viewer"), "entity");
+  const std::string entity = text_of(member(member(data->root, "viewer"), "entity"));
   if (entity.empty()) {
     return error(errc::invalid_run_path,
                  what + ": " + host() +
@@ -4207,14 +4234,13 @@ class thread {
   ~thread() { join(); }
 
   [[nodiscard]] bool start(std::function<void()> body) {
-    auto owned = std::make_unique<std::function<void()>>(std::move(body));
+    body_ = std::move(body);
 #ifdef _WIN32
-    handle_ = reinterpret_cast<HANDLE>(_beginthreadex(nullptr, 0, &run, owned.get(), 0, nullptr));
+    handle_ = reinterpret_cast<HANDLE>(_beginthreadex(nullptr, 0, &run, this, 0, nullptr));
     started_ = handle_ != nullptr;
 #else
-    started_ = ::pthread_create(&handle_, nullptr, &run, owned.get()) == 0;
+    started_ = ::pthread_create(&handle_, nullptr, &run, this) == 0;
 #endif
-    if (started_) (void)owned.release();  // the thread's now
     return started_;
   }
   void join() {
@@ -4229,11 +4255,11 @@ class thread {
 
  private:
 #ifdef _WIN32
-  static unsigned __stdcall run(void* body) {
+  static unsigned __stdcall run(void* self) {
 #else
-  static void* run(void* body) {
+  static void* run(void* self) {
 #endif
-    (*std::unique_ptr<std::function<void()>>(static_cast<std::function<void()>*>(body)))();
+    static_cast<thread*>(self)->body_();
     return {};
   }
 #ifdef _WIN32
@@ -4241,6 +4267,7 @@ class thread {
 #else
   pthread_t handle_{};
 #endif
+  std::function<void()> body_;
   bool started_ = false;
 };
 
@@ -4276,8 +4303,8 @@ class range_plan {
     bool busy = false;
   };
 
-  range_plan(std::size_t connections, std::deque<byte_range> gaps)
-      : gaps_(std::move(gaps)), slots_(connections) {}
+  range_plan(std::size_t connections, const std::vector<byte_range>& gaps)
+      : gaps_(gaps.rbegin(), gaps.rend()), slots_(connections) {}
 
   slot& operator[](std::size_t index) { return slots_[index]; }
   [[nodiscard]] std::size_t connections() const { return slots_.size(); }
@@ -4286,10 +4313,10 @@ class range_plan {
   bool take(std::size_t me) {
     slot& mine = slots_[me];
     if (gaps_.empty()) return share(mine);
-    byte_range& gap = gaps_.front();
+    byte_range& gap = gaps_.back();
     const byte_range given{gap.begin, gap.begin + (std::min)(gap.end - gap.begin, piece(mine))};
     gap.begin = given.end;
-    if (gap.begin == gap.end) gaps_.pop_front();
+    if (gap.begin == gap.end) gaps_.pop_back();
     assign(mine, given);
     return true;
   }
@@ -4304,7 +4331,7 @@ class range_plan {
   /// What a connection that ends has not fetched is for the others.
   void give_back(std::size_t me) {
     slot& mine = slots_[me];
-    if (mine.busy && mine.flushed < mine.end) gaps_.push_front({mine.flushed, mine.end});
+    if (mine.busy && mine.flushed < mine.end) gaps_.push_back({mine.flushed, mine.end});
     mine.busy = false;
   }
   /// Bytes that have arrived but are not on disk yet.
@@ -4380,8 +4407,8 @@ class range_plan {
     return true;
   }
 
-  bool whole_ = false;           // ranges are not to be had
-  std::deque<byte_range> gaps_;  // in ascending order, given to nobody
+  bool whole_ = false;            // ranges are not to be had
+  std::vector<byte_range> gaps_;  // given to nobody; the first of the file at the end
   std::vector<slot> slots_;
 };
 
@@ -4396,9 +4423,9 @@ struct content_range {
     const auto dash = text.find('-'), slash = text.find('/');
     if (dash == std::string_view::npos || slash == std::string_view::npos || dash > slash)
       return std::nullopt;
-    const auto first = to_number<std::uint64_t>(trim(text.substr(6, dash - 6)));
-    const auto last = to_number<std::uint64_t>(trim(text.substr(dash + 1, slash - dash - 1)));
-    const auto size = to_number<std::uint64_t>(trim(text.substr(slash + 1)));
+    const auto first = to_number(trim(text.substr(6, dash - 6)));
+    const auto last = to_number(trim(text.substr(dash + 1, slash - dash - 1)));
+    const auto size = to_number(trim(text.substr(slash + 1)));
     if (!first || !last || *last < *first || *last + 1 == 0 || (!size && trim(text.substr(slash + 1)) != "*"))
       return std::nullopt;
     return content_range{{*first, *last + 1}, size};
@@ -4455,7 +4482,7 @@ class download {
   const std::string& name_;
   const restore_options& options_;
   partial_file* into_ = nullptr;
-  std::unique_ptr<range_plan> plan_;
+  range_plan plan_{0, {}};
 
   std::mutex mutex_;                  // guards what follows, and the plan and the record of the partial file
   std::condition_variable changed_;   // anything but the next
@@ -4486,7 +4513,8 @@ class download {
   std::atomic<std::uint64_t> received_{0};
   std::uint64_t received_before_ = 0;
   clock::time_point ticked_ = clock::now(), said_alive_ = ticked_;
-  std::deque<thread> threads_;  // last: joined before anything they use goes
+  thread digest_thread_;  // these two last: joined before anything they use goes
+  std::vector<thread> workers_;
 };
 
 /// Checks HTTP's promises about a response and brings its bytes to their places, a few blocks at a time.
@@ -4496,7 +4524,7 @@ class download::range_sink final : public body_sink {
       4 * partial_file::block;  // bytes written at once, and each connection's buffer
 
   range_sink(download& of, std::size_t me, std::string& buffer, bool ranged, const url& here)
-      : of_(of), me_(me), slot_((*of.plan_)[me]), buffer_(buffer), ranged_(ranged), here_(here) {}
+      : of_(of), me_(me), slot_(of.plan_[me]), buffer_(buffer), ranged_(ranged), here_(here) {}
 
   bool start(const http_response& head) override {
     const lock held(of_.mutex_);
@@ -4577,12 +4605,11 @@ class download::range_sink final : public body_sink {
   /// A server that ignores Range sends everything from the start: one stream, then.
   std::optional<error> check_whole(const http_response& head) {
     const std::string* field = head.header("Content-Length");
-    const std::uint64_t length = field != nullptr
-                                     ? to_number<std::uint64_t>(trim(*field)).value_or(range_plan::endless)
-                                     : range_plan::endless;
+    const std::uint64_t length =
+        field != nullptr ? to_number(trim(*field)).value_or(range_plan::endless) : range_plan::endless;
     const auto& size = of_.remote_.info.size;
     if (size && length != range_plan::endless && length != *size) return wrong_size(length);
-    of_.plan_->take_whole(me_, size.value_or(length));
+    of_.plan_.take_whole(me_, size.value_or(length));
     buffer_.clear();
     of_.changed_.notify_all();
     return std::nullopt;
@@ -4612,7 +4639,7 @@ inline result<void> download::run(partial_file& into) {
                 "what a connection holds back must not reach into the part that another takes over");
   into_ = &into;
   const bool known = remote_.info.size.has_value();
-  std::deque<byte_range> gaps;
+  std::vector<byte_range> gaps;
   if (!known) gaps.push_back({0, range_plan::endless});
   for (std::uint64_t i = 0; i < into.blocks(); ++i) {
     const byte_range one{i * partial_file::block, (std::min)((i + 1) * partial_file::block, into.size())};
@@ -4634,16 +4661,17 @@ inline result<void> download::run(partial_file& into) {
       missing < range_plan::worth_splitting
           ? 1
           : (std::min)(static_cast<std::uint64_t>(options_.connections), missing / range_plan::first_piece);
-  plan_ = std::make_unique<range_plan>(static_cast<std::size_t>(most), std::move(gaps));
+  plan_ = range_plan(static_cast<std::size_t>(most), gaps);
 
-  if (checked()) hashing_ = threads_.emplace_back().start([this] { hash_along(); });
+  if (checked()) hashing_ = digest_thread_.start([this] { hash_along(); });
   if (!complete_) {
-    for (std::size_t me = 0; me < plan_->connections(); ++me) {
+    workers_ = std::vector<thread>(plan_.connections());
+    for (std::size_t me = 0; me < workers_.size(); ++me) {
       {
         const lock held(mutex_);
         ++alive_;
       }
-      if (threads_.emplace_back().start([this, me] { work(me); })) continue;
+      if (workers_[me].start([this, me] { work(me); })) continue;
       const lock held(mutex_);  // no more threads to be had: fewer connections
       if (--alive_ == 0 && !complete_ && !failure_) {
         failure_ =
@@ -4696,7 +4724,8 @@ inline void download::stop() {
     changed_.notify_all();
     advanced_.notify_all();
   }
-  for (auto& one : threads_) one.join();
+  for (auto& one : workers_) one.join();
+  digest_thread_.join();
 }
 
 inline void download::fail(const error& why) {
@@ -4709,7 +4738,7 @@ inline void download::fail(const error& why) {
 /// A connection that brings nothing ends; the last one's error is the download's.
 inline void download::retire(std::size_t me, const error& why) {
   const lock held(mutex_);
-  plan_->give_back(me);
+  plan_.give_back(me);
   if (--alive_ == 0 && !complete_ && !failure_) failure_ = why;
   changed_.notify_all();
 }
@@ -4731,10 +4760,10 @@ inline void download::tick(phase now) {
       said_alive_ = time;
       into_->touch();
     }
-    plan_->measure(seconds);
+    plan_.measure(seconds);
     // What connections still hold counts, too; where another takes over from one, it is not counted back.
     shown_ = (std::max)(
-        shown_, (std::min)(present_ + plan_->buffered(), remote_.info.size.value_or(range_plan::endless)));
+        shown_, (std::min)(present_ + plan_.buffered(), remote_.info.size.value_or(range_plan::endless)));
     report.bytes_done = now == phase::verifying ? hashed_.load() : shown_;
     report.bytes_total = remote_.info.size;
   }
@@ -4781,7 +4810,7 @@ inline void download::hash_along() {
 /// Writes what a connection has buffered, then records it. Nothing is written twice, whatever is fetched twice: what was
 /// hashed stays as it was, so that the digest speaks of the bytes on disk.
 inline result<void> download::flush(std::size_t me, std::string& buffer) {
-  auto& mine = (*plan_)[me];
+  auto& mine = plan_[me];
   if (buffer.empty()) return {};
   const auto begin = mine.flushed, end = begin + buffer.size();
   const std::string_view bytes = buffer;
@@ -4837,7 +4866,7 @@ inline void download::work(std::size_t me) {
   backoff tries(call_);
   std::string buffer;
   buffer.reserve(static_cast<std::size_t>(range_sink::chunk));
-  const auto& mine = (*plan_)[me];
+  const auto& mine = plan_[me];
   std::uint64_t before = 0;  // what the other connections had received when this one began to fail
   const auto others = [&] { return received_ - mine.received; };
   const auto unfinished = [&] {
@@ -4871,14 +4900,14 @@ inline void download::work(std::size_t me) {
     }
     keep_whole_blocks(me, buffer);
     const lock held(mutex_);
-    plan_->done(me);
+    plan_.done(me);
   }
 }
 
 /// What arrived before a connection ends is not lost, as far as it is whole blocks, which alone can be recorded.
 inline void download::keep_whole_blocks(std::size_t me, std::string& buffer) {
   if (!remote_.info.size) return;
-  const auto& mine = (*plan_)[me];
+  const auto& mine = plan_[me];
   const auto end = (std::min)(mine.flushed + buffer.size(), mine.end.load());
   if (end <= mine.flushed) return buffer.clear();
   const auto kept = end == into_->size() ? end : end / partial_file::block * partial_file::block;
@@ -4900,7 +4929,7 @@ inline bool download::next_range(std::size_t me) {
     // range is another matter: it catches up.
     const bool digest_is_behind =
         me > 1 && hashing_ && pace_ > hash_pace_ && frontier_ - hashed_ > digest_backlog;
-    if (!digest_is_behind && plan_->take(me)) return true;
+    if (!digest_is_behind && plan_.take(me)) return true;
     changed_.wait_for(held, milliseconds(50));  // paces change, and connections give back
   }
   return false;
@@ -4930,7 +4959,7 @@ inline result<url> download::address(lock& held) {
 
 /// One exchange for what is left of a connection's range. Nothing: go on with what is left then, if anything.
 inline std::optional<error> download::fetch(std::size_t me, std::string& buffer, backoff& tries) {
-  auto& mine = (*plan_)[me];
+  auto& mine = plan_[me];
   call inner(call_, stopped_);
   const auto authorization = session_.authorization(inner);
   if (!authorization) return tried(authorization.error());
@@ -5056,13 +5085,13 @@ inline std::optional<error> download::handle_status(const answer& got, const url
 // ============================================================================================== the story
 
 WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::keep() {
-  return rule([](const local_copy&, const file_info*) { return verdict::keep; });
+  return rule(+[](const local_copy&, const file_info*) { return verdict::keep; });
 }
 WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::replace() {
-  return rule([](const local_copy&, const file_info*) { return verdict::fetch; });
+  return rule(+[](const local_copy&, const file_info*) { return verdict::fetch; });
 }
 WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::refresh() {
-  return rule([](const local_copy& local, const file_info* remote) {
+  return rule(+[](const local_copy& local, const file_info* remote) {
     if (remote == nullptr) return verdict::ask;
     if (remote->md5.empty() || (remote->size && *remote->size != local.size)) return verdict::fetch;
     return local.md5() == remote->md5 ? verdict::keep : verdict::fetch;
@@ -5075,8 +5104,7 @@ namespace detail {
 /// that it would strip.
 inline bool is_windows_name(std::string_view piece) {
   if (piece == "." || piece.empty()) return true;
-  if (piece.find_first_of("<>:\"|?*") != piece.npos || std::any_of(piece.begin(), piece.end(), is_control))
-    return false;
+  if (piece.find_first_of("<>:\"|?*") != piece.npos || has_control(piece)) return false;
   if (piece.back() == '.' || piece.back() == ' ') return false;
   const std::string stem = lower(trim(piece.substr(0, piece.find('.'))));
   if (stem == "con" || stem == "prn" || stem == "aux" || stem == "nul") return false;
@@ -5343,14 +5371,13 @@ class restoring {
 
   /// Another downloader of this target is given time as long as it makes progress. False if cancelled.
   bool wait_for(place_lock& lock) {
-    std::vector<std::int64_t> before;
+    std::uint64_t before = 0;
     const auto began = clock::now();
     for (auto since = began; lock.try_acquire() == place_lock::outcome::busy;) {
-      std::vector<std::int64_t> now;
-      for (const auto& one : find_partials(at_)) now.push_back(one.facts.modified);
-      std::sort(now.begin(), now.end());
+      std::uint64_t now = 0;  // changes with the time of any partial file
+      for (const auto& one : find_partials(at_)) now += static_cast<std::uint64_t>(one.facts.modified);
       if (now != before) since = clock::now();
-      before = std::move(now);
+      before = now;
       if (clock::now() - since > std::chrono::seconds(partial_file::quiet))
         return true;  // it has lost its turn
       if (!report(phase::downloading, 0, {})) return false;
@@ -5547,9 +5574,10 @@ class channel {
   socket_handle socket() const { return socket_; }
 
   void begin(exchange& now) { exchange_ = &now; }
+  static constexpr clock::time_point no_limit = (clock::time_point::max)();
   /// What a time-out is blamed on. With a limit, the whole stage has to be over by then; without one, each
   /// wait may take the request's idle timeout.
-  void enter(const char* stage, std::optional<clock::time_point> limit = std::nullopt) {
+  void enter(const char* stage, clock::time_point limit = no_limit) {
     stage_ = stage;
     limit_ = limit;
   }
@@ -5557,20 +5585,22 @@ class channel {
   bool connect(const url& to) {
     addrinfo hints{};
     hints.ai_socktype = SOCK_STREAM;
-    addrinfo* list = nullptr;
-    if (const int code = getaddrinfo(to.host.c_str(), std::to_string(to.port).c_str(), &hints, &list)) {
+    struct address_list {
+      addrinfo* first = nullptr;
+      ~address_list() {
+        if (first) freeaddrinfo(first);
+      }
+    } found;
+    if (const int code =
+            getaddrinfo(to.host.c_str(), std::to_string(to.port).c_str(), &hints, &found.first)) {
       return fail("the name " + detail::in_quotes(to.host) + " cannot be resolved: " + resolver_text(code));
     }
-    struct freer {
-      void operator()(addrinfo* each) const { freeaddrinfo(each); }
-    };
-    const std::unique_ptr<addrinfo, freer> addresses(list);
 
     int left = 0;
-    for (const addrinfo* each = list; each; each = each->ai_next) ++left;
+    for (const addrinfo* each = found.first; each; each = each->ai_next) ++left;
     std::string why;
     const auto limit = clock::now() + exchange_->request.connect_timeout;
-    for (const addrinfo* each = list; each; each = each->ai_next, --left) {
+    for (const addrinfo* each = found.first; each; each = each->ai_next, --left) {
       // One dead address must not use up the time.
       enter("connecting", clock::now() + (limit - clock::now()) / left);
       const int code = connect(*each);
@@ -5701,7 +5731,7 @@ class channel {
     if (would_block(code)) {
       code = -1;
       socklen_t size = sizeof code;
-      if (poll_until(POLLOUT, *limit_)) {
+      if (poll_until(POLLOUT, limit_)) {
         ::getsockopt(made, SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&code), &size);
       }
     }
@@ -5732,7 +5762,7 @@ class channel {
     }
   }
   bool wait(short events) {
-    return poll_until(events, limit_ ? *limit_ : clock::now() + exchange_->request.idle_timeout) ||
+    return poll_until(events, limit_ != no_limit ? limit_ : clock::now() + exchange_->request.idle_timeout) ||
            fail(std::string("timed out while ") + stage_);
   }
 
@@ -5851,7 +5881,7 @@ class channel {
   socket_handle socket_ = no_socket;
   exchange* exchange_ = nullptr;
   const char* stage_ = "";
-  std::optional<clock::time_point> limit_;
+  clock::time_point limit_ = no_limit;
   int code_ = 0;            // of the last system call
   bool has_ended_ = false;  // the peer's side of the socket
   std::vector<char> buffer_ = std::vector<char>(buffer_bytes);
@@ -5921,12 +5951,12 @@ class head_reader {
   }
   bool status_line(http_response& head) {
     const std::string_view line = line_;
-    const auto status = to_number<int>(line.substr((std::min)(line.size(), std::size_t{9}), 3));
+    const auto status = to_number(line.substr((std::min)(line.size(), std::size_t{9}), 3));
     if (!starts_with(line, "HTTP/1.") || line.size() < 12 || !is_digit(line[7]) || line[8] != ' ' ||
         !status || *status < 100 || *status == 101 || (line.size() > 12 && line[12] != ' ')) {
       return malformed("the status line");
     }
-    head.status = *status;
+    head.status = static_cast<int>(*status);
     is_persistent_ = line[7] != '0';
     return true;
   }
@@ -6046,7 +6076,7 @@ class wire final : public httplib::Stream {
     const std::string* coding = nullptr;
     for (const auto& [name, value] : head.headers) {
       if (equal_ignoring_case(name, "Content-Length")) {
-        if (!to_number<std::uint64_t>(value) || (length && *length != value)) {
+        if (!to_number(value) || (length && *length != value)) {
           return exchange_.fail(errc::protocol_violation,
                                 "bad Content-Length in the response: " + detail::in_quotes(value));
         }

@@ -12,7 +12,6 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
-#include <deque>
 #include <functional>
 #include <random>
 #include <string>
@@ -31,7 +30,7 @@ constexpr std::uint64_t chunk = 4 * block;  // what a connection has before it w
 /// A download on a clock of its own: each connection brings `pace` bytes a second.
 class simulation {
  public:
-  simulation(std::uint64_t size, std::deque<byte_range> gaps, std::vector<double> paces)
+  simulation(std::uint64_t size, std::vector<byte_range> gaps, std::vector<double> paces)
       : size_(size), plan(paces.size(), gaps), written_((size + block - 1) / block, 0),
         wanted_(written_.size(), 0), paces_(std::move(paces)) {
     for (std::size_t me = 0; me < paces_.size(); ++me)
@@ -108,7 +107,7 @@ class simulation {
   std::uint64_t missing_ = 0;
 };
 
-std::deque<byte_range> everything(std::uint64_t size) { return {{0, size}}; }
+std::vector<byte_range> everything(std::uint64_t size) { return {{0, size}}; }
 
 /// A call with settings of its own.
 struct call_of_a_test {
@@ -136,7 +135,7 @@ TEST_SUITE("range plan") {
       CAPTURE(round);
       const std::size_t connections = 1 + random() % 16;
       const std::uint64_t size = 1 + random() % (200 * MiB);
-      std::deque<byte_range> gaps;
+      std::vector<byte_range> gaps;
       std::uint64_t wanted = 0;
       for (std::uint64_t at = 0; at < size;) {
         const auto end = (std::min)(size, at + block * (1 + random() % 800));

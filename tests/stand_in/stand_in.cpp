@@ -464,6 +464,11 @@ class connection {
 
   bool is_tls() const { return tls_ != nullptr; }
   int fd() const { return fd_.get(); }
+  /// Little waits in the kernel from now on: what has been sent was read by the peer, but for some 100 KiB.
+  void buffer_little() const {
+    const int bytes = 64 * 1024;
+    setsockopt(fd(), SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+  }
   std::string buffer;  ///< received and not used yet
 
   bool handshake() {
@@ -2285,6 +2290,7 @@ class server::implementation {
     std::uint64_t stall_at = answer.stall_after.value_or(UINT64_MAX);
     std::string piece;
     std::uint64_t sent = 0;
+    if (answer.stall_after) peer.buffer_little();
     for (;;) {
       if (answer.cut_after && sent >= *answer.cut_after) return false;
       if (sent >= stall_at) {
