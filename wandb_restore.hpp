@@ -1078,13 +1078,21 @@ inline bool is_field_value(std::string_view text) {
   return true;
 }
 
+/// The value of the first field of that name, or null.
+inline const std::string* find_header(const http_headers& fields, std::string_view name) {
+  for (const auto& field : fields) {
+    if (equal_ignoring_case(field.first, name)) return &field.second;
+  }
+  return nullptr;
+}
+inline void add_header(http_headers& fields, std::string_view name, std::string_view value) {
+  fields.push_back({std::string(name), std::string(value)});
+}
+
 }  // namespace detail
 
 WANDB_RESTORE_PRIVATE_INLINE const std::string* http_response::header(std::string_view name) const {
-  for (const auto& field : headers) {
-    if (detail::equal_ignoring_case(field.first, name)) return &field.second;
-  }
-  return nullptr;
+  return detail::find_header(headers, name);
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
@@ -1421,8 +1429,10 @@ inline bool looks_like_host(std::string_view segment) {
 /// What people paste: [scheme://host[/prefix]/]entity/project/runs/run_id[/tail]. Percent-encoded only where there is a host.
 inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_scheme) {
   if (has_scheme) text.remove_prefix(text.find("://") + 3);
-  auto segments = split(text, '/');
-  segments.erase(std::remove(segments.begin(), segments.end(), std::string_view()), segments.end());
+  std::vector<std::string_view> segments;
+  for (const auto segment : split(text, '/')) {
+    if (!segment.empty()) segments.push_back(segment);
+  }
   const bool has_host = has_scheme || (segments.size() >= 5 && looks_like_host(segments.front()));
   if (has_host && !segments.empty()) segments.erase(segments.begin());
 
@@ -2206,13 +2216,13 @@ inline result<std::unique_ptr<partial_file>> partial_file::create(const place& a
 inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at, const std::string& md5,
                                                                 std::uint64_t size, const watcher& go_on) {
   if (md5.empty()) return create(at, md5, size);
-  auto candidates = find_partials(at);
-  candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
-                                  [&](const found_partial& one) { return one.md5 != md5; }),
-                   candidates.end());
-  std::sort(candidates.begin(), candidates.end(), [](const found_partial& a, const found_partial& b) {
-    return a.facts.allocated > b.facts.allocated;  // the fullest first
-  });
+  std::vector<found_partial> candidates;  // the fullest first
+  for (auto& one : find_partials(at)) {
+    if (one.md5 != md5) continue;
+    auto where = candidates.begin();
+    while (where != candidates.end() && where->facts.allocated >= one.facts.allocated) ++where;
+    candidates.insert(where, std::move(one));
+  }
   for (const auto& one : candidates) {
     if (!one.abandoned()) continue;
     const path mine = at.partial(md5, owner::self().str());
@@ -2780,15 +2790,11 @@ inline bool under_base(const url& base, const url& candidate) {
   return starts_with(target, prefix) && (target.size() == prefix.size() || target[prefix.size()] == '/');
 }
 
-inline std::optional<bool> parse_bool(std::string_view text) {
-  const std::string word = lower(text);
-  for (const char* yes : {"y", "yes", "t", "true", "on", "1"}) {
-    if (word == yes) return true;
+inline bool is_one_of(std::string_view text, std::initializer_list<const char*> words) {
+  for (const char* word : words) {
+    if (equal_ignoring_case(text, word)) return true;
   }
-  for (const char* no : {"n", "no", "f", "false", "off", "0"}) {
-    if (word == no) return false;
-  }
-  return std::nullopt;
+  return false;
 }
 
 /// Seconds with an optional fraction, more than zero; else 0. By hand: from_chars for double came late to standard libraries.
@@ -2804,21 +2810,22 @@ inline std::chrono::milliseconds parse_seconds(std::string_view text) {
   return std::chrono::milliseconds(static_cast<std::int64_t>(*seconds * 1000 + *thousandths));
 }
 
-/// A JSON object of strings, as pairs; absent for anything else.
-inline std::optional<http_headers> parse_string_object(std::string_view text) {
+/// A JSON object of strings.
+inline result<text_map> parse_string_object(std::string_view text) {
   const json parsed = parse_json(text);
-  if (!parsed.is_object()) return std::nullopt;
-  http_headers pairs;
-  for (auto at = parsed.begin(); at != parsed.end(); ++at) {
-    if (!at->is_string()) return std::nullopt;
-    pairs.emplace_back(at.key(), text_of(*at));
+  text_map strings;
+  bool good = parsed.is_object();
+  for (auto at = parsed.begin(); good && at != parsed.end(); ++at) {
+    good = at->is_string();
+    strings[at.key()] = text_of(*at);
   }
-  return pairs;
+  if (!good) return error(errc::invalid_argument, "expected a JSON object of strings");
+  return strings;
 }
 
 /// Whether a header field may be sent as it is (RFC 9110, section 5): a line break in it would begin another one.
-inline bool is_header(const std::pair<std::string, std::string>& field) {
-  return is_token(field.first) && is_field_value(field.second);
+inline bool is_header(std::string_view name, std::string_view value) {
+  return is_token(name) && is_field_value(value);
 }
 
 // ------------------------------------------------------------------------------------------------- proxies
@@ -2978,8 +2985,8 @@ struct access_token {
   [[nodiscard]] bool lasts() const { return expires_at - std::chrono::system_clock::now() > margin; }
 };
 
-/// "YYYY-MM-DD HH:MM:SS", UTC.
-inline std::optional<std::chrono::system_clock::time_point> parse_utc(std::string_view text) {
+/// "YYYY-MM-DD HH:MM:SS", UTC, in seconds since 1970.
+inline std::optional<std::int64_t> parse_utc(std::string_view text) {
   if (text.size() != 19 || text[4] != '-' || text[7] != '-' || text[10] != ' ' || text[13] != ':' ||
       text[16] != ':') {
     return std::nullopt;
@@ -2995,9 +3002,7 @@ inline std::optional<std::chrono::system_clock::time_point> parse_utc(std::strin
   if (month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60)
     return std::nullopt;
   const int known_year = std::clamp(year, 1970, 2200);  // a clock that counts nanoseconds ends in 2262
-  const std::int64_t seconds =
-      days_from_civil(known_year, month, day) * 86400 + hour * 3600 + minute * 60 + second;
-  return std::chrono::system_clock::time_point(std::chrono::seconds(seconds));
+  return days_from_civil(known_year, month, day) * 86400 + hour * 3600 + minute * 60 + second;
 }
 
 inline std::string format_utc(std::chrono::system_clock::time_point time) {
@@ -3037,8 +3042,10 @@ inline std::optional<access_token> read_shared_token(const path& where, const st
   const auto expires_at = parse_utc(text_of(member(entry, "expires_at")));
   auto value = text_of(member(entry, "access_token"));
   if (value.empty() || has_control(value)) return std::nullopt;
-  if (!expires_at || *expires_at - now <= token_margin) return std::nullopt;
-  return access_token{std::move(value), *expires_at};
+  if (!expires_at) return std::nullopt;
+  const std::chrono::system_clock::time_point end{std::chrono::seconds(*expires_at)};
+  if (end - now <= token_margin) return std::nullopt;
+  return access_token{std::move(value), end};
 }
 
 /// Keeps a token there, beside what else is in the file; readable by its owner only, and whole at any time.
@@ -3223,10 +3230,14 @@ inline void find_network_settings(settings& s, const settings_sources& from) {
   }
   if (const auto headers =
           from.find({"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"}, "x_extra_http_headers")) {
-    auto pairs = parse_string_object(headers.value);
-    if (pairs && std::all_of(pairs->begin(), pairs->end(), is_header)) {
-      s.extra_headers = *std::move(pairs);
-    } else {
+    const auto strings = parse_string_object(headers.value);
+    bool good = strings.has_value();
+    for (const auto& [name, value] : *strings) {
+      good = good && is_header(name, value);
+      add_header(s.extra_headers, name, value);
+    }
+    if (!good) {
+      s.extra_headers.clear();
       from.reject(headers, R"(expected a JSON object of header names and values, like {"X-Team": "blue"})");
     }
   }
@@ -3257,9 +3268,9 @@ inline void find_certificates(settings& s, const settings_sources& from) {
     (facts && facts->is_directory ? s.ca_directory : s.ca_file) = bundle;
   }
   if (const auto insecure = from.find({"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl")) {
-    if (const auto yes = parse_bool(insecure.value)) {
-      s.verify_tls = !*yes;
-    } else {
+    if (is_one_of(insecure.value, {"y", "yes", "t", "true", "on", "1"})) {
+      s.verify_tls = false;
+    } else if (!is_one_of(insecure.value, {"n", "no", "f", "false", "off", "0"})) {
       from.reject(insecure, "expected true or false");
     }
   }
@@ -3658,11 +3669,11 @@ inline result<void> session::ready() {
   }
   if (config.problem) return *config.problem;
   auto fields = config.extra_headers;
-  fields.insert(fields.end(), {{"User-Agent", config.user_agent},
-                               {"X-WANDB-USERNAME", config.username},
-                               {"X-WANDB-USER-EMAIL", config.user_email}});
+  add_header(fields, "User-Agent", config.user_agent);
+  add_header(fields, "X-WANDB-USERNAME", config.username);
+  add_header(fields, "X-WANDB-USER-EMAIL", config.user_email);
   for (const auto& field : fields) {
-    if (!is_header(field)) {
+    if (!is_header(field.first, field.second)) {
       return error(errc::invalid_argument,
                    "the settings' value for the header " + in_quotes(field.first) +
                        " cannot be sent: it has control characters, or the name is none");
@@ -3691,8 +3702,11 @@ inline result<answer> session::send(call& of, http_request request, const std::s
   for (int hop = 0; hop <= 10; ++hop) {
     request.url = here.str();
     request.proxy = proxy_for(config, here);
-    request.headers = {{"User-Agent", config.user_agent}, {"Accept", "*/*"}, {"Accept-Encoding", "identity"}};
-    request.headers.insert(request.headers.end(), own.begin(), own.end());
+    request.headers.clear();
+    add_header(request.headers, "User-Agent", config.user_agent);
+    add_header(request.headers, "Accept", "*/*");
+    add_header(request.headers, "Accept-Encoding", "identity");
+    for (const auto& field : own) request.headers.push_back(field);
     add_credentials(request, under_base(*base, here), authorization);
 
     guarded_sink guard(of, sink, request.method + " " + here.redacted());
@@ -3728,11 +3742,9 @@ inline result<answer> session::send(call& of, http_request request, const std::s
 /// The one place where credentials meet a request.
 inline void session::add_credentials(http_request& request, bool home,
                                      const std::string& authorization) const {
-  if (home && !authorization.empty()) request.headers.emplace_back("Authorization", authorization);
+  if (home && !authorization.empty()) add_header(request.headers, "Authorization", authorization);
   for (const auto& field : config.extra_headers) {
-    const bool set = std::any_of(request.headers.begin(), request.headers.end(), [&](const auto& other) {
-      return equal_ignoring_case(other.first, field.first);
-    });
+    const bool set = find_header(request.headers, field.first) != nullptr;
     if (equal_ignoring_case(field.first, "Proxy-Authorization")) {
       request.proxy_authorization = field.second;
     } else if (home && !set) {
@@ -3811,7 +3823,7 @@ inline result<access_token> session::exchange_identity(call& of) {
   }
   http_request request;
   request.method = "POST";
-  request.headers = {{"Content-Type", "application/x-www-form-urlencoded"}};
+  add_header(request.headers, "Content-Type", "application/x-www-form-urlencoded");
   request.body = "grant_type=" + percent_encode("urn:ietf:params:oauth:grant-type:jwt-bearer") +
                  "&assertion=" + percent_encode(trim(*identity));
   const std::string what = "exchanging the identity token at " + base->redacted();
@@ -4017,11 +4029,12 @@ inline result<json_document> service::ask_once(const std::string& what, const st
   http_request request;
   request.method = "POST";
   request.body = body;
-  request.headers = {{"Content-Type", "application/json"}, {"Use-Admin-Privileges", "true"}};
+  add_header(request.headers, "Content-Type", "application/json");
+  add_header(request.headers, "Use-Admin-Privileges", "true");
   if (!session_.config.username.empty())
-    request.headers.emplace_back("X-WANDB-USERNAME", session_.config.username);
+    add_header(request.headers, "X-WANDB-USERNAME", session_.config.username);
   if (!session_.config.user_email.empty())
-    request.headers.emplace_back("X-WANDB-USER-EMAIL", session_.config.user_email);
+    add_header(request.headers, "X-WANDB-USER-EMAIL", session_.config.user_email);
 
   collecting_sink answered(max_answer);
   url here = join_path(*session_.base, "/graphql");
@@ -4993,12 +5006,12 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
   }
   const bool ranged = begin > 0 || (remote_.info.size && end < *remote_.info.size);
   if (ranged) {
-    request.headers.emplace_back("Range",
-                                 "bytes=" + std::to_string(begin) + '-' +
-                                     (end == range_plan::endless ? std::string() : std::to_string(end - 1)));
+    add_header(request.headers, "Range",
+               "bytes=" + std::to_string(begin) + '-' +
+                   (end == range_plan::endless ? std::string() : std::to_string(end - 1)));
     // RFC 9110, section 13.1.5: a strong entity tag only; with another one the whole comes back, which is noticed.
     if (!entity_tag_.empty() && !starts_with(entity_tag_, "W/"))
-      request.headers.emplace_back("If-Range", entity_tag_);
+      add_header(request.headers, "If-Range", entity_tag_);
   }
   range_sink sink(*this, me, buffer, ranged, *here);
   held.unlock();
@@ -5918,7 +5931,7 @@ class head_reader {
           return malformed("a header line");
         }
         const auto value = trim(std::string_view(line_).substr(colon + 1));
-        head.headers.emplace_back(line_.substr(0, colon), value);
+        add_header(head.headers, {line_.data(), colon}, value);
       }
     } while (head.status < 200);
     return true;
