@@ -220,6 +220,7 @@ class [[nodiscard]] result : public detail::outcome {
   result(const T& value) : value_(value) {}        // NOLINT
   result(T&& value) : value_(std::move(value)) {}  // NOLINT
 
+  /// Beside a failure, an empty T: reading it is no error, only of no use.
   T& operator*() & noexcept { return value_; }
   const T& operator*() const& noexcept { return value_; }
   T&& operator*() && noexcept { return std::move(value_); }
@@ -235,7 +236,7 @@ class [[nodiscard]] result : public detail::outcome {
   }
 
  private:
-  T value_{};  // beside a failure, an empty one: optional and variant take several times as long to compile
+  T value_{};  // an optional or a variant takes several times as long to compile
 };
 
 template <>
