@@ -1364,13 +1364,13 @@ inline std::string write_json(const json& value, int indent = -1) {
   return value.dump(indent, ' ', false, json::error_handler_t::replace);
 }
 
-inline bool has_member(const json& object, const std::string& name) {
-  return object.is_object() && object.find(name) != object.end();
+inline bool has_member(const json& object, std::string_view name) {
+  return object.is_object() && object.find(std::string(name)) != object.end();
 }
 /// The member of that name, or null.
-inline const json& member(const json& object, const std::string& name) {
+inline const json& member(const json& object, std::string_view name) {
   static const json null;
-  return has_member(object, name) ? *object.find(name) : null;
+  return has_member(object, name) ? *object.find(std::string(name)) : null;
 }
 /// A string's text, or "".
 inline std::string text_of(const json& value) {
