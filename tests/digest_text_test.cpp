@@ -176,7 +176,7 @@ TEST_SUITE("text") {
         {"900150983CD24FB0D6963F7D28E17F72", hex},
         {"", ""},
         {"0", ""},
-        {"XXX", ""},
+        {"junk", ""},
         {"kAFQmDzST7DWlj99KOF/cg", ""},            // padding is missing
         {"kAFQmDzST7DWlj99KOF/", ""},              // 15 bytes
         {"kAFQmDzST7DWlj99KOF/cgA=", ""},          // 17 bytes
