@@ -702,7 +702,6 @@ restored_file restore(std::string_view name, const Text& run_path, bool replace 
 
 #include <algorithm>           // min, max
 #include <array>               //
-#include <charconv>            // numbers without locale or exceptions
 #include <condition_variable>  // workers, hash and coordinator wait for each other
 #include <cstdio>              // warnings
 #include <cstring>             // memcpy
@@ -863,12 +862,17 @@ inline std::vector<std::string_view> split(std::string_view text, char separator
   }
 }
 
-/// The whole of `text` as a number without sign, or nothing.
-inline std::optional<std::uint64_t> to_number(std::string_view text, int base = 10) {
+/// The whole of `text` as a number without sign, or nothing. By hand: <charconv> costs a compiler 2 % of this whole header.
+inline std::optional<std::uint64_t> to_number(std::string_view text, unsigned base = 10) {
+  constexpr auto most = (std::numeric_limits<std::uint64_t>::max)();
   std::uint64_t value = 0;
-  const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value, base);
-  if (failure != std::errc() || end != text.data() + text.size() || text.empty()) return std::nullopt;
-  return value;
+  for (const char c : text) {
+    const int known = is_digit(c) ? c - '0' : is_letter(c) ? lower(c) - 'a' + 10 : 36;
+    const auto digit = static_cast<unsigned>(known);
+    if (digit >= base || value > (most - digit) / base) return std::nullopt;
+    value = value * base + digit;
+  }
+  return text.empty() ? std::nullopt : std::optional<std::uint64_t>(value);
 }
 
 inline std::string hex_encode(std::string_view bytes) {
@@ -1364,18 +1368,57 @@ inline std::string write_json(const json& value, int indent = -1) {
   return value.dump(indent, ' ', false, json::error_handler_t::replace);
 }
 
+inline const json::object_t& members(const json& value) {
+  static const json::object_t none;
+  const auto* all = value.get_ptr<const json::object_t*>();
+  return all ? *all : none;
+}
+inline const json::array_t& elements(const json& value) {
+  static const json::array_t none;
+  const auto* all = value.get_ptr<const json::array_t*>();
+  return all ? *all : none;
+}
 inline bool has_member(const json& object, std::string_view name) {
-  return object.is_object() && object.find(std::string(name)) != object.end();
+  return members(object).find(std::string(name)) != members(object).end();
 }
 /// The member of that name, or null.
 inline const json& member(const json& object, std::string_view name) {
   static const json null;
-  return has_member(object, name) ? *object.find(std::string(name)) : null;
+  const auto at = members(object).find(std::string(name));
+  return at == members(object).end() ? null : at->second;
 }
 /// A string's text, or "".
 inline std::string text_of(const json& value) {
   const auto* text = value.get_ptr<const json::string_t*>();
   return text ? *text : std::string();
+}
+/// A number of any kind, or nothing's: 0.
+inline double number_of(const json& value) {
+  if (const auto* fraction = value.get_ptr<const json::number_float_t*>()) return *fraction;
+  if (const auto* count = value.get_ptr<const json::number_unsigned_t*>()) return static_cast<double>(*count);
+  const auto* integer = value.get_ptr<const json::number_integer_t*>();
+  return integer ? static_cast<double>(*integer) : 0;
+}
+inline bool is_true(const json& value) {
+  const auto* truth = value.get_ptr<const json::boolean_t*>();
+  return truth && *truth;
+}
+
+inline json json_object() { return json(json::value_t::object); }
+inline json json_array_of(json element) {
+  json value(json::value_t::array);
+  value.get_ptr<json::array_t*>()->push_back(std::move(element));
+  return value;
+}
+inline json json_text(std::string_view text) {
+  json value(json::value_t::string);
+  value.get_ptr<json::string_t*>()->append(text);
+  return value;
+}
+inline json json_number(std::int64_t number) {
+  json value(json::value_t::number_integer);
+  *value.get_ptr<json::number_integer_t*>() = number;
+  return value;
 }
 /// Of an object only.
 inline void set_member(json& object, const std::string& name, json value) {
@@ -1810,12 +1853,12 @@ class page_buffer {
  public:
   static constexpr std::size_t size = 256 * 1024;
   [[nodiscard]] char* data() {
-    return bytes_.get() + (page - reinterpret_cast<std::uintptr_t>(bytes_.get()) % page);
+    return bytes_.data() + (page - reinterpret_cast<std::uintptr_t>(bytes_.data()) % page);
   }
 
  private:
   static constexpr std::size_t page = 4096;
-  std::unique_ptr<char[]> bytes_{new char[size + page]};
+  std::string bytes_ = std::string(size + page, '\0');
 };
 
 /// Moves a file over another in one step. 0, or the system's error code.
@@ -2001,7 +2044,7 @@ inline std::string process_realm() {
 /// Names the writer of a partial file: "<realm>.<process>.<start>.<serial>"; a writer that is done calls itself "free".
 struct owner {
   std::string realm;
-  process_id process = 0;
+  process_id process = 0;  // 0: nobody
   std::uint64_t start = 0;
   std::uint64_t serial = 0;
 
@@ -2015,13 +2058,14 @@ struct owner {
     return (realm.empty() ? "unknown" : realm) + '.' + std::to_string(process) + '.' + std::to_string(start) +
            '.' + std::to_string(serial);
   }
-  static std::optional<owner> parse(std::string_view text) {
+  /// Nobody where the text is of another spelling.
+  static owner parse(std::string_view text) {
     const auto parts = split(text, '.');
-    if (parts.size() != 4) return std::nullopt;
+    if (parts.size() != 4) return {};
     const auto process = to_number(parts[1]);
     const auto start = to_number(parts[2]), serial = to_number(parts[3]);
-    if (!process || !start || !serial) return std::nullopt;
-    return owner{std::string(parts[0]), *process, *start, *serial};
+    if (!process || !start || !serial) return {};
+    return {std::string(parts[0]), *process, *start, *serial};
   }
   /// Of this host, boot and pid namespace: it can be asked.
   [[nodiscard]] bool is_here() const { return !realm.empty() && realm == process_realm(); }
@@ -2054,12 +2098,12 @@ struct place {
 struct found_partial {
   path where;
   std::string md5;
-  std::optional<owner> writer;  // absent: released, or not of this spelling
+  owner writer;  // nobody: released, or not of this spelling
   bool released = false;
   file_facts facts;
 
   /// Nobody writes to it any more, for certain.
-  [[nodiscard]] bool abandoned() const { return released || (writer && writer->provably_dead()); }
+  [[nodiscard]] bool abandoned() const { return released || writer.provably_dead(); }
 };
 
 inline std::vector<found_partial> find_partials(const place& at) {
@@ -2364,7 +2408,7 @@ inline result<std::ifstream> partial_file::publish(const place& at) {
 inline void clean_up(const place& at, std::int64_t now) {
   constexpr std::int64_t day = 86400 * std::int64_t{1000000000};
   for (const auto& one : find_partials(at)) {
-    if (one.abandoned() || (!(one.writer && one.writer->is_here()) && now - one.facts.modified > day))
+    if (one.abandoned() || (!one.writer.is_here() && now - one.facts.modified > day))
       remove_quietly(one.where);
   }
 }
@@ -2461,6 +2505,8 @@ struct receipt {
   std::uint64_t size = 0;     // bytes
   std::int64_t modified = 0;  // nanoseconds since 1970
   std::string md5;            // verified, in hex; or empty
+
+  explicit operator bool() const { return !run.run_id.empty(); }  // false: there is none
 };
 
 /// The same for whatever leads to a directory: links are common where home and scratch directories are large.
@@ -2486,25 +2532,25 @@ inline result<void> write_receipt(const path& cache, const path& target, const r
 }
 
 /// What is on record for that very path, if it is of the file as it is now.
-inline std::optional<receipt> receipt_of(const path& cache, const path& real, const file_facts& now) {
+inline receipt receipt_of(const path& cache, const path& real, const file_facts& now) {
   const auto text = read_small_file(receipt_path(cache, real), 64 * 1024);
-  if (!text) return std::nullopt;
+  if (!text) return {};
   auto record = parse_key_values(*text);
   const auto field = [&](const char* name) { return percent_decode(record[name]).value_or(std::string()); };
   if (record["end"] != "yes" || field("path") != utf8(real) || to_number(record["size"]) != now.size ||
       record["modified_ns"] != std::to_string(now.modified)) {
-    return std::nullopt;
+    return {};
   }
-  return receipt{{field("entity"), field("project"), field("run_id")}, now.size, now.modified, field("md5")};
+  return {{field("entity"), field("project"), field("run_id")}, now.size, now.modified, field("md5")};
 }
 
 /// The receipt for a file, if there is one and the file has not changed since.
-inline std::optional<receipt> read_receipt(const path& cache, const path& target, const file_facts& now) {
-  if (cache.empty()) return std::nullopt;
+inline receipt read_receipt(const path& cache, const path& target, const file_facts& now) {
+  if (cache.empty()) return {};
   const path plain = absolute_path(target);
   if (auto found = receipt_of(cache, plain, now)) return found;
   const path real = real_path(target);  // asking for each directory on the way takes its time
-  return real == plain ? std::nullopt : receipt_of(cache, real, now);
+  return real == plain ? receipt() : receipt_of(cache, real, now);
 }
 
 }  // namespace detail
@@ -2816,9 +2862,9 @@ inline result<text_map> parse_string_object(std::string_view text) {
   const json parsed = parse_json(text);
   text_map strings;
   bool good = parsed.is_object();
-  for (auto at = parsed.begin(); good && at != parsed.end(); ++at) {
-    good = at->is_string();
-    strings[at.key()] = text_of(*at);
+  for (const auto& [name, value] : members(parsed)) {
+    good = good && value.is_string();
+    strings[name] = text_of(value);
   }
   if (!good) return error(errc::invalid_argument, "expected a JSON object of strings");
   return strings;
@@ -2932,11 +2978,12 @@ inline std::string proxy_for(const settings& configuration, const url& target) {
   return proxy.url;
 }
 
-/// A proxy as people write it: "host:port" will do. Absent where it is something else.
-inline std::optional<url> parse_proxy(std::string_view text) {
-  const auto parsed =
-      url::parse(text.find("://") == text.npos ? "http://" + std::string(text) : std::string(text));
-  return parsed && parsed->scheme == "http" ? std::optional(*parsed) : std::nullopt;
+/// A proxy as people write it: "host:port" will do. errc::invalid_argument where it is something else.
+inline result<url> parse_proxy(std::string_view text) {
+  auto parsed = url::parse(text.find("://") == text.npos ? "http://" + std::string(text) : std::string(text));
+  if (parsed && parsed->scheme == "http") return parsed;
+  return error(errc::invalid_argument,
+               "http://[user:password@]host:port is expected");  // the text may hold a password
 }
 
 // --------------------------------------------------------------------------------------------------- netrc
@@ -3027,26 +3074,25 @@ inline result<json_document> read_credentials(const path& where) {
     if (!text) return text.error();
     file.root = parse_json(*text);
   }
-  if (!file.root.is_object()) file.root = json(json::value_t::object);
-  if (!member(file.root, "credentials").is_object())
-    set_member(file.root, "credentials", json(json::value_t::object));
+  if (!file.root.is_object()) file.root = json_object();
+  if (!member(file.root, "credentials").is_object()) set_member(file.root, "credentials", json_object());
   return file;
 }
 
-/// The access token kept there for a server, unless it runs out soon. `base_url` has no trailing slash.
+/// The access token kept there for a server; one that lasts no longer where there is none, or it runs out soon. `base_url` has no trailing slash.
 /// Source: core/internal/api/credentials.go, as is the format.
-inline std::optional<access_token> read_shared_token(const path& where, const std::string& base_url,
-                                                     std::chrono::system_clock::time_point now) {
+inline access_token read_shared_token(const path& where, const std::string& base_url,
+                                      std::chrono::system_clock::time_point now) {
   const auto file = read_credentials(where);
-  if (!file) return std::nullopt;
+  if (!file) return {};
   const json& entry = member(member(file->root, "credentials"), base_url);
   const auto expires_at = parse_utc(text_of(member(entry, "expires_at")));
   auto value = text_of(member(entry, "access_token"));
-  if (value.empty() || has_control(value)) return std::nullopt;
-  if (!expires_at) return std::nullopt;
+  if (value.empty() || has_control(value)) return {};
+  if (!expires_at) return {};
   const std::chrono::system_clock::time_point end{std::chrono::seconds(*expires_at)};
-  if (end - now <= token_margin) return std::nullopt;
-  return access_token{std::move(value), end};
+  if (end - now <= token_margin) return {};
+  return {std::move(value), end};
 }
 
 /// Keeps a token there, beside what else is in the file; readable by its owner only, and whole at any time.
@@ -3054,9 +3100,9 @@ inline result<void> write_shared_token(const path& where, const std::string& bas
                                        const access_token& token) {
   auto file = read_credentials(where);
   if (!file) return file.error();
-  json entry = json(json::value_t::object);
-  set_member(entry, "expires_at", format_utc(token.expires_at));
-  set_member(entry, "access_token", token.value);
+  json entry = json_object();
+  set_member(entry, "expires_at", json_text(format_utc(token.expires_at)));
+  set_member(entry, "access_token", json_text(token.value));
   json tokens = member(file->root, "credentials");
   set_member(tokens, base_url, std::move(entry));
   set_member(file->root, "credentials", std::move(tokens));
@@ -3310,9 +3356,7 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
     const auto base = parse_base_url(s.base_url);
     // Nothing leads from https to http: there this proxy would never be used.
     chosen.in_file = chosen.in_file || (!tls && base && base->scheme == "https");
-    from.reject(
-        chosen,
-        "expected an address like http://[user:password@]host:port (no other kinds of proxy are known)");
+    from.reject(chosen, std::string(address.error().what()) + " (no other kinds of proxy are known)");
     return {};
   }
   const std::string user = address->user_info.empty() ? "" : address->user_info + "@";
@@ -3657,7 +3701,7 @@ class session {
   transport_ref transport_;
   std::atomic<bool> warned_{false};
   std::optional<std::string> netrc_key_;
-  std::optional<access_token> token_;
+  access_token token_;
   bool exchanging_ = false;  // one call is getting a token, the others wait
   std::condition_variable exchanged_;
 };
@@ -3695,8 +3739,8 @@ inline result<void> session::ready() {
 inline result<answer> session::send(call& of, http_request request, const std::string& authorization,
                                     body_sink& sink, url& here) {
   if (!base) return base.error();
-  const http_headers own = std::exchange(request.headers, {});
-  const auto unwanted = std::exchange(request.is_cancelled, {});
+  const http_headers own = std::move(request.headers);
+  const auto unwanted = std::move(request.is_cancelled);
   const std::string first = here.redacted();
   request.connect_timeout = config.connect_timeout;
   request.idle_timeout = config.idle_timeout;
@@ -3788,11 +3832,11 @@ inline result<std::string> session::bearer(call& of) {
       if (of.cancelled()) return of.why_cancelled();
       exchanged_.wait_for(held, milliseconds(50));
     }
-    if (!token_ || !token_->lasts()) {
+    if (!token_.lasts()) {
       token_ =
           read_shared_token(config.credentials_file, std::string(server), std::chrono::system_clock::now());
     }
-    if (token_) return "Bearer " + token_->value;
+    if (token_.lasts()) return "Bearer " + token_.value;
     exchanging_ = true;
   }
   auto got = exchange_identity(of);
@@ -3854,7 +3898,7 @@ inline result<access_token> session::exchange_identity(call& of) {
       auto token = text_of(member(answered, "access_token"));
       if (lifetime.is_number() && !token.empty() && !has_control(token)) {
         const std::chrono::seconds lives(
-            static_cast<std::int64_t>(std::clamp(lifetime.get<double>(), 0.0, 1e9)));
+            static_cast<std::int64_t>(std::clamp(number_of(lifetime), 0.0, 1e9)));
         return access_token{std::move(token), std::chrono::system_clock::now() + lives,
                             (std::min)(token_margin, lives / 2)};
       }
@@ -3885,9 +3929,7 @@ inline std::string backend_message(const json& body) {
     if (!text.empty()) joined.append(joined.empty() ? "" : "; ").append(text);
   };
   add(member(body, "error"));
-  if (const json& all = member(body, "errors"); all.is_array()) {
-    for (const json& one : all) add(one);
-  }
+  for (const json& one : elements(member(body, "errors"))) add(one);
   return joined;
 }
 
@@ -3912,14 +3954,13 @@ inline std::string session::without_secrets(std::string said, const std::string&
 
 /// The service's own words for what is not there, or hidden. A router that knows no such page says "not found", too; as
 /// programs start afresh where a run is missing, that has to be what is meant.
-inline std::optional<errc> what_is_missing(std::string_view said) {
+inline errc what_is_missing(std::string_view said, errc otherwise) {
   if (!contains_ignoring_case(said, "not found") && !contains_ignoring_case(said, "could not find"))
-    return std::nullopt;
+    return otherwise;
   for (const char* one : {"run", "project", "entity"}) {
     if (has_word(said, one)) return errc::run_not_found;
   }
-  if (has_word(said, "file")) return errc::file_not_found;
-  return std::nullopt;
+  return has_word(said, "file") ? errc::file_not_found : otherwise;
 }
 
 /// Empty for storage, whose bodies may repeat signatures.
@@ -3940,7 +3981,7 @@ inline error session::status_error(const std::string& what, const answer& got, c
   const int status = got.head.status;
   std::string text = what + ": " + status_text(got, from, authorization);
   if (base && under_base(*base, from)) {
-    const auto missing = what_is_missing(text.substr(what.size()));
+    const auto missing = what_is_missing(text.substr(what.size()), errc::http_failure);
     const bool forbidden =
         status == 403 || contains_ignoring_case(text.substr(what.size()), "permission denied");
     if (status == 401)
@@ -3953,8 +3994,8 @@ inline error session::status_error(const std::string& what, const answer& got, c
                             : "this account may not see it: ask its owner, or use another key"),
                    status);
     }
-    if (status == 404 && missing) {
-      return error(*missing,
+    if (status == 404 && missing != errc::http_failure) {
+      return error(missing,
                    text + "; " +
                        (authorization.empty() ? credentials_hint(authorization)
                                               : "check the run path, and that this key may see the run"),
@@ -4014,8 +4055,8 @@ inline result<json_document> service::ask(const std::string& what, const char* q
   auto authorization = session_.authorization(call_);
   if (!authorization) return authorization.error();
   anonymous_ = authorization->empty();
-  json question = json(json::value_t::object);
-  set_member(question, "query", std::string(query));
+  json question = json_object();
+  set_member(question, "query", json_text(query));
   set_member(question, "variables", std::move(variables));
   const std::string body = write_json(question);
   for (backoff tries(call_);;) {
@@ -4069,10 +4110,9 @@ inline result<json_document> service::ask_once(const std::string& what, const st
       return error(errc::permission_denied,
                    full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
     }
-    if (const auto missing = what_is_missing(said)) {
-      return error(*missing, full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
-    }
-    return error(errc::http_failure, full, 200);
+    const auto code = what_is_missing(said, errc::http_failure);
+    const bool may_be_hidden = anonymous_ && code != errc::http_failure;
+    return error(code, full + (may_be_hidden ? "; " + session_.credentials_hint({}) : std::string()), 200);
   }
   return json_document{member(body_read, "data")};
 }
@@ -4088,9 +4128,9 @@ inline result<json_document> service::files_page(const std::string& what, const 
       "files(names: $fileNames, after: $fileCursor, first: $fileLimit, pattern: $pattern) { "
       "edges { node { id name url directUrl sizeBytes mimetype updatedAt md5 } cursor } "
       "pageInfo { endCursor hasNextPage } } } } }";
-  set_member(variables, "project", run.project);
-  set_member(variables, "entity", run.entity);
-  set_member(variables, "name", run.run_id);
+  set_member(variables, "project", json_text(run.project));
+  set_member(variables, "entity", json_text(run.entity));
+  set_member(variables, "name", json_text(run.run_id));
   auto data = ask(what, query, std::move(variables));
   if (!data) return data;
   if (!has_member(data->root, "project")) {
@@ -4122,7 +4162,7 @@ inline file_info service::info_of(const json& node) {
   info.mimetype = text_of(member(node, "mimetype"));
   info.updated_at = text_of(member(node, "updatedAt"));
   const json& size = member(node, "sizeBytes");  // a number or a string; the SDK reads null as 0
-  if (size.is_number_unsigned()) info.size = size.get<std::uint64_t>();
+  if (const auto* number = size.get_ptr<const json::number_unsigned_t*>()) info.size = *number;
   if (size.is_string()) info.size = to_number(text_of(size));
   if (info.size == std::uint64_t{0} && info.md5 != md5().finish()) info.size.reset();  // 0 may stand for null
   return info;
@@ -4157,14 +4197,12 @@ inline result<std::string> service::address_of(const std::string& what, const js
 
 inline result<remote_file> service::find_file(const run_path& run, const std::string& name) {
   const std::string what = "looking for " + in_quotes(name) + " in " + run.str();
-  json names = json(json::value_t::array);
-  names.push_back(json(name));
-  json variables = json(json::value_t::object);
-  set_member(variables, "fileNames", std::move(names));
-  set_member(variables, "fileLimit", json::number_integer_t{1});
+  json variables = json_object();
+  set_member(variables, "fileNames", json_array_of(json_text(name)));
+  set_member(variables, "fileLimit", json_number(1));
   auto files = files_page(what, run, std::move(variables));
   if (!files) return files.error();
-  for (const auto& edge : member(files->root, "edges")) {
+  for (const json& edge : elements(member(files->root, "edges"))) {
     const json& node = member(edge, "node");
     if (!node.is_object() ||
         (!text_of(member(node, "name")).empty() && text_of(member(node, "name")) != name))
@@ -4192,20 +4230,19 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   std::vector<file_info> all;
   std::set<std::string> seen;
   for (std::string cursor;;) {
-    json variables = json(json::value_t::object);
-    set_member(variables, "fileLimit", json::number_integer_t{500});
-    if (!cursor.empty()) set_member(variables, "fileCursor", cursor);
+    json variables = json_object();
+    set_member(variables, "fileLimit", json_number(500));
+    if (!cursor.empty()) set_member(variables, "fileCursor", json_text(cursor));
     auto files = files_page(what, run, std::move(variables));
     if (!files) return files.error();
     std::string last;
-    for (const auto& edge : member(files->root, "edges")) {
+    for (const json& edge : elements(member(files->root, "edges"))) {
       last = text_of(member(edge, "cursor"));
       if (text_of(member(member(edge, "node"), "md5")) != "0") all.push_back(info_of(member(edge, "node")));
     }
     const json& page = member(files->root, "pageInfo");
     if (last.empty()) last = text_of(member(page, "endCursor"));
-    const json& more = member(page, "hasNextPage");
-    if (!more.is_boolean() || !more.get<bool>() || last.empty()) return all;
+    if (!is_true(member(page, "hasNextPage")) || last.empty()) return all;
     if (!seen.insert(last).second) {
       return error(errc::protocol_violation, what + ": " + host() + " tells the same page again and again");
     }
@@ -4219,7 +4256,7 @@ inline result<std::string> service::default_entity() {
     if (session_.default_entity) return *session_.default_entity;
   }
   const std::string what = "asking for the account's default entity";
-  auto data = ask(what, "query Viewer { viewer { id entity } }", json(json::value_t::object));
+  auto data = ask(what, "query Viewer { viewer { id entity } }", json_object());
   if (!data) return data.error();
   const std::string entity = text_of(member(member(data->root, "viewer"), "entity"));
   if (entity.empty()) {
@@ -4426,23 +4463,23 @@ class range_plan {
   std::vector<slot> slots_;
 };
 
-/// Content-Range: bytes begin-end/size (RFC 9110, section 14.4); `end` is exclusive here, a size of * is absent.
+/// Content-Range: bytes begin-end/size (RFC 9110, section 14.4); `end` is exclusive here, a size of * is absent. No bytes
+/// where the text is something else.
 struct content_range {
   byte_range bytes;
   std::optional<std::uint64_t> size;
 
-  static std::optional<content_range> parse(std::string_view text) {
+  static content_range parse(std::string_view text) {
     text = trim(text);
-    if (!equal_ignoring_case(text.substr(0, 6), "bytes ")) return std::nullopt;
+    if (!equal_ignoring_case(text.substr(0, 6), "bytes ")) return {};
     const auto dash = text.find('-'), slash = text.find('/');
-    if (dash == std::string_view::npos || slash == std::string_view::npos || dash > slash)
-      return std::nullopt;
+    if (dash == std::string_view::npos || slash == std::string_view::npos || dash > slash) return {};
     const auto first = to_number(trim(text.substr(6, dash - 6)));
     const auto last = to_number(trim(text.substr(dash + 1, slash - dash - 1)));
     const auto size = to_number(trim(text.substr(slash + 1)));
     if (!first || !last || *last < *first || *last + 1 == 0 || (!size && trim(text.substr(slash + 1)) != "*"))
-      return std::nullopt;
-    return content_range{{*first, *last + 1}, size};
+      return {};
+    return {{*first, *last + 1}, size};
   }
 };
 
@@ -4502,7 +4539,7 @@ class download {
   std::condition_variable changed_;   // anything but the next
   std::condition_variable advanced_;  // the frontier, for the digest
   remote_file remote_;
-  std::optional<url> final_;      // where the redirects led
+  url final_;                     // where the redirects led; no host: not known
   bool resolving_ = false;        // one connection is finding that out, the others wait
   std::uint64_t generation_ = 0;  // of final_
   bool renewed_ = false;          // and nothing was served from there yet
@@ -4547,7 +4584,7 @@ class download::range_sink final : public body_sink {
     failure_ = check(head);
     if (failure_ || of_.stopped_) return false;
     if (generation_ == of_.generation_) of_.renewed_ = false;  // the address of today is good
-    if (!of_.final_ &&
+    if (of_.final_.host.empty() &&
         generation_ == of_.generation_) {  // a late answer from an address given up since is none
       of_.final_ = here_;
       of_.resolving_ = false;
@@ -4602,12 +4639,12 @@ class download::range_sink final : public body_sink {
   /// RFC 9110, section 15.3.7.
   std::optional<error> check_part(const http_response& head) {
     const std::string* field = head.header("Content-Range");
-    const auto range = field != nullptr ? content_range::parse(*field) : std::nullopt;
-    if (!ranged_ || !range) return violation("answers 206 without a range that was asked for");
-    const std::uint64_t size = range->size.value_or(0);  // 0: not told; no part is of something empty
+    const auto range = content_range::parse(field != nullptr ? *field : "");
+    if (!ranged_ || range.bytes.end == 0) return violation("answers 206 without a range that was asked for");
+    const std::uint64_t size = range.size.value_or(0);  // 0: not told; no part is of something empty
     if (size != 0 && of_.remote_.info.size && size != *of_.remote_.info.size) return wrong_size(size);
-    promised_end_ = range->bytes.end;
-    if (range->bytes.begin != slot_.at || range->bytes.end > asked_end_) {
+    promised_end_ = range.bytes.end;
+    if (range.bytes.begin != slot_.at || range.bytes.end > asked_end_) {
       return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
     }
     if (!of_.remote_.info.size) {
@@ -4953,7 +4990,7 @@ inline bool download::next_range(std::size_t me) {
 inline result<url> download::address(lock& held) {
   while (resolving_ && !stopped_) changed_.wait_for(held, milliseconds(50));
   if (stopped_) return call_.why_cancelled();
-  if (final_) return *final_;
+  if (!final_.host.empty()) return final_;
   resolving_ = true;
   if (generation_ > 0) {  // an address that has expired: ask the service for the file again
     held.unlock();
@@ -4981,7 +5018,7 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
   lock held(mutex_);
   if (stopped_ || mine.at >= mine.end) return std::nullopt;
   auto here = address(held);
-  const bool resolving = !final_;
+  const bool resolving = final_.host.empty();
   const auto used = generation_;
   const auto settle = [&] {  // whatever became of it, the others need not wait any longer
     if (resolving && generation_ == used) resolving_ = false;
@@ -5089,7 +5126,7 @@ inline std::optional<error> download::handle_status(const answer& got, const url
   }
   renewed_ = true;
   ++generation_;
-  final_.reset();
+  final_ = {};
   changed_.notify_all();
   return std::nullopt;
 }
@@ -5217,10 +5254,11 @@ class restoring {
                                            "; set another root, or move it away");
     }
     const auto policy = options_.replace ? cache_policy::replace() : options_.cache.value_or(session_.policy);
-    const auto copy = seen ? std::optional<local_copy>(copy_of(*seen)) : std::nullopt;
-    const auto verdict = copy ? policy(*copy, nullptr) : cache_policy::verdict::fetch;
+    local_copy copy;
+    if (seen) copy = copy_of(*seen);
+    const auto verdict = seen ? policy(copy, nullptr) : cache_policy::verdict::fetch;
     if (call_.cancelled()) return call_.why_cancelled();
-    if (verdict == cache_policy::verdict::keep) return open_local(*copy);
+    if (verdict == cache_policy::verdict::keep) return open_local(copy);
 
     service asked(session_, call_);
     if (run_.entity.empty()) {
@@ -5230,9 +5268,8 @@ class restoring {
     }
     auto remote = asked.find_file(run_, name_);
     if (!remote) return remote.error();
-    if (verdict == cache_policy::verdict::ask &&
-        policy(*copy, &remote->info) == cache_policy::verdict::keep) {
-      return keep(*copy, *seen, remote->info);
+    if (verdict == cache_policy::verdict::ask && policy(copy, &remote->info) == cache_policy::verdict::keep) {
+      return keep(copy, *seen, remote->info);
     }
     if (call_.cancelled()) return call_.why_cancelled();
     return fetch(*std::move(remote), seen);
@@ -5251,16 +5288,16 @@ class restoring {
 
   [[nodiscard]] local_copy copy_of(const file_facts& facts) {
     local_copy copy;
-    hashing_ = std::make_shared<const watcher>(
-        [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); });
+    hashing_.reset(new watcher(
+        [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); }));
     copy.go_on_ = hashing_;
     copy.path = at_.target;
     copy.size = facts.size;
     copy.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
         std::chrono::nanoseconds(facts.modified));
     if (const auto known = read_receipt(session_.config.cache_dir, at_.target, facts)) {
-      copy.restored_from = known->run;
-      copy.receipt_md5 = known->md5;
+      copy.restored_from = known.run;
+      copy.receipt_md5 = known.md5;
     }
     return copy;
   }
@@ -5518,31 +5555,33 @@ inline bool make_nonblocking(socket_handle handle) {
 /// The address of a request, and the proxy on the way to it.
 struct route {
   url to;
-  std::optional<url> via;
+  url via;                    ///< no host: none
   std::string authorization;  ///< for that proxy
 
   bool is_secure() const { return to.scheme == "https"; }
+  bool has_proxy() const { return !via.host.empty(); }
   /// A plain request goes to a proxy whole; a secure one goes through it, in a tunnel made by CONNECT.
-  bool asks_proxy() const { return via && !is_secure(); }
+  bool asks_proxy() const { return has_proxy() && !is_secure(); }
   /// "host:port", as CONNECT and messages say it.
   static std::string authority(const url& of) {
     return (of.host.find(':') == std::string::npos ? of.host : '[' + of.host + ']') + ':' +
            std::to_string(of.port);
   }
   /// Equal for requests that may share a connection.
-  std::string key() const { return to.origin() + '\n' + (via ? via->origin() : "") + '\n' + authorization; }
+  std::string key() const {
+    return to.origin() + '\n' + (has_proxy() ? via.origin() : "") + '\n' + authorization;
+  }
 
   static result<route> of(const http_request& request) {
     auto to = url::parse(request.url);
     if (!to) return std::move(to).error();
-    route made{*std::move(to), std::nullopt, request.proxy_authorization};
+    route made{*std::move(to), {}, request.proxy_authorization};
     if (request.proxy.empty()) return made;
 
     auto via = parse_proxy(request.proxy);
-    if (!via) {  // its text may hold a password
-      return error(errc::invalid_argument,
-                   "the proxy for " + made.to.origin() +
-                       " cannot be used: http://[user:password@]host:port is expected");
+    if (!via) {
+      return error(via.error().code(),
+                   "the proxy for " + made.to.origin() + " cannot be used: " + via.error().what());
     }
     if (made.authorization.empty() && !via->user_info.empty()) {
       made.authorization = "Basic " + base64_encode(percent_decode(via->user_info).value_or(via->user_info));
@@ -5562,7 +5601,7 @@ struct exchange {
   std::optional<wandb::error> failure = {};
 
   std::string label() const {
-    const std::string through = way.via ? " through the proxy " + way.via->origin() : std::string();
+    const std::string through = way.has_proxy() ? " through the proxy " + way.via.origin() : std::string();
     return request.method + ' ' + way.to.redacted() + through + ": ";
   }
   /// The first failure counts: later ones follow from it. Returns false.
@@ -5625,7 +5664,7 @@ class channel {
       }
       why = code < 0 ? "no answer in time" : system_text(code);
     }
-    return fail("cannot connect to " + std::string(exchange_->way.via ? "the proxy " : "") +
+    return fail("cannot connect to " + std::string(exchange_->way.has_proxy() ? "the proxy " : "") +
                 route::authority(to) + ": " + why);
   }
 
@@ -6012,7 +6051,7 @@ inline std::optional<std::string> request_message(const http_request& request, c
 
 /// The proxy did not do what it was asked for.
 inline error proxy_refusal(const exchange& now, int status) {
-  const std::string text = now.label() + "the proxy " + now.way.via->origin() + " answered " +
+  const std::string text = now.label() + "the proxy " + now.way.via.origin() + " answered " +
                            std::to_string(status) +
                            (status == 407 ? " (check the user and password in the proxy's address)" : "");
   return status >= 500 ? error(errc::connection_failed, text, status)
@@ -6170,11 +6209,11 @@ class connection final : public httplib::ClientImpl {
  private:
   bool create_and_connect_socket(Socket& socket, httplib::Error&) {
     const route& way = exchange_->way;
-    if (!channel_.connect(way.via ? *way.via : way.to)) return false;
+    if (!channel_.connect(way.has_proxy() ? way.via : way.to)) return false;
     exchange_->sink.connected();
     socket.sock = channel_.socket();
     if (!way.is_secure()) return true;
-    if (way.via && !open_tunnel(way)) return false;
+    if (way.has_proxy() && !open_tunnel(way)) return false;
 #ifndef WANDB_RESTORE_NO_OPENSSL
     return channel_.start_tls(tls_.get(), way.to.host);
 #else

@@ -460,14 +460,14 @@ TEST_SUITE("owners") {
     CHECK_FALSE(me.provably_dead());
     CHECK(me.str() != again.str());
     const auto read = owner::parse(me.str());
-    REQUIRE(read.has_value());
-    CHECK(read->str() == me.str());
+    CHECK(read.str() == me.str());
   }
 
   TEST_CASE("what is no owner's name") {
-    for (const char* text : {"", "a", "a.1.2", "a.1.2.3.4", "a.x.2.3", "a.1.x.3", "a.1.2.x", "a.-1.2.3"}) {
+    for (const char* text :
+         {"", "a", "a.0.2.3", "a.1.2", "a.1.2.3.4", "a.x.2.3", "a.1.x.3", "a.1.2.x", "a.-1.2.3"}) {
       CAPTURE(std::string(text));
-      CHECK_FALSE(owner::parse(text).has_value());
+      CHECK(owner::parse(text).process == 0);
     }
   }
 
@@ -620,20 +620,20 @@ TEST_SUITE("receipts") {
     REQUIRE(
         wandb::detail::write_receipt(cache, target, {run, facts->size, facts->modified, md5}).has_value());
     const auto found = wandb::detail::read_receipt(cache, target, *facts);
-    REQUIRE(found.has_value());
-    CHECK(found->run == run);
-    CHECK(found->md5 == md5);
-    CHECK(found->size == 5);
+    REQUIRE(found);
+    CHECK(found.run == run);
+    CHECK(found.md5 == md5);
+    CHECK(found.size == 5);
 
     auto changed = *facts;
     changed.size = 6;
-    CHECK_FALSE(wandb::detail::read_receipt(cache, target, changed).has_value());
+    CHECK_FALSE(wandb::detail::read_receipt(cache, target, changed));
     changed = *facts;
     changed.modified += 1;
-    CHECK_FALSE(wandb::detail::read_receipt(cache, target, changed).has_value());
-    CHECK_FALSE(wandb::detail::read_receipt(cache, directory / "other", *facts).has_value());
-    CHECK_FALSE(wandb::detail::read_receipt({}, target, *facts).has_value());
-    CHECK_FALSE(wandb::detail::read_receipt(directory / "no cache", target, *facts).has_value());
+    CHECK_FALSE(wandb::detail::read_receipt(cache, target, changed));
+    CHECK_FALSE(wandb::detail::read_receipt(cache, directory / "other", *facts));
+    CHECK_FALSE(wandb::detail::read_receipt({}, target, *facts));
+    CHECK_FALSE(wandb::detail::read_receipt(directory / "no cache", target, *facts));
   }
 
   TEST_CASE("the path is what counts, however it is written") {
@@ -646,8 +646,8 @@ TEST_SUITE("receipts") {
     REQUIRE(
         wandb::detail::write_receipt(cache, "model.h5", {{"e", "p", "r"}, facts->size, facts->modified, md5})
             .has_value());
-    CHECK(wandb::detail::read_receipt(cache, directory / "model.h5", *facts).has_value());
-    CHECK(wandb::detail::read_receipt(cache, "./x/../model.h5", *facts).has_value());
+    CHECK(wandb::detail::read_receipt(cache, directory / "model.h5", *facts));
+    CHECK(wandb::detail::read_receipt(cache, "./x/../model.h5", *facts));
   }
 
   TEST_CASE("a receipt that is torn or forged is none") {
@@ -659,21 +659,21 @@ TEST_SUITE("receipts") {
                 .has_value());
     const fs::path where = wandb::detail::receipt_path(cache, target);
     const std::string good = read_file(where);
-    REQUIRE(wandb::detail::read_receipt(cache, target, facts).has_value());
+    REQUIRE(wandb::detail::read_receipt(cache, target, facts));
     for (std::size_t length = 0; length + 3 < good.size(); ++length) {
       write_file(where, good.substr(0, length));
-      REQUIRE_FALSE(wandb::detail::read_receipt(cache, target, facts).has_value());
+      REQUIRE_FALSE(wandb::detail::read_receipt(cache, target, facts));
     }
     for (const char* text :
          {"null", "[]", "\"x\"", "{}", "{\"path\":1,\"size\":\"5\",\"modified_ns\":null}", "\x00\xff"}) {
       write_file(where, text);
-      CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts).has_value());
+      CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts));
     }
     write_file(where, good + std::string(100000, ' '));
-    CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts).has_value());
+    CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts));
     fs::remove(where);
     fs::create_directory(where);
-    CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts).has_value());
+    CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts));
   }
 
   TEST_CASE("a cache that cannot be written is no failure") {
@@ -788,7 +788,7 @@ TEST_SUITE("publishing") {
       REQUIRE(wandb::detail::write_receipt(directory / "cache", at.target,
                                            {{"e", "p", "r"}, size, facts_of(at.target)->modified, md5})
                   .has_value());
-      CHECK(wandb::detail::read_receipt(directory / "cache", at.target, *facts_of(at.target)).has_value());
+      CHECK(wandb::detail::read_receipt(directory / "cache", at.target, *facts_of(at.target)));
     }
   }
 }

@@ -116,7 +116,7 @@ void replacing_and_locks() {
 
   const auto self = detail::owner::self();
   const auto parsed = detail::owner::parse(self.str());
-  check(parsed && !parsed->provably_dead(), "this process is alive");
+  check(parsed.process != 0 && !parsed.provably_dead(), "this process is alive");
   detail::owner gone = self;
   gone.process = 0x7ffffffe;
   check(self.realm.empty() || gone.provably_dead(), "that one is not");
