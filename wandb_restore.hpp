@@ -303,10 +303,11 @@ using http_headers = std::vector<std::pair<std::string, std::string>>;
 /// One HTTP exchange to make.
 struct http_request {
   std::string method = "GET";
-  std::string url = {};       ///< absolute, http or https
+  std::string url = {};       ///< absolute, http or https; its query may be a signature: not for logs
   http_headers headers = {};  ///< complete but for Host, Connection and Content-Length
   std::string body = {};
-  std::string proxy = {};  ///< "http://[user:password@]host:port", or empty for a direct connection
+  std::string proxy =
+      {};  ///< "http://[user:password@]host:port", or empty for a direct connection; not for logs
   std::string proxy_authorization = {};              ///< a Proxy-Authorization value for that proxy alone
   std::chrono::milliseconds connect_timeout{30000};  ///< name resolution excepted; TLS handshake included
   std::chrono::milliseconds idle_timeout{30000};     ///< longest time without a byte, either way
@@ -345,7 +346,8 @@ class body_sink {
 /// Whether T is a Transport: `result<http_response> send(const http_request&, body_sink&)` makes exactly one exchange,
 /// blocks until it is over, and may be called from several threads at once. It follows no redirects, retries nothing, adds
 /// no credentials, decompresses nothing, does not keep the body and does not throw. Failures are errc::connection_failed (made with
-/// `error::permanent` where trying again is no use), errc::protocol_violation or errc::cancelled.
+/// `error::permanent` where trying again is no use), errc::protocol_violation, errc::cancelled, or errc::invalid_argument
+/// for a request that cannot be sent.
 template <class T, class = void>
 struct is_transport : std::false_type {};
 template <class T>
@@ -371,15 +373,19 @@ enum class phase { downloading, verifying };
 
 /// How far a restore is.
 struct progress {
-  std::string_view name;  ///< as asked for
+  std::string_view name;  ///< as asked for; there during the call only
   wandb::phase phase = wandb::phase::downloading;
   std::uint64_t bytes_done = 0;              ///< downloading: bytes that are here; verifying: bytes hashed
   std::optional<std::uint64_t> bytes_total;  ///< absent where the size is unknown
   double bytes_per_second = 0;               ///< of what came over the network lately
 };
 
-/// Where the bytes of a restored file came from. `store` is reserved.
-enum class source { downloaded, local, store };
+/// Where the bytes of a restored file came from.
+enum class source {
+  downloaded,  ///< by this call
+  local,       ///< they were there, or another process brought them meanwhile
+  store,       ///< reserved
+};
 
 /// An open, binary input stream at offset 0 on the local copy, and what is known of it. Movable, not copyable.
 class restored_file : public std::ifstream {
@@ -437,7 +443,8 @@ class local_copy {
   std::string receipt_md5;
 
   /// The md5 of the content, in hex: from the receipt or, where that does not tell, by reading the file once (blocks,
-  /// and reports progress). Empty where the file cannot be read, or the restore is cancelled meanwhile.
+  /// and reports progress). Empty where the file cannot be read, or the restore is cancelled meanwhile. Not for several
+  /// threads at once.
   [[nodiscard]] std::string md5() const;
 
  private:
@@ -456,7 +463,8 @@ class cache_policy {
   };
   using rule = std::function<verdict(const local_copy& local, const file_info* remote)>;
 
-  /// A rule of one's own. `remote` is null in the first call. Called in the thread of the restore.
+  /// A rule of one's own. `remote` is null in the first call. Called in the thread of the restore: several at once, where
+  /// threads share a client.
   cache_policy(rule decide)
       : decide_(std::move(decide)) {}  // NOLINT: implicit, so that a lambda can stand for a policy
   template <class F, class = std::enable_if_t<std::is_constructible_v<rule, F> &&
@@ -527,7 +535,8 @@ struct settings {
   std::string user_email = {};  ///< X-WANDB-USER-EMAIL, likewise
   std::string user_agent = "wandb_restore.hpp/" WANDB_RESTORE_VERSION;
 
-  /// Receives warnings (insecure TLS, unreadable settings files), each once a client. Default: standard error.
+  /// Receives warnings (insecure TLS, unreadable settings files). From any thread that uses the client, a download's own
+  /// included, and perhaps from several at once: it must not throw. Default: standard error.
   std::function<void(std::string_view)> on_warning = {};
   std::vector<std::string> warnings = {};  ///< what from_environment noticed; passed on at the first request
   std::optional<wandb::error> problem =
@@ -547,10 +556,12 @@ struct restore_options {
   std::filesystem::path root =
       {};  ///< directory under which the file is put; empty: settings::run_dir, else "."
   std::optional<cache_policy> cache = {};  ///< over the client's policy; `replace = true` wins
-  /// Called about ten times a second, from one thread at a time; returns false to cancel.
+  /// Called about ten times a second, in the caller's thread; returns false to cancel. What it throws reaches the caller;
+  /// what has arrived is kept.
   std::function<bool(const progress&)> on_progress = {};
-  const std::atomic<bool>* cancel = nullptr;  ///< the caller's; once true, the call ends within a second
-  int connections = 8;                        ///< upper bound for a large file, at least 1
+  /// The caller's, and there until the call ends; once true, that is within a second (name resolution excepted).
+  const std::atomic<bool>* cancel = nullptr;
+  int connections = 8;  ///< upper bound for a large file, at least 1
   bool verify =
       true;  ///< check the md5 that the service tells; without it nothing is resumed, and one connection is used
 };
@@ -562,6 +573,7 @@ class httplib_transport {
   httplib_transport();
   /// Takes CA locations and verify_tls from there.
   explicit httplib_transport(const settings& configuration);
+  /// One exchange, as is_transport says. Blocks.
   result<http_response> send(const http_request& request, body_sink& sink);
 
  private:
@@ -604,10 +616,12 @@ class client {
                 "send(const wandb::http_request&, wandb::body_sink&)");
 
  public:
+  /// With settings::from_environment(). What is wrong with settings is told by the first call, as errc::invalid_argument.
   client() : client(settings::from_environment()) {}
   explicit client(settings configuration, cache_policy policy = cache_policy::keep())
       : transport_(make_transport(configuration)),
         session_(detail::open_session(std::move(configuration), ref(), std::move(policy))) {}
+  /// Keeps the transport for as long as it lives.
   client(settings configuration, Transport transport, cache_policy policy = cache_policy::keep())
       : transport_(std::make_unique<Transport>(std::move(transport))),
         session_(detail::open_session(std::move(configuration), ref(), std::move(policy))) {}
@@ -628,6 +642,7 @@ class client {
   }
 
 #if WANDB_RESTORE_EXCEPTIONS
+  /// The same, with wandb::error thrown.
   restored_file restore(std::string_view name, const restore_options& options = {}) {
     return try_restore(name, options).value();
   }
@@ -742,7 +757,7 @@ restored_file restore(std::string_view name, const Text& run_path, bool replace 
 #include <sys/statvfs.h>
 #include <unistd.h>
 #ifdef __linux__
-#include <sys/ioctl.h>  // FICLONE
+#include <sys/ioctl.h>  // a clone of a file
 #include <sys/vfs.h>    // fstatfs
 #endif
 #ifdef __APPLE__
@@ -1094,6 +1109,17 @@ inline void add_header(http_headers& fields, std::string_view name, std::string_
   fields.push_back({std::string(name), std::string(value)});
 }
 
+/// For messages: without what may be a password, which may have a ? in it, or a signature.
+inline std::string redacted_address(std::string_view text) {
+  const auto scheme = text.find("://");
+  const auto slash = text.find('/', scheme == text.npos ? 0 : scheme + 3);
+  auto at = text.substr(0, slash).rfind('@');
+  if (at == text.npos) at = text.substr(0, text.find_first_of("?#")).rfind('@');
+  std::string shown(at == text.npos ? "" : "...");
+  if (at != text.npos) text.remove_prefix(at);
+  return shown.append(text.substr(0, text.find_first_of("?#")));
+}
+
 }  // namespace detail
 
 WANDB_RESTORE_PRIVATE_INLINE const std::string* http_response::header(std::string_view name) const {
@@ -1101,9 +1127,7 @@ WANDB_RESTORE_PRIVATE_INLINE const std::string* http_response::header(std::strin
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
-  std::string shown(
-      text.substr(0, text.find_first_of("?#")));  // without what may be a signature or a password
-  if (const auto at = shown.rfind('@'); at != shown.npos) shown = "..." + shown.substr(at);
+  const std::string shown = detail::redacted_address(text);
   const auto fail = [&](const char* why) {
     return error(errc::protocol_violation, "cannot use the address " + detail::in_quotes(shown) + ": " + why);
   };
@@ -1499,9 +1523,8 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
 inline result<run_path> split_run_path(std::string_view text) {
   if (text.empty()) return run_path{};
   const auto fail = [&](std::string_view why) {
-    return error(errc::invalid_run_path, "invalid run path " +
-                                             in_quotes(text.substr(0, text.find_first_of("?#"))) + ": " +
-                                             std::string(why));  // a query may hold an access token
+    return error(errc::invalid_run_path,
+                 "invalid run path " + in_quotes(redacted_address(text)) + ": " + std::string(why));
   };
   const auto path = trim(text.substr(0, text.find_first_of("?#")));
   if (has_control(path)) return fail("it has control characters");
@@ -1711,7 +1734,13 @@ class file {
         : exclusive         ? OPEN_ALWAYS
                             : OPEN_EXISTING,
         exclusive ? FILE_ATTRIBUTE_HIDDEN | FILE_FLAG_DELETE_ON_CLOSE : FILE_ATTRIBUTE_NORMAL, nullptr);
-    return is_open() ? 0 : last_os_error();
+    if (!is_open()) return last_os_error();
+    if (how == mode::create) {  // sparse: else the first write far into it would write zeros all the way
+      constexpr DWORD set_sparse = 0x900c4;  // FSCTL_SET_SPARSE
+      DWORD ignored = 0;
+      DeviceIoControl(handle_, set_sparse, nullptr, 0, nullptr, 0, &ignored, nullptr);
+    }
+    return 0;
 #else
     const int flags = how == mode::read ? O_RDONLY
                       : how == mode::update ? O_RDWR
@@ -2101,6 +2130,7 @@ struct found_partial {
   owner writer;  // nobody: released, or not of this spelling
   bool released = false;
   file_facts facts;
+  bool taken = false;  // by this writer, which may only read it
 
   /// Nobody writes to it any more, for certain.
   [[nodiscard]] bool abandoned() const { return released || writer.provably_dead(); }
@@ -2268,12 +2298,16 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
     while (where != candidates.end() && where->facts.allocated >= one.facts.allocated) ++where;
     candidates.insert(where, std::move(one));
   }
-  for (const auto& one : candidates) {
+  for (auto& one : candidates) {
     if (!one.abandoned()) continue;
     const path mine = at.partial(md5, owner::self().str());
     if (rename_over(one.where, mine) != 0) continue;  // another claimant was faster
     file out;
-    if (out.open(mine, file::mode::update) != 0) continue;
+    if (out.open(mine, file::mode::update) != 0) {  // another user's
+      one.where = mine;
+      one.taken = true;
+      continue;
+    }
     if (one.facts.size < size) {  // no record of so long a content
       remove_quietly(mine);
       continue;
@@ -2291,10 +2325,10 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   if (!made) return made;
   const auto now = (*made)->out_.facts();  // the file system's own clock
   for (const auto& one : candidates) {
-    if (!one.abandoned() && now &&
-        now->modified - one.facts.modified > static_cast<std::int64_t>(quiet) * 1000000000) {
-      (*made)->adopt(one.where, go_on);
-    }
+    const bool is_quiet = !one.abandoned() && now &&
+                          now->modified - one.facts.modified > static_cast<std::int64_t>(quiet) * 1000000000;
+    if (one.taken || is_quiet) (*made)->adopt(one.where, go_on);
+    if (one.taken) remove_quietly(one.where);
   }
   return made;
 }
@@ -2304,11 +2338,14 @@ inline void partial_file::adopt(const path& other, const watcher& go_on) {
   if (in.open(other, file::mode::read) != 0) return;
   partial_file theirs(std::move(in), {}, size_);
   if (!theirs.load_record()) return;
-#if defined(__linux__) && defined(FICLONE)
+#ifdef __linux__
+  // FICLONE of <linux/fs.h>, which is not included for its macros with common names.
   const bool empty = bits_.find_first_not_of('\0') == std::string::npos;
-  if (empty && ::ioctl(out_.native(), FICLONE, theirs.out_.native()) == 0) {
+  if (empty && ::ioctl(out_.native(), _IOW(0x94, 9, int), theirs.out_.native()) == 0) {
     // The clone may be newer than the record that was read: what it holds is at least what that record says.
-    if (!load_record()) bits_.assign(bits_.size(), '\0');
+    if (load_record()) return;
+    bits_ = theirs.bits_;
+    (void)write(record_offset(), header() + bits_);
     return;
   }
 #endif
@@ -2371,6 +2408,8 @@ inline result<std::ifstream> partial_file::publish(const place& at) {
     return error(errc::disk_failure,
                  "cannot put a file in the place of " + in_quotes(at.target) + ", which is no ordinary file");
   }
+  // With the record still in place, so that nothing is lost where this takes its time and is killed.
+  if (const int code = out_.sync()) return disk_error("sync", where_, code);
   if (const int code = out_.resize(size_)) return disk_error("shorten", where_, code);
   // From here on the record is gone: where the rest fails it is written again, so that the next try can go on.
   const auto failed = [&](const char* doing, const path& what, int code) {
@@ -2382,8 +2421,12 @@ inline result<std::ifstream> partial_file::publish(const place& at) {
   if (const int code = out_.sync()) return failed("sync", where_, code);
 #ifdef _WIN32
   out_.close();  // a stream that is open would forbid the rename here
-  if (const int code = rename_over(where_, at.target))
-    return failed("rename a finished file to", at.target, code);
+  if (const int code = rename_over(where_, at.target)) {
+    const error failure = failed("rename a finished file to", at.target, code);
+    if (code != ERROR_ACCESS_DENIED && code != ERROR_SHARING_VIOLATION) return failure;
+    return error(failure.code(), "cannot replace " + in_quotes(at.target) + ": " + system_text(code) +
+                                     "; close what has it open, such as a stream of an earlier restore");
+  }
   where_.clear();
   published_ = facts_of(at.target);
   std::ifstream stream(at.target, std::ios::binary);
@@ -3412,7 +3455,8 @@ class call {
   [[nodiscard]] error why_cancelled() const {
     if (!stopped_ && out_of_time()) {
       return error::permanent(errc::connection_failed,
-                              "not done within " + seconds_text(config.total_timeout) + " (total_timeout)");
+                              "not done within " + seconds_text(config.total_timeout) +
+                                  " (total_timeout): raise it, or call again, which goes on from there");
     }
     return error(errc::cancelled, "cancelled");
   }
@@ -3441,10 +3485,18 @@ class backoff {
  public:
   explicit backoff(const call& of) : call_(of) {}
 
-  /// Something arrived: the count and the clock start anew.
-  void progressed() {
+  /// The count and the clock start anew.
+  void restart() {
     tries_ = 0;
+    arrived_ = 0;
     since_ = clock::now();
+  }
+  /// Something arrived. A few bytes each time are no progress, it would take for ever: `low_speed` is, since it started.
+  void progressed(std::uint64_t bytes) {
+    arrived_ += bytes;
+    const double seconds = std::chrono::duration<double>(clock::now() - since_).count();
+    if (bytes > 0 && static_cast<double>(arrived_) >= static_cast<double>(call_.config.low_speed) * seconds)
+      restart();
   }
   /// In a row, without anything arriving.
   [[nodiscard]] int failures() const { return tries_; }
@@ -3462,6 +3514,8 @@ class backoff {
     if (failure.retry_after().count() > 0) text += "; it asks to wait " + seconds_text(failure.retry_after());
     text += " (gave up after " + std::to_string(tries_) + (tries_ == 1 ? " try in " : " tries in ") +
             seconds_text(spent) + "; the limit without progress is " + seconds_text(limit) + ")";
+    text += failure.code() == errc::connection_failed ? ": check the network, WANDB_BASE_URL and HTTPS_PROXY"
+                                                      : ": try again later";
     error last(failure.code(), text, failure.http_status());  // another time it may pass: still transient
     last.retry_after(failure.retry_after());
     return last;
@@ -3480,6 +3534,7 @@ class backoff {
   }
   const call& call_;
   int tries_ = 0;
+  std::uint64_t arrived_ = 0;  // bytes since then
   clock::time_point since_ = clock::now();
 };
 
@@ -3728,9 +3783,8 @@ inline result<void> session::ready() {
   if (!warned_.exchange(true)) {
     for (const auto& text : config.warnings) warn(text);
     if (!config.verify_tls && base->scheme == "https") {
-      warn("certificates are not checked (WANDB_INSECURE_DISABLE_SSL): anybody on the way can read the API "
-           "key "
-           "and change the files");
+      warn("certificates are not checked (WANDB_INSECURE_DISABLE_SSL): "
+           "anybody on the way can read the API key and change the files");
     }
   }
   return {};
@@ -3781,7 +3835,8 @@ inline result<answer> session::send(call& of, http_request request, const std::s
     }
     here = *std::move(next);
   }
-  return error(errc::protocol_violation, "more than 10 redirects from " + first);
+  return error(errc::protocol_violation, "more than 10 redirects from " + first +
+                                             ": is the base URL right, or does a proxy ask for a login?");
 }
 
 /// The one place where credentials meet a request.
@@ -3858,6 +3913,11 @@ inline result<std::string> session::bearer(call& of) {
 /// RFC 7523: a signed statement of identity for an access token.
 inline result<access_token> session::exchange_identity(call& of) {
   const auto identity = read_small_file(from_utf8(config.identity_token_file), 64 * 1024);
+  if (!identity && starts_with(config.identity_token_file, "eyJ")) {  // how a JWT begins: not to be repeated
+    return error(
+        errc::invalid_argument,
+        "WANDB_IDENTITY_TOKEN_FILE takes the name of a file that holds the identity token, not the token");
+  }
   if (!identity) {
     return error(errc::invalid_argument,
                  std::string("identity token (WANDB_IDENTITY_TOKEN_FILE): ") + identity.error().what());
@@ -3876,7 +3936,9 @@ inline result<access_token> session::exchange_identity(call& of) {
     collecting_sink body(64 * 1024);
     url here = join_path(*base, "/oidc/token");
     auto got = send(of, request, {}, body, here);
-    error failure(errc::protocol_violation, what + ": the answer has no access token");
+    error failure(errc::protocol_violation, what + ": the answer has no access token; is " + config.base_url +
+                                                " the base URL of a W&B server?");
+    if (body.overflow) return failure;
     if (!got) {
       failure = got.error();
     } else if (got->head.status != 200) {
@@ -3916,7 +3978,10 @@ inline std::string session::credentials_hint(const std::string& authorization) c
   }
   return starts_with(authorization, "Bearer")
              ? "the access token for " + host +
-                   " was refused: is the identity token (WANDB_IDENTITY_TOKEN_FILE) current?"
+                   " was refused: is the identity token (WANDB_IDENTITY_TOKEN_FILE) current? An access token "
+                   "that "
+                   "was revoked may be left in " +
+                   in_quotes(config.credentials_file) + ": remove it"
              : "the API key for " + host +
                    " was refused: check WANDB_API_KEY, or run `wandb login --relogin`";
 }
@@ -3938,8 +4003,9 @@ inline std::string session::without_secrets(std::string said, const std::string&
     const auto at = text.find(mark);
     return at == text.npos ? std::string() : text.substr(at + 1);
   };
+  constexpr std::size_t shortest = 4;  // what is shorter is no secret, and would tear words apart
   const auto hide = [&](const std::string& secret) {
-    if (!secret.empty()) said = replace_all(said, secret, "***");
+    if (secret.size() >= shortest) said = replace_all(said, secret, "***");
   };
   const auto hide_credentials = [&](const std::string& value) {
     const auto secret = behind(value, ' ');
@@ -3981,9 +4047,9 @@ inline error session::status_error(const std::string& what, const answer& got, c
   const int status = got.head.status;
   std::string text = what + ": " + status_text(got, from, authorization);
   if (base && under_base(*base, from)) {
-    const auto missing = what_is_missing(text.substr(what.size()), errc::http_failure);
-    const bool forbidden =
-        status == 403 || contains_ignoring_case(text.substr(what.size()), "permission denied");
+    const std::string said = backend_message(parse_json(got.body));
+    const auto missing = what_is_missing(said, errc::http_failure);
+    const bool forbidden = status == 403 || contains_ignoring_case(said, "permission denied");
     if (status == 401)
       return error(errc::not_authenticated, text + "; " + credentials_hint(authorization), status);
     if (forbidden) {
@@ -4102,10 +4168,11 @@ inline result<json_document> service::ask_once(const std::string& what, const st
                      " its base URL?",
                  200);
   }
-  const auto said = session_.without_secrets(backend_message(body_read), authorization);
+  const auto said = backend_message(body_read);
   if (!said.empty() || !member(body_read, "errors").empty()) {
     const std::string full = what + ": " + host() + " answers " +
-                             (said.empty() ? "with errors that say nothing" : in_quotes(said));
+                             (said.empty() ? "with errors that say nothing"
+                                           : in_quotes(session_.without_secrets(said, authorization)));
     if (contains_ignoring_case(said, "permission denied") || contains_ignoring_case(said, "access denied")) {
       return error(errc::permission_denied,
                    full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
@@ -4597,13 +4664,15 @@ class download::range_sink final : public body_sink {
     slot_.received += bytes.size();
     of_.received_ += bytes.size();
     while (!bytes.empty()) {
-      const std::uint64_t at = slot_.at, end = (std::min)(slot_.end.load(), promised_end_);
+      const std::uint64_t at = slot_.at, wanted_end = slot_.end, end = (std::min)(wanted_end, promised_end_);
       if (of_.stopped_ || at >= end) {
         surplus_ = true;
         return false;
       }
-      const auto boundary = (std::min)((at / chunk + 1) * chunk, end);
-      const auto taken = static_cast<std::size_t>((std::min<std::uint64_t>)(bytes.size(), boundary - at));
+      // A range that comes short may end within a block: that waits in the buffer for the next one.
+      const auto boundary = (std::min)((at / chunk + 1) * chunk, wanted_end);
+      const auto taken =
+          static_cast<std::size_t>((std::min<std::uint64_t>)(bytes.size(), (std::min)(boundary, end) - at));
       buffer_.append(bytes.substr(0, taken));
       bytes.remove_prefix(taken);
       slot_.at = at + taken;
@@ -4925,7 +4994,7 @@ inline void download::work(std::size_t me) {
     return !stopped_ && !complete_ && mine.at < mine.end;
   };
   while (next_range(me)) {
-    tries.progressed();  // what it waited for work does not count
+    tries.restart();  // what it waited for work does not count
     buffer.clear();
     while (unfinished()) {
       const auto failure = fetch(me, buffer, tries);
@@ -4963,7 +5032,7 @@ inline void download::keep_whole_blocks(std::size_t me, std::string& buffer) {
   if (end <= mine.flushed) return buffer.clear();
   const auto kept = end == into_->size() ? end : end / partial_file::block * partial_file::block;
   buffer.resize(static_cast<std::size_t>((std::max)(kept, mine.flushed) - mine.flushed));
-  (void)flush(me, buffer);
+  if (auto kept_too = flush(me, buffer); !kept_too) fail(kept_too.error());
 }
 
 /// Waits for something to fetch; false when there is nothing more to do.
@@ -5055,14 +5124,8 @@ inline std::optional<error> download::fetch(std::size_t me, std::string& buffer,
   held.unlock();
 
   request.is_cancelled = [&] { return stopped_ || (mine.revoked && mine.at >= mine.end); };
-  const auto asked = clock::now();
   const auto got = session_.send(call_, std::move(request), *authorization, sink, *here);
-  // A few bytes each time are no progress: it would take for ever.
-  const double seconds = std::chrono::duration<double>(clock::now() - asked).count();
-  if (mine.at > begin &&
-      static_cast<double>(mine.at - begin) >= static_cast<double>(session_.config.low_speed) * seconds) {
-    tries.progressed();
-  }
+  tries.progressed(mine.at > begin ? mine.at - begin : 0);
 
   held.lock();
   settle();
@@ -5506,7 +5569,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
 
 #ifndef WANDB_RESTORE_NO_HTTPLIB
 
-// cpp-httplib drives an exchange and takes the framing off its body. What lies join_path it, sockets and TLS,
+// cpp-httplib drives an exchange and takes the framing off its body. What lies below it, sockets and TLS,
 // and the two heads are made here, because its versions (0.11 to 0.41 were read) differ in what they get
 // wrong: they percent-decode header values, rewrite queries, know of no interim response but 100, do not
 // bound a head as a whole, load the CA store for each connection, raise SIGPIPE, and cannot be cancelled
@@ -6017,7 +6080,8 @@ class head_reader {
     // Of a header no more than its name: a value may be a signed address or a cookie.
     const std::string_view shown = std::string_view(line_).substr(0, line_.find_first_of(":?="));
     return exchange_.fail(errc::protocol_violation,
-                          std::string(what) + " of the response is malformed: " + detail::in_quotes(shown));
+                          std::string(what) + " of the response is malformed: " + detail::in_quotes(shown) +
+                              "; is that an HTTP server, or does a proxy change its answers?");
   }
 
   channel& from_;
@@ -6368,7 +6432,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const
   const auto way = detail::route::of(request);
   if (!way) return way.error();
   const auto message = detail::request_message(request, *way);
-  if (!message) return error(errc::invalid_argument, "a header for " + way->to.redacted() + " is malformed");
+  if (!message)
+    return error(errc::invalid_argument, "a header for " + way->to.redacted() +
+                                             " is malformed: check extra_headers, username, user_email and "
+                                             "user_agent for control characters");
   std::shared_ptr<detail::tls_context> tls;
   if (way->is_secure()) {
     auto shared = state_->shared_tls();

@@ -449,11 +449,13 @@ TEST_SUITE("credentials: identity tokens") {
   }
 
   TEST_CASE("an exchange whose answer makes no sense is a protocol_violation") {
-    for (const char* body : {"", "{}", "[]", "null", R"({"access_token": 7, "expires_in": 3600})",
-                             R"({"access_token": "token-x"})", R"({"access_token": "", "expires_in": 3600})",
-                             R"({"access_token": "token-x", "expires_in": "soon"})",
-                             R"({"access_token": "token-\r\nX-Evil: 1", "expires_in": 3600})", "<html>"}) {
-      CAPTURE(std::string(body));
+    const std::string page = "<html>" + std::string(100'000, 'x');
+    for (const std::string& body : std::initializer_list<std::string>{
+             page, "", "{}", "[]", "null", R"({"access_token": 7, "expires_in": 3600})",
+             R"({"access_token": "token-x"})", R"({"access_token": "", "expires_in": 3600})",
+             R"({"access_token": "token-x", "expires_in": "soon"})",
+             R"({"access_token": "token-\r\nX-Evil: 1", "expires_in": 3600})", "<html>"}) {
+      CAPTURE(body.substr(0, 80));
       federated f;
       f.server.add_fault(place::oidc, act::body(body));
       const auto failure =
@@ -485,6 +487,16 @@ TEST_SUITE("credentials: identity tokens") {
       check_names(f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::invalid_argument),
                   {"WANDB_IDENTITY_TOKEN_FILE", "nothing"});
     }
+    CHECK(f.exchanges() == 0);
+  }
+
+  TEST_CASE("the token itself in the place of its file's name is not repeated") {
+    federated f;
+    auto s = f.settings();
+    s.identity_token_file = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJzb21lYm9keSJ9.c2lnbmF0dXJl";
+    const auto failure = f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::invalid_argument);
+    check_names(failure, {"WANDB_IDENTITY_TOKEN_FILE", "not the token"});
+    CHECK_FALSE(contains(failure.what(), "eyJ"));
     CHECK(f.exchanges() == 0);
   }
 

@@ -379,7 +379,10 @@ TEST_SUITE("addresses") {
                              "http://a%41/",
                              "http://h/\r\nX: y?secret=1",
                              "http://h/\x7f",
-                             "gopher://h/?secret=1"}) {
+                             "gopher://h/?secret=1",
+                             "https://u:secret?x@h:x/",
+                             "https://u:secret/x@h:x/",
+                             "https://u:p#secret@h:x/"}) {
       CAPTURE(std::string(text));
       const auto parsed = wandb::url::parse(text);
       REQUIRE_FALSE(parsed.has_value());

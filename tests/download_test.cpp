@@ -53,6 +53,26 @@ class background {
 using clock_type = std::chrono::steady_clock;
 constexpr auto a_second = 1000ms;
 
+/// A store that sends no more than so many bytes of a range, as RFC 9110, section 15.3.7, lets it.
+class capped_ranges {
+ public:
+  capped_ranges(const wandb::settings& settings, std::uint64_t most) : real_(settings), most_(most) {}
+  wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
+    wandb::http_request asked = request;
+    for (auto& [name, value] : asked.headers) {
+      if (name != "Range") continue;
+      const auto dash = value.find('-');
+      const auto first = std::stoull(value.substr(6)), last = std::stoull(value.substr(dash + 1));
+      value = value.substr(0, dash + 1) + std::to_string((std::min)(last, first + most_ - 1));
+    }
+    return real_.send(asked, sink);
+  }
+
+ private:
+  wandb::httplib_transport real_;
+  std::uint64_t most_;
+};
+
 bool something_hangs(const stand_in::server& server) {
   return server.wait_for([](const auto& now) { return now.counts.stalled > 0; }, 20s);
 }
@@ -788,6 +808,17 @@ TEST_SUITE("download: how it fails") {
     }
   }
 
+  TEST_CASE(
+      "ranges that come shorter than asked for, and end within a block: the next ones go on from there") {
+    for (const std::uint64_t most : {99'999u, 300'001u, 1'000'000u, 1'048'576u}) {
+      CAPTURE(most);
+      world it;
+      const auto what = it.add("model.h5", large_size);
+      wandb::client<capped_ranges> client(it.settings, capped_ranges(it.settings, most));
+      it.check_restored(client.try_restore("model.h5", it.options), "model.h5", *what);
+    }
+  }
+
   TEST_CASE("a 206 that nobody asked for is refused") {
     world it;
     it.add("model.h5", small_size);
@@ -867,6 +898,15 @@ TEST_SUITE("download: how it fails") {
     it.settings.total_timeout = 0ms;
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
     CHECK(it.storage_bytes() == small_size - 2 * 65536);
+  }
+
+  TEST_CASE("a few bytes with each try are no progress, however quickly they came: it ends") {
+    world it;
+    it.add("model.h5", small_size);
+    it.settings.retry_timeout = 2s;
+    it.server.add_fault(place::storage, act::cut(50));
+    const auto failure = it.check_failed(it.restore("model.h5"), errc::connection_failed);
+    CHECK(std::string(failure.what()).find("gave up") != std::string::npos);
   }
 
   TEST_CASE("a few bytes with each try are no progress: it ends") {

@@ -343,7 +343,7 @@ TEST_SUITE("backoff") {
     one.configuration.retry_timeout = 1h;
     backoff tries(one.call);
     for (int n = 0; n < 200; ++n) {
-      tries.progressed();
+      tries.restart();
       const auto wait = tries.after(error(errc::connection_failed, "x"));
       REQUIRE(wait.has_value());
       REQUIRE(wait->count() <= 500);

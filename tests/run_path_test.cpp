@@ -117,6 +117,12 @@ TEST_SUITE("run path") {
         {"p:r?x", "DE", "p", "r"},          {"r#x?y", "DE", "DP", "r"},
     };
     for (const auto& row : rows) check(row);
+    for (const char* text : {"https://user:secret@wandb.corp/e/p", "https://user:secret?x@wandb.corp/e/p"}) {
+      const auto other = wandb::run_path::parse(text, {});
+      REQUIRE_FALSE(other.has_value());
+      CHECK_FALSE(contains(other.error().what(), "secret"));
+      CHECK(contains(other.error().what(), "wandb.corp/e/p"));
+    }
     const auto incomplete = wandb::run_path::parse("r?accessToken=secret", {});
     REQUIRE_FALSE(incomplete.has_value());
     CHECK_FALSE(contains(incomplete.error().what(), "secret"));

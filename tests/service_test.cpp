@@ -436,6 +436,22 @@ TEST_SUITE("service: answers that lead to no file") {
     }
   }
 
+  TEST_CASE("what is short among the extra headers does not blot out the service's words") {
+    fixture f;
+    auto s = f.settings();
+    s.extra_headers = {{"X-Region", "u"}, {"X-Ticket", "run not found"}};
+    wandb::client<> client(s);
+    for (const int status : {200, 404}) {
+      CAPTURE(status);
+      f.server.clear_faults();
+      f.server.add_fault(place::graphql,
+                         act::status(status, {}, R"({"errors":[{"message":"run not found, ours"}]})"));
+      const auto failure = f.failure(client.try_restore("a.txt", f.path), errc::run_not_found);
+      check_names(failure, {"***, ours"});
+      CHECK_FALSE(contains(failure.what(), "run not found"));
+    }
+  }
+
   TEST_CASE("every other status") {
     struct row {
       int status;
