@@ -361,6 +361,29 @@ TEST_SUITE("partial files") {
     CHECK(content_at(*mine, 0) == block_text(0));
   }
 
+#ifndef _WIN32
+  TEST_CASE("released by another user, and not to be written to: its blocks are copied, and it goes") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    auto left = must(partial_file::create(at, md5, size));
+    fill(*left, 0, 2);
+    left->release(at, md5);
+    for (const auto& entry : fs::directory_iterator(directory.path()))
+      fs::permissions(entry.path(), fs::perms(0444));
+    fs::permissions(directory.path(), fs::perms(0777));
+    const uid_t me = ::geteuid();
+    if (me == 0) REQUIRE(::seteuid(65534) == 0);  // nothing is forbidden to root
+    auto opened = partial_file::open(at, md5, size);
+    if (me == 0) REQUIRE(::seteuid(me) == 0);
+    const auto mine = must(std::move(opened));
+    CHECK(mine->has(0));
+    CHECK(mine->has(1));
+    CHECK_FALSE(mine->has(2));
+    CHECK(content_at(*mine, 1) == block_text(1));
+    CHECK(wandb::detail::find_partials(at).size() == 1);
+  }
+#endif
+
   TEST_CASE("copying another's blocks ends where its watcher says so") {
     const temporary_directory directory;
     const place at(directory / "model.h5");

@@ -337,13 +337,22 @@ TEST_SUITE("backoff") {
     }
   }
 
-  TEST_CASE("progress resets the count") {
+  TEST_CASE("progress resets the count: as much as low_speed asks for, in all the time since") {
     call_of_a_test one;
     one.call.reached = true;
     one.configuration.retry_timeout = 1h;
+    one.configuration.low_speed = 1;
     backoff tries(one.call);
+    REQUIRE(tries.after(error(errc::connection_failed, "x")).has_value());
+    tries.progressed(0);
+    CHECK(tries.failures() == 1);
+    one.configuration.low_speed = std::uint64_t{1} << 50;
+    tries.progressed(1);
+    CHECK(tries.failures() == 1);
+    one.configuration.low_speed = 1;
     for (int n = 0; n < 200; ++n) {
-      tries.restart();
+      tries.progressed(1000 * 1000);
+      CHECK(tries.failures() == 0);
       const auto wait = tries.after(error(errc::connection_failed, "x"));
       REQUIRE(wait.has_value());
       REQUIRE(wait->count() <= 500);
