@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the header costs: time to include it, and size in a program. Medians of several runs; each pair is measured in turns,
-# so that a busy machine slows both.
+# What the header costs: time to include it, and size in a program. Each pair is measured in turns, so that a busy machine
+# slows both, and the figure is the median of the pairs' ratios.
 #
 #   tests/matrix/measure.sh [RUNS]     5 runs by default
 #
@@ -21,21 +21,20 @@ milliseconds() { # of processor time
   read -r user system < <(tail -1 time.txt)
   awk -v u="$user" -v s="$system" 'BEGIN { printf "%d\n", (u + s) * 1000 }'
 }
-median() { sort -n | awk '{ a[NR] = $1 } END { print a[int((NR + 1) / 2)] }'; }
+median() { sort -n | awk '{ a[NR] = $0 } END { print a[int((NR + 1) / 2)] }'; }
 
 compare() { # WHAT LIMIT EXTRA-MS OURS THEIRS FLAG...
   local what=$1 limit=$2 extra=$3 ours=$4 theirs=$5 i
   shift 5
-  : > ours.txt
-  : > theirs.txt
+  : > pairs.txt
   for ((i = 0; i < runs; ++i)); do
-    milliseconds "$cxx" -std=c++17 "$@" -I"$top" "$theirs" >> theirs.txt
-    milliseconds "$cxx" -std=c++17 "$@" -I"$top" "$ours" >> ours.txt
+    echo "$(milliseconds "$cxx" -std=c++17 "$@" -I"$top" "$ours")" \
+      "$(milliseconds "$cxx" -std=c++17 "$@" -I"$top" "$theirs")" >> pairs.txt
   done
-  awk -v what="$what" -v limit="$limit" -v extra="$extra" -v ours="$(median < ours.txt)" -v theirs="$(median < theirs.txt)" '
-    BEGIN {
-      verdict = ours <= limit * theirs || ours <= theirs + extra ? "ok" : "TOO MUCH"
-      printf "%s: %d ms against %d ms, %.2f times (at most %s) %s\n", what, ours, theirs, ours / theirs, limit, verdict
+  awk '{ printf "%.4f %d %d\n", $1 / $2, $1, $2 }' pairs.txt | median |
+    awk -v what="$what" -v limit="$limit" -v extra="$extra" '{
+      verdict = $1 <= limit || $2 <= $3 + extra ? "ok" : "TOO MUCH"
+      printf "%s: %.2f times, such as %d ms against %d ms (at most %s) %s\n", what, $1, $2, $3, limit, verdict
     }'
 }
 
