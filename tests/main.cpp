@@ -1,11 +1,13 @@
 // The program of all unit and integration tests. Before anything runs, whatever the machine's environment
 // says of servers, keys, proxies and certificates is taken away, and the home directory becomes an empty one:
-// a test sees what it sets itself, on every machine.
+// a test sees what it sets itself, on every machine. A process of tests/process_test.cpp lives in its
+// parent's home: it may be killed at any moment, and could not remove one of its own.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
 #include <cstdlib>       // environment
 #include <filesystem>    // the empty home directory
+#include <optional>      // which a child has not
 #include <random>        // and its name
 #include <string>        //
 #include <system_error>  //
@@ -79,7 +81,8 @@ class empty_home {
 int main(int argc, char** argv) {
   for (const std::string& name : variable_names())
     if (is_foreign(name)) set_variable(name, "");
-  const empty_home home;
+  std::optional<empty_home> home;
+  if (std::getenv("CHILD_URL") == nullptr) home.emplace();
   doctest::Context context(argc, argv);
   return context.run();
 }
