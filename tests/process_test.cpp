@@ -121,22 +121,15 @@ class child {
 
 int status_of(errc code) { return failed + static_cast<int>(code); }
 
-/// The library that makes a disk fail, compiled on first use; absent where that cannot be, and the reason is
-/// told.
+/// The library that makes a disk fail (tests/faults/shim.c), where the build made it; absent under sanitizers.
 std::optional<std::string> shim() {
 #if TESTS_SANITIZED
   MESSAGE("left out: a preloaded library and a sanitizer's runtime do not go together");
   return std::nullopt;
 #else
-  static const support::temporary_directory directory;
-  static const std::string library = (directory / "shim.so").string();
-  static const int made = [] {
-    const std::string source = (fs::path(__FILE__).parent_path() / "faults" / "shim.c").string();
-    return std::system(("cc -shared -fPIC -O1 -o '" + library + "' '" + source + "' -ldl").c_str());
-  }();
-  if (made == 0) return library;
-  MESSAGE("left out: cc does not compile tests/faults/shim.c here");
-  return std::nullopt;
+  const std::string library = WANDB_RESTORE_TESTS_SHIM;
+  REQUIRE_MESSAGE(fs::exists(library), "not built: ", library);
+  return library;
 #endif
 }
 

@@ -4,13 +4,15 @@
  *   FAULT_LOCK=none | ENOLCK | ENOSYS    locks succeed without locking anything, or fail
  *   FAULT_FREE=BYTES | unknown           what statvfs says is free; unknown: 0 of everything
  *   FAULT_ALLOCATE=ERROR                 fallocate fails
- *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th one on; or writes half of what it is
- * given FAULT_SYNC=ERROR                     fsync and fdatasync fail FAULT_RENAME=ERROR rename fails where
- * the new name does not begin with a dot
+ *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th one on; or writes half of what it got
+ *   FAULT_SYNC=ERROR                     fsync and fdatasync fail
+ *   FAULT_RENAME=ERROR                   rename fails where the new name does not begin with a dot
  *
  * ERROR is ENOSPC, EDQUOT, EIO, EACCES, EROFS, EOPNOTSUPP, ENOLCK or ENOSYS.
  */
 #define _GNU_SOURCE
+#undef _TIME_BITS /* programs call the functions by both names, whatever this build is set to */
+#undef _FILE_OFFSET_BITS
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -60,7 +62,9 @@ static int lock_answer(int command, int* answer) {
     return ((int (*)(int, int, ...))dlsym(RTLD_NEXT, #name))(fd, command, argument);                         \
   }
 FCNTL(fcntl)
+#ifdef __GLIBC__ /* elsewhere there is but one of each */
 FCNTL(fcntl64)
+#endif
 
 int flock(int fd, int operation) {
   int answer;
@@ -74,7 +78,9 @@ int flock(int fd, int operation) {
     return ((int (*)(int, int, offset_type, offset_type))dlsym(RTLD_NEXT, #name))(fd, mode, offset, length); \
   }
 FALLOCATE(fallocate, off_t)
+#ifdef __GLIBC__
 FALLOCATE(fallocate64, off64_t)
+#endif
 
 #define POSIX_FALLOCATE(name, offset_type)                                                                   \
   int name(int fd, offset_type offset, offset_type length) {                                                 \
@@ -82,7 +88,9 @@ FALLOCATE(fallocate64, off64_t)
     return ((int (*)(int, offset_type, offset_type))dlsym(RTLD_NEXT, #name))(fd, offset, length);            \
   }
 POSIX_FALLOCATE(posix_fallocate, off_t)
+#ifdef __GLIBC__
 POSIX_FALLOCATE(posix_fallocate64, off64_t)
+#endif
 
 #define STATVFS(name, facts_type)                                                                            \
   int name(const char* where, struct facts_type* facts) {                                                    \
@@ -98,7 +106,9 @@ POSIX_FALLOCATE(posix_fallocate64, off64_t)
     return 0;                                                                                                \
   }
 STATVFS(statvfs, statvfs)
+#ifdef __GLIBC__
 STATVFS(statvfs64, statvfs64)
+#endif
 
 /* 1: fails; otherwise how much is written may be less. */
 static int write_fails(size_t* count) {
@@ -122,7 +132,9 @@ static int write_fails(size_t* count) {
                                                                                         offset);             \
   }
 PWRITE(pwrite, off_t)
+#ifdef __GLIBC__
 PWRITE(pwrite64, off64_t)
+#endif
 
 int fsync(int fd) {
   if (fails("FAULT_SYNC")) return -1;
