@@ -8,7 +8,7 @@
 #   tests/matrix/run.sh ... PATTERN  only cells whose row ("clang++-16 | c++20 | split | ...") matches it
 #
 # It works in build-matrix/; WANDB_RESTORE_MATRIX_FOLDER names another folder. The folder keeps the roots and headers of
-# the run before, and a log of each cell.
+# the run before, and a log of each cell. WANDB_RESTORE_MATRIX_JOBS says how many cells are built at once.
 set -uo pipefail
 shopt -s nullglob
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -411,6 +411,7 @@ for argument; do
   esac
 done
 mkdir -p "$work"
+jobs=${WANDB_RESTORE_MATRIX_JOBS:-$(nproc)}
 unset "${!WANDB_@}"
 export WANDB_RESTORE_MATRIX_FOLDER=$work XDG_CACHE_HOME=$work/cache
 rm -rf "$work"/{tls,plain}.env "$work/cells"
@@ -430,7 +431,6 @@ if printf '%s\n' "${cells[@]}" | grep -q windows; then
   [ ! -x "$wine" ] || WINEDEBUG=-all WINEPREFIX="$work/wine" timeout 300 "$wine" cmd /c exit > /dev/null 2>&1
 fi
 
-jobs=${WANDB_RESTORE_MATRIX_JOBS:-$(nproc)}
 mapfile -t cells < <(printf '%s\n' "${cells[@]}" | awk '!seen[$0]++')
 for i in "${!cells[@]}"; do printf '%s\0%s\0' "$i" "${cells[i]}"; done |
   xargs -0 -n 2 -P "$jobs" bash "${BASH_SOURCE[0]}" --cell
