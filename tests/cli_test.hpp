@@ -35,13 +35,9 @@ namespace programs {
 namespace fs = std::filesystem;
 using namespace std::chrono_literals;
 
-/// Where the examples were built: told by the build, else beside the directory of this program.
+/// Examples are built beside the directory of this program.
 inline fs::path example(const std::string& name) {
-#ifdef WANDB_RESTORE_EXAMPLES_DIR
-  const fs::path directory = WANDB_RESTORE_EXAMPLES_DIR;
-#else
   const fs::path directory = fs::read_symlink("/proc/self/exe").parent_path().parent_path() / "examples";
-#endif
   REQUIRE_MESSAGE(fs::exists(directory / name), "not built: ", (directory / name).string());
   return directory / name;
 }
