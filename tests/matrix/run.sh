@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The matrix: which compilers, standards, modes, dependencies and machines the header is at home with. Every cell is built
-# with the strict warnings as errors, and run; what cannot be had here says why. Prints a Markdown table.
+# with the strict warnings as errors, and run; what cannot be had here says why. Prints Markdown: the text of results.md.
 #
 #   tests/matrix/run.sh              all of it, within some hours; makes roots of other Debian releases (that part needs
 #                                    root and debootstrap) and uses the cross-compilers, qemu-user and wine that there are
@@ -15,7 +15,7 @@ top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 work=${WANDB_RESTORE_MATRIX_FOLDER:-$top/build-matrix}
 warnings=(-Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wold-style-cast -Wnull-dereference -Werror)
 bare=(-DWANDB_RESTORE_NO_HTTPLIB -DWANDB_RESTORE_NO_OPENSSL)
-httplib_releases=(0.11 0.18 0.41) # which Debian releases have them: see fetch_headers
+httplib_releases=(0.11 0.18 0.41) # which Debian releases have: see fetch_headers
 
 # ------------------------------------------------------------------------------------------------------ one cell
 #
@@ -97,7 +97,7 @@ build_and_run() {
   case $json in
     system) [ -z "$target" ] && [ "$machine" != windows ] || json_flags=(-isystem "$work/headers/json-system") ;;
     *)
-      [ -e "$work/headers/json-$json/nlohmann/json.hpp" ] || say_why "no headers of nlohmann/json $json: no source package has them"
+      [ -e "$work/headers/json-$json/nlohmann/json.hpp" ] || say_why "no headers of nlohmann/json $json: $(cat "$work/headers/why" 2> /dev/null)"
       json_flags=(-isystem "$there/headers/json-$json")
       ;;
   esac
@@ -207,22 +207,24 @@ mirror() {
     awk '$1 == "Debian" && $2 == "Debian" { print $3; exit }'
 }
 
-# The upstream single headers, out of Debian's source packages: cpp-httplib and nlohmann/json of several releases. An apt
-# state of its own leaves the system's alone.
+# The upstream headers of several releases of cpp-httplib and nlohmann/json: out of Debian's packages, and what none of
+# them has out of pip's. An apt state of its own leaves the system's alone. What is put by hand into a folder of the
+# same kind (headers/json-3.10/nlohmann/json.hpp) is used as well.
 fetch_headers() {
   mkdir -p "$work/headers" "$work/apt/lists/partial"
-  local from state=() release version folder
+  local from state=() release version folder fetched missing=()
   mkdir -p "$work/headers/json-system"
   ln -sfn /usr/include/nlohmann "$work/headers/json-system/nlohmann" # for those who do not look into /usr/include
   [ ! -e "$work/headers/complete" ] || return 0
   from=$(mirror)
   if [ -z "$from" ]; then
-    echo "source packages are had from Debian only" > "$work/headers/why"
+    echo "packages of other releases are had from Debian only" > "$work/headers/why"
     return
   fi
-  for release in bullseye bookworm trixie sid; do
+  for release in bookworm trixie sid; do
     echo "deb-src [trusted=yes] $from $release main"
   done > "$work/apt/sources.list"
+  echo "deb [trusted=yes] $from bullseye main" >> "$work/apt/sources.list" # its sources are no longer there
   touch "$work/apt/status"
   state=(-o Dir::Etc::SourceList="$work/apt/sources.list" -o Dir::Etc::SourceParts=- -o Dir::State="$work/apt"
     -o Dir::State::status="$work/apt/status" -o Dir::Cache="$work/apt" -o APT::Sandbox::User="$(id -un)" -o Acquire::Retries=3)
@@ -230,30 +232,55 @@ fetch_headers() {
     echo "source packages are not to be had (apt, dpkg-source)" > "$work/headers/why"
     return
   fi
-  for release in bullseye bookworm trixie sid; do
-    for name in cpp-httplib nlohmann-json3; do
-      [ "$release $name" != "bullseye cpp-httplib" ] || continue # it has none
+  for name in cpp-httplib nlohmann-json3; do
+    for release in bullseye bookworm trixie sid pip; do
+      case "$name $release" in
+        cpp-httplib\ bullseye | cpp-httplib\ pip) continue ;; # there is none
+        nlohmann-json3\ trixie) continue ;;                   # the same as in sid
+        nlohmann-json3\ pip) python3 -m pip --version > /dev/null 2>&1 || continue ;;
+      esac
       folder=$work/apt/$release/$name
       rm -rf "$folder" && mkdir -p "$folder"
-      (cd "$folder" && apt-get "${state[@]}" -q --only-source -t "$release" source --download-only "$name" &&
-        dpkg-source --no-check -x ./*.dsc source) >> "$work/apt/log" 2>&1 || continue
+      fetched=yes
+      case $release in
+        bullseye) (cd "$folder" && apt-get "${state[@]}" -q download "$name-dev" && dpkg-deb -x ./*.deb source) ;;
+        pip) (cd "$folder" && python3 -m pip -q download --no-deps nlohmann-json==3.12.0 && python3 -m zipfile -e ./*.whl source) ;;
+        *)
+          (cd "$folder" && apt-get "${state[@]}" -q --only-source -t "$release" source --download-only "$name" &&
+            dpkg-source --no-check -x ./*.dsc source)
+          ;;
+      esac >> "$work/apt/log" 2>&1 || fetched=no
+      if [ $fetched = no ]; then
+        missing+=("$release's $name")
+        continue
+      fi
       folder+=/source
+      case $release in
+        bullseye) folder+=/usr/include ;;
+        pip) folder+=/nlohmann_json/include ;;
+        *) [ "$name" = cpp-httplib ] || folder+=/single_include ;;
+      esac
       case $name in
         cpp-httplib)
           version=$(sed -n 's/^#define CPPHTTPLIB_VERSION "\([0-9]*\.[0-9]*\).*/\1/p' "$folder/httplib.h" | head -1)
           install -D -m 644 "$folder/httplib.h" "$work/headers/httplib-$version/httplib.h"
           ;;
         nlohmann-json3)
-          version=$(sed -n 's/^#define NLOHMANN_JSON_VERSION_\(MAJOR\|MINOR\) *\([0-9]*\).*/\2/p' \
-            "$folder/single_include/nlohmann/json.hpp" | head -2 | paste -sd.)
+          version=$(cat "$folder/nlohmann/json.hpp" "$folder/nlohmann/detail/abi_macros.hpp" 2> /dev/null |
+            sed -n 's/^#define NLOHMANN_JSON_VERSION_\(MAJOR\|MINOR\) *\([0-9]*\).*/\2/p' | head -2 | paste -sd.)
+          rm -rf "$work/headers/json-$version"
           mkdir -p "$work/headers/json-$version"
-          cp -r "$folder/single_include/nlohmann" "$work/headers/json-$version"
+          cp -r "$folder/nlohmann" "$work/headers/json-$version"
           ;;
       esac
     done
   done
-  echo "no source package has it" > "$work/headers/why"
-  touch "$work/headers/complete"
+  if [ ${#missing[@]} = 0 ]; then
+    echo "no package has it" > "$work/headers/why"
+    touch "$work/headers/complete"
+  else
+    (IFS=,; echo "not downloaded: ${missing[*]} (see apt/log)") > "$work/headers/why" # the next run tries again
+  fi
 }
 
 # A root of another release: compilers that this one does not have.
@@ -440,17 +467,34 @@ version_of() { # COMPILER MACHINE: as it says itself
   [[ $2 != root* ]] || root="chroot $work/roots/${2#root }"
   $root ${1%% *} -dumpfullversion -dumpversion 2> /dev/null | head -1
 }
-echo
-echo "| compiler | version | standard | mode | cpp-httplib | nlohmann/json | machine | result |"
-echo "| --- | --- | --- | --- | --- | --- | --- | --- |"
-passed=0 failed=0 skipped=0
+os_release() { # FILE KEY...: the first that has a value
+  local file=$1 key value
+  shift
+  for key; do
+    value=$(sed -n "s/^$key=\"\{0,1\}\([^\"]*\)\"\{0,1\}$/\1/p" "$file" 2> /dev/null)
+    [ -z "$value" ] || break
+  done
+  echo "$value"
+}
+name_of() { # MACHINE: a root by its release, "Debian 11"; one without a number, as sid, by its name
+  local name=${1#root } version
+  case $1 in
+    root*)
+      version=$(os_release "$work/roots/$name/etc/os-release" VERSION_ID)
+      echo "Debian ${version:-$name}"
+      ;;
+    *) echo "$1" ;;
+  esac
+}
+
+passed=0 failed=0 skipped=0 rows=()
 declare -A versions
 for i in "${!cells[@]}"; do
   text=${cells[i]}
-  compiler=${text%% | *} machine=${text##* | }
+  compiler=${text%% | *} machine=${text##* | } middle=${text#* | }
   versions[$compiler,$machine]=${versions[$compiler,$machine]-$(version_of "$compiler" "$machine")}
   result=$(cat "$work/cells/$i/result" 2> /dev/null || echo FAILED)
-  echo "| $compiler | ${versions[$compiler,$machine]:-} | ${text#* | } | $result |"
+  rows+=("| $compiler | ${versions[$compiler,$machine]:-} | ${middle% | *} | $(name_of "$machine") | $result |")
   case $result in
     ok) passed=$((passed + 1)) ;;
     not\ here*) skipped=$((skipped + 1)) ;;
@@ -460,6 +504,25 @@ for i in "${!cells[@]}"; do
       ;;
   esac
 done
-echo
-echo "$passed passed, $failed failed, $skipped skipped"
+
+arguments=''
+for argument; do
+  case $argument in
+    -*) arguments+=" $argument" ;;
+    *) arguments+=" '$argument'" ;;
+  esac
+done
+commit=$(git -C "$top" describe --always --dirty 2> /dev/null || sed -n 's/^#define WANDB_RESTORE_VERSION "\(.*\)"$/\1/p' "$top/wandb_restore.hpp")
+cat << TEXT
+# What the matrix said last
+
+\`tests/matrix/run.sh$arguments\` at $commit: $passed passed, $failed failed, $skipped not here.
+
+Each cell was built with the strict warnings as errors, and run. "this" is the machine itself, $(os_release /etc/os-release PRETTY_NAME)
+on $(uname -m); other Debian releases are roots on it, other architectures emulated by qemu-user, windows is wine.
+
+| compiler | version | standard | mode | cpp-httplib | nlohmann/json | machine | result |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+$(printf '%s\n' "${rows[@]}")
+TEXT
 [ "$failed" = 0 ] && [ "$passed" != 0 ]
