@@ -39,36 +39,39 @@ if ! (cmake -S "$top" -B "$build" "${generator[@]}" -DWANDB_RESTORE_TESTS=ON -DW
   exit 1
 fi
 
-if [ $# = 0 ]; then
-  # What the user's environment says of servers, keys, proxies and certificates is not for the stand-in.
-  unset "${!WANDB_@}" REQUESTS_CA_BUNDLE CURL_CA_BUNDLE SSL_CERT_FILE SSL_CERT_DIR
-  unset HTTP_PROXY HTTPS_PROXY ALL_PROXY http_proxy https_proxy all_proxy
-  export XDG_CACHE_HOME=$scratch/cache
-
-  pace=()
-  [ ! -t 2 ] || pace=(--global-rate 33554432) # slow enough for a progress bar to be seen
-  echo "Starting a stand-in for the service, with a model file of 64 MiB" >&2
-  "$build/tests/wandb-stand-in" --run team/project/a1b2c3d --generate model-best.h5=67108864 \
-    --ca "$scratch/ca.pem" --env "$scratch/env" "${pace[@]}" > "$scratch/log" 2>&1 < /dev/null &
-  server=$!
-  for ((i = 0; i < 300; i++)); do # the file is there once the server listens
-    [ ! -e "$scratch/env" ] || break
-    kill -0 "$server" 2> /dev/null || break
-    sleep 0.1
-  done
-  if [ ! -e "$scratch/env" ]; then
-    cat "$scratch/log" >&2
-    echo "The stand-in server did not start." >&2
-    exit 1
-  fi
-  # shellcheck disable=SC1091
-  . "$scratch/env"
-  set -- model-best.h5 --run-path team/project/a1b2c3d --root "$scratch/restored"
+if [ $# != 0 ]; then
+  rm -rf "$scratch"
+  exec "$build/examples/wandb-restore" "$@"
 fi
 
-echo "wandb-restore $*" >&2
+# What the user's environment says of servers, keys, proxies and certificates is not for the stand-in.
+unset "${!WANDB_@}" REQUESTS_CA_BUNDLE CURL_CA_BUNDLE SSL_CERT_FILE SSL_CERT_DIR
+unset HTTP_PROXY HTTPS_PROXY ALL_PROXY http_proxy https_proxy all_proxy
+export XDG_CACHE_HOME=$scratch/cache
+
+pace=()
+[ ! -t 2 ] || pace=(--global-rate 33554432) # slow enough for a progress bar to be seen
+echo "Starting a stand-in for the service, with a model file of 64 MiB" >&2
+"$build/tests/wandb-stand-in" --run team/project/a1b2c3d --generate model-best.h5=67108864 \
+  --ca "$scratch/ca.pem" --env "$scratch/env" "${pace[@]}" > "$scratch/log" 2>&1 < /dev/null &
+server=$!
+for ((i = 0; i < 300; i++)); do # the file is there once the server listens
+  [ ! -e "$scratch/env" ] || break
+  kill -0 "$server" 2> /dev/null || break
+  sleep 0.1
+done
+if [ ! -e "$scratch/env" ]; then
+  cat "$scratch/log" >&2
+  echo "The stand-in server did not start." >&2
+  exit 1
+fi
+# shellcheck disable=SC1091
+. "$scratch/env"
+arguments=(model-best.h5 --run-path team/project/a1b2c3d --root "$scratch/restored")
+
+echo "wandb-restore ${arguments[*]}" >&2
 status=0
-"$build/examples/wandb-restore" --json "$@" > "$scratch/result" || status=$?
+"$build/examples/wandb-restore" --json "${arguments[@]}" > "$scratch/result" || status=$?
 
 while IFS= read -r line; do
   name=$(sed -n 's/.*"name": *"\(\([^"\\]\|\\.\)*\)".*/\1/p' <<< "$line")
