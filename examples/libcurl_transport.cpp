@@ -1,6 +1,6 @@
 // How does the library work over another HTTP stack? Here: libcurl, which most HPC sites have.
 //
-//   c++ -std=c++17 libcurl_transport.cpp -lcurl -lcrypto -pthread
+//   c++ -std=c++17 -I.. libcurl_transport.cpp -lcurl -lcrypto -pthread
 //   ./libcurl_transport NAME RUN_PATH
 //
 // A Transport makes one exchange: no redirects, no retries, no credentials, no decompression. All of these

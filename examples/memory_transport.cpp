@@ -6,7 +6,7 @@
 // It needs neither cpp-httplib nor OpenSSL, and links nothing. The two macros may as well come from the
 // command line:
 //
-//   c++ -std=c++17 -DWANDB_RESTORE_NO_HTTPLIB -DWANDB_RESTORE_NO_OPENSSL memory_transport.cpp -pthread
+//   c++ -std=c++17 -I.. -DWANDB_RESTORE_NO_HTTPLIB -DWANDB_RESTORE_NO_OPENSSL memory_transport.cpp -pthread
 //
 // and must be the same in all files of a program.
 //
@@ -28,7 +28,9 @@
 #include <iostream>
 #include <map>
 #include <memory>
+#include <random>
 #include <string>
+#include <system_error>
 
 namespace {
 
@@ -131,8 +133,8 @@ void check(const char* what, bool holds) {
 }  // namespace
 
 int main() {
-  const auto scratch = std::filesystem::temp_directory_path() / "wandb_restore_memory_transport";
-  std::filesystem::remove_all(scratch);
+  const auto scratch = std::filesystem::temp_directory_path() /
+                       ("wandb_restore_memory_transport_" + std::to_string(std::random_device{}()));
 
   wandb::settings settings;  // nothing from the environment: a unit test is the same on each machine
   settings.base_url = "http://wandb.test";
@@ -149,12 +151,13 @@ int main() {
     check("a second time it needs no request",
           first_line_of_vocabulary(client) == "apple" && transport.requests() == requests);
   }
-  std::filesystem::remove_all(scratch);
+  std::error_code ignored;
+  std::filesystem::remove_all(scratch, ignored);
   {
     wandb::client<memory_transport> client(settings, memory_transport({}));
     check("a run without the file is told from a failure",
           first_line_of_vocabulary(client) == "none: file_not_found");
   }
-  std::filesystem::remove_all(scratch);
+  std::filesystem::remove_all(scratch, ignored);
   return failures == 0 ? 0 : 1;
 }

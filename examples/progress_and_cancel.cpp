@@ -4,8 +4,8 @@
 //
 // Two ways to stop, for two kinds of programs: the progress callback returns false (here: after SECONDS), or
 // another thread or a signal handler sets an atomic flag (here: Ctrl-C). Either way the call returns
-// errc::cancelled within about a second, the local path holds what it held before, and a later call goes on
-// from what has arrived.
+// errc::cancelled within about a second (a name that is just being resolved takes longer), the local path
+// holds what it held before, and a later call goes on from what has arrived.
 //
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"
@@ -56,7 +56,7 @@ int main(int argc, char** argv) {
   }
   if (file.error().code() == wandb::errc::cancelled) {
     std::cout << "stopped after " << seen << " bytes; the next call goes on from there\n";
-    return 0;
+    return 130;  // as a shell says of what Ctrl-C has ended
   }
   std::cerr << file.error().what() << '\n';
   return 1;

@@ -59,7 +59,7 @@ TEST_SUITE("examples") {
     f.server.add_file(f.run, "model.h5", content);
     f.server.add_fault(stand_in::target(stand_in::place::storage), stand_in::act::stall(1'000'000));
     outcome result = f.start("progress_and_cancel", {"model.h5", f.run_path(), "1"});
-    CHECK(result.status == 0);
+    CHECK(result.status == 130);
     CHECK(contains(result.out, "stopped after "));
     CHECK_FALSE(fs::exists(f.work() / "model.h5"));
 
