@@ -337,7 +337,7 @@ class Bench:
         self.raw["kills"] = {"kept": kept, "on_disk": on_disk, "wrong": wrong, "left_over": left_over, "surplus": surplus}
         share = [one for one, bytes_ in zip(kept, on_disk) if bytes_ >= size // 16]
         if not share:
-            self.row("kills", "no kill hit a download", "", "", None)
+            self.row("kills", "no kill hit a download; %d wrong or short files" % wrong, "", "", None if wrong == 0 else False)
             return
         self.row("kills", "%s, %d kills (%d with bytes on disk, %d after the end): %d wrong or short files" %
                  (amount(size), self.arguments.kills, len(kept), after_end, wrong), "", "right file each time", wrong == 0)
@@ -463,6 +463,8 @@ def main():
         (out / "results.svg").write_text(report.chart(bench.groups, "Shorter is better; medians of %d rounds. %s."
                                                       % (arguments.rounds, caption)))
     print("\n" + text)
+    if any(row.verdict == "MISS" for row in bench.rows):  # also where a file was wrong
+        sys.exit(1)
 
 
 if __name__ == "__main__":
