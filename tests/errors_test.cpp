@@ -7,10 +7,6 @@
 #include <optional>
 #include <set>
 
-#ifndef _WIN32
-#include <unistd.h>
-#endif
-
 using namespace restore_tests;
 using wandb::errc;
 
@@ -456,18 +452,4 @@ TEST_SUITE("errors") {
     CHECK(std::string(copy.what()) == failure.what());
     CHECK_THROWS_AS(throw copy, std::runtime_error);
   }
-
-#ifndef _WIN32
-  TEST_CASE("a directory that may not be written to") {
-    if (geteuid() == 0) return;  // who may do everything
-    fixture f;
-    f.server.add_file(f.run, "a.txt", new_text);
-    write_file(f.root() / "a.txt", old_text);
-    fs::permissions(f.root(), fs::perms::owner_read | fs::perms::owner_exec);
-    const auto failure = f.failure(f.client().try_restore("a.txt", f.path, true), errc::disk_failure);
-    fs::permissions(f.root(), fs::perms::owner_all);
-    check_names(failure, {"a.txt", f.root().string()});
-    CHECK(read_file(f.root() / "a.txt") == old_text);
-  }
-#endif
 }

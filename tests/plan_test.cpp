@@ -375,10 +375,10 @@ TEST_SUITE("pace") {
   TEST_CASE("the time until the head came does not count as the body's") {
     call_of_a_test one;
     one.configuration.connect_timeout = 10s;
-    one.configuration.idle_timeout = 20ms;
+    one.configuration.idle_timeout = 500ms;
     taker into;
     guarded_sink guard(one.call, into, "GET x");
-    std::this_thread::sleep_for(40ms);  // longer than a body may idle, shorter than an answer may take
+    std::this_thread::sleep_for(700ms);  // longer than a body may idle, shorter than an answer may take
     REQUIRE_FALSE(guard.cancelled());
     wandb::http_response head;
     head.status = 200;

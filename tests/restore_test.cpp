@@ -190,9 +190,10 @@ TEST_SUITE("restore: forms") {
     f.server.add_file(f.run, "a.txt", stand_in::generated(300'000));
     auto client = f.client();
     auto options = f.options();
-    std::uint64_t last = 0, calls = 0;
+    std::uint64_t last = 0, end = 0, calls = 0;
     bool grows = true;
     options.on_progress = [&](const wandb::progress& now) {
+      end = now.bytes_done;  // in whichever phase: the last report is of what was verified
       CHECK(now.name == "a.txt");
       CHECK(now.bytes_total == std::uint64_t{300'000});
       if (now.phase == wandb::phase::downloading) {
@@ -205,6 +206,7 @@ TEST_SUITE("restore: forms") {
     (void)f.success(client.try_restore("a.txt", options));
     CHECK(calls >= 1);
     CHECK(grows);
+    CHECK(end == 300'000);
 
     options.replace = true;
     options.on_progress = [](const wandb::progress&) { return false; };
@@ -363,242 +365,242 @@ TEST_SUITE("restore: the stream") {
   }
 }
 
-TEST_SUITE("restore: names and roots"){
-    TEST_CASE("names that are taken, where they end up, and what the service is asked for"){
-        struct row{const char * name, *local, *remote;
-}
-;
-const std::vector<row> table = {
-    {"a", "a", "a"},
-    {"sub/dir/a.txt", "sub/dir/a.txt", "sub/dir/a.txt"},
-    {"./a", "a", "a"},
-    {"a//b", "a/b", "a/b"},
-    {"x/./y", "x/y", "x/y"},
-    {"..a", "..a", "..a"},
-    {"a..", "a..", "a.."},
-    {"...", "...", "..."},
-    {"~/a", "~/a", "~/a"},
-    {"con", "con", "con"},
-    {"with space.txt", "with space.txt", "with space.txt"},
-    {"100%.txt", "100%.txt", "100%.txt"},
-    {"%2e%2e", "%2e%2e", "%2e%2e"},
-    {"what?#.txt", "what?#.txt", "what?#.txt"},
-    {"gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5", "gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5",
-     "gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5"},
-    {"step:100.ckpt", "step:100.ckpt", "step:100.ckpt"},
-    {"quote\"'.txt", "quote\"'.txt", "quote\"'.txt"},
+TEST_SUITE("restore: names and roots") {
+  TEST_CASE("names that are taken, where they end up, and what the service is asked for") {
+    struct row {
+      const char *name, *local, *remote;
+    };
+    const std::vector<row> table = {
+        {"a", "a", "a"},
+        {"sub/dir/a.txt", "sub/dir/a.txt", "sub/dir/a.txt"},
+        {"./a", "a", "a"},
+        {"a//b", "a/b", "a/b"},
+        {"x/./y", "x/y", "x/y"},
+        {"..a", "..a", "..a"},
+        {"a..", "a..", "a.."},
+        {"...", "...", "..."},
+        {"~/a", "~/a", "~/a"},
+        {"con", "con", "con"},
+        {"with space.txt", "with space.txt", "with space.txt"},
+        {"100%.txt", "100%.txt", "100%.txt"},
+        {"%2e%2e", "%2e%2e", "%2e%2e"},
+        {"what?#.txt", "what?#.txt", "what?#.txt"},
+        {"gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5", "gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5",
+         "gr\xc3\xbc\xc3\x9f \xe6\xa8\xa1\xe5\x9e\x8b.h5"},
+        {"step:100.ckpt", "step:100.ckpt", "step:100.ckpt"},
+        {"quote\"'.txt", "quote\"'.txt", "quote\"'.txt"},
 #ifndef _WIN32
-    {"a\\b", "a\\b", "a\\b"},
+        {"a\\b", "a\\b", "a\\b"},
 #endif
-};
-fixture f;
-auto client = f.client();
-for (const row& r : table) {
-  CAPTURE(std::string(r.name));
-  const std::string text = std::string("content of ") + r.remote;
-  f.server.add_file(f.run, r.remote, text);
-  const fs::path root = f.root() / std::to_string(&r - table.data());
-  auto options = f.options();
-  options.root = root;
-  auto file = f.success(client.try_restore(r.name, options));
-  CHECK(read_all(file) == text);
-  CHECK(file.path() == root / fs::u8path(r.name));  // as given
-  CHECK(visible(root) == names{r.local});
-}
-}
-
-TEST_CASE("names that are refused, whatever the system, without a request and without a directory made") {
-  using namespace std::string_view_literals;
-  // Source: wandb/sdk/lib/paths.py; NUL and directories fail there later.
-  const std::vector<std::string_view> table = {
-      ""sv,
-      "."sv,
-      ".."sv,
-      "../a"sv,
-      "a/.."sv,
-      "a/../b"sv,
-      "a/../../b"sv,
-      "..\\a"sv,
-      "a\\..\\b"sv,
-      "/a"sv,
-      "//host/a"sv,
-      "\\a"sv,
-      "\\\\host\\share\\a"sv,
-      "C:/a"sv,
-      "C:a"sv,
-      "c:\\a"sv,
-      "a:b"sv,
-      "1:a"sv,
-      "a/"sv,
-      "a/."sv,
-      "./"sv,
-      "a\0b"sv,
-      "/"sv,
-      "a/..\\b"sv,
-      "./.."sv,
-  };
-  fixture f;
-  auto client = f.client();
-  for (const auto name : table) {
-    CAPTURE(std::string(name));
-    const auto failure = f.failure(client.try_restore(name, f.options()), errc::invalid_argument);
-    CHECK(contains(failure.what(), "cannot restore"));
-    CHECK_FALSE(contains(failure.what(), std::string_view("\0", 1)));
-  }
-  CHECK(f.asked() == "graphql 0, files 0, storage 0");
-  CHECK(fs::is_empty(f.root()));
-}
-
-TEST_CASE("a refused name is refused before anything else is looked at") {
-  fixture f;
-  auto broken = f.settings();
-  broken.base_url = "nonsense";
-  broken.offline = true;
-  wandb::client<> client(broken);
-  auto options = f.options();
-  options.run_path = "//";
-  (void)f.failure(client.try_restore("../a", options), errc::invalid_argument);
-}
-
-TEST_CASE("root: the option, else the program's run directory, else the working directory") {
-  fixture f;
-  f.server.add_file(f.run, "sub/a.txt", new_text);
-  const scoped_working_directory there(f.directory.path());
-  auto s = f.settings();
-  s.run_dir = f.directory / "run dir" / "files";
-  wandb::client<> with_run_dir(s);
-  s.run_dir.clear();
-  wandb::client<> without(s);
-
-  auto options = f.options();
-  CHECK(with_run_dir.restore("sub/a.txt", options).path() == f.directory / "run dir" / "files" / "sub/a.txt");
-  CHECK(without.restore("sub/a.txt", options).path() == "sub/a.txt");
-  CHECK(read_file(f.directory / "sub" / "a.txt") == new_text);
-
-  for (const char* root :
-       {"rel", "rel/deeper/still", "./dot", "../", "with space", "gr\xc3\xbc\xc3\x9f e\xcc\x81"}) {
-    CAPTURE(std::string(root));
-    if (root == std::string("../")) continue;  // of the machine, not of this test
-    options.root = fs::u8path(root);
-    auto file = with_run_dir.restore("sub/a.txt", options);
-    CHECK(file.path() == fs::u8path(root) / "sub/a.txt");
-    CHECK(read_all(file) == new_text);
-    CHECK(read_file(f.directory / fs::u8path(root) / "sub" / "a.txt") == new_text);
-  }
-}
-
-TEST_CASE("a relative root may lead out of the working directory: the caller said so") {
-  fixture f;
-  f.server.add_file(f.run, "a.txt", new_text);
-  fs::create_directories(f.directory / "here");
-  const scoped_working_directory there(f.directory / "here");
-  auto client = f.client();
-  (void)client.restore("a.txt", f.path, false, "../beside");
-  CHECK(read_file(f.directory / "beside" / "a.txt") == new_text);
-}
-
-TEST_CASE("a receipt belongs to the absolute path, however it is spelled") {
-  fixture f;
-  f.server.add_file(f.run, "a.txt", new_text);
-  const scoped_working_directory there(f.directory.path());
-  auto client = f.client();
-  (void)client.restore("a.txt", f.path, false, "root/sub/..");
-  CHECK(client.restore("a.txt", f.path, false, f.root()).verified());
-  CHECK(client.restore("./a.txt", f.path, false, "root").verified());
-  CHECK(f.asked() == "graphql 1, files 1, storage 1");
-}
-
-#ifndef _WIN32
-TEST_CASE("a file that is reached through links is the same file: its receipt counts, and its conflict") {
-  fixture f;
-  f.server.add_file(f.run, "a.txt", new_text);
-  fs::create_directories(f.directory / "real");
-  fs::create_directory_symlink(f.directory / "real", f.directory / "link");
-  auto client = f.client();
-  for (const bool through_link : {false, true}) {
-    const fs::path one = f.directory / (through_link ? "link" : "real");
-    const fs::path other = f.directory / (through_link ? "real" : "link");
-    (void)client.restore("a.txt", f.path, true, one);
-    CHECK(client.restore("a.txt", f.path, false, other).verified());
-    CHECK(client.restore("a.txt", f.path, false, one).verified());
-    (void)f.failure(client.try_restore("a.txt", "other/my-project/a1b2c3d", false, other),
-                    errc::local_conflict);
-    (void)f.failure(client.try_restore("a.txt", "other/my-project/a1b2c3d", false, one),
-                    errc::local_conflict);
-  }
-}
-
-TEST_CASE("what is neither file nor directory is left alone, and not waited for") {
-  fixture f;
-  f.server.add_file(f.run, "pipe", new_text);
-  f.server.add_file(f.run, "zero", new_text);
-  REQUIRE(::mkfifo((f.root() / "pipe").c_str(), 0600) == 0);
-  fs::create_symlink("/dev/zero", f.root() / "zero");
-  auto client = f.client();
-  for (const char* name : {"pipe", "zero"}) {
-    for (const bool replace : {false, true}) {
-      check_names(f.failure(client.try_restore(name, f.path, replace), errc::disk_failure),
-                  {name, "no ordinary file"});
+    };
+    fixture f;
+    auto client = f.client();
+    for (const row& r : table) {
+      CAPTURE(std::string(r.name));
+      const std::string text = std::string("content of ") + r.remote;
+      f.server.add_file(f.run, r.remote, text);
+      const fs::path root = f.root() / std::to_string(&r - table.data());
+      auto options = f.options();
+      options.root = root;
+      auto file = f.success(client.try_restore(r.name, options));
+      CHECK(read_all(file) == text);
+      CHECK(file.path() == root / fs::u8path(r.name));  // as given
+      CHECK(visible(root) == names{r.local});
     }
   }
-  CHECK(fs::is_fifo(f.root() / "pipe"));
-}
-#endif
 
-TEST_CASE("a restore that cannot remember where the file came from says so once") {
-  fixture f;
-  f.server.add_file(f.run, "a.txt", new_text);
-  auto s = f.settings();
-  s.cache_dir = write_file(f.directory / "file", "in the place of a directory");
-  wandb::client<> client(s);
-  (void)f.success(client.try_restore("a.txt", f.path));
-  (void)f.success(client.try_restore("a.txt", f.path, true));
-  REQUIRE(f.warnings().size() == 1);
-  CHECK(f.warnings()[0].find("cannot be remembered") != std::string::npos);
-  CHECK(f.warnings()[0].find("WANDB_CACHE_DIR") != std::string::npos);
-}
-
-TEST_CASE("a root that is a file is an invalid_argument that names it") {
-  fixture f;
-  f.server.add_file(f.run, "a.txt", new_text);
-  write_file(f.root() / "file", "not a directory");
-  auto client = f.client();
-  check_names(
-      f.failure(client.try_restore("a.txt", f.path, false, f.root() / "file"), errc::invalid_argument),
-      {"file"});
-  check_names(f.failure(client.try_restore("a.txt", f.path, false, f.root() / "file" / "deep"),
-                        errc::invalid_argument),
-              {"file", "deep"});
-  CHECK(read_file(f.root() / "file") == "not a directory");
-}
-
-TEST_CASE("a directory in the file's place is left alone") {
-  fixture f;
-  f.server.add_file(f.run, "a", new_text);
-  write_file(f.root() / "a" / "inside", "mine");
-  auto client = f.client();
-  for (const bool replace : {false, true}) {
-    check_names(f.failure(client.try_restore("a", f.path, replace), errc::disk_failure),
-                {"directory", "\"a\""});
+  TEST_CASE("names that are refused, whatever the system, without a request and without a directory made") {
+    using namespace std::string_view_literals;
+    // Source: wandb/sdk/lib/paths.py; NUL and directories fail there later.
+    const std::vector<std::string_view> table = {
+        ""sv,
+        "."sv,
+        ".."sv,
+        "../a"sv,
+        "a/.."sv,
+        "a/../b"sv,
+        "a/../../b"sv,
+        "..\\a"sv,
+        "a\\..\\b"sv,
+        "/a"sv,
+        "//host/a"sv,
+        "\\a"sv,
+        "\\\\host\\share\\a"sv,
+        "C:/a"sv,
+        "C:a"sv,
+        "c:\\a"sv,
+        "a:b"sv,
+        "1:a"sv,
+        "a/"sv,
+        "a/."sv,
+        "./"sv,
+        "a\0b"sv,
+        "/"sv,
+        "a/..\\b"sv,
+        "./.."sv,
+    };
+    fixture f;
+    auto client = f.client();
+    for (const auto name : table) {
+      CAPTURE(std::string(name));
+      const auto failure = f.failure(client.try_restore(name, f.options()), errc::invalid_argument);
+      CHECK(contains(failure.what(), "cannot restore"));
+      CHECK_FALSE(contains(failure.what(), std::string_view("\0", 1)));
+    }
+    CHECK(f.asked() == "graphql 0, files 0, storage 0");
+    CHECK(fs::is_empty(f.root()));
   }
-  CHECK(read_file(f.root() / "a" / "inside") == "mine");
-}
+
+  TEST_CASE("a refused name is refused before anything else is looked at") {
+    fixture f;
+    auto broken = f.settings();
+    broken.base_url = "nonsense";
+    broken.offline = true;
+    wandb::client<> client(broken);
+    auto options = f.options();
+    options.run_path = "//";
+    (void)f.failure(client.try_restore("../a", options), errc::invalid_argument);
+  }
+
+  TEST_CASE("root: the option, else the program's run directory, else the working directory") {
+    fixture f;
+    f.server.add_file(f.run, "sub/a.txt", new_text);
+    const scoped_working_directory there(f.directory.path());
+    auto s = f.settings();
+    s.run_dir = f.directory / "run dir" / "files";
+    wandb::client<> with_run_dir(s);
+    s.run_dir.clear();
+    wandb::client<> without(s);
+
+    auto options = f.options();
+    CHECK(with_run_dir.restore("sub/a.txt", options).path() ==
+          f.directory / "run dir" / "files" / "sub/a.txt");
+    CHECK(without.restore("sub/a.txt", options).path() == "sub/a.txt");
+    CHECK(read_file(f.directory / "sub" / "a.txt") == new_text);
+
+    for (const char* root :
+         {"rel", "rel/deeper/still", "./dot", "with space", "gr\xc3\xbc\xc3\x9f e\xcc\x81"}) {
+      CAPTURE(std::string(root));
+      options.root = fs::u8path(root);
+      auto file = with_run_dir.restore("sub/a.txt", options);
+      CHECK(file.path() == fs::u8path(root) / "sub/a.txt");
+      CHECK(read_all(file) == new_text);
+      CHECK(read_file(f.directory / fs::u8path(root) / "sub" / "a.txt") == new_text);
+    }
+  }
+
+  TEST_CASE("a relative root may lead out of the working directory: the caller said so") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    fs::create_directories(f.directory / "here");
+    const scoped_working_directory there(f.directory / "here");
+    auto client = f.client();
+    (void)client.restore("a.txt", f.path, false, "../beside");
+    CHECK(read_file(f.directory / "beside" / "a.txt") == new_text);
+  }
+
+  TEST_CASE("a receipt belongs to the absolute path, however it is spelled") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    const scoped_working_directory there(f.directory.path());
+    auto client = f.client();
+    (void)client.restore("a.txt", f.path, false, "root/sub/..");
+    CHECK(client.restore("a.txt", f.path, false, f.root()).verified());
+    CHECK(client.restore("./a.txt", f.path, false, "root").verified());
+    CHECK(f.asked() == "graphql 1, files 1, storage 1");
+  }
 
 #ifndef _WIN32
-TEST_CASE("a link in the file's place is replaced, not written through") {
-  fixture f;
-  f.server.add_file(f.run, "a.txt", new_text);
-  write_file(f.directory / "elsewhere.txt", old_text);
-  fs::create_symlink(f.directory / "elsewhere.txt", f.root() / "a.txt");
-  auto client = f.client();
-  auto kept = client.restore("a.txt", f.path);
-  CHECK(read_all(kept) == old_text);
-  auto file = client.restore("a.txt", f.path, true);
-  CHECK(read_all(file) == new_text);
-  CHECK(read_file(f.root() / "a.txt") == new_text);
-  CHECK(read_file(f.directory / "elsewhere.txt") == old_text);
-}
+  TEST_CASE("a file that is reached through links is the same file: its receipt counts, and its conflict") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    fs::create_directories(f.directory / "real");
+    fs::create_directory_symlink(f.directory / "real", f.directory / "link");
+    auto client = f.client();
+    for (const bool through_link : {false, true}) {
+      const fs::path one = f.directory / (through_link ? "link" : "real");
+      const fs::path other = f.directory / (through_link ? "real" : "link");
+      (void)client.restore("a.txt", f.path, true, one);
+      CHECK(client.restore("a.txt", f.path, false, other).verified());
+      CHECK(client.restore("a.txt", f.path, false, one).verified());
+      (void)f.failure(client.try_restore("a.txt", "other/my-project/a1b2c3d", false, other),
+                      errc::local_conflict);
+      (void)f.failure(client.try_restore("a.txt", "other/my-project/a1b2c3d", false, one),
+                      errc::local_conflict);
+    }
+  }
+
+  TEST_CASE("what is neither file nor directory is left alone, and not waited for") {
+    fixture f;
+    f.server.add_file(f.run, "pipe", new_text);
+    f.server.add_file(f.run, "zero", new_text);
+    REQUIRE(::mkfifo((f.root() / "pipe").c_str(), 0600) == 0);
+    fs::create_symlink("/dev/zero", f.root() / "zero");
+    auto client = f.client();
+    for (const char* name : {"pipe", "zero"}) {
+      for (const bool replace : {false, true}) {
+        check_names(f.failure(client.try_restore(name, f.path, replace), errc::disk_failure),
+                    {name, "no ordinary file"});
+      }
+    }
+    CHECK(fs::is_fifo(f.root() / "pipe"));
+  }
 #endif
+
+  TEST_CASE("a restore that cannot remember where the file came from says so once") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    auto s = f.settings();
+    s.cache_dir = write_file(f.directory / "file", "in the place of a directory");
+    wandb::client<> client(s);
+    (void)f.success(client.try_restore("a.txt", f.path));
+    (void)f.success(client.try_restore("a.txt", f.path, true));
+    REQUIRE(f.warnings().size() == 1);
+    CHECK(f.warnings()[0].find("cannot be remembered") != std::string::npos);
+    CHECK(f.warnings()[0].find("WANDB_CACHE_DIR") != std::string::npos);
+  }
+
+  TEST_CASE("a root that is a file is an invalid_argument that names it") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    write_file(f.root() / "file", "not a directory");
+    auto client = f.client();
+    check_names(
+        f.failure(client.try_restore("a.txt", f.path, false, f.root() / "file"), errc::invalid_argument),
+        {"file"});
+    check_names(f.failure(client.try_restore("a.txt", f.path, false, f.root() / "file" / "deep"),
+                          errc::invalid_argument),
+                {"file", "deep"});
+    CHECK(read_file(f.root() / "file") == "not a directory");
+  }
+
+#ifndef _WIN32
+  TEST_CASE("a link in the file's place is replaced, not written through") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    write_file(f.directory / "elsewhere.txt", old_text);
+    fs::create_symlink(f.directory / "elsewhere.txt", f.root() / "a.txt");
+    auto client = f.client();
+    auto kept = client.restore("a.txt", f.path);
+    CHECK(read_all(kept) == old_text);
+    auto file = client.restore("a.txt", f.path, true);
+    CHECK(read_all(file) == new_text);
+    CHECK(read_file(f.root() / "a.txt") == new_text);
+    CHECK(read_file(f.directory / "elsewhere.txt") == old_text);
+  }
+#endif
+
+  TEST_CASE("a directory in the file's place is left alone") {
+    fixture f;
+    f.server.add_file(f.run, "a", new_text);
+    write_file(f.root() / "a" / "inside", "mine");
+    auto client = f.client();
+    for (const bool replace : {false, true}) {
+      check_names(f.failure(client.try_restore("a", f.path, replace), errc::disk_failure),
+                  {"directory", "\"a\""});
+    }
+    CHECK(read_file(f.root() / "a" / "inside") == "mine");
+  }
 }
 
 TEST_SUITE("restore: keep") {
