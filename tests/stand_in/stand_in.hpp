@@ -31,8 +31,7 @@ namespace stand_in {
 
 using header_list = std::vector<std::pair<std::string, std::string>>;
 
-// ---- what is served
-// --------------------------------------------------------------------------------------------
+// ---- what is served -------------------------------------------------------------------------------------
 
 /// The bytes of a file. Reading is safe from several threads at once.
 class content {
@@ -84,8 +83,7 @@ struct file_attributes {
   etag_form etag = etag_form::strong;
 };
 
-// ---- options
-// ---------------------------------------------------------------------------------------------------
+// ---- options --------------------------------------------------------------------------------------------
 
 enum class origin { service, storage, proxy };
 constexpr std::size_t origin_count = 3;
@@ -132,8 +130,7 @@ struct options {
   std::optional<std::string> proxy_credentials;  ///< "user:password", asked for with 407
 };
 
-// ---- faults
-// ----------------------------------------------------------------------------------------------------
+// ---- faults ---------------------------------------------------------------------------------------------
 
 /// Where a fault strikes. `connect`: a connection that was just accepted, before TLS. `storage`: file bytes,
 /// from whichever origin. `files`: the service's `/files/...`, as long as it redirects.
@@ -221,8 +218,7 @@ std::pair<target, action> parse_fault(std::string_view spec);
 /// That notation, explained, with each fault it knows.
 std::string fault_notation();
 
-// ---- what was seen
-// ---------------------------------------------------------------------------------------------
+// ---- what was seen --------------------------------------------------------------------------------------
 
 enum class request_kind { graphql, oidc, files, storage, proxy, other };
 constexpr std::size_t request_kind_count = 6;
@@ -263,8 +259,7 @@ struct counters {
   const kind_counters& of(request_kind kind) const { return by_kind.at(static_cast<std::size_t>(kind)); }
 };
 
-// ---- the server
-// ------------------------------------------------------------------------------------------------
+// ---- the server -----------------------------------------------------------------------------------------
 
 class server {
  public:
