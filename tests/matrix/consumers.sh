@@ -184,19 +184,19 @@ for name in "${names[@]}"; do
   rm -rf "${scratch:?}"/*
   # In a shell of its own, and not as a condition: there `set -e` would not hold.
   set +e
-  (set -e; "$name") > "$scratch.log" 2>&1 < /dev/null
+  (set -e; "$name") > "$scratch/log" 2>&1 < /dev/null
   status=$?
   set -e
   if [ "$status" = 0 ]; then
     echo "ok $name"
   elif [ "$status" = 77 ]; then
-    echo "skipped $name: $(tail -n 1 "$scratch.log")"
+    echo "skipped $name: $(tail -n 1 "$scratch/log")"
     [ "$failed" != 0 ] || [ ${#names[@]} != 1 ] || failed=77
   else
-    cat "$scratch.log"
+    cat "$scratch/log"
     echo "not ok $name"
     failed=1
   fi
-  rm -f "$scratch.log"
+  rm -f "$scratch/log"
 done
 exit "$failed"
