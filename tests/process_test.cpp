@@ -468,6 +468,19 @@ TEST_SUITE("processes: what they meet") {
     }
   }
 
+  TEST_CASE(
+      "killed while the finished content is brought to stable storage: nothing of it is fetched again") {
+    const auto library = shim();
+    if (!library) return;
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    const int status = child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_SYNC", "kill"}}).join();
+    CHECK(status == -SIGKILL);
+    it.server.clear_log();
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage_bytes() == 0);
+  }
+
   TEST_CASE("how much is missing is told exactly") {
     const auto library = shim();
     if (!library) return;

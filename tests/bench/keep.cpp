@@ -27,7 +27,8 @@ class timing {
  public:
   template <class Body>
   void batch(Body body) {
-    constexpr int calls = 10;  // far less than a time slice, so that the median is not another program's doing
+    constexpr int calls =
+        10;  // far less than a time slice, so that the median is not another program's doing
     const auto begin = std::chrono::steady_clock::now();
     for (int i = 0; i < calls; ++i) body();
     const std::chrono::duration<double, std::nano> taken = std::chrono::steady_clock::now() - begin;

@@ -26,7 +26,9 @@ double now() {
   return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
 
-double seconds_of(timeval time) { return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec); }
+double seconds_of(timeval time) {
+  return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+}
 
 // The kernel keeps a dead child's account until it is waited for.
 long long account_of(pid_t child, const char* field) {
@@ -69,23 +71,22 @@ int main(int argc, char** argv) {
     if (handle >= 0) close(handle);
   }
   siginfo_t dead{};
-  while (waitid(P_PID, static_cast<id_t>(child), &dead, WEXITED | WNOWAIT) != 0) {
-  }
+  while (waitid(P_PID, static_cast<id_t>(child), &dead, WEXITED | WNOWAIT) != 0) {}
   const double end = now();
   const long long read_bytes = account_of(child, "rchar:"), written_bytes = account_of(child, "wchar:");
   int status = 0;
   rusage used{};
-  while (wait4(child, &status, 0, &used) != child) {
-  }
+  while (wait4(child, &status, 0, &used) != child) {}
   const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 
   std::FILE* out = std::fopen(argv[at], "w");
   if (out == nullptr) return std::perror("measure: output"), 2;
-  std::fprintf(out,
-               "{\"seconds\": %.6f, \"user\": %.6f, \"system\": %.6f, \"peak_kib\": %ld, \"read_bytes\": %lld, "
-               "\"written_bytes\": %lld, \"switches\": %ld, \"status\": %d}\n",
-               end - begin, seconds_of(used.ru_utime), seconds_of(used.ru_stime), used.ru_maxrss, read_bytes, written_bytes,
-               used.ru_nvcsw, code);
+  std::fprintf(
+      out,
+      "{\"seconds\": %.6f, \"user\": %.6f, \"system\": %.6f, \"peak_kib\": %ld, \"read_bytes\": %lld, "
+      "\"written_bytes\": %lld, \"switches\": %ld, \"status\": %d}\n",
+      end - begin, seconds_of(used.ru_utime), seconds_of(used.ru_stime), used.ru_maxrss, read_bytes,
+      written_bytes, used.ru_nvcsw, code);
   std::fclose(out);
   return code;
 }

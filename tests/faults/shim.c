@@ -5,7 +5,7 @@
  *   FAULT_FREE=BYTES | unknown           what statvfs says is free; unknown: 0 of everything
  *   FAULT_ALLOCATE=ERROR                 fallocate fails
  *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th one on; or writes half of what it got
- *   FAULT_SYNC=ERROR                     fsync and fdatasync fail
+ *   FAULT_SYNC=ERROR | kill              fsync and fdatasync fail, or the process is killed in fdatasync
  *   FAULT_RENAME=ERROR                   rename fails where the new name does not begin with a dot
  *
  * ERROR is ENOSPC, EDQUOT, EIO, EACCES, EROFS, EOPNOTSUPP, ENOLCK or ENOSYS.
@@ -16,6 +16,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -141,6 +142,8 @@ int fsync(int fd) {
   return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
 }
 int fdatasync(int fd) {
+  const char* value = getenv("FAULT_SYNC");
+  if (value && strcmp(value, "kill") == 0) raise(SIGKILL);
   if (fails("FAULT_SYNC")) return -1;
   return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(fd);
 }

@@ -30,7 +30,8 @@ void digest_and_text() {
   check(md5_of("abc") == "900150983cd24fb0d6963f7d28e17f72", "md5 of abc");
   check(md5_of("message digest") == "f96b697d7cb7938d525a2f31aaf161d0", "md5 of message digest");
   check(md5_of("12345678901234567890123456789012345678901234567890123456789012345678901234567890") ==
-            "57edf4a22be3c955ac49da2e2107b67a", "md5 of 80 digits");
+            "57edf4a22be3c955ac49da2e2107b67a",
+        "md5 of 80 digits");
   std::string text;
   for (std::uint64_t i = 0; i < 200000; ++i) text += matrix::byte_at(i);
   detail::md5 pieces;
@@ -39,12 +40,15 @@ void digest_and_text() {
   }
   check(pieces.finish() == md5_of(text), "md5 in pieces");
   check(detail::base64_encode("foobar") == "Zm9vYmFy" && detail::base64_decode("Zm8=") == "fo", "base64");
-  check(detail::normalised_md5("kAFQmDzST7DWlj99KOF/cg==") == "900150983cd24fb0d6963f7d28e17f72", "md5 in base64");
+  check(detail::normalised_md5("kAFQmDzST7DWlj99KOF/cg==") == "900150983cd24fb0d6963f7d28e17f72",
+        "md5 in base64");
   check(detail::hex64(0x0123456789abcdefu) == "0123456789abcdef", "hex");
   check(detail::to_number("18446744073709551615") == UINT64_MAX, "64-bit numbers");
   check(detail::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT") == 784111777, "dates");
-  check(detail::parse_http_date("Fri, 01 Jan 2100 00:00:00 GMT") == std::int64_t{4102444800}, "dates beyond 2038");
-  check(detail::utf8(detail::from_utf8("m\xc3\xbcnchen/\xe6\xa8\xa1\xe5\x9e\x8b")) == "m\xc3\xbcnchen/\xe6\xa8\xa1\xe5\x9e\x8b",
+  check(detail::parse_http_date("Fri, 01 Jan 2100 00:00:00 GMT") == std::int64_t{4102444800},
+        "dates beyond 2038");
+  check(detail::utf8(detail::from_utf8("m\xc3\xbcnchen/\xe6\xa8\xa1\xe5\x9e\x8b")) ==
+            "m\xc3\xbcnchen/\xe6\xa8\xa1\xe5\x9e\x8b",
         "paths are UTF-8");
 }
 
@@ -55,12 +59,14 @@ void paths_and_homes() {
   state.files["plain.h5"] = {1000, {}};
   state.answer = "{\"data\":{\"project\":{\"run\":{\"files\":{\"edges\":[{\"node\":{\"name\":\"" + name +
                  "\",\"url\":\"http://memory.test/plain.h5\",\"sizeBytes\":1000}}]}}}}}";
-  wandb::client<matrix::memory_transport> client(matrix::memory_settings(folder), matrix::memory_transport(state));
+  wandb::client<matrix::memory_transport> client(matrix::memory_settings(folder),
+                                                 matrix::memory_transport(state));
   auto file = client.try_restore(name);
   check(file && file->size() == 1000 && file->get() == static_cast<unsigned char>(matrix::byte_at(0)),
         "a name beyond ASCII", file ? "" : file.error().what());
   std::error_code failure;
-  check(std::filesystem::file_size(folder.where / detail::from_utf8(name), failure) == 1000, "is found by its name");
+  check(std::filesystem::file_size(folder.where / detail::from_utf8(name), failure) == 1000,
+        "is found by its name");
   for (const char* bad : {"/etc/x", "\\x", "C:\\x", "c:x", "a/../../x", "a\\..\\..\\x"}) {
     check(!client.try_restore(bad), "a name that leaves the folder", bad);
   }
@@ -83,7 +89,8 @@ void replacing_and_locks() {
   const auto target = folder.where / "file.txt";
   matrix::memory_transport::state state;
   state.files["file.txt"] = {100, {}};
-  wandb::client<matrix::memory_transport> client(matrix::memory_settings(folder), matrix::memory_transport(state));
+  wandb::client<matrix::memory_transport> client(matrix::memory_settings(folder),
+                                                 matrix::memory_transport(state));
   auto old = client.try_restore("file.txt");
   check(old.has_value(), "a first restore", old ? "" : old.error().what());
   state.files["file.txt"] = {200, {}};
@@ -132,7 +139,9 @@ void large_files() {
     for (const std::uint64_t at : {std::uint64_t{0x7ffffff0}, std::uint64_t{0xfffffff0}, size}) {
       char back[32] = {};
       check(file.write_at(at, "thirty-two bytes, all of them ok") == 0, "writing", std::to_string(at));
-      check(file.read_at(at, back, sizeof back) == 32 && std::string_view(back, 32) == "thirty-two bytes, all of them ok", "reading");
+      check(file.read_at(at, back, sizeof back) == 32 &&
+                std::string_view(back, 32) == "thirty-two bytes, all of them ok",
+            "reading");
     }
     const auto facts = file.facts();
     check(facts && facts->size == size + 32, "the size of an open file");
@@ -151,7 +160,8 @@ void large_files() {
     auto partial = detail::partial_file::create(at, md5, size);
     check(partial.has_value(), "a partial file", partial ? "" : partial.error().what());
     if (!partial) return;
-    check(!!(*partial)->record(0, missing[0]) && !!(*partial)->record(missing[0] + 1, missing[1]), "its record");
+    check(!!(*partial)->record(0, missing[0]) && !!(*partial)->record(missing[0] + 1, missing[1]),
+          "its record");
     (*partial)->release(at, md5);
   }
   auto partial = detail::partial_file::open(at, md5, size);
@@ -161,15 +171,18 @@ void large_files() {
     check(!(*partial)->has(index) && (*partial)->has(index - 1), "what is missing", std::to_string(index));
     const auto begin = index * detail::partial_file::block;
     std::string bytes;
-    for (auto i = begin; i < (std::min)(begin + detail::partial_file::block, size); ++i) bytes += matrix::byte_at(i);
-    check(!!(*partial)->write(begin, bytes) && !!(*partial)->record(index, index + 1), "a block", std::to_string(index));
+    for (auto i = begin; i < (std::min)(begin + detail::partial_file::block, size); ++i)
+      bytes += matrix::byte_at(i);
+    check(!!(*partial)->write(begin, bytes) && !!(*partial)->record(index, index + 1), "a block",
+          std::to_string(index));
   }
   auto file = (*partial)->publish(at);
   check(file.has_value(), "a file over 4 GiB", file ? "" : file.error().what());
   if (!file) return;
   for (const std::uint64_t offset : {missing[0] * detail::partial_file::block, size - 1}) {
     file->seekg(static_cast<std::streamoff>(offset));
-    check(file->get() == static_cast<unsigned char>(matrix::byte_at(offset)), "and puts it where it belongs", std::to_string(offset));
+    check(file->get() == static_cast<unsigned char>(matrix::byte_at(offset)), "and puts it where it belongs",
+          std::to_string(offset));
   }
   file->seekg(0, std::ios::end);
   check(static_cast<std::uint64_t>(file->tellg()) == size, "the stream's end");
@@ -182,6 +195,8 @@ int main() {
   paths_and_homes();
   replacing_and_locks();
   large_files();
-  if (matrix::failures == 0) std::printf("ok %s, %u-bit sizes\n", WANDB_RESTORE_VERSION, static_cast<unsigned>(sizeof(std::size_t) * 8));
+  if (matrix::failures == 0)
+    std::printf("ok %s, %u-bit sizes\n", WANDB_RESTORE_VERSION,
+                static_cast<unsigned>(sizeof(std::size_t) * 8));
   return matrix::failures == 0 ? 0 : 1;
 }

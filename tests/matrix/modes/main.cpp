@@ -9,7 +9,9 @@ using matrix::memory_transport;
 using matrix::scratch;
 using wandb::errc;
 
-std::string why(const wandb::error& failure) { return std::string(wandb::to_string(failure.code())) + ": " + failure.what(); }
+std::string why(const wandb::error& failure) {
+  return std::string(wandb::to_string(failure.code())) + ": " + failure.what();
+}
 template <class T>
 std::string why(const wandb::result<T>& outcome) {
   return outcome ? "it succeeded" : why(outcome.error());
@@ -47,12 +49,14 @@ void restores_over_memory() {
   check(big.has_value(), "a file of many blocks", why(big));
   if (big) {
     check(big->verified() && big->size() == megabytes && is_generated(*big, megabytes), "its content");
-    check(seen == megabytes && state.fetches > 1 && state.bytes < megabytes + megabytes / 2, "it came in ranges");
+    check(seen == megabytes && state.fetches > 1 && state.bytes < megabytes + megabytes / 2,
+          "it came in ranges");
     check(big->source() == wandb::source::downloaded && big->path() == folder.where / "big.bin", "its facts");
   }
   const int questions = state.questions, fetches = state.fetches;
   auto again = client.try_restore("big.bin");
-  check(again && again->source() == wandb::source::local && state.questions == questions, "a local copy asks nobody");
+  check(again && again->source() == wandb::source::local && state.questions == questions,
+        "a local copy asks nobody");
   options = {};
   options.cache = wandb::cache_policy::refresh();
   again = client.try_restore("big.bin", options);
@@ -89,9 +93,10 @@ void survives_answers() {
   memory_transport::state state;
   const std::string nodes = "{\"data\":{\"project\":{\"run\":{\"files\":{\"edges\":[{\"node\":";
   for (const std::string& answer :
-       {std::string("no JSON"), std::string("[]"), std::string("{\"data\":7}"), std::string("\xff\xfe{"), std::string(1, '\0'),
-        std::string("{\"errors\":{}}"), std::string("{\"errors\":[{\"message\":[1]}]}"), std::string("{\"error\":1e999}"),
-        nodes + "7}]}}}}}", nodes + "{\"name\":1,\"url\":2,\"md5\":[],\"sizeBytes\":-1.5}}]}}}}}",
+       {std::string("no JSON"), std::string("[]"), std::string("{\"data\":7}"), std::string("\xff\xfe{"),
+        std::string(1, '\0'), std::string("{\"errors\":{}}"), std::string("{\"errors\":[{\"message\":[1]}]}"),
+        std::string("{\"error\":1e999}"), nodes + "7}]}}}}}",
+        nodes + "{\"name\":1,\"url\":2,\"md5\":[],\"sizeBytes\":-1.5}}]}}}}}",
         nodes + "{\"name\":\"a\",\"url\":\"http://memory.test/\\u0000\",\"sizeBytes\":\"x\"}}]}}}}}",
         std::string(100000, '[')}) {
     state.answer = answer;
@@ -105,7 +110,8 @@ void survives_answers() {
 void shares_types() {
   const scratch folder("elsewhere");
   auto file = matrix::restore_elsewhere(folder);
-  check(file && file->size() == 10 && is_generated(*file, 10), "a file that another source restored", why(file));
+  check(file && file->size() == 10 && is_generated(*file, 10), "a file that another source restored",
+        why(file));
 #if WANDB_RESTORE_EXCEPTIONS
   bool caught = false;
   try {
@@ -136,7 +142,8 @@ void restores_over_http() {
   auto big = client.try_restore("big.bin", "stand-in/project/run1");
   check(big && big->size() == 9000000 && big->verified(), "a file over the default transport", why(big));
   auto none = client.try_restore("none.bin", "stand-in/project/run1");
-  check(!none && none.error().code() == errc::file_not_found, "a file that the server does not have", why(none));
+  check(!none && none.error().code() == errc::file_not_found, "a file that the server does not have",
+        why(none));
 
   settings.base_url = "http://127.0.0.1:1";
   settings.connect_timeout = settings.retry_timeout = std::chrono::milliseconds(100);
@@ -159,6 +166,7 @@ int main() {
 #ifndef WANDB_RESTORE_NO_HTTPLIB
   restores_over_http();
 #endif
-  if (matrix::failures == 0) std::printf("ok %s c++%ld\n", WANDB_RESTORE_VERSION, static_cast<long>(__cplusplus));
+  if (matrix::failures == 0)
+    std::printf("ok %s c++%ld\n", WANDB_RESTORE_VERSION, static_cast<long>(__cplusplus));
   return matrix::failures == 0 ? 0 : 1;
 }

@@ -9,7 +9,8 @@ namespace {
 /// The memory's, with one thing more that a user's transport may have: a member that the library knows nothing of.
 class counting_transport {
  public:
-  explicit counting_transport(memory_transport::state& of, int& exchanges) : memory_(of), exchanges_(&exchanges) {}
+  explicit counting_transport(memory_transport::state& of, int& exchanges)
+      : memory_(of), exchanges_(&exchanges) {}
   wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
     ++*exchanges_;
     return memory_.send(request, sink);
@@ -29,13 +30,16 @@ wandb::result<wandb::restored_file> restore_elsewhere(const scratch& folder) {
   const auto rule = [&asked](const wandb::local_copy& local, const wandb::file_info* remote) {
     ++asked;
     if (remote == nullptr) return wandb::cache_policy::verdict::ask;
-    return remote->size == local.size ? wandb::cache_policy::verdict::keep : wandb::cache_policy::verdict::fetch;
+    return remote->size == local.size ? wandb::cache_policy::verdict::keep
+                                      : wandb::cache_policy::verdict::fetch;
   };
-  wandb::client<counting_transport> client(memory_settings(folder), counting_transport(state, exchanges), rule);
+  wandb::client<counting_transport> client(memory_settings(folder), counting_transport(state, exchanges),
+                                           rule);
   auto first = client.try_restore("elsewhere.txt");
   check(first && exchanges == 2 && asked == 0, "a second file's transport is used");
   auto second = client.try_restore("elsewhere.txt");
-  check(second && exchanges == 3 && asked == 2 && second->source() == wandb::source::local, "a second file's rule is asked");
+  check(second && exchanges == 3 && asked == 2 && second->source() == wandb::source::local,
+        "a second file's rule is asked");
   return first;
 }
 

@@ -62,8 +62,9 @@ class memory_transport {
           request.body.find("\"fileNames\":[\"" + name + "\"]") == std::string::npos) {
         continue;
       }
-      edges += std::string(edges.empty() ? "" : ",") + "{\"node\":{\"name\":\"" + name + "\",\"url\":\"http://memory.test/" +
-               name + "\",\"sizeBytes\":" + std::to_string(file.size) + file.facts + "}}";
+      edges += std::string(edges.empty() ? "" : ",") + "{\"node\":{\"name\":\"" + name +
+               "\",\"url\":\"http://memory.test/" + name + "\",\"sizeBytes\":" + std::to_string(file.size) +
+               file.facts + "}}";
     }
     const std::string truth = "{\"data\":{\"project\":{\"run\":{\"files\":{\"edges\":[" + edges + "]}}}}}";
     const std::string& text = state_->answer.empty() ? truth : state_->answer;
@@ -77,7 +78,8 @@ class memory_transport {
   wandb::result<wandb::http_response> serve(const wandb::http_request& request, wandb::body_sink& sink) {
     ++state_->fetches;
     const auto found = state_->files.find(request.url.substr(request.url.rfind('/') + 1));
-    if (found == state_->files.end()) return wandb::error(wandb::errc::connection_failed, "there is no such address");
+    if (found == state_->files.end())
+      return wandb::error(wandb::errc::connection_failed, "there is no such address");
     const std::uint64_t size = found->second.size;
     std::uint64_t at = 0, end = size;
     wandb::http_response head;
@@ -88,8 +90,8 @@ class memory_transport {
       at = std::strtoull(value.c_str() + 6, nullptr, 10);  // behind "bytes="
       if (dash + 1 < value.size()) end = std::strtoull(value.c_str() + dash + 1, nullptr, 10) + 1;
       head.status = 206;
-      head.headers.emplace_back("Content-Range", "bytes " + std::to_string(at) + '-' + std::to_string(end - 1) + '/' +
-                                                     std::to_string(size));
+      head.headers.emplace_back("Content-Range", "bytes " + std::to_string(at) + '-' +
+                                                     std::to_string(end - 1) + '/' + std::to_string(size));
     }
     head.headers.emplace_back("Content-Length", std::to_string(end - at));
     if (!sink.start(head)) return stopped();
@@ -110,7 +112,9 @@ class memory_transport {
 /// An empty folder of this program's own, in the working directory; gone in the end.
 class scratch {
  public:
-  explicit scratch(const std::string& name) : where(std::filesystem::absolute("scratch-" + name)) { clear(true); }
+  explicit scratch(const std::string& name) : where(std::filesystem::absolute("scratch-" + name)) {
+    clear(true);
+  }
   scratch(const scratch&) = delete;
   scratch& operator=(const scratch&) = delete;
   ~scratch() { clear(false); }
@@ -120,7 +124,8 @@ class scratch {
   std::size_t count() const {
     std::error_code ignored;
     std::size_t number = 0;
-    for (std::filesystem::directory_iterator at(where, ignored), end; at != end; at.increment(ignored)) ++number;
+    for (std::filesystem::directory_iterator at(where, ignored), end; at != end; at.increment(ignored))
+      ++number;
     return number;
   }
 
