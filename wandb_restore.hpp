@@ -877,9 +877,9 @@ inline std::vector<std::string_view> split(std::string_view text, char separator
   }
 }
 
-/// The whole of `text` as a number without sign, or nothing. By hand: <charconv> costs a compiler 2 % of this whole header.
+/// The whole of `text` as a number without sign, or nothing. By hand: <charconv> is slow to compile.
 inline std::optional<std::uint64_t> to_number(std::string_view text, unsigned base = 10) {
-  constexpr auto most = (std::numeric_limits<std::uint64_t>::max)();
+  constexpr std::uint64_t most = ~std::uint64_t{0};
   std::uint64_t value = 0;
   for (const char c : text) {
     const int known = is_digit(c) ? c - '0' : is_letter(c) ? lower(c) - 'a' + 10 : 36;
@@ -3122,7 +3122,8 @@ inline result<json_document> read_credentials(const path& where) {
   return file;
 }
 
-/// The access token kept there for a server; one that lasts no longer where there is none, or it runs out soon. `base_url` has no trailing slash.
+/// The access token kept there for a server; an empty one where there is none, or it runs out soon. `base_url` has no
+/// trailing slash.
 /// Source: core/internal/api/credentials.go, as is the format.
 inline access_token read_shared_token(const path& where, const std::string& base_url,
                                       std::chrono::system_clock::time_point now) {
@@ -3978,10 +3979,8 @@ inline std::string session::credentials_hint(const std::string& authorization) c
   }
   return starts_with(authorization, "Bearer")
              ? "the access token for " + host +
-                   " was refused: is the identity token (WANDB_IDENTITY_TOKEN_FILE) current? An access token "
-                   "that "
-                   "was revoked may be left in " +
-                   in_quotes(config.credentials_file) + ": remove it"
+                   " was refused: is the identity token (WANDB_IDENTITY_TOKEN_FILE) current? " +
+                   in_quotes(config.credentials_file) + " may hold a revoked access token: remove it"
              : "the API key for " + host +
                    " was refused: check WANDB_API_KEY, or run `wandb login --relogin`";
 }

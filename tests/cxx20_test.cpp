@@ -4,28 +4,6 @@
 
 using namespace restore_tests;
 
-namespace {
-
-/// Settings of the free functions for a fixture.
-class environment {
- public:
-  explicit environment(fixture& f)
-      : set_{{"WANDB_BASE_URL", f.server.base_url()},
-             {"WANDB_API_KEY", f.server.key()},
-             {"SSL_CERT_FILE", f.ca().string()},
-             {"WANDB_ENTITY", "vanpelt"},
-             {"WANDB_PROJECT", "my-project"},
-             {"WANDB_RUN_ID", "a1b2c3d"},
-             {"XDG_CACHE_HOME", (f.directory / "home-cache").string()}},
-        there_(f.root()) {}
-
- private:
-  scoped_environment set_;
-  scoped_working_directory there_;
-};
-
-}  // namespace
-
 TEST_SUITE("braced forms") {
   TEST_CASE("empty braces mean the defaults, in every form") {
     fixture f;

@@ -188,6 +188,24 @@ inline void check_names(const wandb::error& failure, const std::vector<std::stri
     CHECK_MESSAGE(contains(failure.what(), part), "no ", part, " in: ", std::string(failure.what()));
 }
 
+/// The environment that leads the free functions to a fixture.
+class environment {
+ public:
+  explicit environment(fixture& f)
+      : set_{{"WANDB_BASE_URL", f.server.base_url()},
+             {"WANDB_API_KEY", f.server.key()},
+             {"SSL_CERT_FILE", f.ca().string()},
+             {"WANDB_ENTITY", "vanpelt"},
+             {"WANDB_PROJECT", "my-project"},
+             {"WANDB_RUN_ID", "a1b2c3d"},
+             {"XDG_CACHE_HOME", (f.directory / "home-cache").string()}},
+        there_(f.root()) {}
+
+ private:
+  scoped_environment set_;
+  scoped_working_directory there_;
+};
+
 }  // namespace restore_tests
 
 #endif  // WANDB_RESTORE_TESTS_RESTORE_FIXTURE_HPP

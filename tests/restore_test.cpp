@@ -22,24 +22,6 @@ namespace {
 const std::string old_text = "old bytes";
 const std::string new_text = "new bytes, more of them";
 
-/// The environment that leads the free functions to a fixture.
-class environment {
- public:
-  explicit environment(fixture& f)
-      : set_{{"WANDB_BASE_URL", f.server.base_url()},
-             {"WANDB_API_KEY", f.server.key()},
-             {"SSL_CERT_FILE", f.ca().string()},
-             {"WANDB_ENTITY", "vanpelt"},
-             {"WANDB_PROJECT", "my-project"},
-             {"WANDB_RUN_ID", "a1b2c3d"},
-             {"XDG_CACHE_HOME", (f.directory / "home-cache").string()}},
-        there_(f.root()) {}
-
- private:
-  scoped_environment set_;
-  scoped_working_directory there_;
-};
-
 void check_file(wandb::restored_file& file, const std::string& text, wandb::source source, bool verified) {
   CHECK(file.tellg() == std::streampos(0));
   CHECK(read_all(file) == text);
