@@ -15,7 +15,7 @@ top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 work=${WANDB_RESTORE_MATRIX_FOLDER:-$top/build-matrix}
 warnings=(-Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wold-style-cast -Wnull-dereference -Werror)
 bare=(-DWANDB_RESTORE_NO_HTTPLIB -DWANDB_RESTORE_NO_OPENSSL)
-httplib_releases=(0.11 0.18 0.41) # which Debian releases have: see fetch_headers
+httplib_releases=(0.11 0.18 0.41) # from which Debian releases: see fetch_headers
 
 # ------------------------------------------------------------------------------------------------------ one cell
 #
