@@ -21,7 +21,7 @@
 // inline namespace's name, so that files which disagree fail to link instead of running wrong.
 //   WANDB_RESTORE_SPLIT           an include brings declarations only; one source file defines the next macro
 //   WANDB_RESTORE_NO_OPENSSL      plain HTTP only
-//   WANDB_RESTORE_NO_HTTPLIB      no httplib_transport: the program brings a Transport of its own
+//   WANDB_RESTORE_NO_HTTPLIB      no http_transport: the program brings a Transport of its own
 //   WANDB_RESTORE_EXCEPTIONS      0 or 1; default: what the compiler's flags allow
 //   WANDB_RESTORE_IMPLEMENTATION  in split mode, in exactly one source file: brings the rest
 
@@ -568,11 +568,11 @@ struct restore_options {
 
 /// The default transport: cpp-httplib over TLS (OpenSSL) or plain TCP. Keeps connections alive per origin and loads the
 /// CA store once. Safe to use from several threads.
-class httplib_transport {
+class http_transport {
  public:
-  httplib_transport();
+  http_transport();
   /// Takes CA locations and verify_tls from there.
-  explicit httplib_transport(const settings& configuration);
+  explicit http_transport(const settings& configuration);
   /// One exchange, as is_transport says. Blocks.
   result<http_response> send(const http_request& request, body_sink& sink);
 
@@ -609,7 +609,7 @@ inline restore_options positional(std::string_view run_path, bool replace, std::
 
 /// Restores files with settings, transport and policy of its own, and keeps connections between calls. All calls block,
 /// and may be made from several threads at once.
-template <class Transport = httplib_transport>
+template <class Transport = http_transport>
 class client {
   static_assert(is_transport<Transport>::value,
                 "a Transport has a member: wandb::result<wandb::http_response> "
@@ -5564,7 +5564,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
 
 }  // namespace detail
 
-// ======================================================================================= httplib_transport
+// ======================================================================================= http_transport
 
 #ifndef WANDB_RESTORE_NO_HTTPLIB
 
@@ -6375,7 +6375,7 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
 
 }  // namespace detail
 
-struct httplib_transport::state {
+struct http_transport::state {
   explicit state(const settings& configuration)
       : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory),
         verify(configuration.verify_tls) {}
@@ -6422,11 +6422,11 @@ struct httplib_transport::state {
   }
 };
 
-WANDB_RESTORE_PRIVATE_INLINE httplib_transport::httplib_transport() : httplib_transport(settings{}) {}
-WANDB_RESTORE_PRIVATE_INLINE httplib_transport::httplib_transport(const settings& configuration)
+WANDB_RESTORE_PRIVATE_INLINE http_transport::http_transport() : http_transport(settings{}) {}
+WANDB_RESTORE_PRIVATE_INLINE http_transport::http_transport(const settings& configuration)
     : state_(std::make_shared<state>(configuration)) {}
 
-WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const http_request& request,
+WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const http_request& request,
                                                                            body_sink& sink) {
   const auto way = detail::route::of(request);
   if (!way) return way.error();

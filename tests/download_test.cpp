@@ -69,7 +69,7 @@ class capped_ranges {
   }
 
  private:
-  wandb::httplib_transport real_;
+  wandb::http_transport real_;
   std::uint64_t most_;
 };
 

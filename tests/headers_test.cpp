@@ -52,7 +52,7 @@ TEST_SUITE("headers") {
     CHECK_FALSE(std::is_copy_constructible_v<wandb::restored_file>);
     CHECK(std::is_aggregate_v<wandb::restore_options>);
     CHECK(std::is_move_constructible_v<wandb::client<>>);
-    CHECK(wandb::is_transport<wandb::httplib_transport>::value);
+    CHECK(wandb::is_transport<wandb::http_transport>::value);
     CHECK_FALSE(wandb::is_transport<int>::value);
   }
 }

@@ -196,7 +196,7 @@ wandb::result<wandb::http_response> ask(const std::string& url, collector& sink,
   request.method = method;
   request.url = url;
   request.idle_timeout = 5s;
-  wandb::httplib_transport transport;
+  wandb::http_transport transport;
   return transport.send(request, sink);
 }
 
@@ -210,7 +210,7 @@ void check_failed(const Result& outcome, wandb::errc code, const char* text) {
 }
 
 /// Runs an exchange in a thread, cancels it once `is_under_way` says so, and checks that it ends soon.
-void check_cancel(wandb::httplib_transport& transport, wandb::http_request request, collector& sink,
+void check_cancel(wandb::http_transport& transport, wandb::http_request request, collector& sink,
                   const std::function<void()>& is_under_way) {
   std::atomic<bool> cancelled{false};
   request.is_cancelled = [&] { return cancelled.load(); };
@@ -230,13 +230,13 @@ void check_cancel(wandb::httplib_transport& transport, wandb::http_request reque
 
 }  // namespace
 
-TEST_SUITE("httplib_transport") {
+TEST_SUITE("http_transport") {
   TEST_CASE("head and body arrive as they are, over TLS and over plain TCP") {
     for (const bool tls : {true, false}) {
       CAPTURE(tls);
       bench b(tls ? stand_in::options{} : plain());
       b.add(3'000'001);
-      wandb::httplib_transport transport(b.trusting);
+      wandb::http_transport transport(b.trusting);
       collector sink;
       const auto answer = transport.send(b.get(), sink);
       REQUIRE_MESSAGE(answer.has_value(), answer.error().what());
@@ -251,7 +251,7 @@ TEST_SUITE("httplib_transport") {
   TEST_CASE("one connection and one handshake for requests that follow each other") {
     bench b;
     b.add(100'000);
-    wandb::httplib_transport transport(b.trusting);
+    wandb::http_transport transport(b.trusting);
     for (int i = 0; i < 5; ++i) {
       collector sink;
       REQUIRE(transport.send(b.get(), sink).has_value());
@@ -270,7 +270,7 @@ TEST_SUITE("httplib_transport") {
     request.headers = {{"X-Z", "1"}, {"X-A", "2"}};
     request.body = std::string(5000, 'b');
     collector sink;
-    wandb::httplib_transport transport;
+    wandb::http_transport transport;
     REQUIRE(transport.send(request, sink).has_value());
     peer.join();
     CHECK(peer.asked.at(0) == "POST /a%2Fb%20c?x=%2B+%7e&y=&&z HTTP/1.1\r\nHost: " + origin.substr(7) +
@@ -282,7 +282,7 @@ TEST_SUITE("httplib_transport") {
     wandb::http_request request;
     request.url = "http://127.0.0.1:9/";
     request.headers = {{"X-A", "1\r\nX-B: 2"}};
-    wandb::httplib_transport transport;
+    wandb::http_transport transport;
     check_failed(transport.send(request, sink), wandb::errc::invalid_argument, "malformed");
   }
 
@@ -303,7 +303,7 @@ TEST_SUITE("httplib_transport") {
   TEST_CASE("responses without a body leave the connection usable") {
     bench b(plain());
     b.add(10);
-    wandb::httplib_transport transport;
+    wandb::http_transport transport;
     auto head = b.get();
     head.method = "HEAD";
     collector first, second;
@@ -363,7 +363,7 @@ TEST_SUITE("httplib_transport") {
       b.server.add_fault(stand_in::place::storage,
                          many_lines ? stand_in::act::endless_header()
                                     : stand_in::act::header("X", std::string(70'000, 'x')));
-      wandb::httplib_transport transport(b.trusting);
+      wandb::http_transport transport(b.trusting);
       collector sink;
       check_failed(transport.send(b.get(), sink), wandb::errc::protocol_violation, "64");
       CHECK(sink.starts == 0);
@@ -381,7 +381,7 @@ TEST_SUITE("httplib_transport") {
           b.add(200'000);
           b.server.add_fault(stand_in::place::storage, cut);
           if (in_chunks) b.server.add_fault(stand_in::place::storage, chunked());
-          wandb::httplib_transport transport(b.trusting);
+          wandb::http_transport transport(b.trusting);
           collector sink;
           const auto answer = transport.send(b.get(), sink);
           check_failed(answer, wandb::errc::connection_failed, "the body");
@@ -397,7 +397,7 @@ TEST_SUITE("httplib_transport") {
     b.add(200'000);
     b.server.add_fault(stand_in::place::storage, stand_in::act::until_close());
     b.server.add_fault(stand_in::place::storage, stand_in::act::cut_abruptly(70'000));
-    wandb::httplib_transport transport(b.trusting);
+    wandb::http_transport transport(b.trusting);
     collector sink;
     check_failed(transport.send(b.get(), sink), wandb::errc::connection_failed, "the body");
   }
@@ -409,7 +409,7 @@ TEST_SUITE("httplib_transport") {
       b.add(1000);
       b.server.add_fault(stand_in::target(stand_in::place::storage).nth(1),
                          stand_in::act::length_off_by(-10));
-      wandb::httplib_transport transport(b.trusting);
+      wandb::http_transport transport(b.trusting);
       collector first, second;
       REQUIRE(transport.send(b.get(), first).has_value());
       CHECK(first.body.size() == 990);
@@ -425,7 +425,7 @@ TEST_SUITE("httplib_transport") {
       bench b(tls ? stand_in::options{} : plain());
       b.add(1000);
       b.server.add_fault(stand_in::target(stand_in::place::storage).nth(1), stand_in::act::close_silently());
-      wandb::httplib_transport transport(b.trusting);
+      wandb::http_transport transport(b.trusting);
       for (int i = 0; i < 2; ++i) {
         collector sink;
         const auto answer = transport.send(b.get(), sink);
@@ -442,7 +442,7 @@ TEST_SUITE("httplib_transport") {
       bench b(tls ? stand_in::options{} : plain());
       b.add(1000);
       b.server.add_fault(stand_in::target(stand_in::place::storage).nth(2), stand_in::act::drop());
-      wandb::httplib_transport transport(b.trusting);
+      wandb::http_transport transport(b.trusting);
       collector first, second, third;
       REQUIRE(transport.send(b.get(), first).has_value());
       REQUIRE(transport.send(b.get(), second).has_value());
@@ -456,7 +456,7 @@ TEST_SUITE("httplib_transport") {
   TEST_CASE("the sink may stop at the head or in the body") {
     bench b;
     b.add(5'000'000);
-    wandb::httplib_transport transport(b.trusting);
+    wandb::http_transport transport(b.trusting);
     collector at_head, in_body;
     at_head.wants_body = false;
     check_failed(transport.send(b.get(), at_head), wandb::errc::cancelled, "stopped");
@@ -476,7 +476,7 @@ TEST_SUITE("httplib_transport") {
       (void)!::connect(fillers.back(), reinterpret_cast<const sockaddr*>(&full.address()),
                        sizeof(sockaddr_in));
     }
-    wandb::httplib_transport transport;
+    wandb::http_transport transport;
     for (const char* scheme : {"http", "https"}) {
       wandb::http_request request;
       request.url = full.url(scheme);
@@ -496,7 +496,7 @@ TEST_SUITE("httplib_transport") {
 
   TEST_CASE("cancelled, or out of time, while TLS shakes hands") {
     const listener silent;  // the kernel connects, nobody answers
-    wandb::httplib_transport transport;
+    wandb::http_transport transport;
     wandb::http_request request;
     request.url = silent.url("https");
     collector sink;
@@ -519,7 +519,7 @@ TEST_SUITE("httplib_transport") {
         bench b(tls ? stand_in::options{} : plain());
         b.add(200'000);
         b.server.add_fault(stand_in::place::storage, in_body ? act::stall(70'000) : act::hang());
-        wandb::httplib_transport transport(b.trusting);
+        wandb::http_transport transport(b.trusting);
         collector sink;
         check_cancel(transport, b.get(), sink, [&] {
           REQUIRE(b.server.wait_for([](const auto& seen) { return seen.counts.stalled > 0; }, 10s));
@@ -537,7 +537,7 @@ TEST_SUITE("httplib_transport") {
 
   TEST_CASE("cancelled while the request is sent") {
     const listener deaf;
-    wandb::httplib_transport transport;
+    wandb::http_transport transport;
     wandb::http_request request;
     request.method = "POST";
     request.url = deaf.url("http");
@@ -578,7 +578,7 @@ TEST_SUITE("httplib_transport") {
         bench b(how);
         b.add(10);
         {
-          wandb::httplib_transport transport(b.trusting);
+          wandb::http_transport transport(b.trusting);
           collector sink;
           const auto answer = transport.send(b.get(), sink);
           check_failed(answer, wandb::errc::connection_failed, "certificate is refused");
@@ -588,7 +588,7 @@ TEST_SUITE("httplib_transport") {
           CHECK(b.server.requests(stand_in::request_kind::storage).empty());
         }
         b.trusting.verify_tls = false;
-        wandb::httplib_transport careless(b.trusting);
+        wandb::http_transport careless(b.trusting);
         collector sink;
         CHECK(careless.send(b.get(), sink).has_value());
       }
@@ -598,7 +598,7 @@ TEST_SUITE("httplib_transport") {
   TEST_CASE("certificates: without the CA of the server the system's own do not help") {
     bench b;
     b.add(10);
-    wandb::httplib_transport transport;
+    wandb::http_transport transport;
     collector sink;
     check_failed(transport.send(b.get(), sink), wandb::errc::connection_failed, "certificate is refused");
   }
@@ -610,13 +610,13 @@ TEST_SUITE("httplib_transport") {
     for (const char* name : {"absent.pem", "garbage.pem"}) {
       wandb::settings unusable;
       unusable.ca_file = b.files / name;
-      wandb::httplib_transport transport(unusable);
+      wandb::http_transport transport(unusable);
       collector sink;
       check_failed(transport.send(b.get(), sink), wandb::errc::invalid_argument, name);
     }
     wandb::settings unusable;
     unusable.ca_directory = b.files / "absent";
-    wandb::httplib_transport transport(unusable);
+    wandb::http_transport transport(unusable);
     collector sink;
     check_failed(transport.send(b.get(), sink), wandb::errc::invalid_argument, "absent");
   }
@@ -625,7 +625,7 @@ TEST_SUITE("httplib_transport") {
     bench b;
     b.add(10);
     b.server.add_fault(stand_in::place::storage, stand_in::act::close_after());
-    wandb::httplib_transport transport(b.trusting);
+    wandb::http_transport transport(b.trusting);
     collector first, second;
     REQUIRE(transport.send(b.get(), first).has_value());
     std::filesystem::remove(b.trusting.ca_file);
@@ -639,7 +639,7 @@ TEST_SUITE("httplib_transport") {
       how.versions = version;
       bench b(how);
       b.add(500'000);
-      wandb::httplib_transport transport(b.trusting);
+      wandb::http_transport transport(b.trusting);
       for (int i = 0; i < 3; ++i) {
         collector sink;
         REQUIRE(transport.send(b.get(), sink).has_value());
@@ -659,7 +659,7 @@ TEST_SUITE("httplib_transport") {
       b.add(100'000);
       const std::string proxy = b.server.proxy_url();
       const std::string authority = proxy.substr(proxy.find("//") + 2);
-      wandb::httplib_transport transport(b.trusting);
+      wandb::http_transport transport(b.trusting);
 
       auto with_user = b.get();
       with_user.headers.emplace_back("X-Secret", "for the origin");
@@ -699,7 +699,7 @@ TEST_SUITE("httplib_transport") {
       request.url = "https://127.0.0.1:9/";
       request.proxy = proxy;
       collector sink;
-      wandb::httplib_transport transport;
+      wandb::http_transport transport;
       check_failed(transport.send(request, sink), wandb::errc::invalid_argument,
                    "http://[user:password@]host:port");
     }
@@ -708,7 +708,7 @@ TEST_SUITE("httplib_transport") {
   TEST_CASE("many threads at once") {
     bench b;
     b.add(300'000);
-    wandb::httplib_transport transport(b.trusting);
+    wandb::http_transport transport(b.trusting);
     const std::string whole = stand_in::read_text(*b.content);
     std::atomic<int> right{0};
     std::vector<std::thread> threads;
@@ -738,7 +738,7 @@ TEST_SUITE("httplib_transport") {
     REQUIRE(child >= 0);
     if (child == 0) {
       ::signal(SIGPIPE, SIG_DFL);
-      wandb::httplib_transport transport(b.trusting);
+      wandb::http_transport transport(b.trusting);
       wandb::http_request request = b.get();
       request.method = "POST";
       request.body = std::string(16u << 20, 'x');
