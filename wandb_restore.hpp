@@ -3481,45 +3481,99 @@ class call {
   clock::time_point began_;
 };
 
-/// How long one goes on trying: exponential backoff with full jitter, Retry-After, and an end to it all.
-class backoff {
+/// Measures the time without progress, and ends trying again when it is used up: after settings::retry_timeout, or after
+/// connect_timeout while no server was reached. One clock for each transfer, shared by its connections. Thread-safe.
+class retry_clock {
  public:
-  explicit backoff(const call& of) : call_(of) {}
+  explicit retry_clock(const call& user_call) : call_(user_call) {}
 
-  /// The count and the clock start anew.
-  void restart() {
-    tries_ = 0;
-    arrived_ = 0;
-    since_ = clock::now();
-  }
-  /// Something arrived. A few bytes each time are no progress, it would take for ever: `low_speed` is, since it started.
-  void progressed(std::uint64_t bytes) {
+  /// Tells of bytes that arrived. Progress is `low_speed` bytes a second since the clock started: a few bytes with each try
+  /// would take for ever.
+  bool progressed(std::uint64_t bytes) {
+    const std::lock_guard<std::mutex> guard(mutex_);
     arrived_ += bytes;
     const double seconds = std::chrono::duration<double>(clock::now() - since_).count();
-    if (bytes > 0 && static_cast<double>(arrived_) >= static_cast<double>(call_.config.low_speed) * seconds)
-      restart();
+    if (bytes == 0 || static_cast<double>(arrived_) < static_cast<double>(call_.config.low_speed) * seconds)
+      return false;
+    since_ = clock::now();
+    arrived_ = 0;
+    failures_ = 0;
+    last_failure_.reset();
+    return true;
   }
-  /// In a row, without anything arriving.
-  [[nodiscard]] int failures() const { return tries_; }
-  /// After a failure: how long to wait before the next try, or the error to give up with.
-  [[nodiscard]] result<milliseconds> after(const error& failure) {
-    if (call_.cancelled()) return call_.why_cancelled();
-    if (!failure.is_transient()) return failure;
-    const auto limit = call_.reached ? call_.config.retry_timeout : call_.config.connect_timeout;
-    const auto spent = std::chrono::duration_cast<milliseconds>(clock::now() - since_);
-    const milliseconds ceiling((std::min)(30000, 500 << (std::min)(tries_++, 6)));
-    const auto left = (std::max)(limit - spent, milliseconds(0));
-    if (failure.retry_after() < left)
-      return (std::max)((std::min)(jitter(ceiling), left), failure.retry_after());
+  /// Tells of a failure that is to be followed by another try. Returns the time that is left for it.
+  milliseconds failed(const error& failure) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    ++failures_;
+    last_failure_ = failure;
+    return (std::max)(limit() - spent(), milliseconds(0));
+  }
+  /// The last failure, with what was tried.
+  [[nodiscard]] error gave_up() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return gave_up_locked();
+  }
+  /// As gave_up, if the time is used up and the last try failed.
+  [[nodiscard]] std::optional<error> expired() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (!last_failure_ || spent() < limit()) return std::nullopt;
+    return gave_up_locked();
+  }
+
+ private:
+  [[nodiscard]] milliseconds limit() const {
+    return call_.reached ? call_.config.retry_timeout : call_.config.connect_timeout;
+  }
+  [[nodiscard]] milliseconds spent() const {
+    return std::chrono::duration_cast<milliseconds>(clock::now() - since_);
+  }
+  [[nodiscard]] error gave_up_locked() const {
+    const error& failure = *last_failure_;
     std::string text = failure.what();
-    if (failure.retry_after().count() > 0) text += "; it asks to wait " + seconds_text(failure.retry_after());
-    text += " (gave up after " + std::to_string(tries_) + (tries_ == 1 ? " try in " : " tries in ") +
-            seconds_text(spent) + "; the limit without progress is " + seconds_text(limit) + ")";
+    if (failure.retry_after().count() > 0)
+      text += "; the server asks to wait " + seconds_text(failure.retry_after());
+    text += " (gave up after " + std::to_string(failures_) + (failures_ == 1 ? " try in " : " tries in ") +
+            seconds_text(spent()) + "; the limit without progress is " + seconds_text(limit()) + ")";
     text += failure.code() == errc::connection_failed ? ": check the network, WANDB_BASE_URL and HTTPS_PROXY"
                                                       : ": try again later";
     error last(failure.code(), text, failure.http_status());  // another time it may pass: still transient
     last.retry_after(failure.retry_after());
     return last;
+  }
+
+  const call& call_;
+  mutable std::mutex mutex_;  // guards the rest
+  int failures_ = 0;          // since the last progress
+  std::optional<error> last_failure_;
+  std::uint64_t arrived_ = 0;  // bytes since then
+  clock::time_point since_ = clock::now();
+};
+
+/// The waits between tries: exponential backoff with full jitter, or what Retry-After asks for.
+class backoff {
+ public:
+  explicit backoff(const call& user_call) : call_(user_call), own_clock_(user_call), clock_(own_clock_) {}
+  /// With a clock that others share.
+  backoff(const call& user_call, retry_clock& shared_clock)
+      : call_(user_call), own_clock_(user_call), clock_(shared_clock) {}
+
+  /// The waits begin with the shortest again.
+  void reset() { tries_ = 0; }
+  /// Tells the clock of bytes that arrived.
+  void progressed(std::uint64_t bytes) {
+    if (clock_.progressed(bytes)) reset();
+  }
+  /// Failures in a row.
+  [[nodiscard]] int failures() const { return tries_; }
+  /// After a failure: how long to wait before the next try, or the error to give up with.
+  [[nodiscard]] result<milliseconds> after(const error& failure) {
+    if (call_.cancelled()) return call_.why_cancelled();
+    if (!failure.is_transient()) return failure;
+    const milliseconds left = clock_.failed(failure);
+    const milliseconds ceiling((std::min)(30000, 500 << (std::min)(tries_++, 6)));
+    if (failure.retry_after() < left)
+      return (std::max)((std::min)(jitter(ceiling), left), failure.retry_after());
+    return clock_.gave_up();
   }
   /// The same with the waiting done: nothing, or the error to give up with.
   [[nodiscard]] std::optional<error> wait_after(const error& failure) {
@@ -3534,9 +3588,9 @@ class backoff {
     return milliseconds(some_number() % static_cast<std::uint64_t>(ceiling.count() + 1));
   }
   const call& call_;
+  retry_clock own_clock_;
+  retry_clock& clock_;
   int tries_ = 0;
-  std::uint64_t arrived_ = 0;  // bytes since then
-  clock::time_point since_ = clock::now();
 };
 
 /// RFC 9110, section 10.2.3: seconds (fractions are met, too) or a date; past ones mean now.
@@ -3719,9 +3773,9 @@ class session {
   /// One exchange, redirects followed (RFC 9110, section 15.4; at most 10, never from https to http). `here` is where to
   /// begin and, from the sink's first call on, where one has got to. The Authorization value and the extra headers go
   /// to addresses under the base URL only. 200 and 206 are streamed to the sink; any other answer is returned with the
-  /// beginning of its body. Statuses are not judged here.
+  /// beginning of its body. Statuses are not judged here. `redirected` is told of each address that a redirect leads to.
   result<answer> send(call& of, http_request request, const std::string& authorization, body_sink& sink,
-                      url& here);
+                      url& here, const std::function<void(const url&)>& redirected = {});
 
   /// An Authorization value for the base URL; empty where no credentials are to be had.
   result<std::string> authorization(call& of);
@@ -3792,7 +3846,8 @@ inline result<void> session::ready() {
 }
 
 inline result<answer> session::send(call& of, http_request request, const std::string& authorization,
-                                    body_sink& sink, url& here) {
+                                    body_sink& sink, url& here,
+                                    const std::function<void(const url&)>& redirected) {
   if (!base) return base.error();
   const http_headers own = std::move(request.headers);
   const auto unwanted = std::move(request.is_cancelled);
@@ -3835,6 +3890,7 @@ inline result<answer> session::send(call& of, http_request request, const std::s
                    got->status);
     }
     here = *std::move(next);
+    if (redirected) redirected(here);
   }
   return error(errc::protocol_violation, "more than 10 redirects from " + first +
                                              ": is the base URL right, or does a proxy ask for a login?");
@@ -4388,149 +4444,720 @@ class thread {
   bool started_ = false;
 };
 
+// ---- the end of a transfer
+
+/// Whether a transfer is running, complete or stopped, for all of its threads. Thread-safe.
+class transfer_state {
+ public:
+  /// Every byte is on disk. Later failures are void.
+  void complete() { end(nullptr, complete_); }
+  /// Stops every thread. Only the first failure counts.
+  void fail(const error& failure) { end(&failure, stopped_); }
+  /// Stops every thread without a failure.
+  void stop() { end(nullptr, stopped_); }
+
+  [[nodiscard]] bool is_complete() const { return complete_; }
+  [[nodiscard]] bool is_stopped() const { return stopped_; }
+  /// For detail::call: true once the transfer is stopped.
+  [[nodiscard]] const std::atomic<bool>& stop_flag() const { return stopped_; }
+  /// Blocks until the transfer is complete or stopped, at most `limit`. Returns whether it is.
+  bool wait(milliseconds limit) {
+    std::unique_lock<std::mutex> held(mutex_);
+    return ended_.wait_for(held, limit, [&] { return complete_ || stopped_; });
+  }
+  [[nodiscard]] std::optional<error> failure() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return failure_;
+  }
+
+ private:
+  void end(const error* failure, std::atomic<bool>& flag) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (failure != nullptr && complete_) return;
+    if (failure != nullptr && !failure_) failure_ = *failure;
+    flag = true;
+    ended_.notify_all();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable ended_;
+  std::atomic<bool> complete_{false}, stopped_{false};
+  std::optional<error> failure_;
+};
+
+/// Tells the caller's on_progress how far a restore is, at most about ten times a second. For the caller's thread alone.
+class progress_reporter {
+ public:
+  progress_reporter(call& user_call, const restore_options& options, const std::string& name)
+      : call_(user_call), options_(options), name_(name) {}
+
+  [[nodiscard]] bool is_due() const { return clock::now() - reported_ >= milliseconds(90); }
+  /// The seconds since the last report, at least 0.001.
+  [[nodiscard]] double elapsed() const {
+    return (std::max)(std::chrono::duration<double>(clock::now() - reported_).count(), 0.001);
+  }
+  /// Calls on_progress. Cancels the call if it returns false.
+  void report(phase now, std::uint64_t bytes_done, std::optional<std::uint64_t> bytes_total,
+              double bytes_per_second) {
+    reported_ = clock::now();
+    if (options_.on_progress &&
+        !options_.on_progress({name_, now, bytes_done, bytes_total, bytes_per_second}))
+      call_.stop();
+  }
+
+ private:
+  call& call_;
+  const restore_options& options_;
+  const std::string& name_;
+  clock::time_point reported_ = clock::now();
+};
+
+/// Waits in the caller's thread until the transfer is complete or stopped. Calls `tick` about ten times a second, and
+/// stops the transfer when the call is cancelled or the retry clock has expired.
+inline void supervise(call& user_call, transfer_state& state, retry_clock& retries,
+                      const std::function<void()>& tick) {
+  while (!state.wait(milliseconds(100))) {
+    tick();
+    if (user_call.cancelled()) {
+      state.fail(user_call.why_cancelled());
+    } else if (auto expired = retries.expired()) {
+      state.fail(*expired);
+    }
+  }
+}
+
+// ---- which connection fetches which bytes
+
 /// Bytes [begin, end) of a file.
 struct byte_range {
   std::uint64_t begin = 0, end = 0;
+
+  [[nodiscard]] std::uint64_t size() const { return end - begin; }
 };
 
-/// Who fetches which bytes. Pieces are given out from the front, so that the digest, which follows the frontier, always has
-/// something to do; they grow with what asking for one costs and shrink towards the end; what is left when nothing is left
-/// to give is shared with the slowest. Calls are guarded by the download's mutex, but for what is atomic.
+/// Assigns byte ranges to connections, lowest offsets first: the digest consumes the file in order and must not wait for a
+/// gap. Thread-safe.
+///
+/// A request costs its delay, the time to the first byte of its response. Ranges are as large as the delay demands, and
+/// shrink towards the end so that all connections finish together; a connection without work takes over half of the range
+/// that would finish last. Times are passed in, so that tests can use a clock of their own.
 class range_plan {
  public:
   static constexpr std::uint64_t block = partial_file::block;
   static constexpr std::uint64_t mebibyte = 1024 * 1024;
-  static constexpr std::uint64_t first_piece = 4 * mebibyte, largest_piece = 64 * mebibyte,
-                                 smallest_piece = mebibyte;
-  static constexpr std::uint64_t smallest_share =
-      mebibyte / 2;  // what a cut connection had under way is lost
+  static constexpr std::uint64_t first_piece = 4 * mebibyte, smallest_piece = mebibyte;
+  static constexpr std::uint64_t largest_unmeasured_piece = 32 * mebibyte;  // while no response has come
+  static constexpr std::uint64_t smallest_share = mebibyte / 2;             // a smaller rest is not divided
   static constexpr std::uint64_t worth_splitting = 2 * first_piece;
-  static constexpr std::uint64_t endless = ~std::uint64_t{0};  // the end of what has no known size
+  static constexpr milliseconds probe_time{50};  // how long the others wait for the first response
 
-  /// One connection's work: what it holds and how it fares.
-  struct slot {
-    std::atomic<std::uint64_t> at{0};   // the next byte to arrive
-    std::atomic<std::uint64_t> end{0};  // lowered when another takes over
-    std::uint64_t flushed = 0;          // everything of the range before this is on disk and recorded
-    std::atomic<bool> revoked{false};   // the end was lowered: what comes after it is not wanted
-    std::atomic<std::uint64_t> received{0};
-    std::uint64_t seen = 0;  // `received` when the pace was last measured
-    double pace = -1;        // bytes a second; negative: not known yet
-    double delay = 0;        // seconds from the last request to the first byte of its response
-    bool busy = false;
+  /// The range of one connection. The connection's thread advances `position` and `received`; the plan may lower `end`.
+  struct cursor {
+    std::atomic<std::uint64_t> position{0};  // the next byte to arrive
+    std::atomic<std::uint64_t> end{0};
+    std::atomic<bool> revoked{false};        // `end` was lowered: bytes behind it are not wanted any more
+    std::atomic<std::uint64_t> received{0};  // bytes of all responses
+
+    [[nodiscard]] bool is_wanted() const { return position < end; }
+    [[nodiscard]] bool is_taken_over() const { return revoked && position >= end; }
   };
 
-  range_plan(std::size_t connections, const std::vector<byte_range>& gaps)
-      : gaps_(gaps.rbegin(), gaps.rend()), slots_(connections) {}
+  range_plan(std::size_t connections, std::uint64_t file_size, const std::vector<byte_range>& gaps)
+      : file_size_(file_size), gaps_(gaps.rbegin(), gaps.rend()), slots_(connections) {}
 
-  slot& operator[](std::size_t index) { return slots_[index]; }
   [[nodiscard]] std::size_t connections() const { return slots_.size(); }
+  [[nodiscard]] cursor& operator[](std::size_t connection) { return slots_[connection].range; }
 
-  /// Gives connection `me` something to fetch; false where there is nothing (now).
-  bool take(std::size_t me) {
-    slot& mine = slots_[me];
-    if (gaps_.empty()) return share(mine);
-    byte_range& gap = gaps_.back();
-    const byte_range given{gap.begin, gap.begin + (std::min)(gap.end - gap.begin, piece(mine))};
-    gap.begin = given.end;
-    if (gap.begin == gap.end) gaps_.pop_back();
-    assign(mine, given);
+  /// Assigns the next range to a connection. Returns false if no range can be assigned at the moment.
+  bool assign(std::size_t connection, clock::time_point now) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    slot& asking = slots_[connection];
+    if (whole_) {
+      if (is_any_busy() || stored_everything_) return false;
+      start(asking, {0, file_size_}, false);
+      return true;
+    }
+    if (!gaps_.empty()) {
+      if (!is_delay_known() && is_any_busy() && !is_probe_over(now)) return false;
+      byte_range& gap = gaps_.back();
+      const byte_range range{gap.begin, gap.begin + (std::min)(gap.size(), piece(asking))};
+      gap.begin = range.end;
+      if (gap.size() == 0) gaps_.pop_back();
+      start(asking, range, false);
+      return true;
+    }
+    return take_over(asking, now);
+  }
+  /// The address of the file is known: a request that is not answered from now on waits for the file's server.
+  void address_found(std::size_t connection, clock::time_point now) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    slots_[connection].asked = now;
+    if (probe_began_ == clock::time_point{}) probe_began_ = now;
+  }
+  /// A request for the connection's range is about to be sent. Returns the bytes to ask for: the whole file where ranges
+  /// do not work, none where another connection has taken the range over.
+  byte_range request(std::size_t connection, clock::time_point now) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    slot& asking = slots_[connection];
+    if (!asking.is_busy || !asking.range.is_wanted()) return {};
+    asking.asked = now;
+    asking.is_waiting = true;
+    if (whole_) start(asking, {0, file_size_}, false);  // the response begins with the first byte again
+    return {asking.range.position, asking.range.end};
+  }
+  /// The connection to the server stands: the delay is counted from here.
+  void connected(std::size_t connection, clock::time_point now) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    slots_[connection].asked = now;
+  }
+  /// The head of a response came.
+  void responded(std::size_t connection, clock::time_point now) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    slot& asking = slots_[connection];
+    asking.delay = std::chrono::duration<double>(now - asking.asked).count();
+    asking.is_waiting = false;
+    asking.measured = asking.range.received;
+  }
+  /// The request ended, whatever came of it.
+  void ended(std::size_t connection) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    slots_[connection].is_waiting = false;
+  }
+  /// Bytes of the connection's range before `offset` are on disk and recorded.
+  void stored(std::size_t connection, std::uint64_t offset) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    slots_[connection].stored = offset;
+  }
+  [[nodiscard]] std::uint64_t stored(std::size_t connection) const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return slots_[connection].stored;
+  }
+  /// Returns the unfetched rest of the connection's range to the plan.
+  void release(std::size_t connection) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    slot& releasing = slots_[connection];
+    const byte_range rest{releasing.stored, releasing.range.end};
+    if (releasing.is_busy && !whole_ && rest.begin < rest.end) gaps_.push_back(rest);
+    releasing.is_busy = false;
+  }
+  /// Ranges do not work at this server: from now on one connection, `connection` if it has a range, fetches the whole file.
+  /// Returns false if that was so before.
+  bool use_whole(std::size_t connection) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const bool is_new = !std::exchange(whole_, true);
+    gaps_.clear();
+    for (slot& each : slots_) {
+      if (&each == &slots_[connection]) continue;
+      revoke(each, each.range.position);
+      each.is_busy = false;
+    }
+    start(slots_[connection], {0, file_size_}, false);
+    return is_new;
+  }
+  [[nodiscard]] bool is_whole() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return whole_;
+  }
+  /// Every byte is on disk: no connection gets another range.
+  void finish() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    stored_everything_ = true;
+    gaps_.clear();
+  }
+
+  /// Takes a connection out of use because the server seems to want fewer. Returns false for the last one in use.
+  bool park(std::size_t connection) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    std::size_t in_use = 0;
+    for (const slot& each : slots_) in_use += each.is_parked ? 0 : 1;
+    if (in_use <= 1) return false;
+    slots_[connection].is_parked = true;
     return true;
   }
-  /// All of it is one connection's, from now on: the server sends nothing but the whole.
-  void take_whole(std::size_t me, std::uint64_t size) {
-    whole_ = true;
-    gaps_.clear();
-    for (slot& other : slots_) revoke(other, other.at);
-    assign(slots_[me], {0, size});
+  void unpark(std::size_t connection) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    slots_[connection].is_parked = false;
   }
-  void done(std::size_t me) { slots_[me].busy = false; }
-  /// What a connection that ends has not fetched is for the others.
-  void give_back(std::size_t me) {
-    slot& mine = slots_[me];
-    if (mine.busy && mine.flushed < mine.end) gaps_.push_back({mine.flushed, mine.end});
-    mine.busy = false;
-  }
+
   /// Bytes that have arrived but are not on disk yet.
   [[nodiscard]] std::uint64_t buffered() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
     std::uint64_t sum = 0;
-    for (const slot& one : slots_) {
-      const std::uint64_t at = one.at;
-      if (one.busy && at > one.flushed) sum += at - one.flushed;
+    for (const slot& each : slots_) {
+      const std::uint64_t position = each.range.position;
+      if (each.is_busy && position > each.stored) sum += position - each.stored;
     }
     return sum;
   }
-  /// Measures each connection's pace over the last `seconds`.
+  /// Bytes of all responses so far.
+  [[nodiscard]] std::uint64_t received() const {
+    std::uint64_t sum = 0;
+    for (const slot& each : slots_) sum += each.range.received;
+    return sum;
+  }
+  /// Measures each connection's pace over the last `seconds`. A connection that waits for its first byte has none.
   void measure(double seconds) {
-    for (slot& one : slots_) {
-      const auto received = one.received.load();
-      const double now = static_cast<double>(received - one.seen) / seconds;
-      one.seen = received;
-      if (one.busy) one.pace = one.pace < 0 ? now : 0.7 * one.pace + 0.3 * now;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    for (slot& each : slots_) {
+      if (!each.is_busy || each.is_waiting) continue;
+      const std::uint64_t received = each.range.received;
+      const double lately = static_cast<double>(received - each.measured) / seconds;
+      each.measured = received;
+      each.pace = each.pace < 0 ? lately : 0.7 * each.pace + 0.3 * lately;
     }
   }
 
  private:
-  static void assign(slot& to, byte_range range) {
-    to.flushed = range.begin;
-    to.at = range.begin;
-    to.end = range.end;
-    to.revoked = false;
-    to.busy = true;
+  struct slot {
+    cursor range;
+    std::uint64_t stored = 0;    // bytes of the range before this are on disk and recorded
+    std::uint64_t measured = 0;  // `received` when the pace was last measured
+    double pace = -1;            // bytes a second; negative: unknown
+    double delay = -1;           // seconds from the last request to its response; negative: unknown
+    clock::time_point asked{};
+    bool is_waiting = false;  // for the first byte of a response
+    bool is_busy = false;
+    bool was_taken_over = false;  // this range was another connection's before: it is not taken over again
+    bool is_parked = false;
+  };
+
+  static void start(slot& connection, byte_range range, bool was_taken_over) {
+    connection.stored = range.begin;
+    connection.range.revoked = false;
+    connection.range.position = range.begin;
+    connection.range.end = range.end;
+    connection.was_taken_over = was_taken_over;
+    connection.is_busy = true;
   }
-  static void revoke(slot& from, std::uint64_t end) {
-    from.end = end;
-    from.revoked = true;
+  static void revoke(slot& connection, std::uint64_t end) {
+    connection.range.end = end;
+    connection.range.revoked = true;
   }
-  [[nodiscard]] std::uint64_t piece(const slot& of) const {
-    if (slots_.size() == 1 || whole_) return endless;
-    std::uint64_t left = 0;
-    for (const auto& gap : gaps_) left += gap.end - gap.begin;
-    // Asking costs a round trip: at most a fiftieth of what it brings. On near servers pieces stay small, and smaller for
-    // a slow connection, so that the frontier, and the digest with it, never waits long for one.
-    const double pace = (std::max)(of.pace, 0.0);
-    const auto half_second = static_cast<std::uint64_t>(pace / 2);
-    const auto usual = of.pace < 0 ? first_piece : (std::clamp)(half_second, smallest_piece, 2 * first_piece);
-    const auto wanted = (std::max)(usual, static_cast<std::uint64_t>(pace * of.delay * 50));
-    const auto fair = left / (2 * slots_.size());
-    const auto bounded = (std::max)((std::min)({wanted, fair, largest_piece}), smallest_piece);
-    return (bounded + block - 1) / block * block;
-  }
-  /// Half of what the slowest still has to do; all of it where that is too little to share and too slow to wait for.
-  bool share(slot& mine) {
-    if (whole_) return false;
-    slot* slowest = nullptr;
-    double longest = 0;
-    for (slot& other : slots_) {
-      if (&other == &mine || !other.busy || other.pace < 0 || other.end == endless || other.at >= other.end)
-        continue;
-      const double time = static_cast<double>(other.end - other.at) / (std::max)(other.pace, 1.0);
-      if (time > longest) longest = time, slowest = &other;
+  [[nodiscard]] bool is_any_busy() const {
+    for (const slot& each : slots_) {
+      if (each.is_busy) return true;
     }
-    // What is here at once is not worth a connection cut, nor what would not have begun to come by then.
-    if (slowest == nullptr || longest < (std::max)(0.03, 2 * mine.delay)) return false;
-    const std::uint64_t at = slowest->at, end = slowest->end;
-    const auto middle = (at + (end - at) / 2 + block - 1) / block * block;
-    if (end - at >= 2 * smallest_share) {
+    return false;
+  }
+  [[nodiscard]] bool is_delay_known() const { return longest_delay() >= 0; }
+  [[nodiscard]] double longest_delay() const {
+    double longest = -1;
+    for (const slot& each : slots_) longest = (std::max)(longest, each.delay);
+    return longest;
+  }
+  [[nodiscard]] bool is_probe_over(clock::time_point now) const {
+    return probe_began_ != clock::time_point{} && now - probe_began_ >= probe_time;
+  }
+  /// The mean pace of the connections whose pace is known; negative if none is.
+  [[nodiscard]] double mean_pace() const {
+    double sum = 0;
+    int known = 0;
+    for (const slot& each : slots_) {
+      if (each.pace >= 0) sum += each.pace, ++known;
+    }
+    return known > 0 ? sum / known : -1;
+  }
+
+  /// The size of the next range for a connection, in bytes.
+  [[nodiscard]] std::uint64_t piece(const slot& asking) const {
+    if (slots_.size() == 1) return file_size_;
+    std::uint64_t unassigned = 0, idle = 0;
+    for (const byte_range& gap : gaps_) unassigned += gap.size();
+    std::uint64_t missing = unassigned;
+    for (const slot& each : slots_) {
+      if (!each.is_busy) ++idle;
+      if (each.is_busy && each.range.position < each.range.end)
+        missing += each.range.end - each.range.position;
+    }
+    const auto in_blocks = [](std::uint64_t size) { return (size + block - 1) / block * block; };
+    if (!is_delay_known()) {
+      // The first connection measures. Others that have waited for it long enough know only that requests are dear.
+      return is_any_busy() ? in_blocks(std::clamp(unassigned / idle, first_piece, largest_unmeasured_piece))
+                           : first_piece;
+    }
+    constexpr double presumed_pace = 16.0 * mebibyte;
+    const double mean = mean_pace(), pace = asking.pace >= 0 ? asking.pace : mean >= 0 ? mean : presumed_pace;
+    const double delay = asking.delay >= 0 ? asking.delay : longest_delay();
+    const auto bytes = [](double value) { return static_cast<std::uint64_t>(value); };
+    // The fair share lets all connections finish together, a slower one with less.
+    const double share = mean > 0 ? std::clamp(pace / mean, 0.05, 1.0) : 1.0;
+    const auto fair = bytes(static_cast<double>(missing) / static_cast<double>(slots_.size()) * share);
+    // Near servers: half a second's worth, so that the frontier never waits long. Far ones: a request may cost a
+    // fiftieth of the time it takes, a tenth at the end, where ranges shrink.
+    const auto usual = mean >= 0 ? std::clamp(bytes(pace / 2), smallest_piece, 2 * first_piece) : first_piece;
+    const auto wanted = (std::max)(usual, bytes(50 * pace * delay)), least = bytes(10 * pace * delay);
+    const auto size = (std::min)(fair, (std::max)((std::min)(wanted, fair / 2), least));
+    return in_blocks((std::max)(size, smallest_piece));
+  }
+
+  /// Assigns half of the range that would finish last; all of it where its connection has come to a halt.
+  bool take_over(slot& asking, clock::time_point now) {
+    const double delay = asking.delay >= 0 ? asking.delay : longest_delay();
+    if (delay < 0) return false;
+    slot* slowest = nullptr;
+    double longest = 0;  // seconds
+    for (slot& each : slots_) {
+      if (&each == &asking || !each.is_busy || !each.range.is_wanted()) continue;
+      double left = static_cast<double>(each.range.end - each.range.position) / (std::max)(each.pace, 1.0);
+      if (each.is_waiting) {
+        // A connection that waits for its first byte is not slow until it has waited longer than others had to.
+        const double waited = std::chrono::duration<double>(now - each.asked).count();
+        if (waited < 2 * longest_delay() + 0.25) continue;
+        left = never;
+      } else if (each.pace < 0) {
+        continue;
+      }
+      if (left > longest) longest = left, slowest = &each;
+    }
+    // Do not take over a range that will be complete within 30 ms, or before a new request could return its first byte.
+    if (slowest == nullptr || longest < (std::max)(0.03, 2 * delay)) return false;
+    const std::uint64_t position = slowest->range.position, end = slowest->range.end;
+    const auto middle = (position + (end - position) / 2 + block - 1) / block * block;
+    if (longest < never && end - position >= 2 * smallest_share) {
       revoke(*slowest, middle);
-      assign(mine, {middle, end});
+      start(asking, {middle, end}, false);
       return true;
     }
-    const auto begin = slowest->flushed;
-    const double mine_alone = static_cast<double>(end - begin) / (std::max)(mine.pace, 1.0) + mine.delay;
-    if (longest < 2 * mine_alone) return false;  // what it has under way would be fetched twice for little
-    revoke(*slowest, begin);
-    assign(mine, {begin, end});
+    if (slowest->was_taken_over) return false;
+    const byte_range rest{slowest->stored, end};
+    const double alone = static_cast<double>(rest.size()) / (std::max)(asking.pace, 1.0) + delay;
+    if (longest < 2 * alone) return false;  // the bytes under way would be fetched twice for little
+    revoke(*slowest, rest.begin);
+    start(asking, rest, true);
     return true;
   }
 
-  bool whole_ = false;            // ranges are not to be had
-  std::vector<byte_range> gaps_;  // given to nobody; the first of the file at the end
+  static constexpr double never = 1e18;  // seconds
+
+  const std::uint64_t file_size_;
+  mutable std::mutex mutex_;  // guards the rest, but for the cursors' atomics
+  bool whole_ = false;        // ranges do not work: one connection fetches the whole file
+  bool stored_everything_ = false;
+  clock::time_point probe_began_{};
+  std::vector<byte_range> gaps_;  // assigned to no connection; the first of the file is the last element
   std::vector<slot> slots_;
 };
 
-/// Content-Range: bytes begin-end/size (RFC 9110, section 14.4); `end` is exclusive here, a size of * is absent. No bytes
-/// where the text is something else.
+// ---- what is on disk
+
+/// Which blocks of a file are claimed by a writer, and which are on disk. Writes, records, and advances the frontier, the
+/// offset before which every byte is on disk. Thread-safe.
+///
+/// Each block is written once, however often it arrives: the digest of a block that was hashed stays the digest of the
+/// bytes on disk.
+class block_table {
+ public:
+  explicit block_table(partial_file& file) : file_(file), claimed_(static_cast<std::size_t>(file.blocks())) {
+    for (std::uint64_t i = 0; i < file.blocks(); ++i) {
+      claimed_[static_cast<std::size_t>(i)] = file.has(i);
+      if (file.has(i)) present_ += size_of(i);
+    }
+    advance();
+  }
+
+  /// The ranges that are not on disk, in order.
+  [[nodiscard]] std::vector<byte_range> missing() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    std::vector<byte_range> gaps;
+    for (std::uint64_t i = 0; i < file_.blocks(); ++i) {
+      if (file_.has(i)) continue;
+      const byte_range gap{i * block, i * block + size_of(i)};
+      if (!gaps.empty() && gaps.back().end == gap.begin) {
+        gaps.back().end = gap.end;
+      } else {
+        gaps.push_back(gap);
+      }
+    }
+    return gaps;
+  }
+  /// Writes and records the whole blocks of these bytes that no writer has claimed. `offset` is a multiple of the block
+  /// size. A rest that is no whole block is not written, unless it ends the file.
+  result<void> store(std::uint64_t offset, std::string_view bytes) {
+    const auto end = offset + bytes.size();
+    const auto first = offset / block, last = end == file_.size() ? file_.blocks() : end / block;
+    std::vector<byte_range> claims;  // in blocks; mostly one run
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      for (auto i = first; i < last; ++i) {
+        if (claimed_[static_cast<std::size_t>(i)]) continue;
+        claimed_[static_cast<std::size_t>(i)] = true;
+        if (claims.empty() || claims.back().end != i) claims.push_back({i, i});
+        claims.back().end = i + 1;
+      }
+    }
+    for (const byte_range& claim : claims) {
+      const auto begin = claim.begin * block, until = (std::min)(claim.end * block, end);
+      const auto part =
+          bytes.substr(static_cast<std::size_t>(begin - offset), static_cast<std::size_t>(until - begin));
+      if (auto written = file_.write(begin, part); !written) return written;
+    }
+    const std::lock_guard<std::mutex> guard(mutex_);
+    for (const byte_range& claim : claims) {
+      if (auto recorded = file_.record(claim.begin, claim.end); !recorded) return recorded;
+      for (auto i = claim.begin; i < claim.end; ++i) present_ += size_of(i);
+    }
+    advance();
+    return {};
+  }
+
+  /// Bytes on disk.
+  [[nodiscard]] std::uint64_t present() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return present_;
+  }
+  [[nodiscard]] std::uint64_t frontier() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return frontier_;
+  }
+  [[nodiscard]] bool is_complete() const { return present() == file_.size(); }
+  /// Blocks until the frontier is beyond `offset` or the table is closed. Returns the frontier.
+  std::uint64_t wait_beyond(std::uint64_t offset) {
+    std::unique_lock<std::mutex> held(mutex_);
+    advanced_.wait(held, [&] { return closed_ || frontier_ > offset; });
+    return frontier_;
+  }
+  /// Ends every wait_beyond, now and later.
+  void close() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    closed_ = true;
+    advanced_.notify_all();
+  }
+
+ private:
+  static constexpr std::uint64_t block = partial_file::block;
+
+  [[nodiscard]] std::uint64_t size_of(std::uint64_t index) const {
+    return (std::min)(file_.size(), (index + 1) * block) - index * block;
+  }
+  void advance() {
+    const auto before = frontier_;
+    while (frontier_ < file_.size() && file_.has(frontier_ / block)) frontier_ += size_of(frontier_ / block);
+    if (frontier_ != before) advanced_.notify_all();
+  }
+
+  partial_file& file_;
+  mutable std::mutex mutex_;  // guards the rest, and the record of the partial file
+  std::condition_variable advanced_;
+  std::vector<bool> claimed_;
+  std::uint64_t present_ = 0, frontier_ = 0;
+  bool closed_ = false;
+};
+
+/// Computes the MD5 of a file while it arrives: a thread follows the frontier. MD5 is sequential and about as fast as a fast
+/// network, so that a verified download takes no longer than an unverified one.
+class digest_follower {
+ public:
+  digest_follower(const partial_file& file, block_table& table, transfer_state& state)
+      : file_(file), table_(table), state_(state) {}
+
+  /// Returns false if the system starts no thread: the digest is computed in the end then.
+  [[nodiscard]] bool start() {
+    return is_started_ = thread_.start([this] { follow(); });
+  }
+  [[nodiscard]] bool is_started() const { return is_started_; }
+  /// Blocks until the whole file is hashed or the follower has ended early, at most `limit`. Returns whether it is.
+  bool wait(milliseconds limit) {
+    std::unique_lock<std::mutex> held(mutex_);
+    return ended_.wait_for(held, limit, [&] { return has_ended_; });
+  }
+  void join() { thread_.join(); }
+
+  /// Bytes that are hashed.
+  [[nodiscard]] std::uint64_t hashed() const { return hashed_; }
+  /// Whether bytes arrive faster than they are hashed and the backlog has grown large. More connections would only take
+  /// the digest's processor time then.
+  [[nodiscard]] bool is_behind(double bytes_per_second) const {
+    constexpr std::uint64_t backlog = 64 * 1024 * 1024;
+    return is_started_ && bytes_per_second > pace_ && table_.frontier() - hashed_ > backlog;
+  }
+  /// 32 lower-case hex digits after the whole file was hashed, else empty. Valid after join().
+  [[nodiscard]] const std::string& digest() const { return digest_; }
+  /// The file could not be read back. Valid after join().
+  [[nodiscard]] const std::optional<error>& failure() const { return failure_; }
+
+ private:
+  void follow() {
+    md5 hash;
+    page_buffer buffer;
+    double busy = 0;  // seconds
+    for (std::uint64_t offset = 0; offset < file_.size() && !state_.is_stopped();) {
+      const auto until = table_.wait_beyond(offset);
+      const auto began = clock::now();
+      while (offset < until && !state_.is_stopped()) {
+        const auto wanted =
+            static_cast<std::size_t>((std::min<std::uint64_t>)(page_buffer::size, until - offset));
+        const auto count = file_.content().read_at(offset, buffer.data(), wanted);
+        if (count != static_cast<std::int64_t>(wanted)) {
+          failure_ = count < 0 ? disk_error("read back", file_.where(), static_cast<int>(-count))
+                               : error(errc::disk_failure, "cannot read back " + in_quotes(file_.where()) +
+                                                               ": somebody made it shorter; try again");
+          state_.fail(*failure_);
+          state_.stop();
+          break;
+        }
+        hash.update({buffer.data(), wanted});
+        hashed_ = offset += wanted;
+      }
+      busy += std::chrono::duration<double>(clock::now() - began).count();
+      if (busy > 0) pace_ = static_cast<double>(offset) / busy;
+    }
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (hashed_ == file_.size()) digest_ = hash.finish();
+    has_ended_ = true;
+    ended_.notify_all();
+  }
+
+  const partial_file& file_;
+  block_table& table_;
+  transfer_state& state_;
+  std::atomic<std::uint64_t> hashed_{0};
+  std::atomic<double> pace_{0};  // bytes a second while there is something to hash
+  std::mutex mutex_;             // guards the next two
+  std::condition_variable ended_;
+  bool has_ended_ = false;
+  std::string digest_;
+  std::optional<error> failure_;
+  bool is_started_ = false;
+  thread thread_;  // last: joined before anything it uses is destroyed
+};
+
+// ---- where the file is
+
+/// Where the bytes of a file are: the address that the service's redirects lead to. One connection finds it for all; when
+/// it expires, one connection asks the service for a new one. Thread-safe.
+class file_location {
+ public:
+  /// An address that a request is made to.
+  struct lease {
+    url address;
+    std::uint64_t generation = 0;
+    bool is_resolving = false;  // the address is the service's: redirects are to be followed, others wait
+  };
+  /// Asks the service for the file again and returns the new address, which is on the service.
+  using renewal = std::function<result<url>(call& asking_call)>;
+  static constexpr int most_renewals = 3;  // in a row, without a response in between
+
+  file_location(url service_address, renewal renew)
+      : service_address_(std::move(service_address)), renew_(std::move(renew)) {}
+
+  /// Returns the address for the next request. Blocks while another connection resolves it. Each lease has to be returned.
+  result<lease> acquire(call& asking_call) {
+    std::unique_lock<std::mutex> held(mutex_);
+    while (is_resolving_ && !asking_call.cancelled()) changed_.wait_for(held, milliseconds(20));
+    if (asking_call.cancelled()) return asking_call.why_cancelled();
+    if (!final_address_.host.empty()) return lease{final_address_, generation_, false};
+    is_resolving_ = true;
+    const auto generation = generation_;
+    if (is_renewal_due_) {
+      const milliseconds pause(renewals_ > 1 ? 250 << renewals_ : 0);
+      held.unlock();
+      auto fresh = asking_call.sleep(pause) ? renew_(asking_call) : result<url>(asking_call.why_cancelled());
+      held.lock();
+      if (!fresh) {
+        is_resolving_ = false;
+        changed_.notify_all();
+        return std::move(fresh).error();
+      }
+      is_renewal_due_ = false;
+      service_address_ = *std::move(fresh);
+    }
+    return lease{service_address_, generation, true};
+  }
+  /// The redirects led to this address: every connection may use it.
+  void found(const lease& current, const url& final_address) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (!current.is_resolving || current.generation != generation_) return;
+    final_address_ = final_address;
+    is_resolving_ = false;
+    changed_.notify_all();
+  }
+  /// The address was good for a response: earlier renewals do not count any more.
+  void served(const lease& current) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (current.generation == generation_) renewals_ = 0, was_served_ = true;
+  }
+  /// The request has ended. If it was to resolve the address and did not, another connection may.
+  void release(const lease& current) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (!current.is_resolving || current.generation != generation_ || !final_address_.host.empty()) return;
+    is_resolving_ = false;
+    changed_.notify_all();
+  }
+  /// The file's server refused the address, which may have expired. Returns whether a new one will be asked for; false if
+  /// too many new ones were refused in a row.
+  bool renew(const lease& refused) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (refused.generation != generation_) return true;  // another connection was faster
+    if (renewals_ == most_renewals) return false;
+    ++renewals_;
+    is_renewal_due_ = true;
+    reset();
+    return true;
+  }
+  /// The file's server cannot be reached: the redirects are followed anew.
+  void forget(const lease& unreachable) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (unreachable.generation == generation_ && !unreachable.is_resolving) reset();
+  }
+  /// Whether any address was good for a response.
+  [[nodiscard]] bool was_served() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return was_served_;
+  }
+
+ private:
+  void reset() {
+    ++generation_;
+    final_address_ = {};
+    is_resolving_ = false;
+    changed_.notify_all();
+  }
+
+  mutable std::mutex mutex_;  // guards the rest
+  std::condition_variable changed_;
+  url service_address_;
+  const renewal renew_;
+  url final_address_;  // no host: not known
+  std::uint64_t generation_ = 0;
+  int renewals_ = 0;
+  bool is_resolving_ = false, is_renewal_due_ = false, was_served_ = false;
+};
+
+/// The entity tag (RFC 9110, section 8.8.3) of the first response: later ones must have the same. Thread-safe.
+class entity_pin {
+ public:
+  /// Returns false if the response is of another entity.
+  bool accept(const http_response& head) {
+    const std::string* tag = head.header("ETag");
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (tag == nullptr || is_ignored_) return true;
+    if (tag_.empty()) tag_ = *tag;
+    return *tag == tag_;
+  }
+  /// For If-Range, which takes strong tags only (RFC 9110, section 13.1.5). Empty: none is known.
+  [[nodiscard]] std::string strong_tag() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return is_ignored_ || starts_with(tag_, "W/") ? std::string() : tag_;
+  }
+  /// Servers of the same file have tags of their own: tags say nothing.
+  void ignore() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    is_ignored_ = true;
+  }
+  /// The transfer starts over: the next response's tag counts.
+  void reset() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    tag_.clear();
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::string tag_;
+  bool is_ignored_ = false;
+};
+
+/// Content-Range: bytes first-last/size (RFC 9110, section 14.4). `bytes.end` is exclusive; a size of "*" is absent. No bytes
+/// if the text is malformed.
 struct content_range {
   byte_range bytes;
   std::optional<std::uint64_t> size;
@@ -4549,649 +5176,801 @@ struct content_range {
   }
 };
 
-/// One file on its way to a place: ranges are fetched by a thread a connection, hashed by another, and watched over by the
-/// caller's. One object for one try from what is there (or from nothing).
+// ---- one transfer
+
+/// What a transfer is about, and what both kinds of transfer need.
+struct transfer_job {
+  session& service_session;
+  call& user_call;
+  const run_path& run;
+  const std::string& name;
+  const restore_options& options;
+  const remote_file& remote;
+
+  [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
+  [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
+  [[nodiscard]] error failure(errc code, const url& source, const std::string& what) const {
+    return error(code, label() + ": " + source.redacted() + " " + what);
+  }
+  [[nodiscard]] error wrong_size(const url& source, std::uint64_t size) const {
+    return failure(errc::checksum_mismatch, source,
+                   "has " + std::to_string(size) + " bytes, the service says " +
+                       std::to_string(*remote.info.size));
+  }
+  /// Asks the service for the file again. errc::protocol_violation if it is another one by now.
+  result<remote_file> ask_again(call& asking_call) const {
+    auto fresh = service(service_session, asking_call).find_file(run, name);
+    if (!fresh)
+      return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
+    if (fresh->info.md5 != remote.info.md5 || fresh->info.size != remote.info.size) {
+      return error(errc::protocol_violation,
+                   label() + ": the run replaced the file while it was being fetched; try again");
+    }
+    return fresh;
+  }
+  [[nodiscard]] file_location::renewal renewal() const {
+    return [this](call& asking_call) -> result<url> {
+      auto fresh = ask_again(asking_call);
+      if (!fresh) return fresh.error();
+      return url::parse(fresh->address);
+    };
+  }
+};
+
+/// Why a request for a file did not bring its bytes, and what is to be done about it.
+struct setback {
+  enum class remedy {
+    none,     // there was no failure, or it is cured: go on
+    retry,    // as far as the error is transient
+    fewer,    // the server may want fewer connections; otherwise as `retry`
+    whole,    // ranges do not work here: fetch the whole file; a failure if that was done already
+    restart,  // the file is another one by now: from nothing
+  };
+  remedy cure = remedy::none;
+  std::optional<error> failure = {};
+
+  explicit operator bool() const { return failure.has_value(); }
+};
+
+/// Interprets a status that is neither 200 nor 206, of a request at a leased address. `source` is where the redirects led.
+inline setback refused(const transfer_job& job, file_location& location, const file_location::lease& lease,
+                       const answer& got, const url& source, bool is_range,
+                       const std::string& authorization) {
+  using remedy = setback::remedy;
+  const int status = got.head.status;
+  error failure =
+      job.service_session.status_error(job.label() + ": " + source.redacted(), got, source, authorization);
+  const auto& base = job.service_session.base;
+  const bool is_own =
+      base && under_base(*base, source) && lease.is_resolving && source.str() == lease.address.str();
+  // Some stores answer 400 to an expired signature, and name it in the body. A node that has lost the file answers 404.
+  const bool expired = status == 401 || status == 403 || status == 410 ||
+                       (status == 404 && location.was_served()) ||
+                       (status == 400 && contains_ignoring_case(got.body, "expired"));
+  if (!is_own && expired) {
+    if (location.renew(lease)) return {};
+    const errc code = status == 401 || status == 403 ? errc::permission_denied : errc::http_failure;
+    return {remedy::fewer, error(code,
+                                 std::string(failure.what()) + ", also with " +
+                                     std::to_string(file_location::most_renewals) + " new addresses",
+                                 status)};
+  }
+  if (is_range && (status == 400 || status == 405 || status == 416 || status == 501))
+    return {remedy::whole, failure};
+  return {failure.is_transient() ? remedy::fewer : remedy::retry, failure};
+}
+
+/// A file of known size and md5: fetched in ranges by several connections, hashed while it arrives.
+class ranged_transfer {
+ public:
+  ranged_transfer(const transfer_job& job, partial_file& destination, const url& service_address)
+      : job_(job), file_(destination), table_(destination), location_(service_address, job.renewal()),
+        retries_(job.user_call), reporter_(job.user_call, job.options, job.name),
+        plan_(connections(), destination.size(), table_.missing()), digest_(destination, table_, state_) {}
+  ranged_transfer(const ranged_transfer&) = delete;
+  ranged_transfer& operator=(const ranged_transfer&) = delete;
+  ~ranged_transfer() { end(); }  // also where the caller's on_progress throws
+
+  /// Fetches and hashes what is missing. Returns the md5 of the whole file.
+  result<std::string> run();
+  /// The file is another one than when the transfer began.
+  [[nodiscard]] bool is_replaced() const { return is_replaced_; }
+
+ private:
+  class range_sink;
+  static constexpr int patience = 3;  // failures in a row after which the server may want fewer connections
+  static constexpr int most_connections = 64;
+
+  [[nodiscard]] std::size_t connections() const {
+    const std::uint64_t missing = file_.size() - table_.present();
+    if (missing < range_plan::worth_splitting) return 1;
+    const auto wanted = static_cast<std::uint64_t>((std::min)(job_.options.connections, most_connections));
+    return static_cast<std::size_t>((std::min)(wanted, missing / range_plan::first_piece));
+  }
+  void start_workers();
+  void work(std::size_t connection);
+  bool wait_for_range(std::size_t connection);
+  setback fetch(std::size_t connection, std::string& buffer);
+  setback judge(std::size_t connection, const result<answer>& got, const range_sink& sink, const url& source);
+  void confirm_entity(call& asking_call);
+  result<void> flush(std::size_t connection, std::string& buffer);
+  void flush_whole_blocks(std::size_t connection, std::string& buffer);
+  void tick(phase now);
+  void end();
+
+  const transfer_job& job_;
+  partial_file& file_;
+  block_table table_;
+  file_location location_;
+  entity_pin entity_;
+  retry_clock retries_;
+  transfer_state state_;
+  progress_reporter reporter_;
+  range_plan plan_;
+  std::atomic<bool> is_replaced_{false};
+  std::atomic<double> pace_{0};        // bytes a second that arrive
+  std::uint64_t received_before_ = 0;  // bytes, at the last tick
+  std::uint64_t arrived_ = 0;          // bytes that on_progress was told of
+  clock::time_point touched_ = clock::now();
+  digest_follower digest_;
+  std::vector<thread> workers_;  // last: joined before anything they use is destroyed
+};
+
+/// Checks a response against what was asked for and stores its bytes.
+class ranged_transfer::range_sink final : public body_sink {
+ public:
+  static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
+
+  range_sink(ranged_transfer& transfer, std::size_t connection, byte_range asked, bool is_range,
+             const file_location::lease& lease, const url& source, std::string& buffer)
+      : transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]), asked_(asked),
+        promised_end_(asked.end), is_range_(is_range), lease_(lease), source_(source), buffer_(buffer) {}
+
+  void connected() override { transfer_.plan_.connected(connection_, clock::now()); }
+  bool start(const http_response& head) override {
+    transfer_.plan_.responded(connection_, clock::now());
+    if (cursor_.is_taken_over() || transfer_.state_.is_stopped()) return false;
+    if (!transfer_.entity_.accept(head)) return is_other_entity_ = true, false;
+    if (auto problem = check(head)) {
+      problem_ = std::move(problem);
+      return false;
+    }
+    transfer_.location_.found(lease_, source_);
+    transfer_.location_.served(lease_);
+    return true;
+  }
+  bool write(std::string_view bytes) override {
+    cursor_.received += bytes.size();
+    while (!bytes.empty()) {
+      const std::uint64_t position = cursor_.position, wanted_end = cursor_.end;
+      const auto end = (std::min)(wanted_end, promised_end_);
+      if (transfer_.state_.is_stopped() || position >= end) return is_surplus_ = true, false;
+      // A short 206 may end inside a block. The rest of the block stays in the buffer until the next response completes it.
+      const auto boundary = (std::min)((position / chunk + 1) * chunk, wanted_end);
+      const auto taken = static_cast<std::size_t>(
+          (std::min<std::uint64_t>)(bytes.size(), (std::min)(boundary, end) - position));
+      buffer_.append(bytes.substr(0, taken));
+      bytes.remove_prefix(taken);
+      cursor_.position = position + taken;
+      if (position + taken < boundary) continue;
+      if (auto written = transfer_.flush(connection_, buffer_); !written) {
+        problem_ = setback{setback::remedy::retry, written.error()};
+        return false;
+      }
+    }
+    return true;
+  }
+
+  /// The response cannot be used.
+  [[nodiscard]] const std::optional<setback>& problem() const { return problem_; }
+  [[nodiscard]] bool is_other_entity() const { return is_other_entity_; }
+  /// More bytes came than were promised or are still wanted.
+  [[nodiscard]] bool is_surplus() const { return is_surplus_; }
+  /// A shorter range than asked for has come whole (RFC 9110, section 15.3.7): the rest can be asked for.
+  [[nodiscard]] bool is_short() const { return cursor_.position == promised_end_ && cursor_.is_wanted(); }
+  /// Bytes of the range that came.
+  [[nodiscard]] std::uint64_t brought() const {
+    const std::uint64_t position = cursor_.position;
+    return position > begin_ ? position - begin_ : 0;
+  }
+
+ private:
+  [[nodiscard]] setback violation(const std::string& what) const {
+    return {setback::remedy::whole, transfer_.job_.failure(errc::protocol_violation, source_, what)};
+  }
+  [[nodiscard]] std::optional<setback> check(const http_response& head) {
+    const std::string* field = head.header("Content-Range");
+    const auto range = content_range::parse(field != nullptr ? *field : "");
+    // Some stores answer 200 to a range. The Content-Range tells such a part from the whole file.
+    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) return check_part(range, field);
+    return check_whole(head);
+  }
+  /// RFC 9110, section 15.3.7.
+  [[nodiscard]] std::optional<setback> check_part(const content_range& range, const std::string* field) {
+    if (!is_range_ || range.bytes.end == 0)
+      return violation("answers 206 without a range that was asked for");
+    const std::uint64_t size = transfer_.file_.size();
+    if (range.size && *range.size != size)
+      return setback{setback::remedy::whole, transfer_.job_.wrong_size(source_, *range.size)};
+    if (range.bytes.begin != asked_.begin || range.bytes.end > asked_.end) {
+      return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
+    }
+    promised_end_ = range.bytes.end;
+    return std::nullopt;
+  }
+  /// A server that ignores Range sends everything from the start: one connection takes it.
+  [[nodiscard]] std::optional<setback> check_whole(const http_response& head) {
+    const std::uint64_t size = transfer_.file_.size();
+    const std::string* field = head.header("Content-Length");
+    const auto length = field != nullptr ? to_number(trim(*field)) : std::nullopt;
+    if (length && *length != size)
+      return setback{setback::remedy::retry, transfer_.job_.wrong_size(source_, *length)};
+    if (is_range_) {
+      transfer_.plan_.use_whole(connection_);
+      buffer_.clear();
+      begin_ = 0;
+    }
+    promised_end_ = size;
+    return std::nullopt;
+  }
+
+  ranged_transfer& transfer_;
+  const std::size_t connection_;
+  range_plan::cursor& cursor_;
+  const byte_range asked_;
+  std::uint64_t begin_ = asked_.begin;
+  std::uint64_t promised_end_;
+  const bool is_range_;
+  const file_location::lease& lease_;
+  const url& source_;
+  std::string& buffer_;
+  std::optional<setback> problem_;
+  bool is_other_entity_ = false, is_surplus_ = false;
+};
+
+inline result<std::string> ranged_transfer::run() {
+  static_assert(range_plan::smallest_share >= range_sink::chunk,
+                "a connection's buffer must not reach into the half that another connection takes over");
+  const bool is_followed = digest_.start();
+  if (table_.is_complete()) {
+    state_.complete();
+  } else {
+    start_workers();
+  }
+  supervise(job_.user_call, state_, retries_, [&] { tick(phase::downloading); });
+  while (is_followed && state_.is_complete() && !digest_.wait(milliseconds(100))) {
+    tick(phase::verifying);
+    if (job_.user_call.cancelled()) state_.stop();
+  }
+  end();
+  if (auto failure = state_.failure()) return *failure;
+  if (digest_.failure()) return *digest_.failure();
+  if (job_.user_call.cancelled()) return job_.user_call.why_cancelled();
+  std::string digest = digest_.digest();
+  if (!is_followed) {
+    digest = md5_of_file(file_.where(), [&](std::uint64_t done) {
+      if (reporter_.is_due()) reporter_.report(phase::verifying, done, file_.size(), 0);
+      return !job_.user_call.cancelled();
+    });
+  }
+  reporter_.report(phase::verifying, file_.size(), file_.size(), pace_);
+  if (job_.user_call.cancelled()) return job_.user_call.why_cancelled();
+  return digest;
+}
+
+inline void ranged_transfer::start_workers() {
+  workers_ = std::vector<thread>(plan_.connections());
+  for (std::size_t connection = 0; connection < workers_.size(); ++connection) {
+    if (workers_[connection].start([this, connection] { work(connection); })) continue;
+    if (connection == 0) {
+      state_.fail(
+          error(errc::disk_failure, job_.label() + ": the system starts no thread (a limit on processes?)"));
+    }
+    break;  // fewer connections
+  }
+}
+
+inline void ranged_transfer::end() {
+  state_.stop();
+  table_.close();
+  for (auto& worker : workers_) worker.join();
+  digest_.join();
+}
+
+/// Measures, reports, and tells the retry clock of progress.
+inline void ranged_transfer::tick(phase now) {
+  if (!reporter_.is_due()) return;
+  const double seconds = reporter_.elapsed();
+  const auto received = plan_.received();
+  const double lately = static_cast<double>(received - received_before_) / seconds;
+  received_before_ = received;
+  pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
+  plan_.measure(seconds);
+  // Buffered bytes count. Where a connection loses them to another, the sum shrinks: it is not reported then.
+  const auto arrived = (std::min)(table_.present() + plan_.buffered(), file_.size());
+  if (arrived > arrived_) {
+    retries_.progressed(arrived - arrived_);
+    arrived_ = arrived;
+  }
+  if (now == phase::verifying && clock::now() - touched_ > std::chrono::seconds(partial_file::quiet / 6)) {
+    touched_ = clock::now();
+    file_.touch();
+  }
+  reporter_.report(now, now == phase::verifying ? digest_.hashed() : arrived_, file_.size(), pace_);
+}
+
+/// Stores the buffer of a connection, which begins where the stored part of its range ends.
+inline result<void> ranged_transfer::flush(std::size_t connection, std::string& buffer) {
+  if (buffer.empty()) return {};
+  const auto begin = plan_.stored(connection);
+  if (auto stored = table_.store(begin, buffer); !stored) return stored;
+  plan_.stored(connection, begin + buffer.size());
+  buffer.clear();
+  return {};
+}
+
+/// Stores the whole blocks of the buffer when a connection ends: only whole blocks can be recorded.
+inline void ranged_transfer::flush_whole_blocks(std::size_t connection, std::string& buffer) {
+  const auto stored = plan_.stored(connection);
+  const auto end = (std::min)(stored + buffer.size(), plan_[connection].end.load());
+  const auto whole = end == file_.size() ? end : end / partial_file::block * partial_file::block;
+  buffer.resize(static_cast<std::size_t>((std::max)(whole, stored) - stored));
+  if (auto flushed = flush(connection, buffer); !flushed) state_.fail(flushed.error());
+}
+
+/// One connection: range after range until every byte is on disk.
+inline void ranged_transfer::work(std::size_t connection) {
+  using remedy = setback::remedy;
+  const auto& cursor = plan_[connection];
+  const auto others = [&] { return plan_.received() - cursor.received; };
+  const auto is_over = [&] { return state_.is_stopped() || state_.is_complete(); };
+  std::string buffer;
+  buffer.reserve(static_cast<std::size_t>(range_sink::chunk));
+  milliseconds parked_for(5000);
+  while (wait_for_range(connection)) {
+    backoff tries(job_.user_call, retries_);
+    std::uint64_t others_before = 0;
+    buffer.clear();
+    while (cursor.is_wanted() && !is_over()) {
+      const std::uint64_t position = cursor.position, present = table_.present();
+      if (tries.failures() == 0) others_before = others();
+      const setback now = fetch(connection, buffer);
+      if (!now || is_over()) continue;
+      if (now.cure == remedy::whole && plan_.use_whole(connection)) continue;
+      if (now.cure == remedy::restart) is_replaced_ = true;
+      // A try that brought a block or more is followed by the next at once. Waiting is for tries that bring nothing.
+      const bool has_brought = plan_.is_whole() ? table_.present() >= present + partial_file::block
+                                                : cursor.position >= position + partial_file::block;
+      if (has_brought && now.failure->is_transient()) {
+        tries.reset();
+        continue;
+      }
+      const bool is_last_try = !now.failure->is_transient() || tries.failures() + 1 >= patience;
+      if (now.cure == remedy::fewer && is_last_try && others() != others_before && plan_.park(connection)) {
+        // The others get on: the server wants fewer connections. Perhaps not for long.
+        flush_whole_blocks(connection, buffer);
+        plan_.release(connection);
+        if (state_.wait(parked_for)) return;
+        parked_for = (std::min)(parked_for * 2, milliseconds(60000));
+        plan_.unpark(connection);
+        break;
+      }
+      const auto wait = tries.after(*now.failure);
+      if (!wait) {
+        flush_whole_blocks(connection, buffer);
+        return state_.fail(wait.error());
+      }
+      for (const auto until = clock::now() + *wait; cursor.is_wanted() && clock::now() < until;) {
+        if (state_.wait((std::min)(std::chrono::ceil<milliseconds>(until - clock::now()), milliseconds(20))))
+          break;
+      }
+    }
+    flush_whole_blocks(connection, buffer);
+    plan_.release(connection);
+  }
+}
+
+/// Waits for a range to fetch. Returns false when there is nothing more to do.
+inline bool ranged_transfer::wait_for_range(std::size_t connection) {
+  while (!state_.is_stopped() && !state_.is_complete()) {
+    if (table_.is_complete()) {
+      plan_.finish();
+      state_.complete();
+      return false;
+    }
+    // The first two connections work in any case: they may hold the range that the digest waits for.
+    const bool is_needed = connection < 2 || !digest_.is_behind(pace_);
+    if (is_needed && plan_.assign(connection, clock::now())) return true;
+    state_.wait(milliseconds(20));
+  }
+  return false;
+}
+
+/// Makes one request for the rest of a connection's range.
+inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffer) {
+  using remedy = setback::remedy;
+  auto& cursor = plan_[connection];
+  call inner(job_.user_call, state_.stop_flag());
+  const auto lease = location_.acquire(inner);
+  if (!lease) {
+    const bool is_other = lease.error().code() == errc::protocol_violation;
+    return {is_other ? remedy::restart : remedy::retry, lease.error()};
+  }
+  const auto& base = job_.service_session.base;
+  const auto authorization = base && under_base(*base, lease->address)
+                                 ? job_.service_session.authorization(inner)
+                                 : result<std::string>(std::string());
+  if (!authorization) {
+    location_.release(*lease);
+    return {remedy::retry, error::permanent(authorization.error().code(), authorization.error().what(),
+                                            authorization.error().http_status())};
+  }
+  const byte_range asked = plan_.request(connection, clock::now());
+  if (asked.size() == 0) {
+    location_.release(*lease);
+    return {};
+  }
+  if (asked.begin == 0) buffer.clear();  // the whole file, perhaps again
+  const bool is_range = asked.size() < file_.size();
+  http_request request;
+  if (is_range) {
+    add_header(request.headers, "Range",
+               "bytes=" + std::to_string(asked.begin) + '-' + std::to_string(asked.end - 1));
+    if (const auto tag = entity_.strong_tag(); !tag.empty()) add_header(request.headers, "If-Range", tag);
+  }
+  request.is_cancelled = [&] { return state_.is_stopped() || cursor.is_taken_over(); };
+  url source = lease->address;
+  range_sink sink(*this, connection, asked, is_range, *lease, source, buffer);
+  const auto got = job_.service_session.send(
+      job_.user_call, std::move(request), *authorization, sink, source, [&](const url& hop) {
+        if (base && under_base(*base, hop)) return;
+        location_.found(*lease, hop);  // the others need not wait for the response
+        plan_.address_found(connection, clock::now());
+      });
+  plan_.ended(connection);
+  setback now = judge(connection, got, sink, source);
+  if (got && got->head.status != 200 && got->head.status != 206 && !now) {
+    now = refused(job_, location_, *lease, *got, source, is_range, *authorization);
+  } else if (now && now.failure->code() == errc::connection_failed && sink.brought() == 0) {
+    location_.forget(*lease);
+  }
+  location_.release(*lease);
+  if (sink.is_other_entity()) confirm_entity(inner);
+  return now;
+}
+
+/// Interprets the end of a request whose response, if any, was of status 200 or 206.
+inline setback ranged_transfer::judge(std::size_t connection, const result<answer>& got,
+                                      const range_sink& sink, const url& source) {
+  using remedy = setback::remedy;
+  const auto& cursor = plan_[connection];
+  if (state_.is_stopped() || sink.is_other_entity()) return {};
+  if (sink.problem()) return *sink.problem();
+  if (cursor.is_taken_over()) return {};
+  if (sink.is_surplus()) {
+    return {remedy::whole, job_.failure(errc::protocol_violation, source, "sends more than it promised")};
+  }
+  if (!got) return {remedy::fewer, got.error()};
+  if (got->head.status != 200 && got->head.status != 206) return {};
+  if (!cursor.is_wanted() || (sink.is_short() && sink.brought() >= partial_file::block)) return {};
+  return {remedy::retry,
+          job_.failure(errc::connection_failed, source,
+                       "ended " + std::to_string(cursor.end - cursor.position) + " bytes early")};
+}
+
+/// A response had another entity tag. Either the run has replaced the file, or its servers have tags of their own: the service
+/// knows. In the second case the md5 decides.
+inline void ranged_transfer::confirm_entity(call& asking_call) {
+  const auto same = job_.ask_again(asking_call);
+  if (same) return entity_.ignore();
+  if (same.error().code() == errc::protocol_violation) is_replaced_ = true;
+  state_.fail(same.error());
+}
+
+/// A file whose size or md5 is not known: fetched by one connection, since ranges cannot be verified together. It is hashed
+/// as it arrives where the md5 is known.
+class stream_transfer {
+ public:
+  stream_transfer(const transfer_job& job, partial_file& destination, const url& service_address)
+      : job_(job), file_(destination), location_(service_address, job.renewal()), retries_(job.user_call),
+        reporter_(job.user_call, job.options, job.name), total_(job.remote.info.size) {}
+  stream_transfer(const stream_transfer&) = delete;
+  stream_transfer& operator=(const stream_transfer&) = delete;
+  ~stream_transfer() { end(); }
+
+  /// Fetches the file. Returns its md5, or "" where nothing would be compared with it.
+  result<std::string> run();
+  [[nodiscard]] bool is_replaced() const { return is_replaced_; }
+
+ private:
+  class stream_sink;
+
+  void work();
+  setback fetch();
+  void tick();
+  void start_over();
+  /// Whether the bytes that are here are the whole file, as far as the md5 can tell.
+  [[nodiscard]] bool is_proved() const {
+    return job_.is_verified() && md5(hash_).finish() == job_.remote.info.md5;
+  }
+  /// Whether a later response may continue an earlier one (RFC 9110, section 15.3.7.3).
+  [[nodiscard]] bool is_combinable() const { return job_.is_verified() || !entity_.strong_tag().empty(); }
+  void end() {
+    state_.stop();
+    worker_.join();
+  }
+
+  const transfer_job& job_;
+  partial_file& file_;
+  file_location location_;
+  entity_pin entity_;
+  retry_clock retries_;
+  transfer_state state_;
+  progress_reporter reporter_;
+  bool is_replaced_ = false;
+  double pace_ = 0;                    // bytes a second that arrive
+  std::uint64_t received_before_ = 0;  // bytes, at the last tick
+  std::uint64_t arrived_ = 0;          // bytes that on_progress was told of
+
+  std::atomic<std::uint64_t> received_{0};  // bytes of all responses
+  std::atomic<std::uint64_t> position_{0};  // the next byte to arrive
+  // The worker's alone:
+  md5 hash_;                            // of the bytes before `position_`
+  std::optional<std::uint64_t> total_;  // the size of the file, once something tells it
+  thread worker_;                       // last: joined before anything it uses is destroyed
+};
+
+/// Checks a response and appends its bytes to the file.
+class stream_transfer::stream_sink final : public body_sink {
+ public:
+  stream_sink(stream_transfer& transfer, bool is_range, const file_location::lease& lease, const url& source)
+      : transfer_(transfer), is_range_(is_range), lease_(lease), source_(source) {}
+
+  bool start(const http_response& head) override {
+    if (transfer_.state_.is_stopped()) return false;
+    if (!transfer_.entity_.accept(head)) return is_other_entity_ = true, false;
+    if (auto problem = check(head)) {
+      problem_ = std::move(problem);
+      return false;
+    }
+    transfer_.location_.found(lease_, source_);
+    transfer_.location_.served(lease_);
+    return true;
+  }
+  bool write(std::string_view bytes) override {
+    transfer_.received_ += bytes.size();
+    const auto skipped = static_cast<std::size_t>((std::min<std::uint64_t>)(bytes.size(), skipped_));
+    bytes.remove_prefix(skipped);
+    skipped_ -= skipped;
+    if (bytes.empty()) return true;
+    const std::uint64_t position = transfer_.position_;
+    if (transfer_.state_.is_stopped()) return false;
+    if (transfer_.total_ && bytes.size() > *transfer_.total_ - position) return is_surplus_ = true, false;
+    if (auto written = transfer_.file_.write(position, bytes); !written) {
+      problem_ = setback{setback::remedy::retry, written.error()};
+      return false;
+    }
+    if (transfer_.job_.is_verified()) transfer_.hash_.update(bytes);
+    transfer_.position_ = position + bytes.size();
+    return true;
+  }
+
+  [[nodiscard]] const std::optional<setback>& problem() const { return problem_; }
+  [[nodiscard]] bool is_other_entity() const { return is_other_entity_; }
+  [[nodiscard]] bool is_surplus() const { return is_surplus_; }
+  /// The response ended before it reached the bytes that are here already.
+  [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
+
+ private:
+  [[nodiscard]] setback violation(const std::string& what) const {
+    return {setback::remedy::retry, transfer_.job_.failure(errc::protocol_violation, source_, what)};
+  }
+  [[nodiscard]] std::optional<setback> check(const http_response& head) {
+    const std::string* field = head.header("Content-Range");
+    const auto range = content_range::parse(field != nullptr ? *field : "");
+    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) {
+      if (!is_range_ || range.bytes.end == 0)
+        return violation("answers 206 without a range that was asked for");
+      if (range.bytes.begin != transfer_.position_) {
+        return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
+      }
+      if (!range.size) return violation("does not say how long the file is");
+      return check_total(range.size);
+    }
+    if (transfer_.position_ > 0) {
+      // The whole file again. With an md5 the bytes that are here count; without one the new response does.
+      if (transfer_.job_.is_verified()) {
+        skipped_ = transfer_.position_;
+      } else {
+        transfer_.start_over();
+      }
+    }
+    const std::string* length = head.header("Content-Length");
+    return check_total(length != nullptr ? to_number(trim(*length)) : std::nullopt);
+  }
+  [[nodiscard]] std::optional<setback> check_total(std::optional<std::uint64_t> told) {
+    if (!told) return std::nullopt;
+    if (transfer_.job_.remote.info.size && *told != *transfer_.job_.remote.info.size)
+      return setback{setback::remedy::retry, transfer_.job_.wrong_size(source_, *told)};
+    if (*told < transfer_.position_) {
+      return setback{setback::remedy::restart,
+                     transfer_.job_.failure(errc::protocol_violation, source_,
+                                            "became shorter while it was being fetched")};
+    }
+    transfer_.total_ = told;
+    return std::nullopt;
+  }
+
+  stream_transfer& transfer_;
+  const bool is_range_;
+  const file_location::lease& lease_;
+  const url& source_;
+  std::uint64_t skipped_ = 0;  // bytes that are here already, and come again
+  std::optional<setback> problem_;
+  bool is_other_entity_ = false, is_surplus_ = false;
+};
+
+inline result<std::string> stream_transfer::run() {
+  if (!worker_.start([this] { work(); })) {
+    return error(errc::disk_failure, job_.label() + ": the system starts no thread (a limit on processes?)");
+  }
+  supervise(job_.user_call, state_, retries_, [&] { tick(); });
+  end();
+  if (auto failure = state_.failure()) return *failure;
+  file_.set_size(position_);
+  reporter_.report(job_.is_verified() ? phase::verifying : phase::downloading, position_, position_, pace_);
+  if (job_.user_call.cancelled()) return job_.user_call.why_cancelled();
+  return job_.is_verified() ? hash_.finish() : std::string();
+}
+
+inline void stream_transfer::tick() {
+  if (!reporter_.is_due()) return;
+  const std::uint64_t received = received_, position = position_;
+  const double lately = static_cast<double>(received - received_before_) / reporter_.elapsed();
+  received_before_ = received;
+  pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
+  if (position > arrived_) {
+    retries_.progressed(position - arrived_);
+    arrived_ = position;
+  }
+  reporter_.report(phase::downloading, arrived_, job_.remote.info.size, pace_);
+}
+
+inline void stream_transfer::start_over() {
+  position_ = 0;
+  hash_ = md5();
+  total_ = job_.remote.info.size;
+  entity_.reset();
+}
+
+inline void stream_transfer::work() {
+  using remedy = setback::remedy;
+  backoff tries(job_.user_call, retries_);
+  std::uint64_t furthest = 0;  // of all tries
+  while (!state_.is_stopped()) {
+    const setback now = fetch();
+    if (state_.is_stopped()) return;
+    if (now.cure == remedy::none) {
+      if (state_.is_complete()) return;
+      continue;
+    }
+    is_replaced_ = now.cure == remedy::restart;
+    // All bytes may have come although the response did not end as it should. Only the md5 can tell.
+    if (now.failure->is_transient() && is_proved()) return state_.complete();
+    if (now.failure->is_transient() && position_ >= furthest + partial_file::block) {
+      furthest = position_;
+      tries.reset();  // a try that brought bytes is followed by the next at once
+      continue;
+    }
+    const auto wait = tries.after(*now.failure);
+    if (!wait) return state_.fail(wait.error());
+    state_.wait(*wait);
+  }
+}
+
+/// Makes one request for the rest of the file. Completes the transfer if the response ended as it should.
+inline setback stream_transfer::fetch() {
+  using remedy = setback::remedy;
+  call inner(job_.user_call, state_.stop_flag());
+  const auto lease = location_.acquire(inner);
+  if (!lease) {
+    const bool is_other = lease.error().code() == errc::protocol_violation;
+    return {is_other ? remedy::restart : remedy::retry, lease.error()};
+  }
+  const auto& base = job_.service_session.base;
+  const auto authorization = base && under_base(*base, lease->address)
+                                 ? job_.service_session.authorization(inner)
+                                 : result<std::string>(std::string());
+  if (!authorization) {
+    location_.release(*lease);
+    return {remedy::retry, error::permanent(authorization.error().code(), authorization.error().what(),
+                                            authorization.error().http_status())};
+  }
+  if (position_ > 0 && (!is_combinable() || (total_ && position_ >= *total_))) start_over();
+  const bool is_range = position_ > 0;
+  http_request request;
+  if (is_range) {
+    add_header(request.headers, "Range", "bytes=" + std::to_string(position_) + '-');
+    if (const auto tag = entity_.strong_tag(); !tag.empty()) add_header(request.headers, "If-Range", tag);
+  }
+  request.is_cancelled = [&] { return state_.is_stopped(); };
+  url source = lease->address;
+  stream_sink sink(*this, is_range, *lease, source);
+  const auto got =
+      job_.service_session.send(job_.user_call, std::move(request), *authorization, sink, source, {});
+  setback now;
+  if (sink.is_other_entity()) {
+    // With an md5, tags that differ from server to server do not matter. Without one, the parts cannot be combined.
+    if (job_.is_verified()) {
+      entity_.ignore();
+    } else {
+      start_over();
+    }
+    now = {remedy::retry,
+           job_.failure(errc::connection_failed, source, "changed while it was being fetched")};
+  } else if (sink.problem()) {
+    now = *sink.problem();
+  } else if (sink.is_surplus()) {
+    now = {remedy::retry, job_.failure(errc::protocol_violation, source, "sends more than it promised")};
+  } else if (!got) {
+    now = {remedy::retry, got.error()};
+  } else if (got->head.status != 200 && got->head.status != 206) {
+    now = refused(job_, location_, *lease, *got, source, is_range, *authorization);
+    if (now.cure == remedy::whole) start_over(), now = {};
+  } else if (sink.is_shorter()) {
+    now = {remedy::restart,
+           job_.failure(errc::protocol_violation, source, "became shorter while it was being fetched")};
+  } else if (total_ && position_ < *total_) {
+    now = {remedy::retry, job_.failure(errc::connection_failed, source,
+                                       "ended " + std::to_string(*total_ - position_) + " bytes early")};
+  } else {
+    state_.complete();
+  }
+  if (now && now.failure->code() == errc::connection_failed && position_ == 0) location_.forget(*lease);
+  location_.release(*lease);
+  return now;
+}
+
+/// Brings the content of a file into a partial file and checks it. One object for one try: from the blocks that are present,
+/// or from nothing.
 class download {
  public:
-  download(session& with, call& of, const run_path& run, const std::string& name, remote_file remote,
-           const restore_options& options)
-      : session_(with), call_(of), run_(run), name_(name), options_(options), remote_(std::move(remote)) {}
+  download(session& service_session, call& user_call, const run_path& run, const std::string& name,
+           remote_file remote, const restore_options& options)
+      : remote_(std::move(remote)), job_{service_session, user_call, run, name, options, remote_} {}
   download(const download&) = delete;
   download& operator=(const download&) = delete;
-  ~download() { stop(); }  // also where the caller's on_progress throws
 
-  /// Fills the partial file and checks it.
-  result<void> run(partial_file& into);
-  /// The file is not what it was when the download began: worth another start from nothing.
+  /// Blocks. Calls on_progress in this thread.
+  result<void> run(partial_file& destination) {
+    const auto address = url::parse(remote_.address);
+    if (!address) return address.error();
+    if (remote_.info.size && job_.is_verified()) return run_as<ranged_transfer>(destination, *address);
+    return run_as<stream_transfer>(destination, *address);
+  }
+  /// The file is another one than when the download began: worth another start from nothing.
   [[nodiscard]] bool entity_changed() const { return entity_changed_; }
   /// All of it arrived, and has another md5.
   [[nodiscard]] bool content_wrong() const { return content_wrong_; }
 
  private:
-  class range_sink;
-  static constexpr std::uint64_t digest_backlog =
-      64 * 1024 * 1024;  // bytes: more than it can hash between two looks
-  using lock = std::unique_lock<std::mutex>;
-
-  void work(std::size_t me);
-  bool next_range(std::size_t me);
-  std::optional<error> fetch(std::size_t me, std::string& buffer, backoff& tries);
-  result<url> address(lock& held);
-  std::optional<error> handle_status(const answer& got, const url& from, std::uint64_t used,
-                                     const std::string& authorization);
-  result<void> flush(std::size_t me, std::string& buffer);
-  void keep_whole_blocks(std::size_t me, std::string& buffer);
-  /// What the service was asked for was tried long enough: not worth another try here.
-  static error tried(const error& failure) {
-    return error::permanent(failure.code(), failure.what(), failure.http_status());
-  }
-  void retire(std::size_t me, const error& why);
-  void fail(const error& why);
-  void stop();
-  void hash_along();
-  void tick(phase now);
-  [[nodiscard]] std::string what() const { return "downloading " + in_quotes(name_) + " of " + run_.str(); }
-  [[nodiscard]] bool checked() const { return options_.verify && !remote_.info.md5.empty(); }
-
-  session& session_;
-  call& call_;
-  const run_path& run_;
-  const std::string& name_;
-  const restore_options& options_;
-  partial_file* into_ = nullptr;
-  range_plan plan_{0, {}};
-
-  std::mutex mutex_;                  // guards what follows, and the plan and the record of the partial file
-  std::condition_variable changed_;   // anything but the next
-  std::condition_variable advanced_;  // the frontier, for the digest
-  remote_file remote_;
-  url final_;                     // where the redirects led; no host: not known
-  bool resolving_ = false;        // one connection is finding that out, the others wait
-  std::uint64_t generation_ = 0;  // of final_
-  bool renewed_ = false;          // and nothing was served from there yet
-  std::string entity_tag_;
-  std::uint64_t frontier_ = 0;  // all bytes before this are on disk
-  std::uint64_t present_ = 0;   // bytes on disk
-  std::uint64_t shown_ = 0;     // bytes that on_progress was told of
-  std::vector<bool> claimed_;   // blocks that are on disk, or that one connection is writing
-  std::size_t alive_ = 0;       // connections
-  bool complete_ = false;
-  std::optional<error> failure_;
-  std::string digest_;
-  double pace_ = 0;       // bytes a second that arrive
-  double hash_pace_ = 0;  // bytes a second that the digest takes while it has any
-  bool hashing_ = false;  // by a thread of its own
-  bool hashed_all_ = false;
-
-  std::atomic<bool> stopped_{false};
-  std::atomic<bool> entity_changed_{false};
-  bool content_wrong_ = false;
-  std::atomic<std::uint64_t> hashed_{0};
-  std::atomic<std::uint64_t> received_{0};
-  std::uint64_t received_before_ = 0;
-  clock::time_point ticked_ = clock::now(), said_alive_ = ticked_;
-  thread digest_thread_;  // these two last: joined before anything they use goes
-  std::vector<thread> workers_;
-};
-
-/// Checks HTTP's promises about a response and brings its bytes to their places, a few blocks at a time.
-class download::range_sink final : public body_sink {
- public:
-  static constexpr std::uint64_t chunk =
-      4 * partial_file::block;  // bytes written at once, and each connection's buffer
-
-  range_sink(download& of, std::size_t me, std::string& buffer, bool ranged, const url& here)
-      : of_(of), me_(me), slot_(of.plan_[me]), buffer_(buffer), ranged_(ranged), here_(here) {}
-
-  bool start(const http_response& head) override {
-    const lock held(of_.mutex_);
-    slot_.delay = std::chrono::duration<double>(clock::now() - asked_).count();
-    if (slot_.revoked && slot_.at >= slot_.end) return false;  // another has it by now
-    failure_ = check(head);
-    if (failure_ || of_.stopped_) return false;
-    if (generation_ == of_.generation_) of_.renewed_ = false;  // the address of today is good
-    if (of_.final_.host.empty() &&
-        generation_ == of_.generation_) {  // a late answer from an address given up since is none
-      of_.final_ = here_;
-      of_.resolving_ = false;
-      of_.changed_.notify_all();
-    }
-    return true;
-  }
-
-  bool write(std::string_view bytes) override {
-    slot_.received += bytes.size();
-    of_.received_ += bytes.size();
-    while (!bytes.empty()) {
-      const std::uint64_t at = slot_.at, wanted_end = slot_.end, end = (std::min)(wanted_end, promised_end_);
-      if (of_.stopped_ || at >= end) {
-        surplus_ = true;
-        return false;
-      }
-      // A range that comes short may end within a block: that waits in the buffer for the next one.
-      const auto boundary = (std::min)((at / chunk + 1) * chunk, wanted_end);
-      const auto taken =
-          static_cast<std::size_t>((std::min<std::uint64_t>)(bytes.size(), (std::min)(boundary, end) - at));
-      buffer_.append(bytes.substr(0, taken));
-      bytes.remove_prefix(taken);
-      slot_.at = at + taken;
-      if (at + taken == boundary) {
-        if (auto written = of_.flush(me_, buffer_); !written) {
-          failure_ = written.error();
-          return false;
-        }
-      }
-    }
-    return true;
-  }
-
-  [[nodiscard]] const std::optional<error>& failure() const { return failure_; }
-  /// A range that was shorter than asked for (RFC 9110, section 15.3.7) has come whole: the next one can be asked for.
-  [[nodiscard]] bool came_short() const { return slot_.at == promised_end_ && slot_.at < slot_.end; }
-  /// More came than was promised or is still wanted.
-  [[nodiscard]] bool surplus() const { return surplus_; }
-
- private:
-  [[nodiscard]] error violation(const std::string& why) const {
-    return error(errc::protocol_violation, of_.what() + ": " + here_.redacted() + " " + why);
-  }
-  std::optional<error> check(const http_response& head) {
-    const std::string* tag = head.header("ETag");
-    if (tag != nullptr && !of_.entity_tag_.empty() && *tag != of_.entity_tag_) {
-      of_.entity_changed_ = true;
-      return violation("changed while it was being fetched (its entity tag is another now)");
-    }
-    if (tag != nullptr) of_.entity_tag_ = *tag;
-    return head.status == 206 ? check_part(head) : check_whole(head);
-  }
-  /// RFC 9110, section 15.3.7.
-  std::optional<error> check_part(const http_response& head) {
-    const std::string* field = head.header("Content-Range");
-    const auto range = content_range::parse(field != nullptr ? *field : "");
-    if (!ranged_ || range.bytes.end == 0) return violation("answers 206 without a range that was asked for");
-    const std::uint64_t size = range.size.value_or(0);  // 0: not told; no part is of something empty
-    if (size != 0 && of_.remote_.info.size && size != *of_.remote_.info.size) return wrong_size(size);
-    promised_end_ = range.bytes.end;
-    if (range.bytes.begin != slot_.at || range.bytes.end > asked_end_) {
-      return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
-    }
-    if (!of_.remote_.info.size) {
-      if (size == 0) return violation("does not say how long the file is");
-      slot_.end = size;
-    }
-    return std::nullopt;
-  }
-  /// A server that ignores Range sends everything from the start: one stream, then.
-  std::optional<error> check_whole(const http_response& head) {
-    const std::string* field = head.header("Content-Length");
-    const std::uint64_t length =
-        field != nullptr ? to_number(trim(*field)).value_or(range_plan::endless) : range_plan::endless;
-    const auto& size = of_.remote_.info.size;
-    if (size && length != range_plan::endless && length != *size) return wrong_size(length);
-    of_.plan_.take_whole(me_, size.value_or(length));
-    buffer_.clear();
-    of_.changed_.notify_all();
-    return std::nullopt;
-  }
-  [[nodiscard]] error wrong_size(std::uint64_t got) const {
-    return error(errc::checksum_mismatch, of_.what() + ": " + here_.redacted() + " has " +
-                                              std::to_string(got) + " bytes, the service says " +
-                                              std::to_string(*of_.remote_.info.size));
-  }
-
-  download& of_;
-  std::size_t me_;
-  range_plan::slot& slot_;
-  std::string& buffer_;
-  bool ranged_;
-  const url& here_;
-  std::uint64_t asked_end_ = slot_.end;
-  clock::time_point asked_ = clock::now();
-  std::uint64_t generation_ = of_.generation_;
-  std::uint64_t promised_end_ = range_plan::endless;  // of a 206: where its Content-Range ends
-  std::optional<error> failure_;
-  bool surplus_ = false;
-};
-
-inline result<void> download::run(partial_file& into) {
-  static_assert(range_plan::smallest_share >= range_sink::chunk,
-                "what a connection holds back must not reach into the part that another takes over");
-  into_ = &into;
-  const bool known = remote_.info.size.has_value();
-  std::vector<byte_range> gaps;
-  if (!known) gaps.push_back({0, range_plan::endless});
-  for (std::uint64_t i = 0; i < into.blocks(); ++i) {
-    const byte_range one{i * partial_file::block, (std::min)((i + 1) * partial_file::block, into.size())};
-    if (into.has(i)) {
-      present_ += one.end - one.begin;
-      if (frontier_ == one.begin) frontier_ = one.end;
-    } else if (!gaps.empty() && gaps.back().end == one.begin) {
-      gaps.back().end = one.end;
-    } else {
-      gaps.push_back(one);
-    }
-  }
-  claimed_.resize(static_cast<std::size_t>(into.blocks()));
-  for (std::size_t i = 0; i < claimed_.size(); ++i) claimed_[i] = into.has(i);
-  complete_ = gaps.empty();
-  const std::uint64_t missing =
-      checked() ? into.size() - present_ : 0;  // what no md5 will prove comes in one piece
-  const auto most =
-      missing < range_plan::worth_splitting
-          ? 1
-          : (std::min)(static_cast<std::uint64_t>(options_.connections), missing / range_plan::first_piece);
-  plan_ = range_plan(static_cast<std::size_t>(most), gaps);
-
-  if (checked()) hashing_ = digest_thread_.start([this] { hash_along(); });
-  if (!complete_) {
-    workers_ = std::vector<thread>(plan_.connections());
-    for (std::size_t me = 0; me < workers_.size(); ++me) {
-      {
-        const lock held(mutex_);
-        ++alive_;
-      }
-      if (workers_[me].start([this, me] { work(me); })) continue;
-      const lock held(mutex_);  // no more threads to be had: fewer connections
-      if (--alive_ == 0 && !complete_ && !failure_) {
-        failure_ =
-            error(errc::disk_failure, what() + ": the system starts no thread (a limit on processes?)");
-      }
-      break;
-    }
-  }
-
-  for (lock held(mutex_); !complete_ && !failure_;) {
-    changed_.wait_for(held, milliseconds(100));
-    held.unlock();
-    tick(phase::downloading);
-    held.lock();
-    if (call_.cancelled() && !failure_) failure_ = call_.why_cancelled();
-  }
-  for (lock held(mutex_); hashing_ && !failure_ && !hashed_all_;) {
-    changed_.wait_for(held, milliseconds(100));
-    held.unlock();
-    tick(phase::verifying);
-    held.lock();
-    if (call_.cancelled() && !failure_) failure_ = call_.why_cancelled();
-  }
-  stop();
-  if (failure_) return *failure_;
-  if (checked() && !hashing_) {
-    digest_ = md5_of_file(into.where(), [&](std::uint64_t done) {
-      hashed_ = done;
-      tick(phase::verifying);
-      return !call_.cancelled();
-    });
-  }
-  const progress end{name_, checked() ? phase::verifying : phase::downloading, into.size(), into.size(),
-                     pace_};
-  if (options_.on_progress && !options_.on_progress(end)) call_.stop();
-  if (call_.cancelled()) return call_.why_cancelled();
-  if (checked() && digest_ != remote_.info.md5) {
+  template <class Transfer>
+  result<void> run_as(partial_file& destination, const url& address) {
+    Transfer transfer(job_, destination, address);
+    const auto digest = transfer.run();
+    entity_changed_ = transfer.is_replaced();
+    if (!digest) return digest.error();
+    if (!job_.is_verified() || *digest == remote_.info.md5) return {};
     content_wrong_ = true;
     return error(errc::checksum_mismatch,
-                 what() + ": its md5 is " + (digest_.empty() ? "unreadable" : digest_) + " after " +
-                     std::to_string(into.size()) + " bytes, the service says " + remote_.info.md5);
+                 job_.label() + ": its md5 is " + (digest->empty() ? "unreadable" : *digest) + " after " +
+                     std::to_string(destination.size()) + " bytes, the service says " + remote_.info.md5);
   }
-  return {};
-}
 
-inline void download::stop() {
-  {
-    const lock held(mutex_);
-    stopped_ = true;
-    changed_.notify_all();
-    advanced_.notify_all();
-  }
-  for (auto& one : workers_) one.join();
-  digest_thread_.join();
-}
-
-inline void download::fail(const error& why) {
-  const lock held(mutex_);
-  if (!failure_) failure_ = why;
-  stopped_ = true;
-  changed_.notify_all();
-}
-
-/// A connection that brings nothing ends; the last one's error is the download's.
-inline void download::retire(std::size_t me, const error& why) {
-  const lock held(mutex_);
-  plan_.give_back(me);
-  if (--alive_ == 0 && !complete_ && !failure_) failure_ = why;
-  changed_.notify_all();
-}
-
-inline void download::tick(phase now) {
-  const auto time = clock::now();
-  const double seconds = std::chrono::duration<double>(time - ticked_).count();
-  if (seconds < 0.09) return;
-  ticked_ = time;
-  const auto received = received_.load();
-  const double lately = static_cast<double>(received - received_before_) / seconds;
-  received_before_ = received;
-  progress report{name_, now, 0, {}, 0};
-  {
-    const lock held(mutex_);
-    pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
-    report.bytes_per_second = pace_;
-    if (now == phase::verifying && time - said_alive_ > std::chrono::seconds(partial_file::quiet / 6)) {
-      said_alive_ = time;
-      into_->touch();
-    }
-    plan_.measure(seconds);
-    // What connections still hold counts, too; where another takes over from one, it is not counted back.
-    shown_ = (std::max)(
-        shown_, (std::min)(present_ + plan_.buffered(), remote_.info.size.value_or(range_plan::endless)));
-    report.bytes_done = now == phase::verifying ? hashed_.load() : shown_;
-    report.bytes_total = remote_.info.size;
-  }
-  if (options_.on_progress && !options_.on_progress(report)) call_.stop();
-}
-
-/// MD5 is sequential and about as fast as a fast network: it follows the frontier while ranges still come in.
-inline void download::hash_along() {
-  md5 hash;
-  page_buffer buffer;
-  double busy = 0;  // seconds
-  for (std::uint64_t offset = 0;;) {
-    std::uint64_t until = 0;
-    {
-      lock held(mutex_);
-      if (busy > 0) hash_pace_ = static_cast<double>(offset) / busy;
-      advanced_.wait(held, [&] { return stopped_ || complete_ || frontier_ > offset; });
-      if (stopped_) return;
-      until = frontier_;
-      if (complete_ && offset >= until) {
-        digest_ = hash.finish();
-        hashed_all_ = true;
-        changed_.notify_all();
-        return;
-      }
-    }
-    const auto began = clock::now();
-    while (offset < until && !stopped_) {
-      const auto wanted = (std::min<std::uint64_t>)(page_buffer::size, until - offset);
-      const auto count = into_->content().read_at(offset, buffer.data(), static_cast<std::size_t>(wanted));
-      if (count != static_cast<std::int64_t>(wanted)) {
-        return fail(count < 0 ? disk_error("read back", into_->where(), static_cast<int>(-count))
-                              : error(errc::disk_failure, "cannot read back " + in_quotes(into_->where()) +
-                                                              ": somebody made it shorter; try again"));
-      }
-      hash.update({buffer.data(), static_cast<std::size_t>(wanted)});
-      offset += wanted;
-      hashed_ = offset;
-    }
-    busy += std::chrono::duration<double>(clock::now() - began).count();
-  }
-}
-
-/// Writes what a connection has buffered, then records it. Nothing is written twice, whatever is fetched twice: what was
-/// hashed stays as it was, so that the digest speaks of the bytes on disk.
-inline result<void> download::flush(std::size_t me, std::string& buffer) {
-  auto& mine = plan_[me];
-  if (buffer.empty()) return {};
-  const auto begin = mine.flushed, end = begin + buffer.size();
-  const std::string_view bytes = buffer;
-  if (!remote_.info.size) {  // one connection, which may have had to begin again
-    // What was hashed stays; without a digest, a transfer that began again is the one that counts.
-    const auto behind = checked() ? (std::min)((std::max)(frontier_, begin) - begin, end - begin) : 0;
-    if (auto written = into_->write(begin + behind, bytes.substr(static_cast<std::size_t>(behind))); !written)
-      return written;
-    buffer.clear();
-    const lock held(mutex_);
-    mine.flushed = end;
-    frontier_ = present_ = (std::max)(frontier_, end);
-    advanced_.notify_all();
-    return {};
-  }
-  const auto first = begin / partial_file::block;
-  const auto last = end == into_->size() ? into_->blocks() : end / partial_file::block;
-  std::vector<byte_range> mine_to_write;  // in blocks; mostly all of them at once
-  {
-    const lock held(mutex_);
-    for (auto i = first; i < last; ++i) {
-      if (claimed_[static_cast<std::size_t>(i)] && checked()) continue;
-      claimed_[static_cast<std::size_t>(i)] = true;
-      if (mine_to_write.empty() || mine_to_write.back().end != i) mine_to_write.push_back({i, i});
-      mine_to_write.back().end = i + 1;
-    }
-  }
-  for (const auto& run : mine_to_write) {
-    const auto from = run.begin * partial_file::block, until = (std::min)(run.end * partial_file::block, end);
-    const auto part =
-        bytes.substr(static_cast<std::size_t>(from - begin), static_cast<std::size_t>(until - from));
-    if (auto written = into_->write(from, part); !written) return written;
-  }
-  buffer.clear();
-  const lock held(mutex_);
-  mine.flushed = end;
-  for (const auto& run : mine_to_write) {
-    for (auto i = run.begin; i < run.end; ++i) {
-      if (!into_->has(i))
-        present_ += (std::min)(into_->size(), (i + 1) * partial_file::block) - i * partial_file::block;
-    }
-    if (auto recorded = into_->record(run.begin, run.end); !recorded) return recorded;
-  }
-  const auto before = frontier_;
-  while (frontier_ < into_->size() && into_->has(frontier_ / partial_file::block)) {
-    frontier_ = (std::min)(into_->size(), (frontier_ / partial_file::block + 1) * partial_file::block);
-  }
-  if (frontier_ != before) advanced_.notify_all();
-  return {};
-}
-
-inline void download::work(std::size_t me) {
-  backoff tries(call_);
-  std::string buffer;
-  buffer.reserve(static_cast<std::size_t>(range_sink::chunk));
-  const auto& mine = plan_[me];
-  std::uint64_t before = 0;  // what the other connections had received when this one began to fail
-  const auto others = [&] { return received_ - mine.received; };
-  const auto unfinished = [&] {
-    const lock held(mutex_);
-    return !stopped_ && !complete_ && mine.at < mine.end;
-  };
-  while (next_range(me)) {
-    tries.restart();  // what it waited for work does not count
-    buffer.clear();
-    while (unfinished()) {
-      const auto failure = fetch(me, buffer, tries);
-      if (!failure || stopped_) continue;
-      if (!failure->is_transient()) {
-        keep_whole_blocks(me, buffer);
-        return fail(*failure);
-      }
-      const auto wait = tries.after(*failure);
-      if (!wait) {
-        keep_whole_blocks(me, buffer);
-        return wait.error().code() == errc::cancelled ? fail(wait.error()) : retire(me, wait.error());
-      }
-      if (tries.failures() == 1) before = others();
-      lock held(mutex_);
-      if (tries.failures() == 3 && others() != before &&
-          alive_ > 1) {  // others get on: the server wants no more
-        held.unlock();
-        keep_whole_blocks(me, buffer);
-        return retire(me, *failure);
-      }
-      changed_.wait_for(held, *wait, [&] { return stopped_ || complete_ || mine.at >= mine.end; });
-    }
-    keep_whole_blocks(me, buffer);
-    const lock held(mutex_);
-    plan_.done(me);
-  }
-}
-
-/// What arrived before a connection ends is not lost, as far as it is whole blocks, which alone can be recorded.
-inline void download::keep_whole_blocks(std::size_t me, std::string& buffer) {
-  if (!remote_.info.size) return;
-  const auto& mine = plan_[me];
-  const auto end = (std::min)(mine.flushed + buffer.size(), mine.end.load());
-  if (end <= mine.flushed) return buffer.clear();
-  const auto kept = end == into_->size() ? end : end / partial_file::block * partial_file::block;
-  buffer.resize(static_cast<std::size_t>((std::max)(kept, mine.flushed) - mine.flushed));
-  if (auto kept_too = flush(me, buffer); !kept_too) fail(kept_too.error());
-}
-
-/// Waits for something to fetch; false when there is nothing more to do.
-inline bool download::next_range(std::size_t me) {
-  lock held(mutex_);
-  while (!stopped_ && !complete_ && !failure_) {
-    if (remote_.info.size && present_ == into_->size()) {  // and the last exchange has ended as it should
-      complete_ = true;
-      changed_.notify_all();
-      advanced_.notify_all();
-      break;
-    }
-    // Where the digest cannot keep up, more connections only take its processor time. That it waited for a slow one's
-    // range is another matter: it catches up.
-    const bool digest_is_behind =
-        me > 1 && hashing_ && pace_ > hash_pace_ && frontier_ - hashed_ > digest_backlog;
-    if (!digest_is_behind && plan_.take(me)) return true;
-    changed_.wait_for(held, milliseconds(50));  // paces change, and connections give back
-  }
-  return false;
-}
-
-/// Where the file is: what the redirects led to or, for the one that finds it out, the service's own address.
-inline result<url> download::address(lock& held) {
-  while (resolving_ && !stopped_) changed_.wait_for(held, milliseconds(50));
-  if (stopped_) return call_.why_cancelled();
-  if (!final_.host.empty()) return final_;
-  resolving_ = true;
-  if (generation_ > 0) {  // an address that has expired: ask the service for the file again
-    held.unlock();
-    call inner(call_, stopped_);
-    auto fresh = service(session_, inner).find_file(run_, name_);
-    held.lock();
-    if (!fresh) return tried(fresh.error());
-    if (fresh->info.md5 != remote_.info.md5 || fresh->info.size != remote_.info.size) {
-      entity_changed_ = true;
-      return error(errc::protocol_violation,
-                   what() + ": the run replaced the file while it was being fetched; try again");
-    }
-    remote_.address = fresh->address;
-  }
-  return url::parse(remote_.address);
-}
-
-/// One exchange for what is left of a connection's range. Nothing: go on with what is left then, if anything.
-inline std::optional<error> download::fetch(std::size_t me, std::string& buffer, backoff& tries) {
-  auto& mine = plan_[me];
-  call inner(call_, stopped_);
-  const auto authorization = session_.authorization(inner);
-  if (!authorization) return tried(authorization.error());
-
-  lock held(mutex_);
-  if (stopped_ || mine.at >= mine.end) return std::nullopt;
-  auto here = address(held);
-  const bool resolving = final_.host.empty();
-  const auto used = generation_;
-  const auto settle = [&] {  // whatever became of it, the others need not wait any longer
-    if (resolving && generation_ == used) resolving_ = false;
-    changed_.notify_all();
-  };
-  if (!here) {
-    settle();
-    return here.error();
-  }
-  if (mine.at >= mine.end) {  // taken away while the address was waited for
-    settle();
-    return std::nullopt;
-  }
-  http_request request;
-  const std::uint64_t begin = mine.at, end = mine.end;
-  const bool combinable = checked() || (!entity_tag_.empty() && !starts_with(entity_tag_, "W/"));
-  if (begin > 0 && !combinable) {  // RFC 9110, section 15.3.7.3
-    settle();
-    entity_changed_ = true;
-    return error(errc::protocol_violation,
-                 what() + ": it was cut off, and without md5 and entity tag nothing says that the "
-                          "rest would be of the same content");
-  }
-  const bool ranged = begin > 0 || (remote_.info.size && end < *remote_.info.size);
-  if (ranged) {
-    add_header(request.headers, "Range",
-               "bytes=" + std::to_string(begin) + '-' +
-                   (end == range_plan::endless ? std::string() : std::to_string(end - 1)));
-    // RFC 9110, section 13.1.5: a strong entity tag only; with another one the whole comes back, which is noticed.
-    if (!entity_tag_.empty() && !starts_with(entity_tag_, "W/"))
-      add_header(request.headers, "If-Range", entity_tag_);
-  }
-  range_sink sink(*this, me, buffer, ranged, *here);
-  held.unlock();
-
-  request.is_cancelled = [&] { return stopped_ || (mine.revoked && mine.at >= mine.end); };
-  const auto got = session_.send(call_, std::move(request), *authorization, sink, *here);
-  tries.progressed(mine.at > begin ? mine.at - begin : 0);
-
-  held.lock();
-  settle();
-  if (sink.failure()) return sink.failure();
-  if (got && got->head.status != 200 && got->head.status != 206) {
-    if (auto failure = handle_status(*got, *here, used, *authorization)) return failure;
-    return std::nullopt;  // the next try is from the new address
-  }
-  if (mine.revoked && mine.at >= mine.end) return std::nullopt;  // another has the rest
-  if (!got && !sink.surplus()) return got.error();
-  if (sink.surplus()) {
-    if (stopped_) return call_.why_cancelled();
-    return error(errc::protocol_violation, what() + ": " + here->redacted() + " sends more than it promised");
-  }
-  if (mine.end == range_plan::endless || !remote_.info.size) {  // nobody said how much: it is what came
-    held.unlock();
-    if (auto written = flush(me, buffer); !written) return written.error();
-    held.lock();
-    if (mine.at < frontier_) {
-      entity_changed_ = true;
-      return error(errc::protocol_violation,
-                   what() + ": " + here->redacted() + " became shorter while it was being fetched");
-    }
-    into_->set_size(mine.at);
-    complete_ = mine.end == range_plan::endless || mine.at == mine.end;
-    changed_.notify_all();
-    advanced_.notify_all();
-    if (complete_) return std::nullopt;
-  }
-  if (mine.at >= mine.end) return std::nullopt;
-  if (sink.came_short()) return std::nullopt;
-  return error(errc::connection_failed, what() + ": " + here->redacted() + " ended " +
-                                            std::to_string(mine.end - mine.at) + " bytes early");
-}
-
-/// Statuses of a file's address that are neither 200 nor 206. A signature that has expired is nothing wrong: the address
-/// is renewed, once for all connections, and again only after the new one has served something.
-inline std::optional<error> download::handle_status(const answer& got, const url& from, std::uint64_t used,
-                                                    const std::string& authorization) {
-  const int status = got.head.status;
-  const auto& base = session_.base;
-  const bool storage = base && !under_base(*base, from);
-  error failure = session_.status_error(what() + ": " + from.redacted(), got, from, authorization);
-  if (status == 416) {  // RFC 9110, section 15.5.17: it has become shorter
-    entity_changed_ = true;
-    return error(errc::protocol_violation,
-                 std::string(failure.what()) + ": it changed while it was being fetched", status);
-  }
-  // Some stores say 400 of a signature or token that has expired, and name it in the body.
-  const bool expired = status == 401 || status == 403 || status == 410 ||
-                       (status == 400 && contains_ignoring_case(got.body, "expired"));
-  if (!storage || !expired) return failure;
-  if (generation_ != used) return std::nullopt;  // another has renewed it
-  if (renewed_) {                                // told at once: nobody else shall ask for yet another
-    failure = error(status == 410 || status == 400 ? errc::http_failure : errc::permission_denied,
-                    std::string(failure.what()) + ", also with a new address", status);
-    if (!failure_) failure_ = failure;
-    stopped_ = true;
-    changed_.notify_all();
-    return failure;
-  }
-  renewed_ = true;
-  ++generation_;
-  final_ = {};
-  changed_.notify_all();
-  return std::nullopt;
-}
+  const remote_file remote_;
+  const transfer_job job_;
+  bool entity_changed_ = false, content_wrong_ = false;
+};
 
 }  // namespace detail
 
@@ -6427,7 +7206,7 @@ WANDB_RESTORE_PRIVATE_INLINE http_transport::http_transport(const settings& conf
     : state_(std::make_shared<state>(configuration)) {}
 
 WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const http_request& request,
-                                                                           body_sink& sink) {
+                                                                        body_sink& sink) {
   const auto way = detail::route::of(request);
   if (!way) return way.error();
   const auto message = detail::request_message(request, *way);

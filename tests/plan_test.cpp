@@ -1,8 +1,8 @@
-// Who fetches which bytes, how long one goes on trying, and how slow a peer may be: the engine's rules,
-// without a network.
+// The rooms of the download engine, each on its own and without a server: which connection fetches which bytes, what is
+// on disk, where the file is, and how long a transfer goes on trying.
 //
-// These classes stand in the implementation part of the header: this file brings it along, inline and without
-// a transport, in the inline namespace of that build mode. The rest of the program is not touched by that.
+// These classes are in the implementation part of the header: this file compiles it inline, in the inline namespace of that
+// build mode. The rest of the program is not affected.
 #undef WANDB_RESTORE_SPLIT
 #ifndef WANDB_RESTORE_NO_HTTPLIB
 #define WANDB_RESTORE_NO_HTTPLIB
@@ -18,92 +18,121 @@
 #include <thread>
 #include <vector>
 
+#include "support.hpp"
+
 namespace {
 
 using namespace std::chrono_literals;
+using wandb::errc;
+using wandb::error;
 using wandb::detail::byte_range;
 using wandb::detail::range_plan;
+using time_point = wandb::detail::clock::time_point;
 constexpr std::uint64_t MiB = 1024 * 1024;
 constexpr std::uint64_t block = range_plan::block;
-constexpr std::uint64_t chunk = 4 * block;  // what a connection has before it writes
+constexpr std::uint64_t chunk = 4 * block;  // bytes that a connection buffers before it writes
 
-/// A download on a clock of its own: each connection brings `pace` bytes a second.
+/// A download on a clock of its own: each connection brings so many bytes a second, after a delay for each request. All
+/// connections together may share one link.
 class simulation {
  public:
-  simulation(std::uint64_t size, std::vector<byte_range> gaps, std::vector<double> paces)
-      : size_(size), plan(paces.size(), gaps), written_((size + block - 1) / block, 0),
-        wanted_(written_.size(), 0), paces_(std::move(paces)) {
-    for (std::size_t me = 0; me < paces_.size(); ++me)
-      plan[me].delay = 0.05;  // seconds: a server that is not near
+  struct network {
+    std::vector<double> paces;  // bytes a second of each connection
+    double delay = 0.05;        // seconds from a request to the first byte of its response
+    double link = 1e18;         // bytes a second of all connections together
+  };
+
+  simulation(std::uint64_t size, const std::vector<byte_range>& gaps, network simulated)
+      : plan(simulated.paces.size(), size, gaps), written((size + block - 1) / block, 0),
+        network_(std::move(simulated)), size_(size), wanted_(written.size(), 0),
+        connections_(network_.paces.size()) {
     for (const auto& gap : gaps)
       for (auto i = gap.begin / block; i < (gap.end + block - 1) / block; ++i) wanted_[i] = 1, ++missing_;
   }
 
-  /// Until everything is there, or `limit` seconds. True: it is.
+  /// Runs until every byte is there, or for `limit` seconds. Returns whether every byte is there.
   bool run(double limit, const std::function<void(simulation&)>& each_step = {}) {
-    constexpr double step = 0.01;
+    constexpr double step = 0.005;
     for (int ticks = 0; missing_ > 0 && time < limit; ++ticks) {
-      for (std::size_t me = 0; me < paces_.size(); ++me) advance(me, paces_[me] * step);
+      double demand = 0;
+      for (std::size_t i = 0; i < connections_.size(); ++i) demand += is_receiving(i) ? network_.paces[i] : 0;
+      const double scale = demand > network_.link ? network_.link / demand : 1;
+      for (std::size_t i = 0; i < connections_.size(); ++i) advance(i, network_.paces[i] * scale * step);
       time += step;
-      if (ticks % 10 == 9) plan.measure(10 * step);
+      if (ticks % 20 == 19) plan.measure(20 * step);
       if (each_step) each_step(*this);
     }
     return missing_ == 0;
   }
+  time_point now() const {
+    return time_point{} + 1s +
+           std::chrono::duration_cast<time_point::duration>(std::chrono::duration<double>(time));
+  }
 
   double time = 0;            // seconds
   std::uint64_t fetched = 0;  // bytes over the network
-  std::uint64_t largest = 0;  // piece that was given out
+  std::uint64_t largest = 0;  // bytes of the largest range that was assigned
   std::uint64_t requests = 0;
   bool strayed = false;  // a byte was fetched that nobody wanted
-
- private:
-  std::uint64_t size_;
-
- public:
   range_plan plan;
-  std::vector<int> written_;  // times, for each block
+  std::vector<int> written;  // times, for each block
 
  private:
-  void advance(std::size_t me, double bytes) {
-    auto& mine = plan[me];
-    for (;;) {
-      if (!mine.busy) {
-        if (!plan.take(me)) return;
-        ++requests;
-        largest = (std::max)(largest, mine.end - mine.at);
-        strayed = strayed || mine.at % block != 0 || (mine.end % block != 0 && mine.end != size_) ||
-                  mine.end > size_;
-      }
-      if (mine.at >= mine.end) {
-        plan.done(me);
-        continue;
-      }
-      credit(me) += bytes;
-      bytes = 0;
-      const auto count = (std::min)(static_cast<std::uint64_t>(credit(me)), mine.end - mine.at);
-      if (count == 0) return;
-      credit(me) -= static_cast<double>(count);
-      fetched += count;
-      mine.received += count;
-      mine.at = mine.at + count;
-      while (mine.flushed < mine.end) {
-        const auto boundary = (std::min)((mine.flushed / chunk + 1) * chunk, mine.end.load());
-        if (mine.at < boundary) break;
-        for (auto i = mine.flushed / block; i < (boundary + block - 1) / block; ++i) {
-          strayed = strayed || !wanted_[i];
-          if (written_[i]++ == 0) --missing_;
-        }
-        mine.flushed = boundary;
-      }
+  struct connection {
+    bool is_busy = false;
+    double answers_at = 0;  // seconds
+    double credit = 0;      // bytes that have come and were not counted
+  };
+  bool is_receiving(std::size_t i) const {
+    return connections_[i].is_busy && time >= connections_[i].answers_at;
+  }
+
+  void ask(std::size_t i) {
+    auto& range = plan[i];
+    const auto asked = plan.request(i, now());
+    // The first request finds out where the file is.
+    if (++requests == 1) plan.address_found(i, now());
+    largest = (std::max)(largest, asked.size());
+    strayed = strayed || range.position % block != 0 || (range.end % block != 0 && range.end != size_) ||
+              range.end > size_;
+    connections_[i] = {true, time + network_.delay, 0};
+  }
+  void advance(std::size_t i, double bytes) {
+    auto& range = plan[i];
+    auto& mine = connections_[i];
+    if (!mine.is_busy) {
+      if (!plan.assign(i, now())) return;
+      ask(i);
     }
+    if (!range.is_wanted()) return finish(i);
+    if (time < mine.answers_at) return;
+    if (mine.credit == 0) plan.responded(i, now());
+    mine.credit += bytes;
+    const auto count = (std::min)(static_cast<std::uint64_t>(mine.credit), range.end - range.position);
+    mine.credit -= static_cast<double>(count) - 1e-9;
+    fetched += count;
+    range.received += count;
+    range.position = range.position + count;
+    for (auto stored = plan.stored(i); stored < range.end; stored = plan.stored(i)) {
+      const auto boundary = (std::min)((stored / chunk + 1) * chunk, range.end.load());
+      if (range.position < boundary) break;
+      for (auto each = stored / block; each < (boundary + block - 1) / block; ++each) {
+        strayed = strayed || !wanted_[each];
+        if (written[each]++ == 0) --missing_;
+      }
+      plan.stored(i, boundary);
+    }
+    if (!range.is_wanted()) finish(i);
   }
-  double& credit(std::size_t me) {
-    credits_.resize(paces_.size());
-    return credits_[me];
+  void finish(std::size_t i) {
+    plan.release(i);
+    connections_[i].is_busy = false;
   }
+
+  network network_;
+  std::uint64_t size_;
   std::vector<int> wanted_;
-  std::vector<double> paces_, credits_;
+  std::vector<connection> connections_;
   std::uint64_t missing_ = 0;
 };
 
@@ -125,11 +154,44 @@ struct taker final : wandb::body_sink {
   std::string text;
 };
 
+/// A partial file of pseudo-random content.
+struct partial_of_a_test {
+  explicit partial_of_a_test(std::uint64_t size) : content(size, '\0'), where(directory / "file") {
+    std::mt19937_64 random(size);
+    for (char& c : content) c = static_cast<char>(random());
+    auto made = wandb::detail::partial_file::create(where, std::string(32, 'a'), size);
+    REQUIRE(made.has_value());
+    file = *std::move(made);
+  }
+  std::string_view part(std::uint64_t begin, std::uint64_t end) const {
+    return std::string_view(content).substr(begin, end - begin);
+  }
+  std::string md5() const {
+    wandb::detail::md5 hash;
+    hash.update(content);
+    return hash.finish();
+  }
+
+  support::temporary_directory directory;
+  std::string content;
+  wandb::detail::place where;
+  std::unique_ptr<wandb::detail::partial_file> file;
+};
+
+wandb::url address(const std::string& text) { return wandb::url::parse(text).value(); }
+
+wandb::http_response tagged(const char* tag) {
+  wandb::http_response head;
+  head.status = 206;
+  if (tag != nullptr) head.headers = {{"ETag", tag}};
+  return head;
+}
+
 }  // namespace
 
 TEST_SUITE("range plan") {
-  TEST_CASE("random sizes, gaps, connections and paces: everything is fetched, hardly anything twice, "
-            "nothing else") {
+  TEST_CASE(
+      "random sizes, gaps, connections, paces and delays: every byte is fetched, few twice, no others") {
     std::mt19937_64 random(1);
     for (int round = 0; round < 60; ++round) {
       CAPTURE(round);
@@ -137,42 +199,41 @@ TEST_SUITE("range plan") {
       const std::uint64_t size = 1 + random() % (200 * MiB);
       std::vector<byte_range> gaps;
       std::uint64_t wanted = 0;
-      for (std::uint64_t at = 0; at < size;) {
-        const auto end = (std::min)(size, at + block * (1 + random() % 800));
+      for (std::uint64_t begin = 0; begin < size;) {
+        const auto end = (std::min)(size, begin + block * (1 + random() % 800));
         if (random() % 3 != 0) {
-          gaps.push_back({at, end});
-          wanted += end - at;
+          gaps.push_back({begin, end});
+          wanted += end - begin;
         }
-        at = (std::min)(size, end + block * (random() % 10));
+        begin = (std::min)(size, end + block * (random() % 10));
       }
-      std::vector<double> paces;
+      simulation::network network;
+      network.delay = static_cast<double>(random() % 200) / 1000;
       for (std::size_t i = 0; i < connections; ++i)
-        paces.push_back(1e5 * static_cast<double>(1 + random() % 1000));
-      simulation one(size, gaps, paces);
+        network.paces.push_back(1e5 * static_cast<double>(1 + random() % 1000));
+      simulation one(size, gaps, network);
       REQUIRE(one.run(3000));
       REQUIRE_FALSE(one.strayed);
-      REQUIRE(one.largest <= (connections == 1 ? size : range_plan::largest_piece));
-      // What is fetched twice: less than two shares for each connection that was left behind, and chunks
-      // begun.
+      // Twice: less than two shares for each connection that lost a range to another, and the chunks that it had begun.
       REQUIRE(one.fetched <= wanted + connections * 2 * range_plan::smallest_share);
     }
   }
 
-  TEST_CASE("equal connections end together") {
+  TEST_CASE("equal connections finish together") {
     const std::uint64_t size = 1024 * MiB;
-    simulation one(size, everything(size), std::vector<double>(8, 20.0 * MiB));
+    simulation one(size, everything(size), {std::vector<double>(8, 20.0 * MiB), 0.01});
     REQUIRE(one.run(100));
     CHECK(one.time < 1.05 * 1024 / (8 * 20));
     CHECK(one.fetched == size);
-    CHECK(*std::max_element(one.written_.begin(), one.written_.end()) == 1);
-    CHECK(one.requests < 400);
+    CHECK(*std::max_element(one.written.begin(), one.written.end()) == 1);
+    CHECK(one.requests < 200);
   }
 
-  TEST_CASE("one connection at a tenth of the others costs no time") {
+  TEST_CASE("one connection at a tenth of the others' pace costs no time") {
     const std::uint64_t size = 1024 * MiB;
     std::vector<double> paces(8, 20.0 * MiB);
     paces[0] = 2.0 * MiB;
-    simulation one(size, everything(size), paces);
+    simulation one(size, everything(size), {paces, 0.01});
     REQUIRE(one.run(100));
     CHECK(one.time < 1.1 * 1024 / (7 * 20));
   }
@@ -181,80 +242,465 @@ TEST_SUITE("range plan") {
     const std::uint64_t size = 100 * MiB;
     for (const double halted : {0.0, 100.0, 10000.0}) {
       CAPTURE(halted);
-      simulation one(size, everything(size), {10.0 * MiB, halted, 10.0 * MiB, 10.0 * MiB});
+      simulation one(size, everything(size), {{10.0 * MiB, halted, 10.0 * MiB, 10.0 * MiB}, 0.05});
       REQUIRE(one.run(10));
       CHECK(one.time < 1.4 * 100 / 30);
     }
   }
 
-  TEST_CASE("pieces come from the front, so that the digest can follow") {
-    const std::uint64_t size = 512 * MiB;
-    simulation one(size, everything(size), std::vector<double>(4, 10.0 * MiB));
-    std::size_t widest = 0;
-    REQUIRE(one.run(100, [&](simulation& now) {
-      const auto first = std::find(now.written_.begin(), now.written_.end(), 0);
-      const auto last = std::find_if(now.written_.rbegin(), now.written_.rend(), [](int times) {
-                          return times > 0;
-                        }).base();
-      if (last > first) widest = (std::max)(widest, static_cast<std::size_t>(last - first));
-    }));
-    CHECK(widest * block <= 4 * range_plan::largest_piece);
-  }
-
-  TEST_CASE("what a connection gives back is taken next") {
-    range_plan plan(2, everything(64 * MiB));
-    REQUIRE(plan.take(0));
-    REQUIRE(plan.take(1));
-    const auto begin = plan[0].at.load(), end = plan[0].end.load();
-    plan[0].at = begin + chunk + 5;
-    plan[0].flushed = begin + chunk;
-    plan.give_back(0);
-    CHECK_FALSE(plan[0].busy);
-    plan.done(1);
-    REQUIRE(plan.take(1));
-    CHECK(plan[1].at == begin + chunk);
-    CHECK(plan[1].end <= end);
-  }
-
-  TEST_CASE("the whole for one: the others' ends are taken away") {
-    range_plan plan(3, everything(64 * MiB));
-    for (std::size_t i = 0; i < 3; ++i) REQUIRE(plan.take(i));
-    plan[1].at = plan[1].at + 1000;
-    plan.take_whole(1, 64 * MiB);
-    CHECK(plan[1].at == 0);
-    CHECK(plan[1].end == 64 * MiB);
-    CHECK_FALSE(plan[1].revoked);
-    for (const std::size_t i : {std::size_t{0}, std::size_t{2}}) {
-      CHECK(plan[i].revoked);
-      CHECK(plan[i].at >= plan[i].end);
+  TEST_CASE(
+      "the delay to the first byte, 0 to 1000 ms: few requests, and no slower than fetching equal parts") {
+    for (const double delay : {0.001, 0.05, 0.2, 1.0}) {
+      for (const std::uint64_t size : {32 * MiB, 200 * MiB}) {
+        for (const double pace : {20.0 * MiB, 200.0 * MiB}) {
+          CAPTURE(delay);
+          CAPTURE(size);
+          CAPTURE(pace);
+          const double link = 400.0 * MiB;
+          simulation one(size, everything(size), {std::vector<double>(8, pace), delay, link});
+          REQUIRE(one.run(100));
+          // A downloader that asks once to learn the size and then for eight equal parts.
+          const double equal_parts = 2 * delay + static_cast<double>(size) / (std::min)(8 * pace, link);
+          CHECK(one.time <= 1.05 * equal_parts + 0.1);
+          const double one_connection = delay + static_cast<double>(size) / (std::min)(pace, link);
+          CHECK(one.time <= one_connection + 0.1);
+          if (delay >= 0.2) CHECK(one.requests <= 16);
+          CHECK(one.fetched <= size + size / 20);
+        }
+      }
     }
   }
 
-  TEST_CASE("the whole for one is not shared: a range of it would bring the whole again") {
-    range_plan plan(2, everything(64 * MiB));
-    REQUIRE(plan.take(0));
-    REQUIRE(plan.take(1));
-    plan.take_whole(0, 64 * MiB);
-    plan.done(1);
-    CHECK_FALSE(plan.take(1));
-    plan[0].at = 40 * MiB;
-    plan[0].flushed = 40 * MiB;
-    plan.give_back(0);
-    REQUIRE(plan.take(1));
-    CHECK(plan[1].at == 40 * MiB);
-    CHECK(plan[1].end == 64 * MiB);
+  TEST_CASE("a connection that waits for its first byte keeps its range while others had to wait as long") {
+    range_plan plan(2, 16 * MiB, everything(16 * MiB));
+    const time_point start = time_point{} + 1s;
+    REQUIRE(plan.assign(0, start));
+    (void)plan.request(0, start);
+    plan.address_found(0, start);
+    plan.responded(0, start + 1s);  // a delay of one second
+    REQUIRE(plan.assign(1, start + 1s));
+    (void)plan.request(1, start + 1s);
+    plan[0].position = plan[0].end.load();
+    plan[0].received = plan[0].position.load();
+    plan.stored(0, plan[0].end);
+    plan.measure(0.1);
+    plan.release(0);
+    while (plan.assign(0, start + 1s)) {  // nothing is left to assign but the range that waits
+      plan[0].position = plan[0].end.load();
+      plan.stored(0, plan[0].end);
+      plan.release(0);
+    }
+    CHECK_FALSE(plan.assign(0, start + 2s));
+    CHECK_FALSE(plan.assign(0, start + 3s));
+    REQUIRE(plan.assign(0, start + 4s));  // more than twice the delay of others: it has come to a halt
+    CHECK(plan[1].is_taken_over());
+    (void)plan.request(0, start + 4s);
+    CHECK_FALSE(plan.assign(1, start + 100s));  // a range is taken over once, whatever its connection does
   }
 
-  TEST_CASE("nothing to fetch: nobody gets anything") {
-    range_plan plan(2, {});
-    CHECK_FALSE(plan.take(0));
-    CHECK_FALSE(plan.take(1));
+  TEST_CASE("ranges come from the front, so that the digest can follow") {
+    const std::uint64_t size = 512 * MiB;
+    simulation one(size, everything(size), {std::vector<double>(4, 10.0 * MiB), 0.01});
+    std::size_t widest = 0;
+    REQUIRE(one.run(100, [&](simulation& now) {
+      const auto first = std::find(now.written.begin(), now.written.end(), 0);
+      const auto last =
+          std::find_if(now.written.rbegin(), now.written.rend(), [](int times) { return times > 0; }).base();
+      if (last > first) widest = (std::max)(widest, static_cast<std::size_t>(last - first));
+    }));
+    CHECK(widest * block <= 64 * MiB);
+  }
+
+  TEST_CASE("the others wait for the first response before they get a range, but not for long") {
+    range_plan plan(2, 64 * MiB, everything(64 * MiB));
+    const time_point start = time_point{} + 1s;
+    REQUIRE(plan.assign(0, start));
+    CHECK_FALSE(plan.assign(1, start));
+    (void)plan.request(0, start);
+    CHECK_FALSE(plan.assign(1, start + 10s));  // where the file is is not known yet
+    plan.address_found(0, start + 10s);
+    CHECK_FALSE(plan.assign(1, start + 10s));
+    CHECK(plan.assign(1, start + 10s + range_plan::probe_time));
+  }
+
+  TEST_CASE("the rest of a released range is assigned next") {
+    range_plan plan(2, 64 * MiB, everything(64 * MiB));
+    const time_point start = time_point{} + 1s;
+    REQUIRE(plan.assign(0, start));
+    (void)plan.request(0, start);
+    plan.responded(0, start);
+    REQUIRE(plan.assign(1, start));
+    const auto begin = plan[0].position.load(), end = plan[0].end.load();
+    plan[0].position = begin + chunk + 5;
+    plan.stored(0, begin + chunk);
+    plan.release(0);
+    plan.release(1);
+    plan.stored(1, plan[1].end);
+    REQUIRE(plan.assign(1, start));
+    REQUIRE(plan.assign(0, start));
+    CHECK((std::min)(plan[0].position, plan[1].position) == begin + chunk);
+    CHECK((std::max)(plan[0].end, plan[1].end) >= end);
+  }
+
+  TEST_CASE("no ranges: one connection has the whole file, the others lose theirs and get no others") {
+    range_plan plan(3, 64 * MiB, everything(64 * MiB));
+    const time_point start = time_point{} + 1s;
+    for (std::size_t i = 0; i < 3; ++i) {
+      REQUIRE(plan.assign(i, start));
+      (void)plan.request(i, start);
+      plan.responded(i, start);
+    }
+    plan[1].position = plan[1].position + 1000;
+    CHECK(plan.use_whole(1));
+    CHECK_FALSE(plan.use_whole(1));
+    CHECK(plan[1].position == 0);
+    CHECK(plan[1].end == 64 * MiB);
+    CHECK_FALSE(plan[1].revoked);
+    for (const std::size_t i : {std::size_t{0}, std::size_t{2}}) {
+      CHECK(plan[i].is_taken_over());
+      plan.release(i);
+      CHECK_FALSE(plan.assign(i, start + 100s));
+      CHECK(plan.request(i, start).size() == 0);
+    }
+    plan[1].position = 40 * MiB;
+    CHECK(plan.request(1, start).begin == 0);  // a response begins with the first byte again
+    plan.release(1);
+    REQUIRE(plan.assign(0, start));
+    CHECK(plan[0].position == 0);
+    CHECK(plan[0].end == 64 * MiB);
+  }
+
+  TEST_CASE("parking leaves one connection in use, whatever happens at the same time") {
+    range_plan plan(3, 64 * MiB, everything(64 * MiB));
+    CHECK(plan.park(0));
+    CHECK(plan.park(2));
+    CHECK_FALSE(plan.park(1));
+    plan.unpark(0);
+    CHECK(plan.park(1));
+    CHECK_FALSE(plan.park(0));
+  }
+
+  TEST_CASE("nothing to fetch: no connection gets a range") {
+    range_plan plan(2, 64 * MiB, {});
+    CHECK_FALSE(plan.assign(0, time_point{} + 1s));
+    CHECK_FALSE(plan.assign(1, time_point{} + 1s));
+  }
+}
+
+TEST_SUITE("block table") {
+  using wandb::detail::block_table;
+
+  TEST_CASE("blocks in any order: the frontier is where the first is missing") {
+    partial_of_a_test one(5 * block + 7);
+    block_table table(*one.file);
+    CHECK(table.missing().size() == 1);
+    CHECK(table.missing().at(0).end == 5 * block + 7);
+    REQUIRE(table.store(2 * block, one.part(2 * block, 4 * block)).has_value());
+    CHECK(table.frontier() == 0);
+    CHECK(table.present() == 2 * block);
+    CHECK(table.missing().size() == 2);
+    REQUIRE(table.store(0, one.part(0, 2 * block)).has_value());
+    CHECK(table.frontier() == 4 * block);
+    CHECK_FALSE(table.is_complete());
+    REQUIRE(table.store(4 * block, one.part(4 * block, 5 * block + 7)).has_value());
+    CHECK(table.is_complete());
+    CHECK(table.frontier() == 5 * block + 7);
+    CHECK(table.missing().empty());
+    std::string got(one.content.size(), '\0');
+    REQUIRE(one.file->content().read_at(0, got.data(), got.size()) == static_cast<std::int64_t>(got.size()));
+    CHECK(got == one.content);
+  }
+
+  TEST_CASE("a rest that is no whole block is not recorded, unless it ends the file") {
+    partial_of_a_test one(2 * block + 100);
+    block_table table(*one.file);
+    REQUIRE(table.store(0, one.part(0, block + 10)).has_value());
+    CHECK(table.present() == block);
+    CHECK(one.file->has(0));
+    CHECK_FALSE(one.file->has(1));
+    REQUIRE(table.store(2 * block, one.part(2 * block, 2 * block + 100)).has_value());
+    CHECK(table.present() == block + 100);
+  }
+
+  TEST_CASE("a block that arrives twice is written once") {
+    partial_of_a_test one(2 * block);
+    block_table table(*one.file);
+    REQUIRE(table.store(0, one.part(0, block)).has_value());
+    REQUIRE(table.store(0, std::string(2 * block, 'x')).has_value());
+    std::string got(block, '\0');
+    REQUIRE(one.file->content().read_at(0, got.data(), got.size()) == static_cast<std::int64_t>(got.size()));
+    CHECK(got == one.part(0, block));
+    CHECK(table.is_complete());
+  }
+
+  TEST_CASE("who waits for the frontier is woken by it, and when the table is closed") {
+    partial_of_a_test one(2 * block);
+    block_table table(*one.file);
+    std::uint64_t seen = 0, after_close = 1;
+    std::thread waiter([&] {
+      seen = table.wait_beyond(0);
+      after_close = table.wait_beyond(block);
+    });
+    REQUIRE(table.store(0, one.part(0, block)).has_value());
+    table.close();
+    waiter.join();
+    CHECK((seen == block || seen == 0));
+    CHECK(after_close == block);
+  }
+}
+
+TEST_SUITE("digest follower") {
+  using wandb::detail::block_table;
+  using wandb::detail::digest_follower;
+  using wandb::detail::transfer_state;
+
+  TEST_CASE("the digest is that of the content, in whatever order the blocks come") {
+    for (const std::uint64_t size : {std::uint64_t{0}, std::uint64_t{1}, block, 9 * block + 3}) {
+      CAPTURE(size);
+      partial_of_a_test one(size);
+      block_table table(*one.file);
+      transfer_state state;
+      digest_follower follower(*one.file, table, state);
+      REQUIRE(follower.start());
+      for (auto begin = size / block * block;; begin -= block) {
+        REQUIRE(table.store(begin, one.part(begin, (std::min)(size, begin + block))).has_value());
+        if (begin == 0) break;
+      }
+      while (!follower.wait(100ms)) {}
+      follower.join();
+      CHECK(follower.digest() == one.md5());
+      CHECK(follower.hashed() == size);
+      CHECK_FALSE(follower.failure().has_value());
+    }
+  }
+
+  TEST_CASE("it ends without a digest when the transfer is stopped") {
+    partial_of_a_test one(4 * block);
+    block_table table(*one.file);
+    transfer_state state;
+    digest_follower follower(*one.file, table, state);
+    REQUIRE(follower.start());
+    REQUIRE(table.store(0, one.part(0, block)).has_value());
+    state.stop();
+    table.close();
+    follower.join();
+    CHECK(follower.digest().empty());
+  }
+
+  TEST_CASE("a file that somebody made shorter is a disk_failure, and stops the transfer") {
+    partial_of_a_test one(4 * block);
+    block_table table(*one.file);
+    transfer_state state;
+    REQUIRE(table.store(0, one.content).has_value());
+    std::filesystem::resize_file(one.file->where(), block);
+    digest_follower follower(*one.file, table, state);
+    REQUIRE(follower.start());
+    follower.join();
+    REQUIRE(follower.failure().has_value());
+    CHECK(follower.failure()->code() == errc::disk_failure);
+    CHECK(state.is_stopped());
+  }
+}
+
+TEST_SUITE("transfer state") {
+  using wandb::detail::transfer_state;
+
+  TEST_CASE("the first failure counts") {
+    transfer_state state;
+    CHECK_FALSE(state.wait(0ms));
+    state.fail(error(errc::connection_failed, "first"));
+    state.fail(error(errc::disk_failure, "second"));
+    CHECK(state.is_stopped());
+    CHECK(state.wait(0ms));
+    REQUIRE(state.failure().has_value());
+    CHECK(std::string(state.failure()->what()) == "first");
+  }
+
+  TEST_CASE("a failure after the last byte is void") {
+    transfer_state state;
+    state.complete();
+    state.fail(error(errc::connection_failed, "late"));
+    CHECK(state.is_complete());
+    CHECK_FALSE(state.is_stopped());
+    CHECK_FALSE(state.failure().has_value());
+  }
+}
+
+TEST_SUITE("file location") {
+  using wandb::detail::file_location;
+
+  const char* const at_service = "https://service/files/a";
+  const char* const at_storage = "https://storage/a?sig=1";
+
+  TEST_CASE("one connection resolves the address, the others wait for it and get where the redirects led") {
+    call_of_a_test one;
+    file_location location(address(at_service), [](wandb::detail::call&) -> wandb::result<wandb::url> {
+      FAIL("nothing has expired");
+      return wandb::url{};
+    });
+    const auto first = location.acquire(one.call);
+    REQUIRE(first.has_value());
+    CHECK(first->is_resolving);
+    CHECK(first->address.str() == at_service);
+    std::string second;
+    std::thread other([&] { second = location.acquire(one.call).value().address.str(); });
+    location.found(*first, address(at_storage));
+    other.join();
+    CHECK(second == at_storage);
+    location.release(*first);
+    CHECK(location.acquire(one.call).value().address.str() == at_storage);
+  }
+
+  TEST_CASE("a connection that did not resolve it lets another try") {
+    call_of_a_test one;
+    file_location location(address(at_service), {});
+    const auto first = location.acquire(one.call);
+    location.release(*first);
+    const auto second = location.acquire(one.call);
+    REQUIRE(second.has_value());
+    CHECK(second->is_resolving);
+  }
+
+  TEST_CASE(
+      "an expired address is renewed once for all connections; a late refusal of the old one asks for none") {
+    call_of_a_test one;
+    int asked = 0;
+    file_location location(address(at_service), [&](wandb::detail::call&) -> wandb::result<wandb::url> {
+      return address("https://service/files/a?" + std::to_string(++asked));
+    });
+    const auto resolving = location.acquire(one.call);
+    location.found(*resolving, address(at_storage));
+    const auto first = location.acquire(one.call), second = location.acquire(one.call);
+    CHECK(location.renew(*first));
+    const auto renewed = location.acquire(one.call);
+    REQUIRE(renewed.has_value());
+    CHECK(renewed->address.str() == "https://service/files/a?1");
+    CHECK(renewed->is_resolving);
+    location.found(*renewed, address("https://storage/b"));
+    CHECK(location.renew(*second));
+    CHECK(location.acquire(one.call).value().address.str() == "https://storage/b");
+    CHECK(asked == 1);
+  }
+
+  TEST_CASE("three new addresses in a row are refused: no fourth; a response makes the count start again") {
+    for (const bool is_served : {false, true}) {
+      CAPTURE(is_served);
+      call_of_a_test one;
+      int asked = 0;
+      file_location location(address(at_service), [&](wandb::detail::call&) -> wandb::result<wandb::url> {
+        ++asked;
+        return address(at_service);
+      });
+      for (int i = 0; i <= file_location::most_renewals; ++i) {
+        const auto lease = location.acquire(one.call);
+        REQUIRE(lease.has_value());
+        if (is_served) location.served(*lease);
+        CHECK(location.renew(*lease) == (is_served || i < file_location::most_renewals));
+      }
+      CHECK(asked == file_location::most_renewals);
+      CHECK(location.was_served() == is_served);
+    }
+  }
+
+  TEST_CASE("a server that cannot be reached: the redirects are followed anew, without a question") {
+    call_of_a_test one;
+    file_location location(address(at_service), {});
+    const auto resolving = location.acquire(one.call);
+    location.found(*resolving, address(at_storage));
+    location.forget(*location.acquire(one.call));
+    const auto next = location.acquire(one.call);
+    REQUIRE(next.has_value());
+    CHECK(next->is_resolving);
+    CHECK(next->address.str() == at_service);
+  }
+
+  TEST_CASE("the question fails: its error, and the next connection asks again") {
+    call_of_a_test one;
+    int asked = 0;
+    file_location location(address(at_service), [&](wandb::detail::call&) -> wandb::result<wandb::url> {
+      if (++asked == 1) return error(errc::connection_failed, "no answer");
+      return address(at_storage);
+    });
+    CHECK(location.renew(*location.acquire(one.call)));
+    const auto failed = location.acquire(one.call);
+    REQUIRE_FALSE(failed.has_value());
+    CHECK(failed.error().code() == errc::connection_failed);
+    CHECK(location.acquire(one.call).value().address.str() == at_storage);
+  }
+
+  TEST_CASE("cancelled while it waits") {
+    call_of_a_test one;
+    file_location location(address(at_service), {});
+    REQUIRE(location.acquire(one.call).has_value());
+    one.cancel = true;
+    const auto second = location.acquire(one.call);
+    REQUIRE_FALSE(second.has_value());
+    CHECK(second.error().code() == errc::cancelled);
+  }
+}
+
+TEST_SUITE("entity pin") {
+  using wandb::detail::entity_pin;
+
+  TEST_CASE("the first tag counts; responses without one are of no other entity") {
+    entity_pin pin;
+    CHECK(pin.strong_tag().empty());
+    CHECK(pin.accept(tagged(nullptr)));
+    CHECK(pin.accept(tagged("\"a\"")));
+    CHECK(pin.accept(tagged(nullptr)));
+    CHECK(pin.strong_tag() == "\"a\"");
+    CHECK_FALSE(pin.accept(tagged("\"b\"")));
+    pin.reset();
+    CHECK(pin.accept(tagged("\"b\"")));
+    pin.ignore();
+    CHECK(pin.accept(tagged("\"c\"")));
+    CHECK(pin.strong_tag().empty());
+  }
+
+  TEST_CASE("a weak tag is compared, and never sent as If-Range") {
+    entity_pin pin;
+    CHECK(pin.accept(tagged("W/\"a\"")));
+    CHECK(pin.strong_tag().empty());
+    CHECK_FALSE(pin.accept(tagged("\"a\"")));
+  }
+}
+
+TEST_SUITE("retry clock") {
+  using wandb::detail::backoff;
+  using wandb::detail::retry_clock;
+
+  TEST_CASE("it expires only where the last try failed") {
+    call_of_a_test one;
+    one.call.reached = true;
+    one.configuration.retry_timeout = 0ms;
+    retry_clock clock(one.call);
+    CHECK_FALSE(clock.expired().has_value());
+    (void)clock.failed(error(errc::http_failure, "busy", 503));
+    REQUIRE(clock.expired().has_value());
+    CHECK(clock.expired()->http_status() == 503);
+    CHECK(std::string(clock.expired()->what()).find("gave up after 1 try") != std::string::npos);
+    one.configuration.low_speed = 1;
+    CHECK(clock.progressed(1000 * 1000));
+    CHECK_FALSE(clock.expired().has_value());
+  }
+
+  TEST_CASE("connections that share a clock use up its time together") {
+    call_of_a_test one;
+    one.call.reached = true;
+    one.configuration.retry_timeout = 1h;
+    retry_clock clock(one.call);
+    backoff first(one.call, clock), second(one.call, clock);
+    error failure(errc::http_failure, "busy", 503);
+    REQUIRE(first.after(failure).has_value());
+    REQUIRE(second.after(failure).has_value());
+    failure.retry_after(2h);
+    const auto end = first.after(failure);
+    REQUIRE_FALSE(end.has_value());
+    CHECK(std::string(end.error().what()).find("gave up after 3 tries") != std::string::npos);
   }
 }
 
 TEST_SUITE("backoff") {
-  using wandb::errc;
-  using wandb::error;
   using wandb::detail::backoff;
 
   TEST_CASE("what cannot get better is given up at once") {
@@ -311,7 +757,7 @@ TEST_SUITE("backoff") {
     REQUIRE_FALSE(wait.has_value());
     CHECK(wait.error().code() == errc::http_failure);
     CHECK(wait.error().http_status() == 429);
-    CHECK(std::string(wait.error().what()).find("it asks to wait 300 s") != std::string::npos);
+    CHECK(std::string(wait.error().what()).find("the server asks to wait 300 s") != std::string::npos);
     CHECK(std::string(wait.error().what()).find("gave up after 2 tries") != std::string::npos);
   }
 
