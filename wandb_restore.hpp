@@ -6514,7 +6514,7 @@ WANDB_RESTORE_PRIVATE_INLINE http_transport::http_transport(const settings& conf
     : state_(std::make_shared<state>(configuration)) {}
 
 WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const http_request& request,
-                                                                           body_sink& sink) {
+                                                                        body_sink& sink) {
   const auto way = detail::route::of(request);
   if (!way) return way.error();
   const auto message = detail::request_message(request, *way);

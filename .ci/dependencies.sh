@@ -18,6 +18,7 @@ to_build='
 '
 to_test='
   header curl/curl.h        libcurl4-openssl-dev libcurl-devel
+  command doxygen           doxygen              doxygen
   command git               git                  git-core
   command meson             meson                meson
   sanitizer address         g++                  libasan
