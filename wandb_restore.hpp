@@ -668,18 +668,18 @@ struct transport_ref {
 class session;
 std::shared_ptr<session> open_session(settings configuration, transport_ref transport, cache_policy policy);
 result<restored_file> restore(session& with, std::string_view name, const restore_options& options);
+result<restored_file> restore(session& current, std::string_view name, std::string_view run_path,
+                              bool replace, std::filesystem::path root);
+result<restored_file> restore(session& current, std::string_view name, const run_path& run, bool replace,
+                              std::filesystem::path root);
 result<std::vector<file_info>> list_files(session& with, const restore_options& options);
+result<std::vector<file_info>> list_files(session& current, std::string_view run_path);
+result<std::vector<file_info>> list_files(session& current, const run_path& run);
 
+/// Whether T names a run: a text, or a run_path. Templates with this constraint leave braces to restore_options.
 template <class T>
-inline constexpr bool is_text = std::is_convertible_v<T, std::string_view>;
-
-inline restore_options positional(std::string_view run_path, bool replace, std::filesystem::path root) {
-  restore_options options;
-  options.run_path = run_path;
-  options.replace = replace;
-  options.root = std::move(root);
-  return options;
-}
+inline constexpr bool names_run =
+    std::is_convertible_v<T, std::string_view> || std::is_convertible_v<T, run_path>;
 
 }  // namespace detail
 
@@ -708,17 +708,22 @@ class client {
   result<restored_file> try_restore(std::string_view name, const restore_options& options = {}) {
     return detail::restore(*session_, name, options);
   }
-  /// Restores one file, with the Python SDK's order of arguments.
-  template <class Text, std::enable_if_t<detail::is_text<Text>, int> = 0>
-  result<restored_file> try_restore(std::string_view name, const Text& run_path, bool replace = false,
+  /// Restores one file, with the Python SDK's order of arguments. `run` is a text or a wandb::run_path.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  result<restored_file> try_restore(std::string_view name, const Run& run, bool replace = false,
                                     std::filesystem::path root = {}) {
-    return try_restore(name, detail::positional(run_path, replace, std::move(root)));
+    return detail::restore(*session_, name, run, replace, std::move(root));
   }
 
   /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Errors as in
   /// wandb::try_restore.
   result<std::vector<file_info>> try_list_files(const restore_options& options = {}) {
     return detail::list_files(*session_, options);
+  }
+  /// Lists the files of the given run, a text or a wandb::run_path.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  result<std::vector<file_info>> try_list_files(const Run& run) {
+    return detail::list_files(*session_, run);
   }
 
 #if WANDB_RESTORE_EXCEPTIONS
@@ -727,14 +732,19 @@ class client {
     return try_restore(name, options).value();
   }
   /// As try_restore, but throws wandb::error instead of returning one.
-  template <class Text, std::enable_if_t<detail::is_text<Text>, int> = 0>
-  restored_file restore(std::string_view name, const Text& run_path, bool replace = false,
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  restored_file restore(std::string_view name, const Run& run, bool replace = false,
                         std::filesystem::path root = {}) {
-    return try_restore(name, run_path, replace, std::move(root)).value();
+    return try_restore(name, run, replace, std::move(root)).value();
   }
   /// As try_list_files, but throws wandb::error instead of returning one.
   std::vector<file_info> list_files(const restore_options& options = {}) {
     return try_list_files(options).value();
+  }
+  /// As try_list_files, but throws wandb::error instead of returning one.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  std::vector<file_info> list_files(const Run& run) {
+    return try_list_files(run).value();
   }
 #endif
 
@@ -771,11 +781,23 @@ class client {
 inline result<restored_file> try_restore(std::string_view name, const restore_options& options = {}) {
   return client<>().try_restore(name, options);
 }
-/// As above, with the Python SDK's order of arguments.
-template <class Text, std::enable_if_t<detail::is_text<Text>, int> = 0>
-result<restored_file> try_restore(std::string_view name, const Text& run_path, bool replace = false,
+/// As above, with the Python SDK's order of arguments. `run` is a text or a wandb::run_path.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+result<restored_file> try_restore(std::string_view name, const Run& run, bool replace = false,
                                   std::filesystem::path root = {}) {
-  return try_restore(name, detail::positional(run_path, replace, std::move(root)));
+  return client<>().try_restore(name, run, replace, std::move(root));
+}
+
+/// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Blocks, and makes a
+/// client<> for each call.
+/// @return  the files, or an error as try_restore.
+inline result<std::vector<file_info>> try_list_files(const restore_options& options = {}) {
+  return client<>().try_list_files(options);
+}
+/// Lists the files of the given run, a text or a wandb::run_path.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+result<std::vector<file_info>> try_list_files(const Run& run) {
+  return client<>().try_list_files(run);
 }
 
 #if WANDB_RESTORE_EXCEPTIONS
@@ -784,10 +806,19 @@ inline restored_file restore(std::string_view name, const restore_options& optio
   return try_restore(name, options).value();
 }
 /// As try_restore, but throws wandb::error instead of returning one.
-template <class Text, std::enable_if_t<detail::is_text<Text>, int> = 0>
-restored_file restore(std::string_view name, const Text& run_path, bool replace = false,
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+restored_file restore(std::string_view name, const Run& run, bool replace = false,
                       std::filesystem::path root = {}) {
-  return try_restore(name, run_path, replace, std::move(root)).value();
+  return try_restore(name, run, replace, std::move(root)).value();
+}
+/// As try_list_files, but throws wandb::error instead of returning one.
+inline std::vector<file_info> list_files(const restore_options& options = {}) {
+  return try_list_files(options).value();
+}
+/// As try_list_files, but throws wandb::error instead of returning one.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+std::vector<file_info> list_files(const Run& run) {
+  return try_list_files(run).value();
 }
 #endif
 #endif  // WANDB_RESTORE_NO_HTTPLIB
@@ -5629,6 +5660,37 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
                     {in_quotes(inside), run->project + '/' + run->run_id});
 }
 
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
+                                                           std::string_view run_path, bool replace,
+                                                           std::filesystem::path root) {
+  restore_options options;
+  options.run_path = run_path;
+  options.replace = replace;
+  options.root = std::move(root);
+  return restore(current, name, options);
+}
+
+/// A run path as text, "" for the current run if all parts are empty. Refuses an object whose text means another run:
+/// one without run id, with a gap, or with a separator inside a part.
+inline result<std::string> text_of(const run_path& run) {
+  if (run == run_path{}) return std::string();
+  const std::string text = run.str();
+  const auto reread = split_run_path(text);
+  if (reread && *reread == run) return text;
+  return error(errc::invalid_run_path, "invalid run path: entity " + in_quotes(run.entity) + ", project " +
+                                           in_quotes(run.project) + ", run id " + in_quotes(run.run_id) +
+                                           ": expected a run id, a project if there is an entity, and no "
+                                           "part with '/', '?', '#' or spaces around it");
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
+                                                           const run_path& run, bool replace,
+                                                           std::filesystem::path root) {
+  const auto text = text_of(run);
+  if (!text) return in_context(text.error(), "restoring " + in_quotes(name), {in_quotes(name)});
+  return restore(current, name, std::string_view(*text), replace, std::move(root));
+}
+
 WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& with,
                                                                        const restore_options& options) {
   if (auto good = check_times(with.config, "cannot list the files of a run"); !good) return good.error();
@@ -5647,6 +5709,20 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
   if (listed) return listed;
   return in_context(listed.error(), "listing the files of " + shown(*run),
                     {run->project + '/' + run->run_id});
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,
+                                                                       std::string_view run_path) {
+  restore_options options;
+  options.run_path = run_path;
+  return list_files(current, options);
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,
+                                                                       const run_path& run) {
+  const auto text = text_of(run);
+  if (!text) return text.error();
+  return list_files(current, std::string_view(*text));
 }
 
 }  // namespace detail
