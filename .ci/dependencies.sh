@@ -21,6 +21,7 @@ to_test='
   command doxygen           doxygen              doxygen
   command git               git                  git-core
   command meson             meson                meson
+  command python3           python3              python3
   sanitizer address         g++                  libasan
   sanitizer undefined       g++                  libubsan
 '
