@@ -9,10 +9,10 @@ Each block has a comment in front of it that says how it is tested:
   <!-- test: none (REASON) -->      not tested
 
 Every source must compile without a warning with each of g++ and clang++ that is installed. The commands run in a
-scratch directory that holds the programs, the header and examples/, with a stand-in for the service that has the file
-model-best.h5 of 64 MiB in the run entity/project/run_id. The stand-in is looked for in the working directory, or is
+scratch directory that holds the programs, the header, examples/, and third_party/ with the header and nlohmann/json.
+A stand-in for the service has the file model-best.h5 of 64 MiB in the run entity/project/run_id. The stand-in is looked for in the working directory, or is
 $WANDB_RESTORE_STAND_IN; the command-line tool is looked for in ../examples/. Where one is not built, the commands that
-need it are left out, and named.
+need it are left out, and named. Skipped (status 77) where the compilers do not find nlohmann/json.hpp by themselves.
 """
 import os
 import pathlib
@@ -76,11 +76,27 @@ class Test:
         self.server = None
         for name in ("wandb_restore.hpp", "examples"):
             (folder / name).symlink_to(TOP / name)
+        (folder / "third_party").mkdir()
+        (folder / "third_party" / "wandb_restore.hpp").symlink_to(TOP / "wandb_restore.hpp")
+        if json := self.find_json():
+            (folder / "third_party" / "nlohmann").symlink_to(json.parent)
+        else:
+            print("readme_test.py: SKIPPED: no compiler finds nlohmann/json.hpp, so nothing was compiled", file=sys.stderr)
+            sys.exit(77)
         (folder / "home").mkdir()
         (folder / "bin").mkdir()
         tool = pathlib.Path("../examples/wandb-restore").resolve()
         if tool.exists():
             (folder / "bin" / "wandb-restore").symlink_to(tool)
+
+    def find_json(self):
+        for compiler in self.compilers:
+            done = subprocess.run([compiler, "-std=c++17", "-M", "-x", "c++", "-"], input="#include <nlohmann/json.hpp>\n",
+                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            for word in done.stdout.split():
+                if word.endswith("/nlohmann/json.hpp"):
+                    return pathlib.Path(word).resolve()
+        return None
 
     def check(self, line, holds, text):
         print(f"{'ok' if holds else 'FAILED'}: README.md:{line}: {text}", flush=True)
