@@ -5313,7 +5313,7 @@ inline std::optional<error> download::handle_status(const answer& got, const url
 
 }  // namespace detail
 
-// ============================================================================================== the story
+// ============================================================================================== restoring
 
 WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::keep() {
   return rule(+[](const local_copy&, const file_info*) { return verdict::keep; });
