@@ -7,6 +7,26 @@
 // Needs C++17, cpp-httplib, OpenSSL and nlohmann/json; see README.md for doing without the first two.
 // SPDX-License-Identifier: MIT
 // SPDX-FileCopyrightText: 2026 wandb_restore contributors
+//
+// The sections, in order. Each uses only the sections above it.
+//   configuration            version, WANDB_RESTORE_* macros, includes
+//   errors                   errc, error, result
+//   run path                 text <-> entity, project and run id
+//   HTTP vocabulary          URLs, headers, request, response, body sink, and the Transport concept
+//   files                    file_info, progress, restored_file
+//   cache policy             when a local copy is used instead of a download
+//   settings                 server, credentials, default run, timeouts, proxies
+//   client and entry points  restore, try_restore, client
+// ---- implementation
+//   text                     base64, hex, percent-encoding, JSON, dates, readers of ini and netrc files
+//   disk                     partial files, positional writes, atomic rename, locks, receipts
+//   digest                   MD5, streamed
+//   settings, resolved       environment, settings files, netrc, resume file
+//   exchange                 redirects, credentials by origin, proxies, retries with backoff
+//   service                  the GraphQL queries and their answers
+//   download                 byte ranges, connections, verification
+//   restoring                one call, from the name to the open stream
+//   http_transport           the default transport: sockets, TLS, HTTP/1.1
 #ifndef WANDB_RESTORE_HPP
 #define WANDB_RESTORE_HPP
 
@@ -95,25 +115,25 @@ inline namespace WANDB_RESTORE_PRIVATE_ABI {
 
 // =================================================================================================== errors
 
-/// What kind of failure an `error` is. README.md has the table of situations.
+/// The kind of a failure. README.md lists the situations that lead to each code.
 enum class errc {
-  invalid_argument = 1,  ///< empty or escaping name, unusable root, option, base URL or key
-  invalid_run_path,      ///< malformed run path; no entity, project or run to be had
-  run_not_found,         ///< the service knows no such run, or hides it
-  file_not_found,        ///< the run has no such file, or it was never uploaded
-  not_authenticated,     ///< 401 from the service
-  permission_denied,     ///< 403 from the service; 403 from storage that a new address did not cure
-  offline,               ///< WANDB_MODE forbids the network and there is no local copy to keep
-  connection_failed,     ///< no connection, certificate refused, peer stalled, too slow or cut off
-  http_failure,          ///< an HTTP status that retrying did not cure, or should not
-  protocol_violation,    ///< an answer that breaks HTTP's or the service's promises
-  checksum_mismatch,     ///< size or md5 wrong, also after a second fetch from nothing
-  local_conflict,        ///< the local copy is another run's
-  disk_failure,          ///< disk full, not permitted, a directory in the file's place
-  cancelled,             ///< by the caller; what had arrived is kept for the next try
+  invalid_argument = 1,  ///< empty name, name that leaves root, unusable root, option, base URL or API key
+  invalid_run_path,      ///< malformed run path; or no entity, project or run id is known
+  run_not_found,         ///< the run does not exist, or this API key may not see it
+  file_not_found,        ///< the run has no such file, or the file was never uploaded
+  not_authenticated,     ///< the service answered 401
+  permission_denied,     ///< the service answered 403; or storage did, also at a newly requested URL
+  offline,               ///< WANDB_MODE forbids network access and there is no local copy to use
+  connection_failed,     ///< no connection, certificate refused, peer too slow or silent, connection cut
+  http_failure,          ///< an error status that remained after all retries, or that is never retried
+  protocol_violation,    ///< the answer violates HTTP or the service's API
+  checksum_mismatch,     ///< size or md5 is wrong, also after the file was downloaded a second time
+  local_conflict,        ///< the local copy was restored from a different run
+  disk_failure,          ///< disk full, permission denied, or a directory has the file's name
+  cancelled,             ///< the caller cancelled; the next call resumes from the bytes that had arrived
 };
 
-/// The name of a code as it is spelled here, e.g. "file_not_found". Never null.
+/// Returns the enumerator's name, e.g. "file_not_found"; "unknown" for any other value. Never null.
 [[nodiscard]] constexpr const char* to_string(errc code) noexcept {
   switch (code) {
     case errc::invalid_argument: return "invalid_argument";
@@ -134,32 +154,36 @@ enum class errc {
   return "unknown";
 }
 
-/// A failure: a code to act on and a text for people. The text says what was tried, on what, what came back and what to
-/// do next; it never holds an API key, an Authorization header or the query of a signed address.
+/// A failure: a code for programs and a text for people. The text (`what()`) names the attempted operation, the file or
+/// URL, the answer, and a remedy. It never contains an API key, an Authorization header or the query of a signed URL.
 class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
  public:
+  /// Makes an error. `http_status` is 0 if the failure has none. Code and status determine `is_transient()`.
   error(errc code, const std::string& text, int http_status = 0)
       : std::runtime_error(text), code_(code), http_status_(http_status),
         transient_(may_pass(code, http_status)) {}
 
-  /// The same, for a failure that trying again cannot cure although its code suggests it: a refused certificate, say.
+  /// Makes an error that is never retried, whatever its code: for a refused certificate, for example.
   [[nodiscard]] static error permanent(errc code, const std::string& text, int http_status = 0) {
     error e(code, text, http_status);
     e.transient_ = false;
     return e;
   }
 
+  /// Returns the kind of the failure.
   [[nodiscard]] errc code() const noexcept { return code_; }
-  /// No such run, or no such file (yet): the usual "start fresh" branch.
+  /// Returns true for run_not_found and file_not_found: there is no such run or file (yet).
   [[nodiscard]] bool is_not_found() const noexcept {
     return code_ == errc::run_not_found || code_ == errc::file_not_found;
   }
-  /// Trying again may help: failed connections, and the statuses 408, 429 and 5xx but 501.
+  /// Returns true if a retry may succeed: for connection_failed, and for http_failure with status 408, 429 or 5xx
+  /// except 501, unless the error was made by `permanent`.
   [[nodiscard]] bool is_transient() const noexcept { return transient_; }
-  /// The HTTP status that led to this, or 0 where none did.
+  /// Returns the HTTP status that caused the failure, or 0.
   [[nodiscard]] int http_status() const noexcept { return http_status_; }
-  /// How long the server asked to wait before another try (Retry-After), or 0.
+  /// Returns the server's Retry-After as a duration from the time of the response, or 0.
   [[nodiscard]] std::chrono::milliseconds retry_after() const noexcept { return retry_after_; }
+  /// Sets the value that `retry_after()` returns.
   void retry_after(std::chrono::milliseconds time) noexcept { retry_after_ = time; }
 
  private:
@@ -176,23 +200,30 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
 
 namespace detail {
 
-/// What result<T> is for every T: success, or an error.
+/// The part of result<T> that does not depend on T: success, or an error.
 class outcome {
  public:
-  using error_type = wandb::error;
+  using error_type = wandb::error;  ///< as in std::expected
 
+  /// Success.
   outcome() = default;
-  outcome(const wandb::error& failure) : failure_(failure) {}        // NOLINT: implicit, as in expected
+  /// Failure.
+  outcome(const wandb::error& failure) : failure_(failure) {}  // NOLINT: implicit, as in expected
+  /// Failure.
   outcome(wandb::error&& failure) : failure_(std::move(failure)) {}  // NOLINT
 
+  /// Returns true for success.
   [[nodiscard]] bool has_value() const noexcept { return !failure_; }
+  /// Returns `has_value()`.
   explicit operator bool() const noexcept { return has_value(); }
 
-  /// Only where there is no value.
+  /// Returns the error. Undefined if `has_value()`.
   [[nodiscard]] const wandb::error& error() const& noexcept { return *failure_; }
+  /// Returns the error. Undefined if `has_value()`.
   [[nodiscard]] wandb::error&& error() && noexcept { return *std::move(failure_); }
 
  protected:
+  /// Throws the error, if there is one; aborts without exceptions.
   void require() const {
     if (has_value()) return;
 #if WANDB_RESTORE_EXCEPTIONS
@@ -208,28 +239,40 @@ class outcome {
 
 }  // namespace detail
 
-/// A value or an `error`: the part of std::expected<T, error> that is needed here, under the same names. `value()` on a
-/// failure throws the error (or aborts, where exceptions are off). T has a default constructor.
+/// A value or an `error`: a subset of std::expected<T, error> with the same names. T is default-constructible.
 template <class T>
 class [[nodiscard]] result : public detail::outcome {
  public:
-  using value_type = T;
+  using value_type = T;  ///< as in std::expected
   using outcome::outcome;
 
-  // Implicit, as in expected. By reference: before clang 13, `return local;` moves into a parameter of that kind only.
-  result(const T& value) : value_(value) {}        // NOLINT
+  // Two constructors instead of one that takes T by value: before Clang 13, `return local;` would copy into the latter.
+  /// Success.
+  result(const T& value) : value_(value) {}  // NOLINT: implicit, as in expected
+  /// Success.
   result(T&& value) : value_(std::move(value)) {}  // NOLINT
 
-  /// Beside a failure, an empty T: reading it is no error, only of no use.
+  /// @name Unchecked access
+  /// @{
+
+  /// Returns the value. After a failure this is a value-initialised T.
   T& operator*() & noexcept { return value_; }
   const T& operator*() const& noexcept { return value_; }
   T&& operator*() && noexcept { return std::move(value_); }
   T* operator->() noexcept { return &value_; }
   const T* operator->() const noexcept { return &value_; }
+  /// @}
 
+  /// @name Checked access
+  /// @{
+
+  /// Returns the value. After a failure it throws the error; without exceptions it calls std::abort.
   T& value() & { return require(), value_; }
   const T& value() const& { return require(), value_; }
   T&& value() && { return require(), std::move(value_); }
+  /// @}
+
+  /// Returns the value, or after a failure `other` converted to T.
   template <class U>
   T value_or(U&& other) && {
     return has_value() ? std::move(value_) : static_cast<T>(std::forward<U>(other));
@@ -239,115 +282,132 @@ class [[nodiscard]] result : public detail::outcome {
   T value_{};  // an optional or a variant takes several times as long to compile
 };
 
+/// Success without a value, or an `error`.
 template <>
 class [[nodiscard]] result<void> : public detail::outcome {
  public:
-  using value_type = void;
+  using value_type = void;  ///< as in std::expected
   using outcome::outcome;
 
+  /// Does nothing after success. After a failure it throws the error; without exceptions it calls std::abort.
   void value() const { require(); }
 };
 
 // ================================================================================================= run path
 
-/// Which run: entity (a user or a team), project and run id.
+/// Identifies a run.
 struct run_path {
-  std::string entity;
-  std::string project;
-  std::string run_id;
+  std::string entity;   ///< a user or a team
+  std::string project;  ///< a project of the entity
+  std::string run_id;   ///< the id of the run, as in its browser address; not its display name
 
-  /// Reads a run path in any form that the Python SDK accepts, with the same meaning (`e/p/r`, `e/p/runs/r`, `e/p:r`,
-  /// `p/r`, `p:r`, `r`, slashes and spaces around), and the address of a run in the browser, with or without scheme
-  /// and with any tail (`https://wandb.ai/e/p/runs/r/files/x`; the host is not used). A query or fragment is dropped.
-  /// What the text leaves out is taken from `defaults`; an empty text names none.
-  /// @return  errc::invalid_run_path where a part is missing or malformed.
+  /// Parses every form of a run path that the Python SDK accepts, with the same meaning: `e/p/r`, `e/p/runs/r`, `e/p:r`,
+  /// `p/r`, `p:r`, `r`, also with slashes and spaces around it. Parses browser addresses of a run too, with or without
+  /// scheme and with any tail (`https://wandb.ai/e/p/runs/r/files/x`); the host is ignored. A query or fragment is dropped.
+  ///
+  /// @param text      the run path; if empty, all three parts come from `defaults`.
+  /// @param defaults  supplies the parts that `text` leaves out.
+  /// @return          the run, or errc::invalid_run_path if a part is malformed, or missing also in `defaults`.
   /// Source: wandb/apis/public/api.py, Api._parse_path.
   static result<run_path> parse(std::string_view text, const run_path& defaults = {});
 
-  /// "entity/project/run_id".
+  /// Returns "entity/project/run_id".
   [[nodiscard]] std::string str() const { return entity + '/' + project + '/' + run_id; }
 
+  /// Compares all three parts, byte by byte.
   friend bool operator==(const run_path& a, const run_path& b) {
     return a.entity == b.entity && a.project == b.project && a.run_id == b.run_id;
   }
+  /// Returns !(a == b).
   friend bool operator!=(const run_path& a, const run_path& b) { return !(a == b); }
 };
 
 // ========================================================================================== HTTP vocabulary
 
-/// An absolute http or https address in parts (RFC 3986, section 3).
+/// An absolute http or https URL in parts (RFC 3986, section 3).
 struct url {
   std::string scheme;     ///< "http" or "https"
-  std::string user_info;  ///< as written, percent-encoded; used for proxies only
-  std::string host;       ///< lower case; an IPv6 address without its brackets
-  int port = 0;           ///< explicit or the scheme's default
-  std::string target;     ///< path and query as sent, at least "/"
+  std::string user_info;  ///< percent-encoded, as written; used for proxies only
+  std::string host;       ///< lower case; an IPv6 address without brackets
+  int port = 0;           ///< the explicit port, or the scheme's default
+  std::string target;     ///< path and query as they are sent; starts with '/'
 
-  /// Spaces and bytes beyond ASCII are percent-encoded, a fragment is dropped.
-  /// @return  errc::protocol_violation for control characters, another scheme, a missing host or a bad port.
+  /// Parses a URL. Percent-encodes spaces and bytes beyond ASCII, and drops a fragment.
+  /// @return  the URL, or errc::protocol_violation for control characters, another scheme, a missing host or a bad port.
   static result<url> parse(std::string_view text);
-  /// What `location` means when it is met at this address: absolute or relative (RFC 3986, section 5.2).
+  /// Resolves a reference, absolute or relative, against this URL (RFC 3986, section 5.2). Errors as for `parse`.
   [[nodiscard]] result<url> resolve(std::string_view location) const;
 
-  /// "https://host:port", the port only where it is not the default: equal for equal origins (RFC 6454, section 4).
+  /// Returns "scheme://host", with ":port" if it is not the scheme's default (RFC 6454, section 4).
   [[nodiscard]] std::string origin() const;
-  /// The whole address again, without user_info.
+  /// Returns the URL without user_info.
   [[nodiscard]] std::string str() const { return origin() + target; }
-  /// The address without its query, which may be a signature: fit for messages and logs.
+  /// Returns the URL without user_info and query, for messages and logs: a query may contain a signature.
   [[nodiscard]] std::string redacted() const { return origin() + target.substr(0, target.find('?')); }
 };
 
-/// Header fields in the order they are sent or came in: pairs of name and value.
+/// Header fields, pairs of name and value, in the order in which they are sent or were received.
 using http_headers = std::vector<std::pair<std::string, std::string>>;
 
-/// One HTTP exchange to make.
+/// The request of one HTTP exchange.
 struct http_request {
-  std::string method = "GET";
-  std::string url = {};       ///< absolute, http or https; its query may be a signature: not for logs
-  http_headers headers = {};  ///< complete but for Host, Connection and Content-Length
-  std::string body = {};
-  std::string proxy =
-      {};  ///< "http://[user:password@]host:port", or empty for a direct connection; not for logs
-  std::string proxy_authorization = {};              ///< a Proxy-Authorization value for that proxy alone
-  std::chrono::milliseconds connect_timeout{30000};  ///< name resolution excepted; TLS handshake included
-  std::chrono::milliseconds idle_timeout{30000};     ///< longest time without a byte, either way
-  std::function<bool()> is_cancelled = {};           ///< called from any thread
+  std::string method = "GET";  ///< the library sends "GET" and "POST"
+  std::string url = {};        ///< absolute, http or https. Keep it out of logs: its query may be a signature
+  http_headers headers = {};   ///< all fields except Host, Connection and Content-Length
+  std::string body = {};       ///< sent with Content-Length; empty for a GET
+  /// "http://[user:password@]host:port"; empty for a direct connection. Keep it out of logs.
+  std::string proxy = {};
+  std::string proxy_authorization = {};  ///< the value of Proxy-Authorization; sent to the proxy only
+  /// Limits TCP connection, CONNECT and TLS handshake together, without name resolution.
+  std::chrono::milliseconds connect_timeout{30000};
+  std::chrono::milliseconds idle_timeout{30000};  ///< the longest time without a byte sent or received
+  std::function<bool()> is_cancelled = {};        ///< may be empty; may be called from any thread
 
-  /// The exchange is no longer wanted. A transport looks at this at least once a second.
+  /// Returns true once the exchange is to end. A transport calls this at least once a second.
   [[nodiscard]] bool cancelled() const { return is_cancelled && is_cancelled(); }
 };
 
 /// The head of a response.
 struct http_response {
-  int status = 0;
-  http_headers headers = {};
+  int status = 0;             ///< the final status; interim (1xx) responses are skipped
+  http_headers headers = {};  ///< as received
 
-  /// The value of the first field of that name (case does not matter), or null.
+  /// Returns the value of the first field with this name, compared without case, or null. The pointer is valid until
+  /// `headers` changes.
   [[nodiscard]] const std::string* header(std::string_view name) const;
 };
 
-/// Where a transport delivers a response: `start` once, then `write` any number of times, from one thread. Either
-/// returns false to say: stop now, close the connection, return errc::cancelled.
+/// Receives a response from a transport: `connected` at most once, then `start` once, then `write` for each piece of the
+/// body, all from the thread that called `send`. If `start` or `write` returns false, the transport stops reading, closes
+/// the connection and returns errc::cancelled.
 class body_sink {
  public:
-  /// Optional, before `start`: a TCP connection to the server or its proxy stands. Whoever was reached and then says
-  /// nothing is tried again for settings::retry_timeout; without this call, only for connect_timeout.
+  /// Reports an established TCP connection to the server or proxy. Optional. Without this call a failed exchange is
+  /// retried for settings::connect_timeout only, with it for settings::retry_timeout.
   virtual void connected() {}
+  /// Delivers status and headers of the final response, also if it has no body. Returns false to stop.
   virtual bool start(const http_response& head) = 0;
+  /// Delivers the next bytes of the body, without transfer coding. Returns false to stop. `bytes` is not kept.
   virtual bool write(std::string_view bytes) = 0;
 
  protected:
+  // Transports use a sink, but never own, copy or delete it.
+  /// @cond
   body_sink() = default;
   body_sink(const body_sink&) = default;
   body_sink& operator=(const body_sink&) = default;
   ~body_sink() = default;
+  /// @endcond
 };
 
-/// Whether T is a Transport: `result<http_response> send(const http_request&, body_sink&)` makes exactly one exchange,
-/// blocks until it is over, and may be called from several threads at once. It follows no redirects, retries nothing, adds
-/// no credentials, decompresses nothing, does not keep the body and does not throw. Failures are errc::connection_failed (made with
-/// `error::permanent` where trying again is no use), errc::protocol_violation, errc::cancelled, or errc::invalid_argument
-/// for a request that cannot be sent.
+/// Tells whether T is a Transport, that is, has a member `result<http_response> send(const http_request&, body_sink&)`.
+/// `send` makes exactly one HTTP exchange, blocks until it ends, and may be called from several threads at once. It follows
+/// no redirects, retries nothing, adds no credentials, decompresses nothing, does not collect the body and does not throw.
+/// It returns the response's head (a 4xx or 5xx status is no error), or an error with one of these codes:
+/// - errc::connection_failed; made with `error::permanent` if a retry cannot succeed
+/// - errc::protocol_violation if the response violates HTTP
+/// - errc::cancelled if the request was cancelled or the sink returned false
+/// - errc::invalid_argument if the request cannot be sent
 template <class T, class = void>
 struct is_transport : std::false_type {};
 template <class T>
@@ -359,66 +419,77 @@ struct is_transport<T, std::void_t<decltype(std::declval<T&>().send(std::declval
 
 // ==================================================================================================== files
 
-/// What the service says of a file of a run.
+/// Describes a file of a run, as the service does.
 struct file_info {
-  std::string name;
-  std::optional<std::uint64_t> size;  ///< bytes; absent where the service does not say
-  std::string md5;                    ///< 32 lower-case hex digits, or empty where unknown
-  std::string mimetype;
-  std::string updated_at;  ///< ISO 8601, as the service writes it; empty where unknown
+  std::string name;                   ///< path inside the run, '/'-separated
+  std::optional<std::uint64_t> size;  ///< bytes; empty if the service does not tell
+  std::string md5;                    ///< 32 lower-case hex digits; empty if unknown
+  std::string mimetype;               ///< e.g. "text/plain"; empty if unknown
+  std::string updated_at;             ///< time of the last change in ISO 8601, as received; empty if unknown
 };
 
-/// What a restore is busy with.
-enum class phase { downloading, verifying };
+/// The activity that a progress report is about.
+enum class phase {
+  downloading,  ///< bytes are fetched, or another process is waited for that fetches the same file
+  verifying,    ///< the md5 of a complete file is computed
+};
 
-/// How far a restore is.
+/// A progress report of one restore.
 struct progress {
-  std::string_view name;  ///< as asked for; there during the call only
-  wandb::phase phase = wandb::phase::downloading;
-  std::uint64_t bytes_done = 0;              ///< downloading: bytes that are here; verifying: bytes hashed
-  std::optional<std::uint64_t> bytes_total;  ///< absent where the size is unknown
-  double bytes_per_second = 0;               ///< of what came over the network lately
+  std::string_view name;  ///< the file's name in the run; valid during the callback only
+  wandb::phase phase = wandb::phase::downloading;  ///< what `bytes_done` counts
+  /// While downloading: bytes present, including those of earlier tries. While verifying: bytes hashed.
+  std::uint64_t bytes_done = 0;
+  std::optional<std::uint64_t> bytes_total;  ///< the file's size; empty if unknown
+  double bytes_per_second = 0;  ///< recent rate of the network; 0 if nothing is known or received
 };
 
-/// Where the bytes of a restored file came from.
+/// The origin of a restored file's bytes.
 enum class source {
-  downloaded,  ///< by this call
-  local,       ///< they were there, or another process brought them meanwhile
+  downloaded,  ///< this call downloaded them
+  local,       ///< they were on disk, or another process downloaded them during this call
   store,       ///< reserved
 };
 
-/// An open, binary input stream at offset 0 on the local copy, and what is known of it. Movable, not copyable.
+/// A local copy of a file, as an open binary input stream at offset 0. Movable, not copyable. Like any stream, an object
+/// may be used by one thread at a time.
 class restored_file : public std::ifstream {
  public:
+  /// The properties of a restored file, for constructing one: the accessors of the same names describe them.
   struct facts {
-    std::filesystem::path path;
-    std::uint64_t size = 0;
-    std::string md5;
-    wandb::source source = wandb::source::local;
-    bool verified = false;
+    std::filesystem::path path;                   ///< see `restored_file::path()`
+    std::uint64_t size = 0;                       ///< see `restored_file::size()`
+    std::string md5;                              ///< see `restored_file::md5()`
+    wandb::source source = wandb::source::local;  ///< see `restored_file::source()`
+    bool verified = false;                        ///< see `restored_file::verified()`
   };
-  /// On no file yet, to be moved to, as with any stream.
+  /// Makes a stream without a file, which another can be moved to.
   restored_file() = default;
+  /// Takes over an open stream. The library makes its objects so; tests of a program may, too.
   restored_file(std::ifstream stream, facts known)
       : std::ifstream(std::move(stream)), facts_(std::move(known)) {}
+  /// Moves stream and properties.
   restored_file(restored_file&& other) noexcept
       : std::ifstream(std::move(other)), facts_(std::move(other.facts_)) {}
+  /// Closes this stream, then moves stream and properties.
   restored_file& operator=(restored_file&& other) noexcept {
     std::ifstream::operator=(std::move(other));
     facts_ = std::move(other.facts_);
     return *this;
   }
 
-  /// The local file's name, for frameworks that want one: `path()` as a string.
+  /// Returns `path()` as a string, for frameworks that open files by name.
   [[nodiscard]] std::string name() const { return facts_.path.string(); }
-  /// root / name, as given.
+  /// Returns the local path: root / name, both as given; relative if root is.
   [[nodiscard]] const std::filesystem::path& path() const noexcept { return facts_.path; }
-  /// Bytes.
+  /// Returns the size in bytes.
   [[nodiscard]] std::uint64_t size() const noexcept { return facts_.size; }
-  /// 32 lower-case hex digits, or empty where it is not known.
+  /// Returns the verified md5 as 32 lower-case hex digits; empty if the file was not verified.
   [[nodiscard]] const std::string& md5() const noexcept { return facts_.md5; }
+  /// Returns where the bytes came from.
   [[nodiscard]] wandb::source source() const noexcept { return facts_.source; }
-  /// The md5 that the service told was checked now, or a receipt says that it was and the file has not changed since.
+  /// Returns true if the content has the md5 that the service told: checked by this call, or by an earlier one whose
+  /// receipt says that the file has not changed since (same size and time of modification).
   [[nodiscard]] bool verified() const noexcept { return facts_.verified; }
 
  private:
@@ -431,20 +502,19 @@ namespace detail {
 class restoring;
 }
 
-/// What is known of a local copy without asking the service.
+/// Describes an existing local copy to a cache policy. Everything is known without a request.
 class local_copy {
  public:
-  std::filesystem::path path;
-  std::uint64_t size = 0;  ///< bytes
-  std::chrono::system_clock::time_point modified{};
-  /// The run that a receipt says the file came from. Absent for a file that was not restored here, or changed since.
+  std::filesystem::path path;                        ///< root / name
+  std::uint64_t size = 0;                            ///< bytes
+  std::chrono::system_clock::time_point modified{};  ///< time of the last modification
+  /// The run that the file was restored from, by its receipt. Empty without a receipt, or if the file has changed since.
   std::optional<run_path> restored_from;
-  /// What was verified when the receipt was written: hex, or empty.
+  /// The md5 that was verified when the receipt was written, in hex. Empty if there was none, or without a receipt.
   std::string receipt_md5;
 
-  /// The md5 of the content, in hex: from the receipt or, where that does not tell, by reading the file once (blocks,
-  /// and reports progress). Empty where the file cannot be read, or the restore is cancelled meanwhile. Not for several
-  /// threads at once.
+  /// Returns the md5 of the content in hex. Takes it from the receipt; without one reads the file once, which blocks and
+  /// reports progress. Returns an empty string if the file cannot be read or the restore is cancelled. Not thread-safe.
   [[nodiscard]] std::string md5() const;
 
  private:
@@ -453,32 +523,37 @@ class local_copy {
   mutable std::string known_md5_ = {};
 };
 
-/// Says what a local copy is worth: a function of the copy's facts and, once asked for, the service's.
+/// Decides whether an existing local copy is used or replaced. Not consulted if there is no local copy.
 class cache_policy {
  public:
+  /// A decision about a local copy.
   enum class verdict {
     keep,   ///< use the local copy
-    fetch,  ///< download and replace it
-    ask,    ///< cannot tell yet: call again with what the service says (the second time it counts as fetch)
+    fetch,  ///< download the file and replace the local copy
+    ask,    ///< request the file's properties from the service, then call the rule again with them
   };
+  /// A rule: called first with `remote` null and, if it then returns `ask`, a second time with the service's description
+  /// of the file. The second time `ask` means `fetch`. Called in the thread of the restore, so threads that share a client
+  /// may call it concurrently.
   using rule = std::function<verdict(const local_copy& local, const file_info* remote)>;
 
-  /// A rule of one's own. `remote` is null in the first call. Called in the thread of the restore: several at once, where
-  /// threads share a client.
+  /// Makes a policy of a rule. `decide` must not be empty.
   cache_policy(rule decide)
       : decide_(std::move(decide)) {}  // NOLINT: implicit, so that a lambda can stand for a policy
+  /// Makes a policy of a function object that converts to `rule`, e.g. a lambda.
   template <class F, class = std::enable_if_t<std::is_constructible_v<rule, F> &&
                                               !std::is_same_v<std::decay_t<F>, cache_policy> &&
                                               !std::is_same_v<std::decay_t<F>, rule>>>
   cache_policy(F&& decide) : decide_(std::forward<F>(decide)) {}  // NOLINT
 
-  /// Whatever is there is used, without any request (the SDK's `replace=False`).
+  /// Uses any local copy, without a request (the SDK's `replace=False`).
   static cache_policy keep();
-  /// Fetched again, always (the SDK's `replace=True`).
+  /// Always downloads (the SDK's `replace=True`).
   static cache_policy replace();
-  /// Fetched again where the service's md5 differs or is unknown.
+  /// Asks the service, and downloads if its md5 is unknown or differs from the local copy's.
   static cache_policy refresh();
 
+  /// Calls the rule.
   [[nodiscard]] verdict operator()(const local_copy& local, const file_info* remote) const {
     return decide_(local, remote);
   }
@@ -533,7 +608,7 @@ struct settings {
       {};  ///< for the base URL's requests only; a Proxy-Authorization goes to the proxy only
   std::string username = {};    ///< X-WANDB-USERNAME of questions to the service
   std::string user_email = {};  ///< X-WANDB-USER-EMAIL, likewise
-  std::string user_agent = "wandb_restore.hpp/" WANDB_RESTORE_VERSION;
+  std::string user_agent = "wandb_restore.hpp/" WANDB_RESTORE_VERSION;  ///< the User-Agent of all requests
 
   /// Receives warnings (insecure TLS, unreadable settings files). From any thread that uses the client, a download's own
   /// included, and perhaps from several at once: it must not throw. Default: standard error.
@@ -549,21 +624,22 @@ struct settings {
 
 // ================================================================================= client and entry points
 
-/// What a restore may be told, each with a default. The first three are the SDK's.
+/// The options of one call. The first three are the Python SDK's.
 struct restore_options {
-  std::string run_path = {};  ///< any form of run_path::parse; empty: the current run
-  bool replace = false;       ///< fetch even if there is a local copy
-  std::filesystem::path root =
-      {};  ///< directory under which the file is put; empty: settings::run_dir, else "."
-  std::optional<cache_policy> cache = {};  ///< over the client's policy; `replace = true` wins
-  /// Called about ten times a second, in the caller's thread; returns false to cancel. What it throws reaches the caller;
-  /// what has arrived is kept.
+  std::string run_path = {};  ///< any form that run_path::parse takes; empty: the current run
+  bool replace = false;       ///< true: download even if there is a local copy
+  /// The directory to put the file under, created if missing. Empty: settings::run_dir, or "." if that is empty too.
+  std::filesystem::path root = {};
+  std::optional<cache_policy> cache = {};  ///< overrides the client's policy; `replace = true` overrides both
+  /// Called about ten times a second in the thread of the call; returns false to cancel. It may throw: the exception
+  /// leaves the call, and the bytes that arrived are kept for the next one.
   std::function<bool(const progress&)> on_progress = {};
-  /// The caller's, and there until the call ends; once true, that is within a second (name resolution excepted).
+  /// A flag of the caller's, or null; must exist until the call returns. Once it is true, the call returns
+  /// errc::cancelled within a second, except while a host name is resolved.
   const std::atomic<bool>* cancel = nullptr;
-  int connections = 8;  ///< upper bound for a large file, at least 1
-  bool verify =
-      true;  ///< check the md5 that the service tells; without it nothing is resumed, and one connection is used
+  int connections = 8;  ///< the most connections to use for one large file; at least 1
+  /// Whether to check the md5 that the service tells. Without the check one connection is used and nothing is resumed.
+  bool verify = true;
 };
 
 /// The default transport: cpp-httplib over TLS (OpenSSL) or plain TCP. Keeps connections alive per origin and loads the
@@ -592,23 +668,23 @@ struct transport_ref {
 class session;
 std::shared_ptr<session> open_session(settings configuration, transport_ref transport, cache_policy policy);
 result<restored_file> restore(session& with, std::string_view name, const restore_options& options);
+result<restored_file> restore(session& current, std::string_view name, std::string_view run_path,
+                              bool replace, std::filesystem::path root);
+result<restored_file> restore(session& current, std::string_view name, const run_path& run, bool replace,
+                              std::filesystem::path root);
 result<std::vector<file_info>> list_files(session& with, const restore_options& options);
+result<std::vector<file_info>> list_files(session& current, std::string_view run_path);
+result<std::vector<file_info>> list_files(session& current, const run_path& run);
 
+/// Whether T names a run: a text, or a run_path. Templates with this constraint leave braces to restore_options.
 template <class T>
-inline constexpr bool is_text = std::is_convertible_v<T, std::string_view>;
-
-inline restore_options positional(std::string_view run_path, bool replace, std::filesystem::path root) {
-  restore_options options;
-  options.run_path = run_path;
-  options.replace = replace;
-  options.root = std::move(root);
-  return options;
-}
+inline constexpr bool names_run =
+    std::is_convertible_v<T, std::string_view> || std::is_convertible_v<T, run_path>;
 
 }  // namespace detail
 
-/// Restores files with settings, transport and policy of its own, and keeps connections between calls. All calls block,
-/// and may be made from several threads at once.
+/// Restores files with its own settings, transport and policy, and reuses connections between calls. All calls block, and
+/// may be made from several threads at once. Movable while no call is running.
 template <class Transport = http_transport>
 class client {
   static_assert(is_transport<Transport>::value,
@@ -616,43 +692,59 @@ class client {
                 "send(const wandb::http_request&, wandb::body_sink&)");
 
  public:
-  /// With settings::from_environment(). What is wrong with settings is told by the first call, as errc::invalid_argument.
+  /// Uses settings::from_environment(). Invalid settings are reported by the first call that needs them, as
+  /// errc::invalid_argument.
   client() : client(settings::from_environment()) {}
+  /// Uses the given settings and policy, and a Transport made from the settings, or default-constructed if it takes none.
   explicit client(settings configuration, cache_policy policy = cache_policy::keep())
       : transport_(make_transport(configuration)),
         session_(detail::open_session(std::move(configuration), ref(), std::move(policy))) {}
-  /// Keeps the transport for as long as it lives.
+  /// Uses the given settings, transport and policy. The client owns the transport.
   client(settings configuration, Transport transport, cache_policy policy = cache_policy::keep())
       : transport_(std::make_unique<Transport>(std::move(transport))),
         session_(detail::open_session(std::move(configuration), ref(), std::move(policy))) {}
 
-  /// Brings one file of a run to local disk and opens it. See the free function of the same name.
+  /// Restores one file. See the free function wandb::try_restore.
   result<restored_file> try_restore(std::string_view name, const restore_options& options = {}) {
     return detail::restore(*session_, name, options);
   }
-  template <class Text, std::enable_if_t<detail::is_text<Text>, int> = 0>
-  result<restored_file> try_restore(std::string_view name, const Text& run_path, bool replace = false,
+  /// Restores one file, with the Python SDK's order of arguments. `run` is a text or a wandb::run_path.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  result<restored_file> try_restore(std::string_view name, const Run& run, bool replace = false,
                                     std::filesystem::path root = {}) {
-    return try_restore(name, detail::positional(run_path, replace, std::move(root)));
+    return detail::restore(*session_, name, run, replace, std::move(root));
   }
 
-  /// The files of a run, in the service's order. Of the options, run_path and cancel count. Errors as in restore.
+  /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Errors as in
+  /// wandb::try_restore.
   result<std::vector<file_info>> try_list_files(const restore_options& options = {}) {
     return detail::list_files(*session_, options);
   }
+  /// Lists the files of the given run, a text or a wandb::run_path.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  result<std::vector<file_info>> try_list_files(const Run& run) {
+    return detail::list_files(*session_, run);
+  }
 
 #if WANDB_RESTORE_EXCEPTIONS
-  /// The same, with wandb::error thrown.
+  /// As try_restore, but throws wandb::error instead of returning one.
   restored_file restore(std::string_view name, const restore_options& options = {}) {
     return try_restore(name, options).value();
   }
-  template <class Text, std::enable_if_t<detail::is_text<Text>, int> = 0>
-  restored_file restore(std::string_view name, const Text& run_path, bool replace = false,
+  /// As try_restore, but throws wandb::error instead of returning one.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  restored_file restore(std::string_view name, const Run& run, bool replace = false,
                         std::filesystem::path root = {}) {
-    return try_restore(name, run_path, replace, std::move(root)).value();
+    return try_restore(name, run, replace, std::move(root)).value();
   }
+  /// As try_list_files, but throws wandb::error instead of returning one.
   std::vector<file_info> list_files(const restore_options& options = {}) {
     return try_list_files(options).value();
+  }
+  /// As try_list_files, but throws wandb::error instead of returning one.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  std::vector<file_info> list_files(const Run& run) {
+    return try_list_files(run).value();
   }
 #endif
 
@@ -674,33 +766,59 @@ class client {
 };
 
 #ifndef WANDB_RESTORE_NO_HTTPLIB
-/// Brings one file of a run to local disk, verified, and opens it. Under the default policy a local copy is opened
-/// without any request. Blocks; may be called from several threads and processes at once, also for the same file.
+/// Downloads one file of a run, verifies it and opens the local copy. By default an existing local copy is opened without
+/// a request. Blocks. May be called from several threads and processes at once, also for the same file.
 ///
-/// @param name     '/'-separated path inside the run, e.g. "ckpt/best.h5". Empty, absolute and escaping names are refused.
+/// Each call makes a client<> from the environment: settings are read and connections opened anew. To restore several
+/// files, make one client and use it for all of them.
+///
+/// @param name     the file's path inside the run, '/'-separated, e.g. "ckpt/best.h5". Must not be empty, absolute, or
+///                 contain "..".
 /// @param options  see restore_options.
-/// @return         the stream, or any errc. On failure the local path holds what it held before; what had arrived is kept in
-///                 a hidden file beside it, so that the next call goes on from there.
+/// @return         the open stream, or an error with any errc. After a failure the local path is unchanged; the bytes that
+///                 arrived are kept in a hidden file beside it, and the next call resumes from them.
 /// Source: wandb.restore of the Python SDK (wandb/sdk/wandb_run.py).
 inline result<restored_file> try_restore(std::string_view name, const restore_options& options = {}) {
   return client<>().try_restore(name, options);
 }
-/// The same with the order of arguments of the Python SDK.
-template <class Text, std::enable_if_t<detail::is_text<Text>, int> = 0>
-result<restored_file> try_restore(std::string_view name, const Text& run_path, bool replace = false,
+/// As above, with the Python SDK's order of arguments. `run` is a text or a wandb::run_path.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+result<restored_file> try_restore(std::string_view name, const Run& run, bool replace = false,
                                   std::filesystem::path root = {}) {
-  return try_restore(name, detail::positional(run_path, replace, std::move(root)));
+  return client<>().try_restore(name, run, replace, std::move(root));
+}
+
+/// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Blocks, and makes a
+/// client<> for each call.
+/// @return  the files, or an error as try_restore.
+inline result<std::vector<file_info>> try_list_files(const restore_options& options = {}) {
+  return client<>().try_list_files(options);
+}
+/// Lists the files of the given run, a text or a wandb::run_path.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+result<std::vector<file_info>> try_list_files(const Run& run) {
+  return client<>().try_list_files(run);
 }
 
 #if WANDB_RESTORE_EXCEPTIONS
-/// try_restore, with wandb::error thrown instead of returned.
+/// As try_restore, but throws wandb::error instead of returning one.
 inline restored_file restore(std::string_view name, const restore_options& options = {}) {
   return try_restore(name, options).value();
 }
-template <class Text, std::enable_if_t<detail::is_text<Text>, int> = 0>
-restored_file restore(std::string_view name, const Text& run_path, bool replace = false,
+/// As try_restore, but throws wandb::error instead of returning one.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+restored_file restore(std::string_view name, const Run& run, bool replace = false,
                       std::filesystem::path root = {}) {
-  return try_restore(name, run_path, replace, std::move(root)).value();
+  return try_restore(name, run, replace, std::move(root)).value();
+}
+/// As try_list_files, but throws wandb::error instead of returning one.
+inline std::vector<file_info> list_files(const restore_options& options = {}) {
+  return try_list_files(options).value();
+}
+/// As try_list_files, but throws wandb::error instead of returning one.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+std::vector<file_info> list_files(const Run& run) {
+  return try_list_files(run).value();
 }
 #endif
 #endif  // WANDB_RESTORE_NO_HTTPLIB
@@ -5974,7 +6092,7 @@ class download {
 
 }  // namespace detail
 
-// ============================================================================================== the story
+// ============================================================================================== restoring
 
 WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::keep() {
   return rule(+[](const local_copy&, const file_info*) { return verdict::keep; });
@@ -6321,6 +6439,37 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
                     {in_quotes(inside), run->project + '/' + run->run_id});
 }
 
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
+                                                           std::string_view run_path, bool replace,
+                                                           std::filesystem::path root) {
+  restore_options options;
+  options.run_path = run_path;
+  options.replace = replace;
+  options.root = std::move(root);
+  return restore(current, name, options);
+}
+
+/// A run path as text, "" for the current run if all parts are empty. Refuses an object whose text means another run:
+/// one without run id, with a gap, or with a separator inside a part.
+inline result<std::string> text_of(const run_path& run) {
+  if (run == run_path{}) return std::string();
+  const std::string text = run.str();
+  const auto reread = split_run_path(text);
+  if (reread && *reread == run) return text;
+  return error(errc::invalid_run_path, "invalid run path: entity " + in_quotes(run.entity) + ", project " +
+                                           in_quotes(run.project) + ", run id " + in_quotes(run.run_id) +
+                                           ": expected a run id, a project if there is an entity, and no "
+                                           "part with '/', '?', '#' or spaces around it");
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
+                                                           const run_path& run, bool replace,
+                                                           std::filesystem::path root) {
+  const auto text = text_of(run);
+  if (!text) return in_context(text.error(), "restoring " + in_quotes(name), {in_quotes(name)});
+  return restore(current, name, std::string_view(*text), replace, std::move(root));
+}
+
 WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& with,
                                                                        const restore_options& options) {
   if (auto good = check_times(with.config, "cannot list the files of a run"); !good) return good.error();
@@ -6339,6 +6488,20 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
   if (listed) return listed;
   return in_context(listed.error(), "listing the files of " + shown(*run),
                     {run->project + '/' + run->run_id});
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,
+                                                                       std::string_view run_path) {
+  restore_options options;
+  options.run_path = run_path;
+  return list_files(current, options);
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,
+                                                                       const run_path& run) {
+  const auto text = text_of(run);
+  if (!text) return text.error();
+  return list_files(current, std::string_view(*text));
 }
 
 }  // namespace detail

@@ -18,8 +18,10 @@ to_build='
 '
 to_test='
   header curl/curl.h        libcurl4-openssl-dev libcurl-devel
+  command doxygen           doxygen              doxygen
   command git               git                  git-core
   command meson             meson                meson
+  command python3           python3              python3
   sanitizer address         g++                  libasan
   sanitizer undefined       g++                  libubsan
 '

@@ -15,6 +15,7 @@ TEST_SUITE("braced forms") {
     CHECK(client.restore("a.txt", {}).path() == "a.txt");
     CHECK(client.try_restore("a.txt", {}).has_value());
     CHECK(client.try_list_files({}).value().size() == 1);
+    CHECK(wandb::list_files({}).size() == 1);
     CHECK(f.server.counted().of(request_kind::storage).requests == 1);
   }
 
@@ -40,6 +41,7 @@ TEST_SUITE("braced forms") {
     CHECK(client.restore("a.txt", {.run_path = fixture::path}).path() == "a.txt");
     CHECK(client.try_restore("a.txt", {.on_progress = [](const wandb::progress&) { return true; }})
               .has_value());
+    CHECK(wandb::list_files({.run_path = fixture::path}).size() == 1);
     wandb::client<> told({.base_url = f.server.base_url(), .api_key = f.server.key(), .ca_file = f.ca()});
     CHECK(told.restore("a.txt", {.run_path = fixture::path, .root = "told"}).verified());
 #else

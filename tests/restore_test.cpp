@@ -103,6 +103,65 @@ TEST_SUITE("restore: forms") {
     check_file(four, new_text, wandb::source::downloaded, true);
   }
 
+  TEST_CASE("a run_path object stands wherever a run path in text does") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    const environment there(f);
+    const wandb::run_path run{"vanpelt", "my-project", "a1b2c3d"};
+    CHECK(wandb::restore("a.txt", run, true).source() == wandb::source::downloaded);
+    CHECK(wandb::restore("a.txt", wandb::run_path{run}, false, "2").path() == fs::path("2") / "a.txt");
+    CHECK(f.success(wandb::try_restore("a.txt", run, true)).verified());
+    wandb::client<> client;
+    CHECK(client.restore("a.txt", run, true).source() == wandb::source::downloaded);
+    CHECK(f.success(client.try_restore("a.txt", run, false, "3")).path() == fs::path("3") / "a.txt");
+    // Without entity and project it takes the settings'; without any part it is the current run.
+    CHECK(client.restore("a.txt", wandb::run_path{"", "my-project", "a1b2c3d"}, true).verified());
+    CHECK(client.restore("a.txt", wandb::run_path{"", "", "a1b2c3d"}, true).verified());
+    CHECK(client.restore("a.txt", wandb::run_path{}, true).verified());
+    CHECK(wandb::restore("a.txt", wandb::run_path{}, true).verified());
+  }
+
+  TEST_CASE("a run_path object that a text would name differently is refused without a request") {
+    fixture f;
+    auto client = f.client();
+    const wandb::run_path refused[] = {
+        {"vanpelt", "my-project", ""},         // as text: project vanpelt, run my-project
+        {"vanpelt", "", "a1b2c3d"},            // a gap
+        {"", "vanpelt/my-project", "a1b2c3d"}  // two parts in one
+    };
+    for (const auto& run : refused) {
+      const auto failure = f.failure(client.try_restore("a.txt", run), errc::invalid_run_path);
+      check_names(failure, {"a.txt", run.entity, run.project, run.run_id});
+      (void)f.failure(client.try_list_files(run), errc::invalid_run_path);
+    }
+    CHECK(f.asked() == "graphql 0, files 0, storage 0");
+  }
+
+  TEST_CASE("list_files: by options, text and object, from a client and freely") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    const environment there(f);
+    const wandb::run_path run{"vanpelt", "my-project", "a1b2c3d"};
+    const auto has_file = [&](const std::vector<wandb::file_info>& files) {
+      return files.size() == 1 && files.front().name == "a.txt" && files.front().size == new_text.size();
+    };
+    CHECK(has_file(wandb::list_files()));
+    CHECK(has_file(wandb::list_files(f.options())));
+    CHECK(has_file(wandb::list_files(f.path)));
+    CHECK(has_file(wandb::list_files(run)));
+    CHECK(has_file(f.success(wandb::try_list_files())));
+    CHECK(has_file(f.success(wandb::try_list_files(f.options()))));
+    CHECK(has_file(f.success(wandb::try_list_files(std::string(f.path)))));
+    CHECK(has_file(f.success(wandb::try_list_files(run))));
+    wandb::client<> client;
+    CHECK(has_file(client.list_files(f.path)));
+    CHECK(has_file(client.list_files(run)));
+    CHECK(has_file(f.success(client.try_list_files(f.path))));
+    CHECK(has_file(f.success(client.try_list_files(run))));
+    (void)f.failure(wandb::try_list_files("vanpelt/my-project/other"), errc::run_not_found);
+    CHECK_THROWS_AS((void)wandb::list_files("vanpelt/my-project/other"), wandb::error);
+  }
+
   TEST_CASE(
       "an explicit run path costs one question, one address and one fetch, and a handshake each origin") {
     fixture f;

@@ -74,8 +74,7 @@ constexpr std::size_t piece_bytes = 64 * 1024;
 constexpr std::size_t max_head_bytes = 1024 * 1024;
 constexpr std::size_t max_request_body_bytes = 64 * 1024 * 1024;
 
-// ---- text
-// ------------------------------------------------------------------------------------------------------
+// ---- text ----------------------------------------------------------------------------------------------
 
 bool same_ignoring_case(std::string_view a, std::string_view b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end(),
@@ -211,8 +210,7 @@ void set_header(header_list& fields, const std::string& name, std::string value)
   fail(what + ": " + std::generic_category().message(errno));
 }
 
-// ---- file descriptors and stopping
-// -----------------------------------------------------------------------------
+// ---- file descriptors and stopping ---------------------------------------------------------------------
 
 class descriptor {
  public:
@@ -339,8 +337,7 @@ std::pair<descriptor, std::uint16_t> listen_on(std::uint16_t port) {
   return {std::move(fd), ntohs(address.sin_port)};
 }
 
-// ---- TLS
-// -------------------------------------------------------------------------------------------------------
+// ---- TLS -----------------------------------------------------------------------------------------------
 
 struct openssl_delete {
   void operator()(SSL* p) const { SSL_free(p); }
@@ -570,8 +567,7 @@ class connection {
   std::vector<char> outgoing_;
 };
 
-// ---- content
-// ---------------------------------------------------------------------------------------------------
+// ---- content -------------------------------------------------------------------------------------------
 
 class text_content : public content {
  public:
@@ -783,8 +779,7 @@ class stored_file {
 };
 using file_ptr = std::shared_ptr<const stored_file>;
 
-// ---- GraphQL
-// ---------------------------------------------------------------------------------------------------
+// ---- GraphQL -------------------------------------------------------------------------------------------
 
 /// What a GraphQL server refuses a question for.
 class question_error : public std::runtime_error {
@@ -1021,8 +1016,7 @@ json graphql_errors_json(const std::vector<std::string>& texts) {
 
 }  // namespace
 
-// ---- faults
-// ----------------------------------------------------------------------------------------------------
+// ---- faults --------------------------------------------------------------------------------------------
 
 struct circumstances {
   bool ignore_range = false;
@@ -1418,8 +1412,7 @@ std::string fault_notation() {
   return text + "for example  storage#1:reset=100000  graphql#1-3:status=503  storage(model.h5)@0:flip=7\n";
 }
 
-// ---- content and records, as declared
-// --------------------------------------------------------------------------
+// ---- content and records, as declared ------------------------------------------------------------------
 
 content_ptr bytes(std::string text) { return std::make_shared<text_content>(std::move(text)); }
 content_ptr from_disk(const std::filesystem::path& path) { return std::make_shared<disk_content>(path); }
@@ -1456,8 +1449,7 @@ std::string_view name_of(request_kind kind) {
   return names.at(static_cast<std::size_t>(kind));
 }
 
-// ---- the server
-// ------------------------------------------------------------------------------------------------
+// ---- the server ----------------------------------------------------------------------------------------
 
 namespace {
 
