@@ -258,7 +258,8 @@ struct run_path {
 
   /// Reads a run path in any form that the Python SDK accepts, with the same meaning (`e/p/r`, `e/p/runs/r`, `e/p:r`,
   /// `p/r`, `p:r`, `r`, slashes and spaces around), and the address of a run in the browser, with or without scheme
-  /// and with any tail (`https://wandb.ai/e/p/runs/r/files/x`; the host is not used). A query or fragment is dropped.
+  /// and with any tail (`https://forge.coreweave.com/wandb/e/p/runs/r/files/x`, `https://wandb.ai/e/p/runs/r`; the host is
+  /// not used). A query or fragment is dropped.
   /// What the text leaves out is taken from `defaults`; an empty text names none.
   /// @return  errc::invalid_run_path where a part is missing or malformed.
   /// Source: wandb/apis/public/api.py, Api._parse_path.
@@ -499,7 +500,9 @@ struct proxy_settings {
 /// Server, credentials, default run and manners. A default-constructed object asks the public service without a key;
 /// `from_environment` resolves what the SDK would. What is wrong in settings is reported by the first call that needs it.
 struct settings {
-  std::string base_url = "https://api.wandb.ai";  ///< may have a path prefix and trailing slashes
+  /// The address of the service's API; it may have a path prefix and trailing slashes. The public service has two names,
+  /// api.forge.coreweave.com and api.wandb.ai: credentials stored under either count for both.
+  std::string base_url = "https://api.forge.coreweave.com";
 
   std::string api_key = {};                     ///< 40 characters or more, or a JWT
   std::string identity_token_file = {};         ///< a file with a JWT that is exchanged for an access token
@@ -1449,6 +1452,26 @@ inline void set_member(json& object, const std::string& name, json value) {
   (*object.get_ptr<json::object_t*>())[name] = std::move(value);
 }
 
+// ------------------------------------------------------------------------------- the public service's names
+
+/// A deployment of the public service. Its API is at the root of two hosts, and below /api/wandb on a third, which has
+/// the web pages, too. Source: FORGE_HOSTS in wandb/sdk/lib/urls.py.
+struct forge_deployment {
+  std::string_view web_host, api_host, wandb_api_host;
+};
+inline constexpr forge_deployment forge_deployments[] = {
+    {"forge.coreweave.com", "api.forge.coreweave.com", "api.wandb.ai"},
+    {"qa.forge.coreweave.com", "api.qa.forge.coreweave.com", "api.qa.wandb.ai"},
+};
+
+/// The deployment that a host, in lower case, belongs to, or null.
+inline const forge_deployment* forge_deployment_of(std::string_view host) {
+  for (const auto& one : forge_deployments) {
+    if (host == one.web_host || host == one.api_host || host == one.wandb_api_host) return &one;
+  }
+  return nullptr;
+}
+
 // ------------------------------------------------------------------------------------------------- run paths
 
 inline std::string replace_all(std::string_view text, std::string_view what, std::string_view with) {
@@ -1502,7 +1525,13 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
     if (!segment.empty()) segments.push_back(segment);
   }
   const bool has_host = has_scheme || (segments.size() >= 5 && looks_like_host(segments.front()));
-  if (has_host && !segments.empty()) segments.erase(segments.begin());
+  if (has_host && !segments.empty()) {
+    const std::string host = lower(segments.front());
+    const auto* deployment = forge_deployment_of(host);
+    const bool has_prefix = deployment != nullptr && host == deployment->web_host && segments.size() > 1 &&
+                            segments[1] == "wandb";  // https://forge.coreweave.com/wandb/entity/...
+    segments.erase(segments.begin(), segments.begin() + (has_prefix ? 2 : 1));
+  }
 
   // The first "runs" behind two other segments: a project may itself be called "runs".
   std::size_t runs = 2;
@@ -2822,7 +2851,9 @@ inline path wandb_cache_directory() {
 inline result<void> check_api_key(std::string_view key) {
   const auto fail = [](const std::string& why) {
     return error(errc::invalid_argument,
-                 "the API key " + why + "; copy it again from https://wandb.ai/authorize");
+                 "the API key " + why +
+                     "; copy it again from the page where it was made "
+                     "(https://forge.coreweave.com/wandb/authorize for the public service)");
   };
   if (key.empty()) return fail("is empty");
   if (trim(key).size() != key.size()) return fail("begins or ends with white space");
@@ -2839,8 +2870,9 @@ inline result<void> check_api_key(std::string_view key) {
   return {};
 }
 
-/// The service's address, without trailing slashes.
-/// Source: wandb/sdk/lib/wbauth/host_url.py; in addition, what could not be sent on as written is refused.
+/// The service's address, without trailing slashes; the API's own where it is named below the web pages' host.
+/// Source: wandb/sdk/lib/wbauth/host_url.py and sdk/lib/urls.py. In addition to these, an address that could not be sent
+/// as it is written is refused, and http for any name of the public service.
 inline result<url> parse_base_url(std::string_view text) {
   const auto fail = [&](std::string_view why) {
     return error(errc::invalid_argument, "cannot use the base URL " +
@@ -2855,19 +2887,61 @@ inline result<url> parse_base_url(std::string_view text) {
   auto parsed = url::parse(text);
   if (!parsed)
     return error(errc::invalid_argument, "the base URL is no good: " + std::string(parsed.error().what()));
-  const std::string_view host = parsed->host;
-  if (host == "wandb.ai" || (host.size() > 9 && host.substr(host.size() - 9) == ".wandb.ai")) {
-    if (host.find("api.") == host.npos) return fail("did you mean https://api.wandb.ai?");
-    if (parsed->scheme != "https") return fail("http is not secure, use https://api.wandb.ai");
-  }
   while (parsed->target.size() > 1 && parsed->target.back() == '/') parsed->target.pop_back();
+  const std::string_view host = parsed->host;
+  const auto* deployment = forge_deployment_of(host);
+  const auto public_api =
+      "https://" + std::string((deployment ? *deployment : forge_deployments[0]).api_host);
+  if (deployment && host == deployment->web_host) {
+    const auto rest = text.substr(text.find("://") + 3);
+    const bool has_port = rest.substr(0, rest.find('/')).find(':') != rest.npos;
+    if (parsed->scheme == "https" && !has_port && parsed->target == "/api/wandb")
+      return url::parse(public_api);
+    return fail("the API of this server is at " + public_api);
+  }
+  const bool on_wandb_ai =
+      host == "wandb.ai" || (host.size() > 9 && host.substr(host.size() - 9) == ".wandb.ai");
+  if (on_wandb_ai && host.find("api.") == host.npos) return fail("did you mean " + public_api + "?");
+  if ((on_wandb_ai || deployment) && parsed->scheme != "https") {
+    return fail("http is not secure, use " + public_api);
+  }
   return parsed;
 }
 
-/// Whether an address is the base URL's or below it: same origin, path equal or longer by whole segments. An address with
-/// dot segments is not, plain or percent-encoded: a server may take it for one elsewhere.
+/// The base URL under each name that its service has, its own first.
+inline std::vector<url> names_of(const url& base) {
+  std::vector<url> names{base};
+  const auto* deployment = forge_deployment_of(base.host);
+  if (deployment == nullptr) return names;
+  for (const auto host : {deployment->api_host, deployment->wandb_api_host}) {
+    if (host == base.host) continue;
+    names.push_back(base);
+    names.back().host = host;
+  }
+  return names;
+}
+
+inline std::string without_final_slash(const url& address) {
+  return address.origin() + (address.target == "/" ? std::string() : address.target);
+}
+
+/// The page where a user makes and copies an API key.
+/// Source: api_to_app_url in wandb/util.py, _authorize_url in sdk/lib/wbauth/prompt.py.
+inline std::string key_page(url base) {
+  if (const auto* deployment = forge_deployment_of(base.host)) {
+    return "https://" + std::string(deployment->web_host) + "/wandb/authorize";
+  }
+  if (starts_with(base.host, "api.")) base.host.replace(0, 3, "app");
+  return without_final_slash(base) + "/authorize";
+}
+
+/// Whether an address is the base URL's or below it: the same origin, or the same service's other one, and a path that is
+/// equal or longer by whole segments. An address with dot segments is not, plain or percent-encoded: a server may take
+/// it for one elsewhere.
 inline bool under_base(const url& base, const url& candidate) {
-  if (base.origin() != candidate.origin()) return false;
+  bool is_service = false;
+  for (const url& name : names_of(base)) is_service = is_service || name.origin() == candidate.origin();
+  if (!is_service) return false;
   const std::string target = candidate.target.substr(0, candidate.target.find('?'));
   auto plain = percent_decode(target);
   if (!plain) return false;
@@ -3031,8 +3105,32 @@ inline result<url> parse_proxy(std::string_view text) {
 
 // --------------------------------------------------------------------------------------------------- netrc
 
+/// The names under which a netrc file may have the key of a server, the first that is there counts.
+/// Source: wandb/sdk/lib/wbauth/wbnetrc.py, which looks for the host as it is written in the base URL, then for "default",
+/// then for the wandb.ai host. Other spellings and names of the same server are as good.
+inline std::vector<std::string> netrc_machines(std::string_view written, const url& base) {
+  const auto authority = [](std::string_view address) {
+    const auto start = address.find("://");
+    if (start != address.npos) address.remove_prefix(start + 3);
+    return std::string(address.substr(0, address.find('/')));
+  };
+  std::vector<std::string> machines{authority(base.origin()), "default"};
+  const auto* deployment = forge_deployment_of(base.host);
+  if (deployment == nullptr) {
+    machines.insert(machines.begin(), authority(written));
+    return machines;
+  }
+  if (url::parse(written).value_or(base).host == base.host)
+    machines.insert(machines.begin(), authority(written));
+  for (url name : names_of(base)) {
+    machines.push_back(authority(name.origin()));
+    machines.push_back(name.host);
+  }
+  machines.emplace_back(deployment->web_host);
+  return machines;
+}
+
 /// The API key that the netrc file has for a server, or "". A file that cannot be read or understood is a warning.
-/// Source: wandb/sdk/lib/wbauth/wbnetrc.py.
 inline std::string api_key_from_netrc(const settings& configuration, const url& base,
                                       std::vector<std::string>& warnings) {
   const path& where = configuration.netrc_file;
@@ -3047,14 +3145,10 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
     warnings.push_back("the netrc file " + in_quotes(where) + " is not used: " + passwords.error().what());
     return {};
   }
-  // The SDK looks for the host as it is written in the base URL; other spellings of the same origin are as good.
-  const std::string_view written = configuration.base_url;
-  const auto start = written.find("://");
-  const auto authority = start == written.npos ? written : written.substr(start + 3);
-  const std::string origin = base.origin();
-  auto found = passwords->find(std::string(authority.substr(0, authority.find('/'))));
-  if (found == passwords->end()) found = passwords->find(origin.substr(origin.find("://") + 3));
-  if (found == passwords->end()) found = passwords->find("default");
+  auto found = passwords->end();
+  for (const auto& machine : netrc_machines(configuration.base_url, base)) {
+    if (found == passwords->end()) found = passwords->find(machine);
+  }
   if (found == passwords->end()) return {};
   if (found->second.empty()) {
     warnings.push_back("the netrc file " + in_quotes(where) + " has no password for " +
@@ -3106,6 +3200,15 @@ inline std::string format_utc(std::chrono::system_clock::time_point time) {
 #endif
   std::array<char, 32> text{};
   return std::string(text.data(), std::strftime(text.data(), text.size(), "%Y-%m-%d %H:%M:%S", &parts));
+}
+
+/// The keys of a server in the file of shared tokens: its base URL as the SDK writes it, then the service's other names.
+inline std::vector<std::string> shared_token_keys(std::string_view written, const url& base) {
+  while (!written.empty() && written.back() == '/') written.remove_suffix(1);
+  if (forge_deployment_of(base.host) == nullptr) return {std::string(written)};
+  std::vector<std::string> keys;
+  for (const url& name : names_of(base)) keys.push_back(without_final_slash(name));
+  return keys;
 }
 
 /// The file of access tokens that the SDK shares between processes: {"credentials": {base URL: token}}. It is a cache:
@@ -3880,17 +3983,17 @@ inline result<std::string> session::authorization(call& of) {
 
 /// The token in hand or the shared one, as long as it lasts; otherwise one exchange, for all who wait.
 inline result<std::string> session::bearer(call& of) {
-  std::string_view server = config.base_url;  // as the SDK names it in the shared file
-  while (!server.empty() && server.back() == '/') server.remove_suffix(1);
+  if (!base) return base.error();
+  const auto keys = shared_token_keys(config.base_url, *base);
   {
     std::unique_lock<std::mutex> held(mutex);
     while (exchanging_) {
       if (of.cancelled()) return of.why_cancelled();
       exchanged_.wait_for(held, milliseconds(50));
     }
-    if (!token_.lasts()) {
-      token_ =
-          read_shared_token(config.credentials_file, std::string(server), std::chrono::system_clock::now());
+    for (const auto& key : keys) {
+      if (token_.lasts()) break;
+      token_ = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
     }
     if (token_.lasts()) return "Bearer " + token_.value;
     exchanging_ = true;
@@ -3898,7 +4001,7 @@ inline result<std::string> session::bearer(call& of) {
   auto got = exchange_identity(of);
   result<void> kept;
   if (got && !config.credentials_file.empty()) {
-    kept = write_shared_token(config.credentials_file, std::string(server), *got);
+    kept = write_shared_token(config.credentials_file, keys.front(), *got);
   }
   {
     const std::lock_guard<std::mutex> guard(mutex);
@@ -3972,9 +4075,10 @@ inline result<access_token> session::exchange_identity(call& of) {
 
 inline std::string session::credentials_hint(const std::string& authorization) const {
   const std::string host = base ? base->host : "the service";
+  const std::string page = base ? key_page(*base) : "the settings of your account";
   if (authorization.empty()) {
-    return "no API key for " + host +
-           ": set WANDB_API_KEY or run `wandb login` (looked in the settings, the environment and " +
+    return "no API key for " + host + ": set WANDB_API_KEY to one from " + page +
+           ", or run `wandb login` (looked in the settings, the environment and " +
            (config.netrc_file.empty() ? std::string("no netrc file") : in_quotes(config.netrc_file)) + ")";
   }
   return starts_with(authorization, "Bearer")
@@ -3982,7 +4086,9 @@ inline std::string session::credentials_hint(const std::string& authorization) c
                    " was refused: is the identity token (WANDB_IDENTITY_TOKEN_FILE) current? " +
                    in_quotes(config.credentials_file) + " may hold a revoked access token: remove it"
              : "the API key for " + host +
-                   " was refused: check WANDB_API_KEY, or run `wandb login --relogin`";
+                   " was refused: check WANDB_API_KEY, or run `wandb login --relogin` "
+                   "with a key from " +
+                   page;
 }
 
 /// What a backend says in an error body: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.

@@ -67,7 +67,7 @@ TEST_SUITE("settings") {
   TEST_CASE("nothing set: the public service, no key, no problem") {
     const machine here;
     const auto s = settings::from_environment();
-    CHECK(s.base_url == "https://api.wandb.ai");
+    CHECK(s.base_url == "https://api.forge.coreweave.com");
     CHECK(s.entity + s.project + s.run_id + s.api_key + s.identity_token_file == "");
     CHECK(s.netrc_file.filename().string().find("netrc") == 1);
     CHECK(s.credentials_file == here.home() / ".config" / "wandb" / "credentials.json");
@@ -467,6 +467,17 @@ TEST_SUITE("base URL") {
         {"https://host/a/b///", "https://host/a/b"},
         {"https://[::1]:80/", "https://[::1]:80/"},
         {"http://wandb.ai.local", "http://wandb.ai.local/"},
+        // [checked against wandb 0.31.0: urls.normalize_forge_base_url]
+        {"https://api.forge.coreweave.com", "https://api.forge.coreweave.com/"},
+        {"https://api.forge.coreweave.com//", "https://api.forge.coreweave.com/"},
+        {"https://api.forge.coreweave.com:8443", "https://api.forge.coreweave.com:8443/"},
+        {"https://forge.coreweave.com/api/wandb", "https://api.forge.coreweave.com/"},
+        {"https://forge.coreweave.com/api/wandb/", "https://api.forge.coreweave.com/"},
+        {"https://Forge.CoreWeave.com/api/wandb", "https://api.forge.coreweave.com/"},
+        {"https://qa.forge.coreweave.com/api/wandb", "https://api.qa.forge.coreweave.com/"},
+        {"https://api.qa.forge.coreweave.com", "https://api.qa.forge.coreweave.com/"},
+        {"https://my.forge.coreweave.com", "https://my.forge.coreweave.com/"},
+        {"https://forge.coreweave.com.example.org/x", "https://forge.coreweave.com.example.org/x"},
     };
     for (const auto& row : rows) {
       const auto& text = row.text;
@@ -498,10 +509,21 @@ TEST_SUITE("base URL") {
         {"https://x ", "space"},
         {"https://x/a b", "space"},
         {"https://x:99999", "port"},
-        {"https://wandb.ai", "did you mean https://api.wandb.ai?"},
-        {"https://app.wandb.ai", "did you mean https://api.wandb.ai?"},
+        {"https://wandb.ai", "did you mean https://api.forge.coreweave.com?"},
+        {"https://app.wandb.ai", "did you mean https://api.forge.coreweave.com?"},
         {"http://api.wandb.ai", "http is not secure"},
-        {"https://wandb.ai/api.", "did you mean https://api.wandb.ai?"},
+        {"https://wandb.ai/api.", "did you mean https://api.forge.coreweave.com?"},
+        {"https://forge.coreweave.com", "the API of this server is at https://api.forge.coreweave.com"},
+        {"https://forge.coreweave.com/wandb", "is at https://api.forge.coreweave.com"},
+        {"https://forge.coreweave.com/api/wandb/x", "is at https://api.forge.coreweave.com"},
+        {"https://forge.coreweave.com/api/wandbx", "is at https://api.forge.coreweave.com"},
+        {"https://forge.coreweave.com/API/wandb", "is at https://api.forge.coreweave.com"},
+        {"https://forge.coreweave.com:443/api/wandb", "is at https://api.forge.coreweave.com"},
+        {"http://forge.coreweave.com/api/wandb", "is at https://api.forge.coreweave.com"},
+        {"https://qa.forge.coreweave.com/", "is at https://api.qa.forge.coreweave.com"},
+        // which the SDK takes, although it refuses http for the other name of the same service
+        {"http://api.forge.coreweave.com", "http is not secure, use https://api.forge.coreweave.com"},
+        {"http://api.qa.wandb.ai", "http is not secure, use https://api.qa.forge.coreweave.com"},
         {"https://x/p?q", "query or a fragment"},
         {"https://x/p#f", "query or a fragment"},
         {"https://x/p?token=SECRET", "query or a fragment"},
@@ -549,6 +571,18 @@ TEST_SUITE("base URL") {
         {"https://h/wandb", "https://h/wandb/%zz", false},
         {"https://h/wandb", "https://h/wandb/a..b/...", true},
         {"https://h", "https://h/a/../b", false},
+        // one service under two names, with or without a port of its own
+        {"https://api.forge.coreweave.com", "https://api.wandb.ai/files/x", true},
+        {"https://api.wandb.ai", "https://api.forge.coreweave.com/files/x", true},
+        {"https://forge.coreweave.com/api/wandb", "https://api.wandb.ai/files/x", true},
+        {"https://api.qa.wandb.ai", "https://api.qa.forge.coreweave.com/files/x", true},
+        {"https://api.wandb.ai:8443", "https://api.forge.coreweave.com:8443/x", true},
+        {"https://api.wandb.ai", "https://api.forge.coreweave.com:8443/x", false},
+        {"https://api.wandb.ai", "http://api.forge.coreweave.com/x", false},
+        {"https://api.wandb.ai", "https://api.qa.wandb.ai/x", false},
+        {"https://api.wandb.ai", "https://forge.coreweave.com/x", false},
+        {"https://api.wandb.ai", "https://wandb.ai/x", false},
+        {"https://api.wandb.ai/a", "https://api.forge.coreweave.com/x", false},
     };
     for (const auto& row : rows) {
       const auto& base = row.base;
