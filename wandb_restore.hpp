@@ -4209,6 +4209,9 @@ class service {
   result<json_document> ask_once(const std::string& what, const std::string& authorization,
                                  const std::string& body);
   result<json_document> files_page(const std::string& what, const run_path& run, json variables);
+  [[nodiscard]] result<void> check_answered(const std::string& what, const char* kind, const json& answered,
+                                            const std::string& asked) const;
+  [[nodiscard]] error wrong_answer(const std::string& what, const char* kind, const std::string& name) const;
   [[nodiscard]] static file_info info_of(const json& node);
   [[nodiscard]] result<std::string> address_of(const std::string& what, const json& node) const;
   [[nodiscard]] std::string host() const {
@@ -4296,7 +4299,7 @@ inline result<json_document> service::files_page(const std::string& what, const 
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
       "$fileLimit: Int = 50, $fileNames: [String] = [], $pattern: String) { "
-      "project(name: $project, entityName: $entity) { run(name: $name) { fileCount "
+      "project(name: $project, entityName: $entity) { name run(name: $name) { name fileCount "
       "files(names: $fileNames, after: $fileCursor, first: $fileLimit, pattern: $pattern) { "
       "edges { node { id name url directUrl sizeBytes mimetype updatedAt md5 } cursor } "
       "pageInfo { endCursor hasNextPage } } } } }";
@@ -4310,6 +4313,8 @@ inline result<json_document> service::files_page(const std::string& what, const 
   }
   const json& project = member(data->root, "project");
   const json& found = member(project, "run");
+  if (auto good = check_answered(what, "project", project, run.project); !good) return good.error();
+  if (auto good = check_answered(what, "run", found, run.run_id); !good) return good.error();
   const bool no_project = project.is_null();
   if (no_project || (has_member(project, "run") && found.is_null())) {
     return error(errc::run_not_found, what + ": " + host() + " knows no " +
@@ -4325,6 +4330,23 @@ inline result<json_document> service::files_page(const std::string& what, const 
                  what + ": the answer of " + host() + " has no list of files in it");
   }
   return json_document{files};
+}
+
+/// Refuses an answer about something else than what was asked for: a connection or a cache between the service and this
+/// program may have mixed up two answers. A name that is not told is passed over; one that differs in case alone is the same,
+/// as databases may compare them so.
+inline result<void> service::check_answered(const std::string& what, const char* kind, const json& answered,
+                                            const std::string& asked) const {
+  const std::string name = text_of(member(answered, "name"));
+  if (name.empty() || equal_ignoring_case(name, asked)) return {};
+  return wrong_answer(what, kind, name);
+}
+
+inline error service::wrong_answer(const std::string& what, const char* kind, const std::string& name) const {
+  return error(errc::protocol_violation,
+               what + ": " + host() + " answered about the " + kind + " " +
+                   in_quotes(std::string_view(name)) +
+                   " instead: try again; if it happens again, look at the proxies in between");
 }
 
 inline file_info service::info_of(const json& node) {
@@ -4374,11 +4396,14 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
   set_member(variables, "fileLimit", json_number(1));
   auto files = files_page(what, run, std::move(variables));
   if (!files) return files.error();
+  result<void> about_name;
   for (const json& edge : elements(member(files->root, "edges"))) {
     const json& node = member(edge, "node");
-    if (!node.is_object() ||
-        (!text_of(member(node, "name")).empty() && text_of(member(node, "name")) != name))
+    if (!node.is_object()) continue;
+    if (const auto told = text_of(member(node, "name")); !told.empty() && told != name) {
+      about_name = wrong_answer(what, "file", told);
       continue;
+    }
     if (text_of(member(node, "md5")) == "0") {
       return error(errc::file_not_found,
                    what + ": " + host() +
@@ -4393,6 +4418,7 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
     }
     return remote_file{std::move(info), *std::move(address)};
   }
+  if (!about_name) return about_name.error();
   return error(errc::file_not_found,
                what + ": the run has no such file at " + host() + "; the list of its files shows the names");
 }

@@ -232,6 +232,35 @@ TEST_SUITE("service: answers that lead to the file") {
     CHECK(read_all(file) == text);
   }
 
+  TEST_CASE("an answer is held against the question: names of run and project, where it tells them") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto client = f.client();
+    (void)f.success(client.try_restore("a.txt", f.path));
+    const json question = json::parse(f.server.requests(request_kind::graphql).at(0).body);
+    const std::string query = question.at("query");
+    CHECK(contains(query, "{ name run(name: $name) { name fileCount"));
+    // A store whose names do not differ by case alone tells the run's own spelling.
+    for (const json& names : {json{{"project", "my-project"}, {"run", "a1b2c3d"}},
+                              json{{"project", "My-Project"}, {"run", "A1B2C3D"}},
+                              json{{"project", nullptr}, {"run", 7}}, json{{"project", ""}, {"run", ""}}}) {
+      CAPTURE(names.dump());
+      json body = json::parse(answer_node({{"name", "a.txt"}, {"url", asked_url(f)}}));
+      body["data"]["project"]["name"] = names.at("project");
+      body["data"]["project"]["run"]["name"] = names.at("run");
+      f.server.clear_faults();
+      f.server.add_fault(place::graphql, act::body(body.dump()));
+      (void)f.success(client.try_restore("a.txt", f.path, true));
+    }
+    f.server.clear_faults();
+    f.server.add_fault(
+        place::graphql,
+        act::body(
+            R"({"data":{"project":{"run":{"name":"other","files":{"edges":[{"node":{"name":"b"}}]}}}}})"));
+    check_names(f.failure(client.try_list_files(f.options()), errc::protocol_violation),
+                {"the run \"other\"", f.path});
+  }
+
   TEST_CASE("errors that are none: an empty list, null") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
@@ -331,8 +360,25 @@ TEST_SUITE("service: answers that lead to no file") {
         {"no edges", answer(json::array()), errc::file_not_found, {"a.txt", fixture::path, "no such file"}},
         {"another file's edge",
          answer_node({{"name", "b.txt"}, {"url", "https://x/"}}),
-         errc::file_not_found,
-         {"a.txt"}},
+         errc::protocol_violation,
+         {"a.txt", "the file \"b.txt\"", "127.0.0.1"}},
+        {"another run's files",
+         R"({"data":{"project":{"name":"my-project","run":{"name":"a1b2c3e","files":{"edges":[
+            {"node":{"name":"a.txt","url":"https://x/"}}]}}}}})",
+         errc::protocol_violation,
+         {"the run \"a1b2c3e\"", "127.0.0.1"}},
+        {"another run that has no such file",
+         R"({"data":{"project":{"run":{"name":"a1b2c3e","files":{"edges":[]}}}}})",
+         errc::protocol_violation,
+         {"the run \"a1b2c3e\""}},
+        {"another project's run of that name",
+         R"({"data":{"project":{"name":"other","run":{"name":"a1b2c3d","files":{"edges":[]}}}}})",
+         errc::protocol_violation,
+         {"the project \"other\""}},
+        {"another project without the run",
+         R"({"data":{"project":{"name":"other","run":null}}})",
+         errc::protocol_violation,
+         {"the project \"other\""}},
         {"md5 0",
          answer_node({{"name", "a.txt"}, {"md5", "0"}, {"sizeBytes", 0}, {"url", "https://x/"}}),
          errc::file_not_found,
