@@ -1432,9 +1432,13 @@ inline bool is_true(const json& value) {
 }
 
 inline json json_object() { return json(json::value_t::object); }
+/// Of an array only.
+inline void append_element(json& array, json element) {
+  array.get_ptr<json::array_t*>()->push_back(std::move(element));
+}
 inline json json_array_of(json element) {
   json value(json::value_t::array);
-  value.get_ptr<json::array_t*>()->push_back(std::move(element));
+  append_element(value, std::move(element));
   return value;
 }
 inline json json_text(std::string_view text) {
@@ -2856,7 +2860,6 @@ inline result<void> check_api_key(std::string_view key) {
                      "(https://forge.coreweave.com/wandb/authorize for the public service)");
   };
   if (key.empty()) return fail("is empty");
-  if (trim(key).size() != key.size()) return fail("begins or ends with white space");
   if (has_control(key)) return fail("has control characters");
   const auto parts = split(key, '.');
   bool is_jwt = parts.size() == 3;
@@ -2936,8 +2939,8 @@ inline std::string key_page(url base) {
 }
 
 /// Whether an address is the base URL's or below it: the same origin, or the same service's other one, and a path that is
-/// equal or longer by whole segments. An address with dot segments is not, plain or percent-encoded: a server may take
-/// it for one elsewhere.
+/// equal or longer by whole segments. An address with a segment "..", plain or percent-encoded, is not: a server may
+/// take it for one elsewhere.
 inline bool under_base(const url& base, const url& candidate) {
   bool is_service = false;
   for (const url& name : names_of(base)) is_service = is_service || name.origin() == candidate.origin();
@@ -2947,7 +2950,7 @@ inline bool under_base(const url& base, const url& candidate) {
   if (!plain) return false;
   std::replace(plain->begin(), plain->end(), '\\', '/');
   for (const auto segment : split(*plain, '/')) {
-    if (segment == "." || segment == "..") return false;
+    if (segment == "..") return false;
   }
   std::string_view prefix = base.target;
   while (!prefix.empty() && prefix.back() == '/') prefix.remove_suffix(1);
@@ -3150,11 +3153,11 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
     if (found == passwords->end()) found = passwords->find(machine);
   }
   if (found == passwords->end()) return {};
-  if (found->second.empty()) {
+  if (trim(found->second).empty()) {
     warnings.push_back("the netrc file " + in_quotes(where) + " has no password for " +
                        in_quotes(std::string_view(found->first)));
   }
-  return found->second;
+  return std::string(trim(found->second));
 }
 
 // ------------------------------------------------------------------------------------ shared access tokens
@@ -3276,10 +3279,13 @@ class settings_sources {
   explicit settings_sources(settings& target) : target_(target) {
     const auto config = first_of_environment({"WANDB_CONFIG_DIR"});
     load(config.empty() ? in_home(".config/wandb/settings") : expand_home(config) / "settings");
-    const path root = expand_home(first_of_environment({"WANDB_DIR"}));
+    const path chosen = expand_home(first_of_environment({"WANDB_DIR"}));
+    wandb_directory = wandb_directory_in(chosen);
+    // The SDK reads the file below the working directory alone, and writes the one below WANDB_DIR.
+    const path beside = wandb_directory_in({}) / "settings", own = wandb_directory / "settings";
     std::error_code failure;
-    wandb_directory = root / (std::filesystem::exists(root / ".wandb", failure) ? ".wandb" : "wandb");
-    load(wandb_directory / "settings");
+    if (!std::filesystem::equivalent(beside, own, failure)) load(beside);
+    load(own);
     load_sagemaker();
   }
 
@@ -3314,6 +3320,10 @@ class settings_sources {
   }
 
  private:
+  static path wandb_directory_in(const path& root) {
+    std::error_code failure;
+    return root / (std::filesystem::exists(root / ".wandb", failure) ? ".wandb" : "wandb");
+  }
   std::optional<std::string> variable(const char* name) const {
     if (auto value = environment(name)) return value;
     const auto at = secrets_.find(name);
@@ -3343,11 +3353,11 @@ class settings_sources {
       const json& told = member(parsed, "wandb_api_key");
       if (!told.is_string()) continue;
       const std::string quoted = text_of(told);
-      std::string_view key = quoted;
+      std::string_view key = trim(quoted);
       while (!key.empty() && key.front() == '"')
         key.remove_prefix(1);  // parameter searches quote values once more
       while (!key.empty() && key.back() == '"') key.remove_suffix(1);
-      sagemaker_api_key = key;
+      sagemaker_api_key = trim(key);
     }
     if (const auto at = secrets_.find("WANDB_API_KEY"); sagemaker_api_key.empty() && at != secrets_.end()) {
       sagemaker_api_key = at->second;
@@ -3361,9 +3371,9 @@ class settings_sources {
 
 /// The default run.
 inline void find_run(settings& s, const settings_sources& from) {
-  s.entity = from.find_name("WANDB_ENTITY", "entity");
-  s.project = from.find_name("WANDB_PROJECT", "project");
-  s.run_id = from.find({"WANDB_RUN_ID"}, "run_id").value;
+  s.entity = trim(from.find_name("WANDB_ENTITY", "entity"));
+  s.project = trim(from.find_name("WANDB_PROJECT", "project"));
+  s.run_id = trim(from.find({"WANDB_RUN_ID"}, "run_id").value);
   const path resume_file = from.wandb_directory / "wandb-resume.json";
   if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" || !facts_of(resume_file))
     return;
@@ -3388,7 +3398,8 @@ inline void find_credentials(settings& s, const settings_sources& from) {
   s.credentials_file =
       credentials ? expand_home(credentials.value) : in_home(".config/wandb/credentials.json");
   s.identity_token_file = from.find({"WANDB_IDENTITY_TOKEN_FILE"}).value;
-  const auto key = from.find({"WANDB_API_KEY"});
+  auto key = from.find({"WANDB_API_KEY"});
+  key.value = trim(std::exchange(key.value, {}));
   s.api_key = key.value;
   if (key && !s.identity_token_file.empty()) {
     from.reject(key, "WANDB_IDENTITY_TOKEN_FILE is set too; unset one of them");
@@ -3402,7 +3413,7 @@ inline void find_credentials(settings& s, const settings_sources& from) {
   if (last_resort.empty()) return;
   const auto base = parse_base_url(s.base_url);
   std::vector<std::string> ignored;  // the session looks into netrc again, and tells them
-  if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = last_resort;
+  if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = trim(last_resort);
 }
 
 inline void find_network_settings(settings& s, const settings_sources& from) {
@@ -3959,9 +3970,10 @@ inline void session::add_credentials(http_request& request, bool home,
 
 inline result<std::string> session::authorization(call& of) {
   if (auto good = ready(); !good) return good.error();
-  if (!config.identity_token_file.empty() && config.api_key.empty()) return bearer(of);
-  std::string key = config.api_key;
-  if (key.empty()) {
+  const bool has_key = !trim(config.api_key).empty();
+  if (!config.identity_token_file.empty() && !has_key) return bearer(of);
+  std::string key(trim(config.api_key));  // secrets are often mounted with a line break at their end
+  if (!has_key) {
     std::vector<std::string>
         warnings;  // passed on without the lock: the caller's function may use this client
     {
@@ -3973,9 +3985,8 @@ inline result<std::string> session::authorization(call& of) {
   }
   if (key.empty()) return std::string();
   if (auto good = check_api_key(key); !good) {
-    const bool in_netrc = config.api_key.empty();
     return error(errc::invalid_argument,
-                 (in_netrc ? "in " + in_quotes(config.netrc_file) + ": " : std::string()) +
+                 (!has_key ? "in " + in_quotes(config.netrc_file) + ": " : std::string()) +
                      good.error().what());
   }
   return "Basic " + base64_encode("api:" + key);
@@ -4184,6 +4195,15 @@ inline error session::status_error(const std::string& what, const answer& got, c
 
 namespace detail {
 
+/// The plain spelling of a name: a path without "." and empty segments.
+inline std::string plain_name(std::string_view name) {
+  std::string joined;
+  for (const auto part : split(name, '/')) {
+    if (!part.empty() && part != ".") joined.append(joined.empty() ? "" : "/").append(part);
+  }
+  return joined;
+}
+
 /// A file of a run as the service knows it, and where to get it.
 struct remote_file {
   file_info info;
@@ -4195,7 +4215,8 @@ class service {
  public:
   service(session& with, call& of) : session_(with), call_(of) {}
 
-  /// Does the run exist, does the file exist, where is it, how long, which md5? One request.
+  /// Asks in one request whether the run and the file exist, and for the file's address, size and md5. A name that is not
+  /// the plain spelling of a path ("./a", "d//a") is looked for as it is given, then as the plain one.
   result<remote_file> find_file(const run_path& run, const std::string& name);
   /// All files of a run, a request a page.
   result<std::vector<file_info>> list_files(const run_path& run);
@@ -4213,6 +4234,7 @@ class service {
                                             const std::string& asked) const;
   [[nodiscard]] error wrong_answer(const std::string& what, const char* kind, const std::string& name) const;
   [[nodiscard]] static file_info info_of(const json& node);
+  [[nodiscard]] result<remote_file> file_of(const std::string& what, const json& node) const;
   [[nodiscard]] result<std::string> address_of(const std::string& what, const json& node) const;
   [[nodiscard]] std::string host() const {
     const auto& base = session_.base;
@@ -4389,36 +4411,48 @@ inline result<std::string> service::address_of(const std::string& what, const js
   return absolute->str();
 }
 
+inline result<remote_file> service::file_of(const std::string& what, const json& node) const {
+  auto address = address_of(what, node);
+  if (!address) return address.error();
+  auto info = info_of(node);
+  if (info.size && *info.size > std::uint64_t{1} << 62) {
+    return error(errc::protocol_violation,
+                 what + ": " + host() + " tells a size that cannot be: " + std::to_string(*info.size));
+  }
+  return remote_file{std::move(info), *std::move(address)};
+}
+
 inline result<remote_file> service::find_file(const run_path& run, const std::string& name) {
   const std::string what = "looking for " + in_quotes(name) + " in " + run.str();
+  const std::string plain = plain_name(name);
+  const bool has_other_spelling = plain != name;
+  json names = json_array_of(json_text(name));
+  if (has_other_spelling) append_element(names, json_text(plain));
   json variables = json_object();
-  set_member(variables, "fileNames", json_array_of(json_text(name)));
-  set_member(variables, "fileLimit", json_number(1));
+  set_member(variables, "fileNames", std::move(names));
+  set_member(variables, "fileLimit", json_number(has_other_spelling ? 2 : 1));
   auto files = files_page(what, run, std::move(variables));
   if (!files) return files.error();
-  result<void> about_name;
+  const json *exact = nullptr, *similar = nullptr, *never_uploaded = nullptr, *unrelated = nullptr;
   for (const json& edge : elements(member(files->root, "edges"))) {
     const json& node = member(edge, "node");
     if (!node.is_object()) continue;
-    if (const auto told = text_of(member(node, "name")); !told.empty() && told != name) {
-      about_name = wrong_answer(what, "file", told);
-      continue;
+    const auto told = text_of(member(node, "name"));
+    if (!told.empty() && told != name && told != plain) {
+      unrelated = &node;
+    } else if (text_of(member(node, "md5")) == "0") {
+      never_uploaded = &node;
+    } else {
+      (told == name || told.empty() ? exact : similar) = &node;
     }
-    if (text_of(member(node, "md5")) == "0") {
-      return error(errc::file_not_found,
-                   what + ": " + host() +
-                       " says that it was never uploaded (yet): if the run still writes it, try again later");
-    }
-    auto address = address_of(what, node);
-    if (!address) return address.error();
-    auto info = info_of(node);
-    if (info.size && *info.size > std::uint64_t{1} << 62) {
-      return error(errc::protocol_violation,
-                   what + ": " + host() + " tells a size that cannot be: " + std::to_string(*info.size));
-    }
-    return remote_file{std::move(info), *std::move(address)};
   }
-  if (!about_name) return about_name.error();
+  if (const json* found = exact ? exact : similar) return file_of(what, *found);
+  if (never_uploaded) {
+    return error(errc::file_not_found,
+                 what + ": " + host() +
+                     " says that it was never uploaded (yet): if the run still writes it, try again later");
+  }
+  if (unrelated) return wrong_answer(what, "file", text_of(member(*unrelated, "name")));
   return error(errc::file_not_found,
                what + ": the run has no such file at " + host() + "; the list of its files shows the names");
 }
@@ -5381,15 +5415,6 @@ inline result<void> check_name(std::string_view name) {
   return {};
 }
 
-/// The name as the service knows it: without "." and empty segments.
-inline std::string service_name(std::string_view name) {
-  std::string joined;
-  for (const auto part : split(name, '/')) {
-    if (!part.empty() && part != ".") joined.append(joined.empty() ? "" : "/").append(part);
-  }
-  return joined;
-}
-
 /// The run that is meant, as far as that is known without a request: the entity may be missing, the server tells it.
 inline result<run_path> run_of(const settings& configuration, std::string_view text) {
   const std::string current = text.empty() ? configuration.run_id : std::string();
@@ -5462,6 +5487,7 @@ class restoring {
     }
     auto remote = asked.find_file(run_, name_);
     if (!remote) return remote.error();
+    if (!remote->info.name.empty()) name_ = remote->info.name;
     if (verdict == cache_policy::verdict::ask && policy(copy, &remote->info) == cache_policy::verdict::keep) {
       return keep(copy, *seen, remote->info);
     }
@@ -5667,7 +5693,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
                                              ": " + in_quotes(there) + " is not a directory");
   }
   call of(with.config, options.cancel);
-  const std::string inside = service_name(name);
+  const std::string inside(name);
   auto restored = restoring(with, of, options, inside, *run, place(root / from_utf8(name)))();
   if (restored) return restored;
   return in_context(restored.error(), "restoring " + in_quotes(inside) + " from " + shown(*run),

@@ -146,12 +146,32 @@ TEST_SUITE("credentials: keys") {
     }
   }
 
+  TEST_CASE("white space around a key is no part of it: in code and in netrc, and a server that repeats it "
+            "is not repeated") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto s = f.public_settings();
+    for (const bool in_netrc : {false, true}) {
+      s.api_key = in_netrc ? "" : " \t" + f.server.key() + "\r\n";
+      s.netrc_file =
+          write_file(f.directory / "netrc", "default login u password \" " + f.server.key() + "\n\"");
+      (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path, true));
+      CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
+    }
+    s.api_key = " \n";  // none: then netrc counts
+    (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path, true));
+    CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
+    f.server.add_fault(place::graphql,
+                       act::status(403, {}, json{{"error", "no entry for " + f.server.key()}}.dump()));
+    s.api_key = f.server.key() + "\n";
+    (void)f.failure(wandb::client<>(s).try_restore("a.txt", f.path, true), errc::permission_denied);
+  }
+
   TEST_CASE("a malformed key is told, without it, before it goes anywhere") {
     fixture f;
     for (const std::string& key :
-         {std::string("short"), std::string(39, 's'), ' ' + std::string(40, 's'), std::string(40, 's') + '\n',
-          std::string(39, 's') + '*', "s\r\nX-Evil: " + std::string(40, 's'),
-          std::string(20, 's') + ' ' + std::string(20, 's')}) {
+         {std::string("short"), std::string(39, 's'), std::string(39, 's') + '*',
+          "s\r\nX-Evil: " + std::string(40, 's'), std::string(20, 's') + ' ' + std::string(20, 's')}) {
       for (const bool in_netrc : {false, true}) {
         if (in_netrc && key.find_first_of(" \r\n") != key.npos) continue;  // cannot be written there
         CAPTURE(key);
@@ -757,6 +777,17 @@ TEST_SUITE("credentials: where they go") {
     s.extra_headers = {{"Authorization", basic(f.server.key())}};
     (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path));
     CHECK(authorization(f, request_kind::files) == basic(f.server.key()));
+    CHECK(authorization(f, request_kind::storage) == std::nullopt);
+  }
+
+  TEST_CASE(
+      "a storage on another port of the service's host gets no key, whether asked once or again and again") {
+    fixture f;  // whose storage is one
+    f.server.add_file(f.run, "a.txt", text);
+    f.server.add_fault(target(place::storage).nth(1), act::status(503));
+    f.server.add_fault(target(place::storage).nth(2), act::cut(3));
+    (void)f.success(f.client().try_restore("a.txt", f.path));
+    CHECK(f.server.requests(request_kind::storage).size() >= 3);
     CHECK(authorization(f, request_kind::storage) == std::nullopt);
   }
 

@@ -261,6 +261,39 @@ TEST_SUITE("service: answers that lead to the file") {
                 {"the run \"other\"", f.path});
   }
 
+  TEST_CASE(
+      "a file is asked for under the name as given; the plain spelling of a path counts where that is none") {
+    fixture f;
+    auto client = f.client();
+    f.server.add_file(f.run, "d//g.txt", "two slashes");
+    f.server.add_file(f.run, "./x", "dot");
+    f.server.add_file(f.run, "y", "plain");
+    for (const auto& listed : f.success(client.try_list_files(f.options()))) {
+      CAPTURE(listed.name);
+      f.server.clear_log();
+      auto file = f.success(client.try_restore(listed.name, f.options(true)));
+      CHECK(file.verified());
+      CHECK(file.path() == f.root() / listed.name);
+      CHECK(f.asked() == "graphql 1, files 1, storage 1");
+    }
+    CHECK(read_file(f.root() / "d" / "g.txt") == "two slashes");
+    CHECK(read_file(f.root() / "x") == "dot");
+    f.server.clear_log();
+    auto file = f.success(client.try_restore(".//y", f.options(true)));
+    CHECK(read_all(file) == "plain");
+    CHECK(f.asked() == "graphql 1, files 1, storage 1");
+    CHECK(json::parse(f.server.requests(request_kind::graphql).at(0).body).at("variables").at("fileNames") ==
+          json::array({".//y", "y"}));
+    // Both there: the one that was named.
+    f.server.add_file(f.run, "d/g.txt", "one slash");
+    (void)f.success(client.try_restore("d//g.txt", f.options(true)));
+    CHECK(read_file(f.root() / "d" / "g.txt") == "two slashes");
+    (void)f.success(client.try_restore("d/g.txt", f.options(true)));
+    CHECK(read_file(f.root() / "d" / "g.txt") == "one slash");
+    check_names(f.failure(client.try_restore("./none", f.options(true)), errc::file_not_found),
+                {"\"./none\""});
+  }
+
   TEST_CASE("errors that are none: an empty list, null") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
