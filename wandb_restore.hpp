@@ -639,7 +639,8 @@ class client {
     return try_restore(name, detail::positional(run_path, replace, std::move(root)));
   }
 
-  /// The files of a run, in the service's order. Of the options, run_path and cancel count. Errors as in restore.
+  /// The files of a run, in the service's order. Of the options, run_path and cancel count. Errors as in restore, and
+  /// errc::protocol_violation for a list that takes more than 128 MiB (about half a million files) or 5,000 pages.
   result<std::vector<file_info>> try_list_files(const restore_options& options = {}) {
     return detail::list_files(*session_, options);
   }
@@ -1112,14 +1113,19 @@ inline void add_header(http_headers& fields, std::string_view name, std::string_
   fields.push_back({std::string(name), std::string(value)});
 }
 
-/// For messages: without what may be a password, which may have a ? in it, or a signature.
+/// An address that somebody wrote, well-formed or not, for messages: without user name and password, query and fragment,
+/// which may be secrets. A password may itself hold '?' and '/'.
 inline std::string redacted_address(std::string_view text) {
-  const auto scheme = text.find("://");
-  const auto slash = text.find('/', scheme == text.npos ? 0 : scheme + 3);
-  auto at = text.substr(0, slash).rfind('@');
-  if (at == text.npos) at = text.substr(0, text.find_first_of("?#")).rfind('@');
-  std::string shown(at == text.npos ? "" : "...");
-  if (at != text.npos) text.remove_prefix(at);
+  const auto scheme_end = text.find("://");
+  const auto authority = scheme_end == text.npos ? 0 : scheme_end + 3;
+  auto user_end = text.substr(0, text.find('/', authority)).rfind('@');
+  if (user_end == text.npos) user_end = text.substr(0, text.find_first_of("?#")).rfind('@');
+  const bool has_user = user_end != text.npos && user_end >= authority;
+  std::string shown(has_user ? text.substr(0, authority) : "");
+  if (has_user) {
+    shown += "...";
+    text.remove_prefix(user_end);
+  }
   return shown.append(text.substr(0, text.find_first_of("?#")));
 }
 
@@ -1385,10 +1391,35 @@ struct json_document {
   json root;
 };
 
-/// null for what is no JSON.
+/// Whether brackets are nested deeper than the service's answers are by far: to build or destroy such a value may take
+/// more stack than there is.
+inline bool is_nested_too_deep(std::string_view text) {
+  constexpr int limit = 64;
+  int depth = 0;
+  bool in_string = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (in_string) {
+      if (c == '\\') ++i;  // the next character is escaped
+      if (c == '"') in_string = false;
+    } else if (c == '[' || c == '{') {
+      if (++depth > limit) return true;
+    } else if (c == ']' || c == '}') {
+      --depth;
+    } else if (c == '"') {
+      in_string = true;
+    }
+  }
+  return false;
+}
+
+/// null for text that is not JSON, or nested too deep.
 inline json parse_json(std::string_view text) {
-  json value = json::parse(text.data(), text.data() + text.size(), nullptr, false);
-  return value.is_discarded() ? json() : value;
+  json value;
+  if (is_nested_too_deep(text)) return value;
+  value = json::parse(text.data(), text.data() + text.size(), nullptr, false);
+  if (value.is_discarded()) value = json();
+  return value;
 }
 /// On one line, or with that many spaces a level. Bytes that are no UTF-8 become U+FFFD.
 inline std::string write_json(const json& value, int indent = -1) {
@@ -1552,7 +1583,20 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
   return found;
 }
 
-/// What a run path names; empty parts where it leaves them out. An empty text leaves out all.
+/// [scheme://host/][prefix/]entity/project/sweeps/ID, with or without a tail.
+inline bool names_sweep(std::string_view path, bool has_scheme) {
+  if (has_scheme) path.remove_prefix(path.find("://") + 3);
+  std::vector<std::string_view> segments;
+  for (const auto segment : split(path, '/')) {
+    if (!trim(segment).empty()) segments.push_back(trim(segment));
+  }
+  std::size_t kind = has_scheme ? 3 : 2;  // behind the host, if there is one, entity and project
+  while (kind < segments.size() && segments[kind] != "runs" && segments[kind] != "sweeps") ++kind;
+  return kind + 1 < segments.size() && segments[kind] == "sweeps";
+}
+
+/// The run that a run path names, with empty parts where it leaves them out. An empty text leaves out all.
+/// A sweep's path, which the SDK reads as that of a run, is an error.
 inline result<run_path> split_run_path(std::string_view text) {
   if (text.empty()) return run_path{};
   const auto fail = [&](std::string_view why) {
@@ -1563,6 +1607,9 @@ inline result<run_path> split_run_path(std::string_view text) {
   if (has_control(path)) return fail("it has control characters");
   const std::string start = lower(path.substr(0, 8));
   const bool has_scheme = starts_with(start, "http://") || start == "https://";
+  if (names_sweep(path, has_scheme)) {
+    return fail("this names a sweep, not a run; expected entity/project/run_id of one of its runs");
+  }
   // The SDK's reading comes first, so that whatever it accepts keeps its meaning.
   auto found = has_scheme ? std::nullopt : plain_run_path(path);
   if (!found) found = pasted_run_path(path, has_scheme);
@@ -1590,8 +1637,7 @@ struct run_path_part {
 /// Whether these parts are there and usable; `text` is what they were read from.
 inline result<void> check_parts(std::string_view text, std::initializer_list<run_path_part> parts) {
   const auto what = [&] {
-    const auto shown = text.substr(0, text.find_first_of("?#"));  // a query may hold an access token
-    return text.empty() ? "no run path was given" : "invalid run path " + in_quotes(shown);
+    return text.empty() ? "no run path was given" : "invalid run path " + in_quotes(redacted_address(text));
   };
   std::string missing, variables;
   for (const auto& [name, variable, value] : parts) {
@@ -2878,18 +2924,14 @@ inline result<void> check_api_key(std::string_view key) {
 /// as it is written is refused, and http for any name of the public service.
 inline result<url> parse_base_url(std::string_view text) {
   const auto fail = [&](std::string_view why) {
-    return error(errc::invalid_argument, "cannot use the base URL " +
-                                             in_quotes(text.substr(0, text.find_first_of("?#"))) + ": " +
-                                             std::string(why));
+    return error(errc::invalid_argument,
+                 "cannot use the base URL " + in_quotes(redacted_address(text)) + ": " + std::string(why));
   };
-  if (text.find('@') != text.npos) {  // not quoted: there may be a password in it
-    return error(errc::invalid_argument, "the base URL has an @: a user name or password has no place in it");
-  }
+  if (text.find('@') != text.npos) return fail("it has an @, and a user name or password has no place in it");
   if (text.find_first_of("?#") != text.npos) return fail("it has a query or a fragment");
   if (text.find(' ') != text.npos) return fail("it has a space");
   auto parsed = url::parse(text);
-  if (!parsed)
-    return error(errc::invalid_argument, "the base URL is no good: " + std::string(parsed.error().what()));
+  if (!parsed) return error(errc::invalid_argument, std::string("the base URL: ") + parsed.error().what());
   while (parsed->target.size() > 1 && parsed->target.back() == '/') parsed->target.pop_back();
   const std::string_view host = parsed->host;
   const auto* deployment = forge_deployment_of(host);
@@ -4218,13 +4260,15 @@ class service {
   /// Asks in one request whether the run and the file exist, and for the file's address, size and md5. A name that is not
   /// the plain spelling of a path ("./a", "d//a") is looked for as it is given, then as the plain one.
   result<remote_file> find_file(const run_path& run, const std::string& name);
-  /// All files of a run, a request a page.
+  /// All files of a run, one request for each page of 500. Their number is bounded.
   result<std::vector<file_info>> list_files(const run_path& run);
   /// The entity that a run path without one means; asked for once a session.
   result<std::string> default_entity();
 
  private:
-  static constexpr std::size_t max_answer = 16 * 1024 * 1024;  // bytes; a page of files is far below that
+  static constexpr std::size_t max_answer = 16 * 1024 * 1024;   // bytes; a page of files is far below that
+  static constexpr std::size_t max_listed = 128 * 1024 * 1024;  // bytes in memory: about half a million files
+  static constexpr std::size_t max_pages = 5000;
 
   result<json_document> ask(const std::string& what, const char* query, json variables);
   result<json_document> ask_once(const std::string& what, const std::string& authorization,
@@ -4294,8 +4338,8 @@ inline result<json_document> service::ask_once(const std::string& what, const st
   if (!body_read.is_object()) {
     return error(errc::protocol_violation,
                  what + ": the answer of " + host() +
-                     " is not what a W&B server sends (no JSON object): is " + session_.config.base_url +
-                     " its base URL?",
+                     " is not what a W&B server sends (no JSON object, or one nested too deep): is " +
+                     session_.config.base_url + " its base URL?",
                  200);
   }
   const auto said = backend_message(body_read);
@@ -4392,11 +4436,7 @@ inline result<std::string> service::address_of(const std::string& what, const js
   }
   const auto end_of_scheme = address.find_first_of(":/?#");
   const bool has_scheme = end_of_scheme != address.npos && address[end_of_scheme] == ':';
-  std::string public_part = address.substr(0, address.find_first_of("?#"));  // the rest may be a signature
-  if (const auto at = public_part.rfind('@'); has_scheme && at != public_part.npos) {
-    public_part.replace(end_of_scheme + 1, at - end_of_scheme, "//***@");
-  }
-  const std::string shown = in_quotes(public_part);
+  const std::string shown = in_quotes(redacted_address(address));
   if (has_scheme && !starts_with(lower(address), "http")) {
     return error(errc::protocol_violation, what + ": it is a reference to " + shown +
                                                ", which is kept elsewhere and not served over HTTP");
@@ -4460,6 +4500,7 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
 inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   const std::string what = "listing the files of " + run.str();
   std::vector<file_info> all;
+  std::size_t bytes = 0;
   std::set<std::string> seen;
   for (std::string cursor;;) {
     json variables = json_object();
@@ -4470,11 +4511,19 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
     std::string last;
     for (const json& edge : elements(member(files->root, "edges"))) {
       last = text_of(member(edge, "cursor"));
-      if (text_of(member(member(edge, "node"), "md5")) != "0") all.push_back(info_of(member(edge, "node")));
+      const json& node = member(edge, "node");
+      if (text_of(member(node, "md5")) == "0") continue;
+      all.push_back(info_of(node));
+      const file_info& added = all.back();
+      bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
     }
     const json& page = member(files->root, "pageInfo");
     if (last.empty()) last = text_of(member(page, "endCursor"));
     if (!is_true(member(page, "hasNextPage")) || last.empty()) return all;
+    if (bytes > max_listed || seen.size() >= max_pages) {
+      return error(errc::protocol_violation, what + ": " + host() + " tells of too many files: " +
+                                                 std::to_string(all.size()) + " so far, and more to come");
+    }
     if (!seen.insert(last).second) {
       return error(errc::protocol_violation, what + ": " + host() + " tells the same page again and again");
     }

@@ -454,6 +454,19 @@ TEST_SUITE("service: answers that lead to no file") {
         {"a word", "\"yes\"", errc::protocol_violation, {}},
         {"two documents", "{}{}", errc::protocol_violation, {}},
         {"an empty object", "{}", errc::protocol_violation, {}},
+        {"objects nested without measure",
+         [] {
+           std::string text;
+           for (int i = 0; i < 100'000; ++i) text += R"({"a":)";
+           return text + "1" + std::string(100'000, '}');
+         }(),
+         errc::protocol_violation,
+         {"JSON", "base URL"}},
+        {"lists nested without measure where the files should be",
+         R"({"data":{"project":{"run":{"files":{"edges":)" + std::string(100'000, '[') +
+             std::string(100'000, ']') + "}}}}}",
+         errc::protocol_violation,
+         {"JSON"}},
         {"data null", R"({"data":null})", errc::protocol_violation, {}},
         {"data a list", R"({"data":[]})", errc::protocol_violation, {}},
         {"no project", R"({"data":{"viewer":null}})", errc::protocol_violation, {}},
@@ -775,6 +788,40 @@ TEST_SUITE("service: the list of files") {
     const auto listed = f.success(client.try_list_files(f.options()));
     REQUIRE(listed.size() == 1);
     CHECK(listed[0].name == "there");
+  }
+
+  TEST_CASE("pages without end, each with a new cursor, end: small pages by their number, large ones by "
+            "their size") {
+    /// Answers each question with another page of so many files, whose names are that long.
+    struct endless {
+      std::size_t files, name_bytes;
+      std::shared_ptr<std::size_t> pages = std::make_shared<std::size_t>(0);
+
+      wandb::result<wandb::http_response> send(const wandb::http_request&, wandb::body_sink& sink) {
+        const std::string page = std::to_string(++*pages);
+        std::string edges;
+        for (std::size_t i = 0; i < files; ++i) {
+          edges += std::string(i == 0 ? "" : ",") + R"({"node":{"name":")" + page + "-" + std::to_string(i) +
+                   std::string(name_bytes, 'x') + R"("}})";
+        }
+        const std::string body = R"({"data":{"project":{"run":{"files":{"edges":[)" + edges +
+                                 R"(],"pageInfo":{"hasNextPage":true,"endCursor":")" + page + R"("}}}}}})";
+        wandb::http_response response;
+        response.status = 200;
+        if (sink.start(response)) sink.write(body);
+        return response;
+      }
+    };
+    fixture f;
+    for (const auto& [files, name_bytes, most_pages] :
+         {std::tuple<std::size_t, std::size_t, std::size_t>{1, 1, 5001}, {400, 30'000, 20}}) {
+      CAPTURE(files);
+      const endless transport{files, name_bytes};
+      wandb::client<endless> client(f.settings(), transport);
+      const auto failure = f.failure(client.try_list_files(f.options()), errc::protocol_violation);
+      check_names(failure, {f.path, "127.0.0.1", "too many files"});
+      CHECK(*transport.pages <= most_pages);
+    }
   }
 
   TEST_CASE("a server whose pages never end is not followed for ever") {

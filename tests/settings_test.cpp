@@ -578,7 +578,7 @@ TEST_SUITE("base URL") {
         {"https://x/p?q", "query or a fragment"},
         {"https://x/p#f", "query or a fragment"},
         {"https://x/p?token=SECRET", "query or a fragment"},
-        {"https://u:SECRET@x/", "user name or password"},
+        {"https://u:SECRET@x/", "a user name or password"},
     };
     for (const auto& row : rows) {
       const auto& text = row.text;
