@@ -303,7 +303,8 @@ struct run_path {
 
   /// Parses every form of a run path that the Python SDK accepts, with the same meaning: `e/p/r`, `e/p/runs/r`, `e/p:r`,
   /// `p/r`, `p:r`, `r`, also with slashes and spaces around it. Parses browser addresses of a run too, with or without
-  /// scheme and with any tail (`https://wandb.ai/e/p/runs/r/files/x`); the host is ignored. A query or fragment is dropped.
+  /// scheme and with any tail (`https://forge.coreweave.com/wandb/e/p/runs/r/files/x`, `https://wandb.ai/e/p/runs/r`);
+  /// the host is ignored. A query or fragment is dropped.
   ///
   /// @param text      the run path; if empty, all three parts come from `defaults`.
   /// @param defaults  supplies the parts that `text` leaves out.
@@ -574,7 +575,9 @@ struct proxy_settings {
 /// Server, credentials, default run and manners. A default-constructed object asks the public service without a key;
 /// `from_environment` resolves what the SDK would. What is wrong in settings is reported by the first call that needs it.
 struct settings {
-  std::string base_url = "https://api.wandb.ai";  ///< may have a path prefix and trailing slashes
+  /// The address of the service's API; it may have a path prefix and trailing slashes. The public service has two names,
+  /// api.forge.coreweave.com and api.wandb.ai: credentials stored under either count for both.
+  std::string base_url = "https://api.forge.coreweave.com";
 
   std::string api_key = {};                     ///< 40 characters or more, or a JWT
   std::string identity_token_file = {};         ///< a file with a JWT that is exchanged for an access token
@@ -716,7 +719,8 @@ class client {
   }
 
   /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Errors as in
-  /// wandb::try_restore.
+  /// wandb::try_restore, and errc::protocol_violation for a list that takes more than 128 MiB (about half a million files)
+  /// or 5,000 pages.
   result<std::vector<file_info>> try_list_files(const restore_options& options = {}) {
     return detail::list_files(*session_, options);
   }
@@ -1227,14 +1231,19 @@ inline void add_header(http_headers& fields, std::string_view name, std::string_
   fields.push_back({std::string(name), std::string(value)});
 }
 
-/// For messages: without what may be a password, which may have a ? in it, or a signature.
+/// An address that somebody wrote, well-formed or not, for messages: without user name and password, query and fragment,
+/// which may be secrets. A password may itself hold '?' and '/'.
 inline std::string redacted_address(std::string_view text) {
-  const auto scheme = text.find("://");
-  const auto slash = text.find('/', scheme == text.npos ? 0 : scheme + 3);
-  auto at = text.substr(0, slash).rfind('@');
-  if (at == text.npos) at = text.substr(0, text.find_first_of("?#")).rfind('@');
-  std::string shown(at == text.npos ? "" : "...");
-  if (at != text.npos) text.remove_prefix(at);
+  const auto scheme_end = text.find("://");
+  const auto authority = scheme_end == text.npos ? 0 : scheme_end + 3;
+  auto user_end = text.substr(0, text.find('/', authority)).rfind('@');
+  if (user_end == text.npos) user_end = text.substr(0, text.find_first_of("?#")).rfind('@');
+  const bool has_user = user_end != text.npos && user_end >= authority;
+  std::string shown(has_user ? text.substr(0, authority) : "");
+  if (has_user) {
+    shown += "...";
+    text.remove_prefix(user_end);
+  }
   return shown.append(text.substr(0, text.find_first_of("?#")));
 }
 
@@ -1500,10 +1509,35 @@ struct json_document {
   json root;
 };
 
-/// null for what is no JSON.
+/// Whether brackets are nested deeper than the service's answers are by far: to build or destroy such a value may take
+/// more stack than there is.
+inline bool is_nested_too_deep(std::string_view text) {
+  constexpr int limit = 64;
+  int depth = 0;
+  bool in_string = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (in_string) {
+      if (c == '\\') ++i;  // the next character is escaped
+      if (c == '"') in_string = false;
+    } else if (c == '[' || c == '{') {
+      if (++depth > limit) return true;
+    } else if (c == ']' || c == '}') {
+      --depth;
+    } else if (c == '"') {
+      in_string = true;
+    }
+  }
+  return false;
+}
+
+/// null for text that is not JSON, or nested too deep.
 inline json parse_json(std::string_view text) {
-  json value = json::parse(text.data(), text.data() + text.size(), nullptr, false);
-  return value.is_discarded() ? json() : value;
+  json value;
+  if (is_nested_too_deep(text)) return value;
+  value = json::parse(text.data(), text.data() + text.size(), nullptr, false);
+  if (value.is_discarded()) value = json();
+  return value;
 }
 /// On one line, or with that many spaces a level. Bytes that are no UTF-8 become U+FFFD.
 inline std::string write_json(const json& value, int indent = -1) {
@@ -1547,9 +1581,13 @@ inline bool is_true(const json& value) {
 }
 
 inline json json_object() { return json(json::value_t::object); }
+/// Of an array only.
+inline void append_element(json& array, json element) {
+  array.get_ptr<json::array_t*>()->push_back(std::move(element));
+}
 inline json json_array_of(json element) {
   json value(json::value_t::array);
-  value.get_ptr<json::array_t*>()->push_back(std::move(element));
+  append_element(value, std::move(element));
   return value;
 }
 inline json json_text(std::string_view text) {
@@ -1565,6 +1603,26 @@ inline json json_number(std::int64_t number) {
 /// Of an object only.
 inline void set_member(json& object, const std::string& name, json value) {
   (*object.get_ptr<json::object_t*>())[name] = std::move(value);
+}
+
+// ------------------------------------------------------------------------------- the public service's names
+
+/// A deployment of the public service. Its API is at the root of two hosts, and below /api/wandb on a third, which has
+/// the web pages, too. Source: FORGE_HOSTS in wandb/sdk/lib/urls.py.
+struct forge_deployment {
+  std::string_view web_host, api_host, wandb_api_host;
+};
+inline constexpr forge_deployment forge_deployments[] = {
+    {"forge.coreweave.com", "api.forge.coreweave.com", "api.wandb.ai"},
+    {"qa.forge.coreweave.com", "api.qa.forge.coreweave.com", "api.qa.wandb.ai"},
+};
+
+/// The deployment that a host, in lower case, belongs to, or null.
+inline const forge_deployment* forge_deployment_of(std::string_view host) {
+  for (const auto& one : forge_deployments) {
+    if (host == one.web_host || host == one.api_host || host == one.wandb_api_host) return &one;
+  }
+  return nullptr;
 }
 
 // ------------------------------------------------------------------------------------------------- run paths
@@ -1620,7 +1678,13 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
     if (!segment.empty()) segments.push_back(segment);
   }
   const bool has_host = has_scheme || (segments.size() >= 5 && looks_like_host(segments.front()));
-  if (has_host && !segments.empty()) segments.erase(segments.begin());
+  if (has_host && !segments.empty()) {
+    const std::string host = lower(segments.front());
+    const auto* deployment = forge_deployment_of(host);
+    const bool has_prefix = deployment != nullptr && host == deployment->web_host && segments.size() > 1 &&
+                            segments[1] == "wandb";  // https://forge.coreweave.com/wandb/entity/...
+    segments.erase(segments.begin(), segments.begin() + (has_prefix ? 2 : 1));
+  }
 
   // The first "runs" behind two other segments: a project may itself be called "runs".
   std::size_t runs = 2;
@@ -1637,7 +1701,20 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
   return found;
 }
 
-/// What a run path names; empty parts where it leaves them out. An empty text leaves out all.
+/// [scheme://host/][prefix/]entity/project/sweeps/ID, with or without a tail.
+inline bool names_sweep(std::string_view path, bool has_scheme) {
+  if (has_scheme) path.remove_prefix(path.find("://") + 3);
+  std::vector<std::string_view> segments;
+  for (const auto segment : split(path, '/')) {
+    if (!trim(segment).empty()) segments.push_back(trim(segment));
+  }
+  std::size_t kind = has_scheme ? 3 : 2;  // behind the host, if there is one, entity and project
+  while (kind < segments.size() && segments[kind] != "runs" && segments[kind] != "sweeps") ++kind;
+  return kind + 1 < segments.size() && segments[kind] == "sweeps";
+}
+
+/// The run that a run path names, with empty parts where it leaves them out. An empty text leaves out all.
+/// A sweep's path, which the SDK reads as that of a run, is an error.
 inline result<run_path> split_run_path(std::string_view text) {
   if (text.empty()) return run_path{};
   const auto fail = [&](std::string_view why) {
@@ -1648,6 +1725,9 @@ inline result<run_path> split_run_path(std::string_view text) {
   if (has_control(path)) return fail("it has control characters");
   const std::string start = lower(path.substr(0, 8));
   const bool has_scheme = starts_with(start, "http://") || start == "https://";
+  if (names_sweep(path, has_scheme)) {
+    return fail("this names a sweep, not a run; expected entity/project/run_id of one of its runs");
+  }
   // The SDK's reading comes first, so that whatever it accepts keeps its meaning.
   auto found = has_scheme ? std::nullopt : plain_run_path(path);
   if (!found) found = pasted_run_path(path, has_scheme);
@@ -1675,8 +1755,7 @@ struct run_path_part {
 /// Whether these parts are there and usable; `text` is what they were read from.
 inline result<void> check_parts(std::string_view text, std::initializer_list<run_path_part> parts) {
   const auto what = [&] {
-    const auto shown = text.substr(0, text.find_first_of("?#"));  // a query may hold an access token
-    return text.empty() ? "no run path was given" : "invalid run path " + in_quotes(shown);
+    return text.empty() ? "no run path was given" : "invalid run path " + in_quotes(redacted_address(text));
   };
   std::string missing, variables;
   for (const auto& [name, variable, value] : parts) {
@@ -2940,10 +3019,11 @@ inline path wandb_cache_directory() {
 inline result<void> check_api_key(std::string_view key) {
   const auto fail = [](const std::string& why) {
     return error(errc::invalid_argument,
-                 "the API key " + why + "; copy it again from https://wandb.ai/authorize");
+                 "the API key " + why +
+                     "; copy it again from the page where it was made "
+                     "(https://forge.coreweave.com/wandb/authorize for the public service)");
   };
   if (key.empty()) return fail("is empty");
-  if (trim(key).size() != key.size()) return fail("begins or ends with white space");
   if (has_control(key)) return fail("has control characters");
   const auto parts = split(key, '.');
   bool is_jwt = parts.size() == 3;
@@ -2957,41 +3037,80 @@ inline result<void> check_api_key(std::string_view key) {
   return {};
 }
 
-/// The service's address, without trailing slashes.
-/// Source: wandb/sdk/lib/wbauth/host_url.py; in addition, what could not be sent on as written is refused.
+/// The service's address, without trailing slashes; the API's own where it is named below the web pages' host.
+/// Source: wandb/sdk/lib/wbauth/host_url.py and sdk/lib/urls.py. In addition to these, an address that could not be sent
+/// as it is written is refused, and http for any name of the public service.
 inline result<url> parse_base_url(std::string_view text) {
   const auto fail = [&](std::string_view why) {
-    return error(errc::invalid_argument, "cannot use the base URL " +
-                                             in_quotes(text.substr(0, text.find_first_of("?#"))) + ": " +
-                                             std::string(why));
+    return error(errc::invalid_argument,
+                 "cannot use the base URL " + in_quotes(redacted_address(text)) + ": " + std::string(why));
   };
-  if (text.find('@') != text.npos) {  // not quoted: there may be a password in it
-    return error(errc::invalid_argument, "the base URL has an @: a user name or password has no place in it");
-  }
+  if (text.find('@') != text.npos) return fail("it has an @, and a user name or password has no place in it");
   if (text.find_first_of("?#") != text.npos) return fail("it has a query or a fragment");
   if (text.find(' ') != text.npos) return fail("it has a space");
   auto parsed = url::parse(text);
-  if (!parsed)
-    return error(errc::invalid_argument, "the base URL is no good: " + std::string(parsed.error().what()));
-  const std::string_view host = parsed->host;
-  if (host == "wandb.ai" || (host.size() > 9 && host.substr(host.size() - 9) == ".wandb.ai")) {
-    if (host.find("api.") == host.npos) return fail("did you mean https://api.wandb.ai?");
-    if (parsed->scheme != "https") return fail("http is not secure, use https://api.wandb.ai");
-  }
+  if (!parsed) return error(errc::invalid_argument, std::string("the base URL: ") + parsed.error().what());
   while (parsed->target.size() > 1 && parsed->target.back() == '/') parsed->target.pop_back();
+  const std::string_view host = parsed->host;
+  const auto* deployment = forge_deployment_of(host);
+  const auto public_api =
+      "https://" + std::string((deployment ? *deployment : forge_deployments[0]).api_host);
+  if (deployment && host == deployment->web_host) {
+    const auto rest = text.substr(text.find("://") + 3);
+    const bool has_port = rest.substr(0, rest.find('/')).find(':') != rest.npos;
+    if (parsed->scheme == "https" && !has_port && parsed->target == "/api/wandb")
+      return url::parse(public_api);
+    return fail("the API of this server is at " + public_api);
+  }
+  const bool on_wandb_ai =
+      host == "wandb.ai" || (host.size() > 9 && host.substr(host.size() - 9) == ".wandb.ai");
+  if (on_wandb_ai && host.find("api.") == host.npos) return fail("did you mean " + public_api + "?");
+  if ((on_wandb_ai || deployment) && parsed->scheme != "https") {
+    return fail("http is not secure, use " + public_api);
+  }
   return parsed;
 }
 
-/// Whether an address is the base URL's or below it: same origin, path equal or longer by whole segments. An address with
-/// dot segments is not, plain or percent-encoded: a server may take it for one elsewhere.
+/// The base URL under each name that its service has, its own first.
+inline std::vector<url> names_of(const url& base) {
+  std::vector<url> names{base};
+  const auto* deployment = forge_deployment_of(base.host);
+  if (deployment == nullptr) return names;
+  for (const auto host : {deployment->api_host, deployment->wandb_api_host}) {
+    if (host == base.host) continue;
+    names.push_back(base);
+    names.back().host = host;
+  }
+  return names;
+}
+
+inline std::string without_final_slash(const url& address) {
+  return address.origin() + (address.target == "/" ? std::string() : address.target);
+}
+
+/// The page where a user makes and copies an API key.
+/// Source: api_to_app_url in wandb/util.py, _authorize_url in sdk/lib/wbauth/prompt.py.
+inline std::string key_page(url base) {
+  if (const auto* deployment = forge_deployment_of(base.host)) {
+    return "https://" + std::string(deployment->web_host) + "/wandb/authorize";
+  }
+  if (starts_with(base.host, "api.")) base.host.replace(0, 3, "app");
+  return without_final_slash(base) + "/authorize";
+}
+
+/// Whether an address is the base URL's or below it: the same origin, or the same service's other one, and a path that is
+/// equal or longer by whole segments. An address with a segment "..", plain or percent-encoded, is not: a server may
+/// take it for one elsewhere.
 inline bool under_base(const url& base, const url& candidate) {
-  if (base.origin() != candidate.origin()) return false;
+  bool is_service = false;
+  for (const url& name : names_of(base)) is_service = is_service || name.origin() == candidate.origin();
+  if (!is_service) return false;
   const std::string target = candidate.target.substr(0, candidate.target.find('?'));
   auto plain = percent_decode(target);
   if (!plain) return false;
   std::replace(plain->begin(), plain->end(), '\\', '/');
   for (const auto segment : split(*plain, '/')) {
-    if (segment == "." || segment == "..") return false;
+    if (segment == "..") return false;
   }
   std::string_view prefix = base.target;
   while (!prefix.empty() && prefix.back() == '/') prefix.remove_suffix(1);
@@ -3149,8 +3268,32 @@ inline result<url> parse_proxy(std::string_view text) {
 
 // --------------------------------------------------------------------------------------------------- netrc
 
+/// The names under which a netrc file may have the key of a server, the first that is there counts.
+/// Source: wandb/sdk/lib/wbauth/wbnetrc.py, which looks for the host as it is written in the base URL, then for "default",
+/// then for the wandb.ai host. Other spellings and names of the same server are as good.
+inline std::vector<std::string> netrc_machines(std::string_view written, const url& base) {
+  const auto authority = [](std::string_view address) {
+    const auto start = address.find("://");
+    if (start != address.npos) address.remove_prefix(start + 3);
+    return std::string(address.substr(0, address.find('/')));
+  };
+  std::vector<std::string> machines{authority(base.origin()), "default"};
+  const auto* deployment = forge_deployment_of(base.host);
+  if (deployment == nullptr) {
+    machines.insert(machines.begin(), authority(written));
+    return machines;
+  }
+  if (url::parse(written).value_or(base).host == base.host)
+    machines.insert(machines.begin(), authority(written));
+  for (url name : names_of(base)) {
+    machines.push_back(authority(name.origin()));
+    machines.push_back(name.host);
+  }
+  machines.emplace_back(deployment->web_host);
+  return machines;
+}
+
 /// The API key that the netrc file has for a server, or "". A file that cannot be read or understood is a warning.
-/// Source: wandb/sdk/lib/wbauth/wbnetrc.py.
 inline std::string api_key_from_netrc(const settings& configuration, const url& base,
                                       std::vector<std::string>& warnings) {
   const path& where = configuration.netrc_file;
@@ -3165,20 +3308,16 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
     warnings.push_back("the netrc file " + in_quotes(where) + " is not used: " + passwords.error().what());
     return {};
   }
-  // The SDK looks for the host as it is written in the base URL; other spellings of the same origin are as good.
-  const std::string_view written = configuration.base_url;
-  const auto start = written.find("://");
-  const auto authority = start == written.npos ? written : written.substr(start + 3);
-  const std::string origin = base.origin();
-  auto found = passwords->find(std::string(authority.substr(0, authority.find('/'))));
-  if (found == passwords->end()) found = passwords->find(origin.substr(origin.find("://") + 3));
-  if (found == passwords->end()) found = passwords->find("default");
+  auto found = passwords->end();
+  for (const auto& machine : netrc_machines(configuration.base_url, base)) {
+    if (found == passwords->end()) found = passwords->find(machine);
+  }
   if (found == passwords->end()) return {};
-  if (found->second.empty()) {
+  if (trim(found->second).empty()) {
     warnings.push_back("the netrc file " + in_quotes(where) + " has no password for " +
                        in_quotes(std::string_view(found->first)));
   }
-  return found->second;
+  return std::string(trim(found->second));
 }
 
 // ------------------------------------------------------------------------------------ shared access tokens
@@ -3224,6 +3363,15 @@ inline std::string format_utc(std::chrono::system_clock::time_point time) {
 #endif
   std::array<char, 32> text{};
   return std::string(text.data(), std::strftime(text.data(), text.size(), "%Y-%m-%d %H:%M:%S", &parts));
+}
+
+/// The keys of a server in the file of shared tokens: its base URL as the SDK writes it, then the service's other names.
+inline std::vector<std::string> shared_token_keys(std::string_view written, const url& base) {
+  while (!written.empty() && written.back() == '/') written.remove_suffix(1);
+  if (forge_deployment_of(base.host) == nullptr) return {std::string(written)};
+  std::vector<std::string> keys;
+  for (const url& name : names_of(base)) keys.push_back(without_final_slash(name));
+  return keys;
 }
 
 /// The file of access tokens that the SDK shares between processes: {"credentials": {base URL: token}}. It is a cache:
@@ -3291,10 +3439,13 @@ class settings_sources {
   explicit settings_sources(settings& target) : target_(target) {
     const auto config = first_of_environment({"WANDB_CONFIG_DIR"});
     load(config.empty() ? in_home(".config/wandb/settings") : expand_home(config) / "settings");
-    const path root = expand_home(first_of_environment({"WANDB_DIR"}));
+    const path chosen = expand_home(first_of_environment({"WANDB_DIR"}));
+    wandb_directory = wandb_directory_in(chosen);
+    // The SDK reads the file below the working directory alone, and writes the one below WANDB_DIR.
+    const path beside = wandb_directory_in({}) / "settings", own = wandb_directory / "settings";
     std::error_code failure;
-    wandb_directory = root / (std::filesystem::exists(root / ".wandb", failure) ? ".wandb" : "wandb");
-    load(wandb_directory / "settings");
+    if (!std::filesystem::equivalent(beside, own, failure)) load(beside);
+    load(own);
     load_sagemaker();
   }
 
@@ -3329,6 +3480,10 @@ class settings_sources {
   }
 
  private:
+  static path wandb_directory_in(const path& root) {
+    std::error_code failure;
+    return root / (std::filesystem::exists(root / ".wandb", failure) ? ".wandb" : "wandb");
+  }
   std::optional<std::string> variable(const char* name) const {
     if (auto value = environment(name)) return value;
     const auto at = secrets_.find(name);
@@ -3358,11 +3513,11 @@ class settings_sources {
       const json& told = member(parsed, "wandb_api_key");
       if (!told.is_string()) continue;
       const std::string quoted = text_of(told);
-      std::string_view key = quoted;
+      std::string_view key = trim(quoted);
       while (!key.empty() && key.front() == '"')
         key.remove_prefix(1);  // parameter searches quote values once more
       while (!key.empty() && key.back() == '"') key.remove_suffix(1);
-      sagemaker_api_key = key;
+      sagemaker_api_key = trim(key);
     }
     if (const auto at = secrets_.find("WANDB_API_KEY"); sagemaker_api_key.empty() && at != secrets_.end()) {
       sagemaker_api_key = at->second;
@@ -3376,9 +3531,9 @@ class settings_sources {
 
 /// The default run.
 inline void find_run(settings& s, const settings_sources& from) {
-  s.entity = from.find_name("WANDB_ENTITY", "entity");
-  s.project = from.find_name("WANDB_PROJECT", "project");
-  s.run_id = from.find({"WANDB_RUN_ID"}, "run_id").value;
+  s.entity = trim(from.find_name("WANDB_ENTITY", "entity"));
+  s.project = trim(from.find_name("WANDB_PROJECT", "project"));
+  s.run_id = trim(from.find({"WANDB_RUN_ID"}, "run_id").value);
   const path resume_file = from.wandb_directory / "wandb-resume.json";
   if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" || !facts_of(resume_file))
     return;
@@ -3403,7 +3558,8 @@ inline void find_credentials(settings& s, const settings_sources& from) {
   s.credentials_file =
       credentials ? expand_home(credentials.value) : in_home(".config/wandb/credentials.json");
   s.identity_token_file = from.find({"WANDB_IDENTITY_TOKEN_FILE"}).value;
-  const auto key = from.find({"WANDB_API_KEY"});
+  auto key = from.find({"WANDB_API_KEY"});
+  key.value = trim(std::exchange(key.value, {}));
   s.api_key = key.value;
   if (key && !s.identity_token_file.empty()) {
     from.reject(key, "WANDB_IDENTITY_TOKEN_FILE is set too; unset one of them");
@@ -3417,7 +3573,7 @@ inline void find_credentials(settings& s, const settings_sources& from) {
   if (last_resort.empty()) return;
   const auto base = parse_base_url(s.base_url);
   std::vector<std::string> ignored;  // the session looks into netrc again, and tells them
-  if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = last_resort;
+  if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = trim(last_resort);
 }
 
 inline void find_network_settings(settings& s, const settings_sources& from) {
@@ -4030,9 +4186,10 @@ inline void session::add_credentials(http_request& request, bool home,
 
 inline result<std::string> session::authorization(call& of) {
   if (auto good = ready(); !good) return good.error();
-  if (!config.identity_token_file.empty() && config.api_key.empty()) return bearer(of);
-  std::string key = config.api_key;
-  if (key.empty()) {
+  const bool has_key = !trim(config.api_key).empty();
+  if (!config.identity_token_file.empty() && !has_key) return bearer(of);
+  std::string key(trim(config.api_key));  // secrets are often mounted with a line break at their end
+  if (!has_key) {
     std::vector<std::string>
         warnings;  // passed on without the lock: the caller's function may use this client
     {
@@ -4044,9 +4201,8 @@ inline result<std::string> session::authorization(call& of) {
   }
   if (key.empty()) return std::string();
   if (auto good = check_api_key(key); !good) {
-    const bool in_netrc = config.api_key.empty();
     return error(errc::invalid_argument,
-                 (in_netrc ? "in " + in_quotes(config.netrc_file) + ": " : std::string()) +
+                 (!has_key ? "in " + in_quotes(config.netrc_file) + ": " : std::string()) +
                      good.error().what());
   }
   return "Basic " + base64_encode("api:" + key);
@@ -4054,17 +4210,17 @@ inline result<std::string> session::authorization(call& of) {
 
 /// The token in hand or the shared one, as long as it lasts; otherwise one exchange, for all who wait.
 inline result<std::string> session::bearer(call& of) {
-  std::string_view server = config.base_url;  // as the SDK names it in the shared file
-  while (!server.empty() && server.back() == '/') server.remove_suffix(1);
+  if (!base) return base.error();
+  const auto keys = shared_token_keys(config.base_url, *base);
   {
     std::unique_lock<std::mutex> held(mutex);
     while (exchanging_) {
       if (of.cancelled()) return of.why_cancelled();
       exchanged_.wait_for(held, milliseconds(50));
     }
-    if (!token_.lasts()) {
-      token_ =
-          read_shared_token(config.credentials_file, std::string(server), std::chrono::system_clock::now());
+    for (const auto& key : keys) {
+      if (token_.lasts()) break;
+      token_ = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
     }
     if (token_.lasts()) return "Bearer " + token_.value;
     exchanging_ = true;
@@ -4072,7 +4228,7 @@ inline result<std::string> session::bearer(call& of) {
   auto got = exchange_identity(of);
   result<void> kept;
   if (got && !config.credentials_file.empty()) {
-    kept = write_shared_token(config.credentials_file, std::string(server), *got);
+    kept = write_shared_token(config.credentials_file, keys.front(), *got);
   }
   {
     const std::lock_guard<std::mutex> guard(mutex);
@@ -4146,9 +4302,10 @@ inline result<access_token> session::exchange_identity(call& of) {
 
 inline std::string session::credentials_hint(const std::string& authorization) const {
   const std::string host = base ? base->host : "the service";
+  const std::string page = base ? key_page(*base) : "the settings of your account";
   if (authorization.empty()) {
-    return "no API key for " + host +
-           ": set WANDB_API_KEY or run `wandb login` (looked in the settings, the environment and " +
+    return "no API key for " + host + ": set WANDB_API_KEY to one from " + page +
+           ", or run `wandb login` (looked in the settings, the environment and " +
            (config.netrc_file.empty() ? std::string("no netrc file") : in_quotes(config.netrc_file)) + ")";
   }
   return starts_with(authorization, "Bearer")
@@ -4156,7 +4313,9 @@ inline std::string session::credentials_hint(const std::string& authorization) c
                    " was refused: is the identity token (WANDB_IDENTITY_TOKEN_FILE) current? " +
                    in_quotes(config.credentials_file) + " may hold a revoked access token: remove it"
              : "the API key for " + host +
-                   " was refused: check WANDB_API_KEY, or run `wandb login --relogin`";
+                   " was refused: check WANDB_API_KEY, or run `wandb login --relogin` "
+                   "with a key from " +
+                   page;
 }
 
 /// What a backend says in an error body: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
@@ -4252,6 +4411,15 @@ inline error session::status_error(const std::string& what, const answer& got, c
 
 namespace detail {
 
+/// The plain spelling of a name: a path without "." and empty segments.
+inline std::string plain_name(std::string_view name) {
+  std::string joined;
+  for (const auto part : split(name, '/')) {
+    if (!part.empty() && part != ".") joined.append(joined.empty() ? "" : "/").append(part);
+  }
+  return joined;
+}
+
 /// A file of a run as the service knows it, and where to get it.
 struct remote_file {
   file_info info;
@@ -4263,21 +4431,28 @@ class service {
  public:
   service(session& with, call& of) : session_(with), call_(of) {}
 
-  /// Does the run exist, does the file exist, where is it, how long, which md5? One request.
+  /// Asks in one request whether the run and the file exist, and for the file's address, size and md5. A name that is not
+  /// the plain spelling of a path ("./a", "d//a") is looked for as it is given, then as the plain one.
   result<remote_file> find_file(const run_path& run, const std::string& name);
-  /// All files of a run, a request a page.
+  /// All files of a run, one request for each page of 500. Their number is bounded.
   result<std::vector<file_info>> list_files(const run_path& run);
   /// The entity that a run path without one means; asked for once a session.
   result<std::string> default_entity();
 
  private:
-  static constexpr std::size_t max_answer = 16 * 1024 * 1024;  // bytes; a page of files is far below that
+  static constexpr std::size_t max_answer = 16 * 1024 * 1024;   // bytes; a page of files is far below that
+  static constexpr std::size_t max_listed = 128 * 1024 * 1024;  // bytes in memory: about half a million files
+  static constexpr std::size_t max_pages = 5000;
 
   result<json_document> ask(const std::string& what, const char* query, json variables);
   result<json_document> ask_once(const std::string& what, const std::string& authorization,
                                  const std::string& body);
   result<json_document> files_page(const std::string& what, const run_path& run, json variables);
+  [[nodiscard]] result<void> check_answered(const std::string& what, const char* kind, const json& answered,
+                                            const std::string& asked) const;
+  [[nodiscard]] error wrong_answer(const std::string& what, const char* kind, const std::string& name) const;
   [[nodiscard]] static file_info info_of(const json& node);
+  [[nodiscard]] result<remote_file> file_of(const std::string& what, const json& node) const;
   [[nodiscard]] result<std::string> address_of(const std::string& what, const json& node) const;
   [[nodiscard]] std::string host() const {
     const auto& base = session_.base;
@@ -4337,8 +4512,8 @@ inline result<json_document> service::ask_once(const std::string& what, const st
   if (!body_read.is_object()) {
     return error(errc::protocol_violation,
                  what + ": the answer of " + host() +
-                     " is not what a W&B server sends (no JSON object): is " + session_.config.base_url +
-                     " its base URL?",
+                     " is not what a W&B server sends (no JSON object, or one nested too deep): is " +
+                     session_.config.base_url + " its base URL?",
                  200);
   }
   const auto said = backend_message(body_read);
@@ -4364,7 +4539,7 @@ inline result<json_document> service::files_page(const std::string& what, const 
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
       "$fileLimit: Int = 50, $fileNames: [String] = [], $pattern: String) { "
-      "project(name: $project, entityName: $entity) { run(name: $name) { fileCount "
+      "project(name: $project, entityName: $entity) { name run(name: $name) { name fileCount "
       "files(names: $fileNames, after: $fileCursor, first: $fileLimit, pattern: $pattern) { "
       "edges { node { id name url directUrl sizeBytes mimetype updatedAt md5 } cursor } "
       "pageInfo { endCursor hasNextPage } } } } }";
@@ -4378,6 +4553,8 @@ inline result<json_document> service::files_page(const std::string& what, const 
   }
   const json& project = member(data->root, "project");
   const json& found = member(project, "run");
+  if (auto good = check_answered(what, "project", project, run.project); !good) return good.error();
+  if (auto good = check_answered(what, "run", found, run.run_id); !good) return good.error();
   const bool no_project = project.is_null();
   if (no_project || (has_member(project, "run") && found.is_null())) {
     return error(errc::run_not_found, what + ": " + host() + " knows no " +
@@ -4393,6 +4570,23 @@ inline result<json_document> service::files_page(const std::string& what, const 
                  what + ": the answer of " + host() + " has no list of files in it");
   }
   return json_document{files};
+}
+
+/// Refuses an answer about something else than what was asked for: a connection or a cache between the service and this
+/// program may have mixed up two answers. A name that is not told is passed over; one that differs in case alone is the same,
+/// as databases may compare them so.
+inline result<void> service::check_answered(const std::string& what, const char* kind, const json& answered,
+                                            const std::string& asked) const {
+  const std::string name = text_of(member(answered, "name"));
+  if (name.empty() || equal_ignoring_case(name, asked)) return {};
+  return wrong_answer(what, kind, name);
+}
+
+inline error service::wrong_answer(const std::string& what, const char* kind, const std::string& name) const {
+  return error(errc::protocol_violation,
+               what + ": " + host() + " answered about the " + kind + " " +
+                   in_quotes(std::string_view(name)) +
+                   " instead: try again; if it happens again, look at the proxies in between");
 }
 
 inline file_info service::info_of(const json& node) {
@@ -4416,11 +4610,7 @@ inline result<std::string> service::address_of(const std::string& what, const js
   }
   const auto end_of_scheme = address.find_first_of(":/?#");
   const bool has_scheme = end_of_scheme != address.npos && address[end_of_scheme] == ':';
-  std::string public_part = address.substr(0, address.find_first_of("?#"));  // the rest may be a signature
-  if (const auto at = public_part.rfind('@'); has_scheme && at != public_part.npos) {
-    public_part.replace(end_of_scheme + 1, at - end_of_scheme, "//***@");
-  }
-  const std::string shown = in_quotes(public_part);
+  const std::string shown = in_quotes(redacted_address(address));
   if (has_scheme && !starts_with(lower(address), "http")) {
     return error(errc::protocol_violation, what + ": it is a reference to " + shown +
                                                ", which is kept elsewhere and not served over HTTP");
@@ -4435,32 +4625,48 @@ inline result<std::string> service::address_of(const std::string& what, const js
   return absolute->str();
 }
 
+inline result<remote_file> service::file_of(const std::string& what, const json& node) const {
+  auto address = address_of(what, node);
+  if (!address) return address.error();
+  auto info = info_of(node);
+  if (info.size && *info.size > std::uint64_t{1} << 62) {
+    return error(errc::protocol_violation,
+                 what + ": " + host() + " tells a size that cannot be: " + std::to_string(*info.size));
+  }
+  return remote_file{std::move(info), *std::move(address)};
+}
+
 inline result<remote_file> service::find_file(const run_path& run, const std::string& name) {
   const std::string what = "looking for " + in_quotes(name) + " in " + run.str();
+  const std::string plain = plain_name(name);
+  const bool has_other_spelling = plain != name;
+  json names = json_array_of(json_text(name));
+  if (has_other_spelling) append_element(names, json_text(plain));
   json variables = json_object();
-  set_member(variables, "fileNames", json_array_of(json_text(name)));
-  set_member(variables, "fileLimit", json_number(1));
+  set_member(variables, "fileNames", std::move(names));
+  set_member(variables, "fileLimit", json_number(has_other_spelling ? 2 : 1));
   auto files = files_page(what, run, std::move(variables));
   if (!files) return files.error();
+  const json *exact = nullptr, *similar = nullptr, *never_uploaded = nullptr, *unrelated = nullptr;
   for (const json& edge : elements(member(files->root, "edges"))) {
     const json& node = member(edge, "node");
-    if (!node.is_object() ||
-        (!text_of(member(node, "name")).empty() && text_of(member(node, "name")) != name))
-      continue;
-    if (text_of(member(node, "md5")) == "0") {
-      return error(errc::file_not_found,
-                   what + ": " + host() +
-                       " says that it was never uploaded (yet): if the run still writes it, try again later");
+    if (!node.is_object()) continue;
+    const auto told = text_of(member(node, "name"));
+    if (!told.empty() && told != name && told != plain) {
+      unrelated = &node;
+    } else if (text_of(member(node, "md5")) == "0") {
+      never_uploaded = &node;
+    } else {
+      (told == name || told.empty() ? exact : similar) = &node;
     }
-    auto address = address_of(what, node);
-    if (!address) return address.error();
-    auto info = info_of(node);
-    if (info.size && *info.size > std::uint64_t{1} << 62) {
-      return error(errc::protocol_violation,
-                   what + ": " + host() + " tells a size that cannot be: " + std::to_string(*info.size));
-    }
-    return remote_file{std::move(info), *std::move(address)};
   }
+  if (const json* found = exact ? exact : similar) return file_of(what, *found);
+  if (never_uploaded) {
+    return error(errc::file_not_found,
+                 what + ": " + host() +
+                     " says that it was never uploaded (yet): if the run still writes it, try again later");
+  }
+  if (unrelated) return wrong_answer(what, "file", text_of(member(*unrelated, "name")));
   return error(errc::file_not_found,
                what + ": the run has no such file at " + host() + "; the list of its files shows the names");
 }
@@ -4468,6 +4674,7 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
 inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   const std::string what = "listing the files of " + run.str();
   std::vector<file_info> all;
+  std::size_t bytes = 0;
   std::set<std::string> seen;
   for (std::string cursor;;) {
     json variables = json_object();
@@ -4478,11 +4685,19 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
     std::string last;
     for (const json& edge : elements(member(files->root, "edges"))) {
       last = text_of(member(edge, "cursor"));
-      if (text_of(member(member(edge, "node"), "md5")) != "0") all.push_back(info_of(member(edge, "node")));
+      const json& node = member(edge, "node");
+      if (text_of(member(node, "md5")) == "0") continue;
+      all.push_back(info_of(node));
+      const file_info& added = all.back();
+      bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
     }
     const json& page = member(files->root, "pageInfo");
     if (last.empty()) last = text_of(member(page, "endCursor"));
     if (!is_true(member(page, "hasNextPage")) || last.empty()) return all;
+    if (bytes > max_listed || seen.size() >= max_pages) {
+      return error(errc::protocol_violation, what + ": " + host() + " tells of too many files: " +
+                                                 std::to_string(all.size()) + " so far, and more to come");
+    }
     if (!seen.insert(last).second) {
       return error(errc::protocol_violation, what + ": " + host() + " tells the same page again and again");
     }
@@ -6146,15 +6361,6 @@ inline result<void> check_name(std::string_view name) {
   return {};
 }
 
-/// The name as the service knows it: without "." and empty segments.
-inline std::string service_name(std::string_view name) {
-  std::string joined;
-  for (const auto part : split(name, '/')) {
-    if (!part.empty() && part != ".") joined.append(joined.empty() ? "" : "/").append(part);
-  }
-  return joined;
-}
-
 /// The run that is meant, as far as that is known without a request: the entity may be missing, the server tells it.
 inline result<run_path> run_of(const settings& configuration, std::string_view text) {
   const std::string current = text.empty() ? configuration.run_id : std::string();
@@ -6227,6 +6433,7 @@ class restoring {
     }
     auto remote = asked.find_file(run_, name_);
     if (!remote) return remote.error();
+    if (!remote->info.name.empty()) name_ = remote->info.name;
     if (verdict == cache_policy::verdict::ask && policy(copy, &remote->info) == cache_policy::verdict::keep) {
       return keep(copy, *seen, remote->info);
     }
@@ -6432,7 +6639,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
                                              ": " + in_quotes(there) + " is not a directory");
   }
   call of(with.config, options.cancel);
-  const std::string inside = service_name(name);
+  const std::string inside(name);
   auto restored = restoring(with, of, options, inside, *run, place(root / from_utf8(name)))();
   if (restored) return restored;
   return in_context(restored.error(), "restoring " + in_quotes(inside) + " from " + shown(*run),

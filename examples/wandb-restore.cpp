@@ -82,6 +82,7 @@ constexpr const char* help_footer =
     "\n"
     "The key and the defaults for entity, project and run come from where the Python SDK has them:\n"
     "WANDB_API_KEY, WANDB_BASE_URL, WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_ID, settings files, netrc.\n"
+    "Without a key, a run that is not public looks as if it did not exist: exit status 3.\n"
     "\n"
     "Exit status: 0 done; 2 bad arguments or run path; 3 no such run or file; 4 not authenticated or\n"
     "not permitted; 5 network, HTTP or offline; 6 checksum or protocol; 7 disk; 8 the local copy is\n"
@@ -418,12 +419,20 @@ int restore_files(wandb::client<>& client, const arguments& given, console& out)
   }
 
   int status = status_done;
+  bool told_of_run_path = false;
   for (const std::string& name : given.names) {
     const auto begin = std::chrono::steady_clock::now();
     auto file = client.try_restore(name, options);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     if (!file) {
       const int failure = report(file.error(), out);
+      const bool no_run_path = given.run_path.empty() && file.error().code() == wandb::errc::invalid_run_path;
+      if (no_run_path && !std::exchange(told_of_run_path, true)) {
+        const bool like_one =
+            given.names.size() > 1 && wandb::run_path::parse(given.names.back()).has_value();
+        out.error("name the run with --run-path " +
+                  (like_one ? given.names.back() : "entity/project/run_id"));
+      }
       if (failure == status_interrupted) return failure;
       if (status == status_done) status = failure;
       continue;

@@ -285,6 +285,18 @@ TEST_SUITE("command line") {
     CHECK(f.server.requests(stand_in::request_kind::storage).empty());
   }
 
+  TEST_CASE("a run path in the place of a name: the option is named that takes it") {
+    fixture f;
+    const outcome both = f.start(program, {"a.txt", "team/project/run1"});
+    CHECK(both.status == 2);
+    CHECK(contains(both.err, "no run path was given"));
+    CHECK(contains(both.err, "--run-path team/project/run1"));
+    const outcome one = f.start(program, {"a.txt"});
+    CHECK(one.status == 2);
+    CHECK(contains(one.err, "--run-path"));
+    CHECK(f.server.requests().empty());
+  }
+
   TEST_CASE("each kind of failure has its exit status, one message, and leaves an old file alone") {
     using namespace stand_in;
     struct row {

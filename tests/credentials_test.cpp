@@ -146,12 +146,32 @@ TEST_SUITE("credentials: keys") {
     }
   }
 
+  TEST_CASE("white space around a key is no part of it: in code and in netrc, and a server that repeats it "
+            "is not repeated") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto s = f.public_settings();
+    for (const bool in_netrc : {false, true}) {
+      s.api_key = in_netrc ? "" : " \t" + f.server.key() + "\r\n";
+      s.netrc_file =
+          write_file(f.directory / "netrc", "default login u password \" " + f.server.key() + "\n\"");
+      (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path, true));
+      CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
+    }
+    s.api_key = " \n";  // none: then netrc counts
+    (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path, true));
+    CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
+    f.server.add_fault(place::graphql,
+                       act::status(403, {}, json{{"error", "no entry for " + f.server.key()}}.dump()));
+    s.api_key = f.server.key() + "\n";
+    (void)f.failure(wandb::client<>(s).try_restore("a.txt", f.path, true), errc::permission_denied);
+  }
+
   TEST_CASE("a malformed key is told, without it, before it goes anywhere") {
     fixture f;
     for (const std::string& key :
-         {std::string("short"), std::string(39, 's'), ' ' + std::string(40, 's'), std::string(40, 's') + '\n',
-          std::string(39, 's') + '*', "s\r\nX-Evil: " + std::string(40, 's'),
-          std::string(20, 's') + ' ' + std::string(20, 's')}) {
+         {std::string("short"), std::string(39, 's'), std::string(39, 's') + '*',
+          "s\r\nX-Evil: " + std::string(40, 's'), std::string(20, 's') + ' ' + std::string(20, 's')}) {
       for (const bool in_netrc : {false, true}) {
         if (in_netrc && key.find_first_of(" \r\n") != key.npos) continue;  // cannot be written there
         CAPTURE(key);
@@ -235,13 +255,110 @@ TEST_SUITE("credentials: keys") {
   }
 }
 
+TEST_SUITE("credentials: the service's two names") {
+  /// A stand-in that is reached under the service's names, through its proxy, and calls itself by one of them.
+  stand_in::options named(const std::string& own_name) {
+    stand_in::options how;
+    how.proxy = true;
+    how.more_hosts = {"api.forge.coreweave.com", "forge.coreweave.com", "api.wandb.ai"};
+    how.service_url = own_name;
+    return how;
+  }
+
+  TEST_CASE("a key in netrc under any name, a base URL in each of its forms or none: restored") {
+    for (const char* own_name : {"https://api.forge.coreweave.com", "https://api.wandb.ai"}) {
+      fixture f(named(own_name));
+      f.server.add_file(f.run, "a.txt", text);
+      for (const char* machine : {"api.forge.coreweave.com", "api.wandb.ai", "forge.coreweave.com"}) {
+        write_file(f.directory / "netrc",
+                   std::string("machine ") + machine + "\n  login user\n  password " + f.server.key() + "\n");
+        for (const char* base :
+             {"", "https://api.forge.coreweave.com", "https://api.forge.coreweave.com/",
+              "https://forge.coreweave.com/api/wandb", "https://forge.coreweave.com/api/wandb/",
+              "https://api.wandb.ai", "https://api.wandb.ai/"}) {
+          for (const bool in_file : {false, true}) {
+            CAPTURE(own_name);
+            CAPTURE(machine);
+            CAPTURE(base);
+            CAPTURE(in_file);
+            if (in_file) {
+              write_file(f.directory / "config" / "settings",
+                         *base == '\0' ? "" : std::string("[default]\nbase_url = ") + base + "\n");
+            }
+            const scoped_environment there{{"WANDB_CONFIG_DIR", (f.directory / "config").string()},
+                                           {"WANDB_BASE_URL", in_file ? "" : base},
+                                           {"NETRC", (f.directory / "netrc").string()},
+                                           {"WANDB_HTTPS_PROXY", f.server.proxy_url()},
+                                           {"SSL_CERT_FILE", f.ca().string()}};
+            f.server.clear_log();
+            auto file = f.success(wandb::try_restore("a.txt", f.path, true, f.root()));
+            CHECK(read_all(file) == text);
+            CHECK(f.asked() == "graphql 1, files 1, storage 1");
+            CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
+            CHECK(authorization(f, request_kind::files) == basic(f.server.key()));
+            CHECK(authorization(f, request_kind::storage) == std::nullopt);
+            const bool old_name = contains(base, "api.wandb.ai");
+            CHECK(f.server.requests(request_kind::proxy).at(0).target ==
+                  (old_name ? "api.wandb.ai:443" : "api.forge.coreweave.com:443"));
+            fs::remove_all(f.directory / "config");
+          }
+        }
+      }
+    }
+  }
+
+  TEST_CASE("a local copy restored under one name is the same run's under the other") {
+    fixture f(named("https://api.wandb.ai"));
+    f.server.add_file(f.run, "a.txt", text);
+    auto s = f.settings();
+    s.https_proxy.url = f.server.proxy_url();
+    s.base_url = "https://api.wandb.ai";
+    (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path));
+    s.base_url = "https://forge.coreweave.com/api/wandb";
+    const auto kept = f.success(wandb::client<>(s).try_restore("a.txt", f.path));
+    CHECK(kept.source() == wandb::source::local);
+    CHECK(kept.verified());
+  }
+
+  TEST_CASE("hints name the host that was asked, and the page where keys are made") {
+    fixture f(named("https://api.forge.coreweave.com"));
+    for (const char* base : {"https://api.forge.coreweave.com", "https://forge.coreweave.com/api/wandb",
+                             "https://api.wandb.ai"}) {
+      CAPTURE(base);
+      auto s = f.public_settings();
+      s.https_proxy.url = f.server.proxy_url();
+      s.base_url = base;
+      check_names(f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::run_not_found),
+                  {"no API key for api.", "https://forge.coreweave.com/wandb/authorize"});
+      s.api_key = std::string(40, 'n');
+      check_names(f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::not_authenticated),
+                  {"401", "https://forge.coreweave.com/wandb/authorize"});
+    }
+    auto s = f.public_settings();
+    s.base_url = "https://127.0.0.1:" + std::to_string(f.server.port(origin::service));
+    check_names(f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::run_not_found),
+                {"no API key for 127.0.0.1", s.base_url + "/authorize"});
+  }
+
+  TEST_CASE("a base URL elsewhere on a Forge host: what to use instead, without a request") {
+    fixture f(named("https://api.forge.coreweave.com"));
+    auto s = f.settings();
+    s.https_proxy.url = f.server.proxy_url();
+    s.base_url = "https://forge.coreweave.com/wandb";
+    check_names(f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::invalid_argument),
+                {"https://forge.coreweave.com/wandb", "https://api.forge.coreweave.com"});
+    CHECK(f.server.requests().empty());
+  }
+}
+
 TEST_SUITE("credentials: identity tokens") {
   const char* const jwt = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJ3b3JrZXIifQ.c2lnbmF0dXJl_-";
 
   /// A stand-in that takes the token, and settings that have it in a file.
   class federated : public fixture {
    public:
-    explicit federated(std::int64_t token_seconds = 3600) : fixture(how(token_seconds)) {
+    explicit federated(std::int64_t token_seconds = 3600, stand_in::options how = {})
+        : fixture(with_tokens(std::move(how), token_seconds)) {
       server.add_file(run, "a.txt", text);
       write_file(directory / "identity", std::string(" \n") + jwt + "\n");
       secrets.emplace_back(jwt);
@@ -258,11 +375,10 @@ TEST_SUITE("credentials: identity tokens") {
     json shared() const { return json::parse(read_file(credentials())).at("credentials"); }
 
    private:
-    static stand_in::options how(std::int64_t token_seconds) {
-      stand_in::options made;
-      made.identity_tokens = {jwt};
-      made.token_seconds = token_seconds;
-      return made;
+    static stand_in::options with_tokens(stand_in::options how, std::int64_t token_seconds) {
+      how.identity_tokens = {jwt};
+      how.token_seconds = token_seconds;
+      return how;
     }
   };
 
@@ -352,6 +468,42 @@ TEST_SUITE("credentials: identity tokens") {
       f.server.clear_log();
       (void)f.success(wandb::client<>(f.settings()).try_restore("a.txt", f.path, true));
       CHECK(f.exchanges() == r.exchanges);
+    }
+  }
+
+  TEST_CASE(
+      "a shared token counts under either name of the service, and is written under the base URL's own") {
+    const std::string forge = "https://api.forge.coreweave.com", wandb_ai = "https://api.wandb.ai";
+    struct row {
+      std::string base, stored;
+      std::uint64_t exchanges;
+    };
+    for (const row& r :
+         {row{forge, wandb_ai, 0}, row{wandb_ai, forge, 0}, row{forge, forge, 0},
+          row{"https://forge.coreweave.com/api/wandb/", forge, 0},
+          row{"https://forge.coreweave.com/api/wandb", wandb_ai, 0}, row{forge, "https://api.qa.wandb.ai", 1},
+          row{"https://forge.coreweave.com/api/wandb", "https://elsewhere.invalid", 1},
+          row{wandb_ai + "/", "https://elsewhere.invalid", 1}}) {
+      CAPTURE(r.base);
+      CAPTURE(r.stored);
+      stand_in::options how;
+      how.proxy = true;
+      how.more_hosts = {"api.forge.coreweave.com", "api.wandb.ai"};
+      how.service_url = forge;
+      federated f(3600, how);
+      auto s = f.settings();
+      s.https_proxy.url = f.server.proxy_url();
+      s.base_url = forge;
+      (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path));
+      const json entry = f.shared().at(forge);
+      write_file(f.credentials(), json{{"credentials", {{r.stored, entry}}}}.dump());
+      f.server.clear_log();
+      s.base_url = r.base;
+      (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path, true));
+      CHECK(f.exchanges() == r.exchanges);
+      if (r.exchanges == 0) continue;
+      CHECK(f.shared().contains(contains(r.base, "wandb.ai") ? wandb_ai : forge));
+      CHECK(f.shared().size() == 2);
     }
   }
 
@@ -625,6 +777,17 @@ TEST_SUITE("credentials: where they go") {
     s.extra_headers = {{"Authorization", basic(f.server.key())}};
     (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path));
     CHECK(authorization(f, request_kind::files) == basic(f.server.key()));
+    CHECK(authorization(f, request_kind::storage) == std::nullopt);
+  }
+
+  TEST_CASE(
+      "a storage on another port of the service's host gets no key, whether asked once or again and again") {
+    fixture f;  // whose storage is one
+    f.server.add_file(f.run, "a.txt", text);
+    f.server.add_fault(target(place::storage).nth(1), act::status(503));
+    f.server.add_fault(target(place::storage).nth(2), act::cut(3));
+    (void)f.success(f.client().try_restore("a.txt", f.path));
+    CHECK(f.server.requests(request_kind::storage).size() >= 3);
     CHECK(authorization(f, request_kind::storage) == std::nullopt);
   }
 

@@ -166,6 +166,50 @@ TEST_SUITE("text") {
     CHECK(detail::readable_bytes(std::uint64_t{5} << 40) == "5.0 TiB");
   }
 
+  TEST_CASE("addresses for people: without a password, without a query, without a fragment") {
+    const struct {
+      const char *text, *shown;
+    } rows[] = {
+        {"https://host/a/b?X-Signature=1#x", "https://host/a/b"},
+        {"https://host/a#secret?", "https://host/a"},
+        {"https://user:secret@host/a", "https://...@host/a"},
+        {"https://user:sec/ret@host/a", "https://...@host/a"},
+        {"https://user:sec?ret@host/a", "https://...@host/a"},
+        {"s3://key:secret@bucket/a?b", "s3://...@bucket/a"},
+        {"user:secret@host:80", "...@host:80"},
+        {"entity/project/run?token=secret", "entity/project/run"},
+        {"https://host/a?b=c@d", "https://host/a"},
+        {"", ""},
+    };
+    for (const auto& row : rows) {
+      CAPTURE(std::string(row.text));
+      CHECK(detail::redacted_address(row.text) == row.shown);
+    }
+  }
+
+  TEST_CASE("JSON: null for what is none, and for what is nested deeper than any answer") {
+    const auto nested = [](std::size_t depth, const char* open, const char* close) {
+      std::string text;
+      for (std::size_t i = 0; i < depth; ++i) text += open;
+      text += "1";
+      for (std::size_t i = 0; i < depth; ++i) text += close;
+      return text;
+    };
+    CHECK(detail::parse_json("{\"a\": [1]}").is_object());
+    CHECK(detail::parse_json("{\"a\": [1]").is_null());
+    CHECK(detail::parse_json("").is_null());
+    CHECK(detail::parse_json(nested(64, "[", "]")).is_array());
+    CHECK(detail::parse_json(nested(65, "[", "]")).is_null());
+    CHECK(detail::parse_json(nested(32, "[{\"a\":", "}]")).is_array());
+    CHECK(detail::parse_json(nested(33, "[{\"a\":", "}]")).is_null());
+    CHECK(detail::parse_json(nested(100'000, "{\"a\":", "}")).is_null());
+    CHECK(detail::parse_json(std::string(1'000'000, '[')).is_null());
+    // Brackets inside strings are text, behind escaped quotes, too.
+    const std::string text = "\"\\\"" + std::string(100, '[') + "\\\\\"";
+    CHECK(detail::text_of(detail::parse_json(text)) == "\"" + std::string(100, '[') + "\\");
+    CHECK(detail::parse_json("[[],[],{}," + text + "]").is_array());
+  }
+
   TEST_CASE("numbers: the whole of a text, digits alone, none that does not fit") {
     const struct {
       std::string text;

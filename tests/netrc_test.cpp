@@ -139,6 +139,58 @@ TEST_SUITE("netrc") {
     CHECK(ask(where, "https://elsewhere").warnings.empty());
   }
 
+  TEST_CASE(
+      "the names of one service: a key under any of them counts, after the base URL's own and the default") {
+    const char* const bases[] = {"https://api.forge.coreweave.com",
+                                 "https://api.forge.coreweave.com/",
+                                 "https://forge.coreweave.com/api/wandb",
+                                 "https://api.wandb.ai",
+                                 "https://API.WANDB.AI:443",
+                                 "https://api.forge.coreweave.com:8443"};
+    const char* const machines[] = {"api.forge.coreweave.com", "api.wandb.ai", "forge.coreweave.com"};
+    const support::temporary_directory directory;
+    for (const std::string base : bases) {
+      for (const std::string machine : machines) {
+        CAPTURE(base);
+        CAPTURE(machine);
+        const std::string entry = "machine " + machine + " login user password K\n";
+        const std::string noise = "machine api.qa.wandb.ai password Q\nmachine wandb.ai password W\n";
+        const auto answer = ask(support::write_file(directory / "netrc", noise + entry), base);
+        CHECK(answer.key == "K");
+        CHECK(answer.warnings.empty());
+      }
+    }
+    const struct {
+      const char* text;
+      const char* base;
+      const char* key;
+    } rows[] = {
+        // [checked against wandb 0.31.0: read_netrc_auth], but for the lines of which the SDK finds no key
+        {"machine api.forge.coreweave.com password F\nmachine api.wandb.ai password W",
+         "https://api.forge.coreweave.com", "F"},
+        {"machine api.forge.coreweave.com password F\nmachine api.wandb.ai password W",
+         "https://forge.coreweave.com/api/wandb", "F"},
+        {"machine api.forge.coreweave.com password F\nmachine api.wandb.ai password W",
+         "https://api.wandb.ai", "W"},
+        {"machine api.wandb.ai password W\ndefault password D", "https://api.forge.coreweave.com", "D"},
+        {"machine api.forge.coreweave.com login u\nmachine api.wandb.ai password W",
+         "https://api.forge.coreweave.com", ""},
+        {"machine api.wandb.ai password W", "https://api.qa.forge.coreweave.com", ""},
+        {"machine api.qa.wandb.ai password Q", "https://api.qa.forge.coreweave.com", "Q"},
+        {"machine api.qa.forge.coreweave.com password Q", "https://api.qa.wandb.ai", "Q"},
+        {"machine api.wandb.ai:8443 password P\nmachine api.wandb.ai password W",
+         "https://api.forge.coreweave.com:8443", "P"},
+        {"machine api.wandb.ai:8443 password P", "https://api.forge.coreweave.com", ""},
+        {"machine api.wandb.ai password W", "https://api.other.example.org", ""},
+    };
+    for (const auto& row : rows) {
+      const std::string text = row.text, base = row.base;
+      CAPTURE(text);
+      CAPTURE(base);
+      CHECK(ask(support::write_file(directory / "netrc", text), base).key == row.key);
+    }
+  }
+
   TEST_CASE("a file that cannot be used is a warning; one that is not there is nothing") {
     const support::temporary_directory directory;
     CHECK(ask(directory / "none", "https://h").warnings.empty());

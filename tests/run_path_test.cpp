@@ -48,6 +48,8 @@ TEST_SUITE("run path") {
         {"r", "DE", "DP", "r"},
         {"/runs/r", "DE", "DP", "r"},
         {"/sweeps/r", "DE", "DP", "r"},
+        {"e/p/sweeps", "e", "p", "sweeps"},
+        {"https://wandb.ai/e/sweeps/runs/r/sweeps/s", "e", "sweeps", "r"},
         {"r/", "DE", "DP", "r"},
         {"//r//", "DE", "DP", "r"},
         {"e/p/r:1", "e", "p", "r:1"},
@@ -58,7 +60,6 @@ TEST_SUITE("run path") {
         {"runs/r", "DE", "runs", "r"},
         {"e/runs/r", "DE", "e", "r"},
         {"e/sweeps/r", "DE", "e", "r"},
-        {"e/p/sweeps/r", "e", "p", "r"},
         {"e/p/runs/runs/r", "e", "p", "r"},
         {"e/p/runs/", "DE", "e", "p"},
         {"e/p/runs", "e", "p", "runs"},
@@ -100,6 +101,15 @@ TEST_SUITE("run path") {
         {"https://wandb.ai/e/My%20Project/runs/r%2D1", "e", "My Project", "r-1"},
         {"https://wandb.ai/e/runs/runs/r", "e", "runs", "r"},
         {"https://wandb.ai/e/p/runs/runs/overview", "e", "p", "runs"},
+        {"https://forge.coreweave.com/wandb/e/p/runs/r", "e", "p", "r"},
+        {"https://forge.coreweave.com/wandb/e/p/runs/r/files/a/runs/b?nw=x", "e", "p", "r"},
+        {"https://forge.coreweave.com/wandb/e/runs/runs/r", "e", "runs", "r"},
+        {"https://forge.coreweave.com/wandb/wandb/runs/runs/runs/logs", "wandb", "runs", "runs"},
+        {"https://forge.coreweave.com/wandb/wandb/p/runs/r", "wandb", "p", "r"},
+        {"https://qa.forge.coreweave.com/wandb/e/runs/runs/r/overview", "e", "runs", "r"},
+        {"forge.coreweave.com/wandb/e/p/runs/r", "e", "p", "r"},
+        {"Forge.CoreWeave.com/wandb/e/runs/runs/r", "e", "runs", "r"},
+        {"https://wandb.ai/wandb/runs/runs/r", "wandb", "runs", "r"},
         {"wandb.ai/e/p/runs/r", "e", "p", "r"},
         {"wandb.ai/e/p/runs/r/files/x", "e", "p", "r"},
         {"wandb.ai/e/a%20b/runs/r", "e", "a b", "r"},
@@ -130,18 +140,27 @@ TEST_SUITE("run path") {
 
   TEST_CASE("addresses of other things say so") {
     for (const std::string_view text :
-         {"https://wandb.ai/e/p", "https://wandb.ai/e/p/sweeps/s", "https://wandb.ai/e/p/runs/",
-          "https://wandb.ai/e/p/runs", "https://wandb.ai/e/p/reports/My-Report--XYZ",
-          "https://wandb.ai/runs/r", "https://", "https://wandb.ai/e/p/runs/%2f",
-          "https://wandb.ai/e/%0a/runs/r", "https://wandb.ai/e/%zz/runs/r",
+         {"https://wandb.ai/e/p", "https://wandb.ai/e/p/runs/", "https://wandb.ai/e/p/runs",
+          "https://wandb.ai/e/p/reports/My-Report--XYZ", "https://wandb.ai/runs/r", "https://",
+          "https://wandb.ai/e/p/runs/%2f", "https://wandb.ai/e/%0a/runs/r", "https://wandb.ai/e/%zz/runs/r",
           "https://wandb.ai/e/p?x=/e/p/runs/r"}) {
       CAPTURE(text);
       CHECK(contains(failure(text), "no run's address"));
     }
-    for (const std::string_view text : {"ftp://wandb.ai/e/p/runs/r/", "wandb.ai/e/p/sweeps/s/x",
-                                        "q/e/p/runs/r", "my.team/p/runs/r/overview"}) {
+    for (const std::string_view text :
+         {"ftp://wandb.ai/e/p/runs/r/", "wandb.ai/e/p/x/s/x", "q/e/p/runs/r", "my.team/p/runs/r/overview"}) {
       CAPTURE(text);
       CHECK(contains(failure(text), "expected entity/project/run_id"));
+    }
+  }
+
+  TEST_CASE("a sweep is no run, and told apart") {
+    // The SDK takes the first two for runs, which nobody has under such an id.
+    for (const std::string_view text :
+         {"e/p/sweeps/s", "/ e / p / sweeps / s /", "https://wandb.ai/e/p/sweeps/s", "wandb.ai/e/p/sweeps/s",
+          "https://forge.coreweave.com/wandb/e/p/sweeps/s?nw=x", "https://host/prefix/e/p/sweeps/s/runs"}) {
+      CAPTURE(text);
+      CHECK(contains(failure(text), "names a sweep, not a run"));
     }
   }
 

@@ -232,6 +232,68 @@ TEST_SUITE("service: answers that lead to the file") {
     CHECK(read_all(file) == text);
   }
 
+  TEST_CASE("an answer is held against the question: names of run and project, where it tells them") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto client = f.client();
+    (void)f.success(client.try_restore("a.txt", f.path));
+    const json question = json::parse(f.server.requests(request_kind::graphql).at(0).body);
+    const std::string query = question.at("query");
+    CHECK(contains(query, "{ name run(name: $name) { name fileCount"));
+    // A store whose names do not differ by case alone tells the run's own spelling.
+    for (const json& names : {json{{"project", "my-project"}, {"run", "a1b2c3d"}},
+                              json{{"project", "My-Project"}, {"run", "A1B2C3D"}},
+                              json{{"project", nullptr}, {"run", 7}}, json{{"project", ""}, {"run", ""}}}) {
+      CAPTURE(names.dump());
+      json body = json::parse(answer_node({{"name", "a.txt"}, {"url", asked_url(f)}}));
+      body["data"]["project"]["name"] = names.at("project");
+      body["data"]["project"]["run"]["name"] = names.at("run");
+      f.server.clear_faults();
+      f.server.add_fault(place::graphql, act::body(body.dump()));
+      (void)f.success(client.try_restore("a.txt", f.path, true));
+    }
+    f.server.clear_faults();
+    f.server.add_fault(
+        place::graphql,
+        act::body(
+            R"({"data":{"project":{"run":{"name":"other","files":{"edges":[{"node":{"name":"b"}}]}}}}})"));
+    check_names(f.failure(client.try_list_files(f.options()), errc::protocol_violation),
+                {"the run \"other\"", f.path});
+  }
+
+  TEST_CASE(
+      "a file is asked for under the name as given; the plain spelling of a path counts where that is none") {
+    fixture f;
+    auto client = f.client();
+    f.server.add_file(f.run, "d//g.txt", "two slashes");
+    f.server.add_file(f.run, "./x", "dot");
+    f.server.add_file(f.run, "y", "plain");
+    for (const auto& listed : f.success(client.try_list_files(f.options()))) {
+      CAPTURE(listed.name);
+      f.server.clear_log();
+      auto file = f.success(client.try_restore(listed.name, f.options(true)));
+      CHECK(file.verified());
+      CHECK(file.path() == f.root() / listed.name);
+      CHECK(f.asked() == "graphql 1, files 1, storage 1");
+    }
+    CHECK(read_file(f.root() / "d" / "g.txt") == "two slashes");
+    CHECK(read_file(f.root() / "x") == "dot");
+    f.server.clear_log();
+    auto file = f.success(client.try_restore(".//y", f.options(true)));
+    CHECK(read_all(file) == "plain");
+    CHECK(f.asked() == "graphql 1, files 1, storage 1");
+    CHECK(json::parse(f.server.requests(request_kind::graphql).at(0).body).at("variables").at("fileNames") ==
+          json::array({".//y", "y"}));
+    // Both there: the one that was named.
+    f.server.add_file(f.run, "d/g.txt", "one slash");
+    (void)f.success(client.try_restore("d//g.txt", f.options(true)));
+    CHECK(read_file(f.root() / "d" / "g.txt") == "two slashes");
+    (void)f.success(client.try_restore("d/g.txt", f.options(true)));
+    CHECK(read_file(f.root() / "d" / "g.txt") == "one slash");
+    check_names(f.failure(client.try_restore("./none", f.options(true)), errc::file_not_found),
+                {"\"./none\""});
+  }
+
   TEST_CASE("errors that are none: an empty list, null") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
@@ -331,8 +393,25 @@ TEST_SUITE("service: answers that lead to no file") {
         {"no edges", answer(json::array()), errc::file_not_found, {"a.txt", fixture::path, "no such file"}},
         {"another file's edge",
          answer_node({{"name", "b.txt"}, {"url", "https://x/"}}),
-         errc::file_not_found,
-         {"a.txt"}},
+         errc::protocol_violation,
+         {"a.txt", "the file \"b.txt\"", "127.0.0.1"}},
+        {"another run's files",
+         R"({"data":{"project":{"name":"my-project","run":{"name":"a1b2c3e","files":{"edges":[
+            {"node":{"name":"a.txt","url":"https://x/"}}]}}}}})",
+         errc::protocol_violation,
+         {"the run \"a1b2c3e\"", "127.0.0.1"}},
+        {"another run that has no such file",
+         R"({"data":{"project":{"run":{"name":"a1b2c3e","files":{"edges":[]}}}}})",
+         errc::protocol_violation,
+         {"the run \"a1b2c3e\""}},
+        {"another project's run of that name",
+         R"({"data":{"project":{"name":"other","run":{"name":"a1b2c3d","files":{"edges":[]}}}}})",
+         errc::protocol_violation,
+         {"the project \"other\""}},
+        {"another project without the run",
+         R"({"data":{"project":{"name":"other","run":null}}})",
+         errc::protocol_violation,
+         {"the project \"other\""}},
         {"md5 0",
          answer_node({{"name", "a.txt"}, {"md5", "0"}, {"sizeBytes", 0}, {"url", "https://x/"}}),
          errc::file_not_found,
@@ -375,6 +454,19 @@ TEST_SUITE("service: answers that lead to no file") {
         {"a word", "\"yes\"", errc::protocol_violation, {}},
         {"two documents", "{}{}", errc::protocol_violation, {}},
         {"an empty object", "{}", errc::protocol_violation, {}},
+        {"objects nested without measure",
+         [] {
+           std::string text;
+           for (int i = 0; i < 100'000; ++i) text += R"({"a":)";
+           return text + "1" + std::string(100'000, '}');
+         }(),
+         errc::protocol_violation,
+         {"JSON", "base URL"}},
+        {"lists nested without measure where the files should be",
+         R"({"data":{"project":{"run":{"files":{"edges":)" + std::string(100'000, '[') +
+             std::string(100'000, ']') + "}}}}}",
+         errc::protocol_violation,
+         {"JSON"}},
         {"data null", R"({"data":null})", errc::protocol_violation, {}},
         {"data a list", R"({"data":[]})", errc::protocol_violation, {}},
         {"no project", R"({"data":{"viewer":null}})", errc::protocol_violation, {}},
@@ -696,6 +788,40 @@ TEST_SUITE("service: the list of files") {
     const auto listed = f.success(client.try_list_files(f.options()));
     REQUIRE(listed.size() == 1);
     CHECK(listed[0].name == "there");
+  }
+
+  TEST_CASE("pages without end, each with a new cursor, end: small pages by their number, large ones by "
+            "their size") {
+    /// Answers each question with another page of so many files, whose names are that long.
+    struct endless {
+      std::size_t files, name_bytes;
+      std::shared_ptr<std::size_t> pages = std::make_shared<std::size_t>(0);
+
+      wandb::result<wandb::http_response> send(const wandb::http_request&, wandb::body_sink& sink) {
+        const std::string page = std::to_string(++*pages);
+        std::string edges;
+        for (std::size_t i = 0; i < files; ++i) {
+          edges += std::string(i == 0 ? "" : ",") + R"({"node":{"name":")" + page + "-" + std::to_string(i) +
+                   std::string(name_bytes, 'x') + R"("}})";
+        }
+        const std::string body = R"({"data":{"project":{"run":{"files":{"edges":[)" + edges +
+                                 R"(],"pageInfo":{"hasNextPage":true,"endCursor":")" + page + R"("}}}}}})";
+        wandb::http_response response;
+        response.status = 200;
+        if (sink.start(response)) sink.write(body);
+        return response;
+      }
+    };
+    fixture f;
+    for (const auto& [files, name_bytes, most_pages] :
+         {std::tuple<std::size_t, std::size_t, std::size_t>{1, 1, 5001}, {400, 30'000, 20}}) {
+      CAPTURE(files);
+      const endless transport{files, name_bytes};
+      wandb::client<endless> client(f.settings(), transport);
+      const auto failure = f.failure(client.try_list_files(f.options()), errc::protocol_violation);
+      check_names(failure, {f.path, "127.0.0.1", "too many files"});
+      CHECK(*transport.pages <= most_pages);
+    }
   }
 
   TEST_CASE("a server whose pages never end is not followed for ever") {

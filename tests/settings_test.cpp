@@ -67,7 +67,7 @@ TEST_SUITE("settings") {
   TEST_CASE("nothing set: the public service, no key, no problem") {
     const machine here;
     const auto s = settings::from_environment();
-    CHECK(s.base_url == "https://api.wandb.ai");
+    CHECK(s.base_url == "https://api.forge.coreweave.com");
     CHECK(s.entity + s.project + s.run_id + s.api_key + s.identity_token_file == "");
     CHECK(s.netrc_file.filename().string().find("netrc") == 1);
     CHECK(s.credentials_file == here.home() / ".config" / "wandb" / "credentials.json");
@@ -95,6 +95,35 @@ TEST_SUITE("settings") {
     CHECK(s.entity == "local");
     CHECK(s.project == "variable");
     CHECK(s.base_url == "https://variable/");
+  }
+
+  TEST_CASE("white space around names and keys is no part of them, wherever they come from") {
+    const machine here;
+    {
+      // [checked against wandb 0.31.0, for entity and project]
+      const scoped_environment variables{{"WANDB_ENTITY", " team\n"},
+                                         {"WANDB_PROJECT", "\tproject "},
+                                         {"WANDB_RUN_ID", "run\r\n"},
+                                         {"WANDB_API_KEY", "\n " + key + "\r\n"}};
+      const auto s = settings::from_environment();
+      CHECK(s.entity == "team");
+      CHECK(s.project == "project");
+      CHECK(s.run_id == "run");
+      CHECK(s.api_key == key);
+      CHECK(problem_of(s) == "");
+    }
+    {
+      const scoped_environment blank{{"WANDB_API_KEY", " \n"}};  // as if it were empty
+      const auto s = settings::from_environment();
+      CHECK(s.api_key == "");
+      CHECK(problem_of(s) == "");
+    }
+    here.global_settings("[default]\napi_key =\n  " + key + "\n\n");
+    CHECK(settings::from_environment().api_key == key);
+    const support::scoped_working_directory there(here.project());
+    const scoped_environment job{
+        {"SM_TRAINING_ENV", R"({"wandb_api_key": "\" )" + other_key + R"(\n\"\n"})"}};
+    CHECK(settings::from_environment().api_key == other_key);
   }
 
   TEST_CASE("an empty name hides the files' one; other empty variables count for nothing") {
@@ -131,6 +160,29 @@ TEST_SUITE("settings") {
     CHECK(settings::from_environment().entity == "home");
     const support::scoped_working_directory there(here.project());
     CHECK(settings::from_environment().entity == "dot");
+  }
+
+  TEST_CASE("the settings below WANDB_DIR come first, then those below the working directory") {
+    const machine here;  // WANDB_DIR is the project
+    const temporary_directory elsewhere;
+    const support::scoped_working_directory there(elsewhere.path());
+    here.global_settings(
+        "[default]\nentity = global\nproject = global\nrun_id = global\nusername = global\n");
+    write_file("wandb/settings", "[default]\nentity = here\nproject = here\nrun_id = here\n");
+    here.local_settings("[default]\nentity = dir\nproject = dir\n");
+    const scoped_environment variables{{"WANDB_ENTITY", "variable"}};
+    auto s = settings::from_environment();
+    CHECK(s.entity == "variable");
+    CHECK(s.project == "dir");
+    CHECK(s.run_id == "here");
+    CHECK(s.username == "global");
+
+    // The same directory under both names is read once.
+    const scoped_environment same{{"WANDB_DIR", "./"}};
+    write_file("wandb/settings", "oops - invalid format");
+    s = settings::from_environment();
+    CHECK(s.project == "global");
+    CHECK(s.warnings.size() == 1);
   }
 
   TEST_CASE("a settings file that cannot be used is a warning, and counts as empty") {
@@ -206,9 +258,9 @@ TEST_SUITE("settings") {
 
   TEST_CASE("a malformed key is a problem that does not tell it") {
     const machine here;
-    const scoped_environment variables{{"WANDB_API_KEY", "SECRET" + key + "\n"}};
+    const scoped_environment variables{{"WANDB_API_KEY", "SECRET\n" + key}};
     const auto told = problem_of(settings::from_environment());
-    CHECK(contains(told, "WANDB_API_KEY cannot be used: the API key begins or ends with white space"));
+    CHECK(contains(told, "WANDB_API_KEY cannot be used: the API key has control characters"));
     CHECK_FALSE(contains(told, "SECRET"));
   }
 
@@ -429,8 +481,7 @@ TEST_SUITE("API key") {
         {"*", "has other characters"},
         {"a.b.", "has other characters"},
         {key + "." + key, "has other characters"},
-        {key + "\n", "begins or ends with white space"},
-        {" " + key, "begins or ends with white space"},
+        {key + " " + key, "has other characters"},
         {"p\r\n-" + key, "has control characters"},
     };
     for (const auto& row : rows) {
@@ -467,6 +518,17 @@ TEST_SUITE("base URL") {
         {"https://host/a/b///", "https://host/a/b"},
         {"https://[::1]:80/", "https://[::1]:80/"},
         {"http://wandb.ai.local", "http://wandb.ai.local/"},
+        // [checked against wandb 0.31.0: urls.normalize_forge_base_url]
+        {"https://api.forge.coreweave.com", "https://api.forge.coreweave.com/"},
+        {"https://api.forge.coreweave.com//", "https://api.forge.coreweave.com/"},
+        {"https://api.forge.coreweave.com:8443", "https://api.forge.coreweave.com:8443/"},
+        {"https://forge.coreweave.com/api/wandb", "https://api.forge.coreweave.com/"},
+        {"https://forge.coreweave.com/api/wandb/", "https://api.forge.coreweave.com/"},
+        {"https://Forge.CoreWeave.com/api/wandb", "https://api.forge.coreweave.com/"},
+        {"https://qa.forge.coreweave.com/api/wandb", "https://api.qa.forge.coreweave.com/"},
+        {"https://api.qa.forge.coreweave.com", "https://api.qa.forge.coreweave.com/"},
+        {"https://my.forge.coreweave.com", "https://my.forge.coreweave.com/"},
+        {"https://forge.coreweave.com.example.org/x", "https://forge.coreweave.com.example.org/x"},
     };
     for (const auto& row : rows) {
       const auto& text = row.text;
@@ -498,14 +560,25 @@ TEST_SUITE("base URL") {
         {"https://x ", "space"},
         {"https://x/a b", "space"},
         {"https://x:99999", "port"},
-        {"https://wandb.ai", "did you mean https://api.wandb.ai?"},
-        {"https://app.wandb.ai", "did you mean https://api.wandb.ai?"},
+        {"https://wandb.ai", "did you mean https://api.forge.coreweave.com?"},
+        {"https://app.wandb.ai", "did you mean https://api.forge.coreweave.com?"},
         {"http://api.wandb.ai", "http is not secure"},
-        {"https://wandb.ai/api.", "did you mean https://api.wandb.ai?"},
+        {"https://wandb.ai/api.", "did you mean https://api.forge.coreweave.com?"},
+        {"https://forge.coreweave.com", "the API of this server is at https://api.forge.coreweave.com"},
+        {"https://forge.coreweave.com/wandb", "is at https://api.forge.coreweave.com"},
+        {"https://forge.coreweave.com/api/wandb/x", "is at https://api.forge.coreweave.com"},
+        {"https://forge.coreweave.com/api/wandbx", "is at https://api.forge.coreweave.com"},
+        {"https://forge.coreweave.com/API/wandb", "is at https://api.forge.coreweave.com"},
+        {"https://forge.coreweave.com:443/api/wandb", "is at https://api.forge.coreweave.com"},
+        {"http://forge.coreweave.com/api/wandb", "is at https://api.forge.coreweave.com"},
+        {"https://qa.forge.coreweave.com/", "is at https://api.qa.forge.coreweave.com"},
+        // which the SDK takes, although it refuses http for the other name of the same service
+        {"http://api.forge.coreweave.com", "http is not secure, use https://api.forge.coreweave.com"},
+        {"http://api.qa.wandb.ai", "http is not secure, use https://api.qa.forge.coreweave.com"},
         {"https://x/p?q", "query or a fragment"},
         {"https://x/p#f", "query or a fragment"},
         {"https://x/p?token=SECRET", "query or a fragment"},
-        {"https://u:SECRET@x/", "user name or password"},
+        {"https://u:SECRET@x/", "a user name or password"},
     };
     for (const auto& row : rows) {
       const auto& text = row.text;
@@ -547,8 +620,21 @@ TEST_SUITE("base URL") {
         {"https://h/wandb", "https://h/wandb/..\\x", false},
         {"https://h/wandb", "https://h/wandb/..%5cx", false},
         {"https://h/wandb", "https://h/wandb/%zz", false},
+        {"https://h/wandb", "https://h/wandb/./x/%2e", true},
         {"https://h/wandb", "https://h/wandb/a..b/...", true},
         {"https://h", "https://h/a/../b", false},
+        // one service under two names, with or without a port of its own
+        {"https://api.forge.coreweave.com", "https://api.wandb.ai/files/x", true},
+        {"https://api.wandb.ai", "https://api.forge.coreweave.com/files/x", true},
+        {"https://forge.coreweave.com/api/wandb", "https://api.wandb.ai/files/x", true},
+        {"https://api.qa.wandb.ai", "https://api.qa.forge.coreweave.com/files/x", true},
+        {"https://api.wandb.ai:8443", "https://api.forge.coreweave.com:8443/x", true},
+        {"https://api.wandb.ai", "https://api.forge.coreweave.com:8443/x", false},
+        {"https://api.wandb.ai", "http://api.forge.coreweave.com/x", false},
+        {"https://api.wandb.ai", "https://api.qa.wandb.ai/x", false},
+        {"https://api.wandb.ai", "https://forge.coreweave.com/x", false},
+        {"https://api.wandb.ai", "https://wandb.ai/x", false},
+        {"https://api.wandb.ai/a", "https://api.forge.coreweave.com/x", false},
     };
     for (const auto& row : rows) {
       const auto& base = row.base;

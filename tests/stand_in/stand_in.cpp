@@ -1585,6 +1585,7 @@ class server::implementation {
 
   std::string address(origin at) const {
     const auto& it = listeners_.at(index_of(at));
+    if (at == origin::service && !how_.service_url.empty()) return how_.service_url;
     return (it.tls ? "https://" : "http://") + how_.host + ":" + std::to_string(it.port);
   }
   std::string base_url() const { return address(origin::service) + how_.prefix; }
@@ -2385,6 +2386,9 @@ class server::implementation {
     std::vector<std::string> mine = how_.more_hosts;
     mine.insert(mine.end(), {"localhost", "127.0.0.1", "[::1]"});
     if (std::count(mine.begin(), mine.end(), host) == 0) return 0;
+    const auto& more = how_.more_hosts;
+    const bool is_more = std::find(more.begin(), more.end(), host) != more.end();
+    if (is_more && port == std::uint64_t{443}) return listeners_.at(index_of(origin::service)).port;
     for (const origin at : {origin::service, origin::storage}) {
       const auto& it = listeners_.at(index_of(at));
       if (port == it.port) return it.port;

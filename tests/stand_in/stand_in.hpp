@@ -106,8 +106,11 @@ struct options {
   tls_versions versions = tls_versions::both;
   std::string host = "127.0.0.1";        ///< in the addresses that are given out
   std::string other_host = "localhost";  ///< see redirect::other_host
-  std::vector<std::string> more_hosts;   ///< names that certificates cover and the proxy maps to 127.0.0.1
-  std::string prefix;                    ///< of every path of the service, e.g. "/wandb"
+  /// Names that certificates cover. The proxy takes each to 127.0.0.1, and port 443 of it to the service.
+  std::vector<std::string> more_hosts;
+  std::string
+      service_url;  ///< what the service calls itself, e.g. "https://api.example.test"; empty: its port at `host`
+  std::string prefix;  ///< of every path of the service, e.g. "/wandb"
 
   std::string key = default_key;
   std::optional<std::string> viewer_entity =
