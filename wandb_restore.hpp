@@ -6126,7 +6126,7 @@ inline bool has_token(const http_response& head, std::string_view name, std::str
 /// Reads the head of a final response, and skips interim ones.
 class head_reader {
  public:
-  head_reader(channel& source, exchange& current) : source_(source), exchange_(current) {}
+  head_reader(channel& peer, exchange& current) : peer_(peer), exchange_(current) {}
 
   bool read(http_response& head) {
     do {
@@ -6149,7 +6149,7 @@ class head_reader {
   bool is_persistent() const { return is_persistent_; }
 
  private:
-  bool read_line() { return source_.read_line(line_, budget_, "the head of the response", max_head_bytes); }
+  bool read_line() { return peer_.read_line(line_, budget_, "the head of the response", max_head_bytes); }
   bool parse_status_line(http_response& head) {
     const std::string_view line = line_;
     const auto status = to_number(line.substr((std::min)(line.size(), std::size_t{9}), 3));
@@ -6169,7 +6169,7 @@ class head_reader {
                               "; is that an HTTP server, or does a proxy change its answers?");
   }
 
-  channel& source_;
+  channel& peer_;
   exchange& exchange_;
   std::string line_;
   std::size_t budget_ = max_head_bytes;
@@ -6203,7 +6203,7 @@ inline std::optional<std::string> request_message(const http_request& request, c
 /// Reads the body of a response and passes it to the sink.
 class body_reader {
  public:
-  body_reader(channel& source, exchange& current) : source_(source), exchange_(current) {}
+  body_reader(channel& peer, exchange& current) : peer_(peer), exchange_(current) {}
 
   /// Finds out from the head how the end of the body is known (RFC 9112, section 6.3).
   bool find_framing() {
@@ -6250,19 +6250,19 @@ class body_reader {
 
   /// Passes received bytes to the sink, `limit` at most. Returns their number; 0: the connection has ended, or a failure.
   std::uint64_t pass_some(std::uint64_t limit) {
-    auto bytes = source_.peek();
+    auto bytes = peer_.peek();
     bytes = bytes.substr(0, static_cast<std::size_t>((std::min<std::uint64_t>)(limit, bytes.size())));
     if (!bytes.empty() && !exchange_.sink.write(bytes)) {
       exchange_.fail(errc::cancelled, "stopped by the receiver");
       return 0;
     }
-    source_.consume(bytes.size());
+    peer_.consume(bytes.size());
     return bytes.size();
   }
   bool pass_on(std::uint64_t size) {
     while (size > 0) {
       const auto passed = pass_some(size);
-      if (passed == 0) return source_.fail_at_end();
+      if (passed == 0) return peer_.fail_at_end();
       size -= passed;
     }
     return true;
@@ -6277,7 +6277,7 @@ class body_reader {
     std::string line;
     const auto read_line = [&](const char* what) {
       std::size_t budget = max_line_bytes;
-      return source_.read_line(line, budget, what, max_line_bytes);
+      return peer_.read_line(line, budget, what, max_line_bytes);
     };
     for (std::uint64_t total = 0;;) {
       if (!read_line("the size line of a chunk")) return false;
@@ -6301,7 +6301,7 @@ class body_reader {
     return true;
   }
 
-  channel& source_;
+  channel& peer_;
   exchange& exchange_;
   std::uint64_t length_ = 0;
   bool is_chunked_ = false, ends_with_connection_ = false, is_delimited_ = true;
