@@ -4,7 +4,7 @@
 //   auto file = wandb::restore("model-best.h5", "entity/project/run_id");   // a std::ifstream on a verified local copy
 //   load_weights(file.name());
 //
-// Needs C++17, cpp-httplib, OpenSSL and nlohmann/json; see README.md for doing without the first two.
+// Needs C++17, nlohmann/json and, for https, OpenSSL.
 // SPDX-License-Identifier: MIT
 // SPDX-FileCopyrightText: 2026 wandb_restore contributors
 //
@@ -37,11 +37,10 @@
 #define WANDB_RESTORE_VERSION_PATCH 0
 #define WANDB_RESTORE_VERSION "0.1.0"
 
-// Macros a program may define. The first four must be the same in every file of one program; each is part of the
+// Macros a program may define. The first three must be the same in every file of one program; each is part of the
 // inline namespace's name, so that files which disagree fail to link instead of running wrong.
 //   WANDB_RESTORE_SPLIT           an include brings declarations only; one source file defines the next macro
 //   WANDB_RESTORE_NO_OPENSSL      plain HTTP only
-//   WANDB_RESTORE_NO_HTTPLIB      no http_transport: the program brings a Transport of its own
 //   WANDB_RESTORE_EXCEPTIONS      0 or 1; default: what the compiler's flags allow
 //   WANDB_RESTORE_IMPLEMENTATION  in split mode, in exactly one source file: brings the rest
 
@@ -76,16 +75,11 @@
 #else
 #define WANDB_RESTORE_PRIVATE_NOTLS
 #endif
-#ifdef WANDB_RESTORE_NO_HTTPLIB
-#define WANDB_RESTORE_PRIVATE_NOHTTP _nohttplib
-#else
-#define WANDB_RESTORE_PRIVATE_NOHTTP
-#endif
-#define WANDB_RESTORE_PRIVATE_JOIN2(a, b, c, d, e) a##b##c##d##e
-#define WANDB_RESTORE_PRIVATE_JOIN(a, b, c, d, e) WANDB_RESTORE_PRIVATE_JOIN2(a, b, c, d, e)
+#define WANDB_RESTORE_PRIVATE_JOIN2(a, b, c, d) a##b##c##d
+#define WANDB_RESTORE_PRIVATE_JOIN(a, b, c, d) WANDB_RESTORE_PRIVATE_JOIN2(a, b, c, d)
 #define WANDB_RESTORE_PRIVATE_ABI                                                                            \
   WANDB_RESTORE_PRIVATE_JOIN(v0, WANDB_RESTORE_PRIVATE_SPLIT, WANDB_RESTORE_PRIVATE_NOEX,                    \
-                             WANDB_RESTORE_PRIVATE_NOTLS, WANDB_RESTORE_PRIVATE_NOHTTP)
+                             WANDB_RESTORE_PRIVATE_NOTLS)
 
 #if defined(__GNUC__) && !defined(_WIN32)
 #define WANDB_RESTORE_PRIVATE_VISIBLE __attribute__((visibility("default")))
@@ -645,14 +639,16 @@ struct restore_options {
   bool verify = true;
 };
 
-/// The default transport: cpp-httplib over TLS (OpenSSL) or plain TCP. Keeps connections alive per origin and loads the
-/// CA store once. Safe to use from several threads.
+/// The default transport: HTTP/1.1 (RFC 9112) over TCP and, for https, TLS 1.2 or later (OpenSSL). Keeps idle connections for
+/// later requests to the same server, and loads the certificates of authorities once. Copies share both. Safe to use from
+/// several threads at once.
 class http_transport {
  public:
+  /// With the system's certificates of authorities.
   http_transport();
-  /// Takes CA locations and verify_tls from there.
+  /// With ca_file, ca_directory and verify_tls of `configuration`; they are read by the first request over https.
   explicit http_transport(const settings& configuration);
-  /// One exchange, as is_transport says. Blocks.
+  /// Makes one exchange, as is_transport says. Blocks; name resolution cannot be cancelled.
   result<http_response> send(const http_request& request, body_sink& sink);
 
  private:
@@ -769,7 +765,6 @@ class client {
   std::shared_ptr<detail::session> session_;
 };
 
-#ifndef WANDB_RESTORE_NO_HTTPLIB
 /// Downloads one file of a run, verifies it and opens the local copy. By default an existing local copy is opened without
 /// a request. Blocks. May be called from several threads and processes at once, also for the same file.
 ///
@@ -825,7 +820,6 @@ std::vector<file_info> list_files(const Run& run) {
   return try_list_files(run).value();
 }
 #endif
-#endif  // WANDB_RESTORE_NO_HTTPLIB
 
 }  // namespace WANDB_RESTORE_PRIVATE_ABI
 }  // namespace wandb
@@ -887,28 +881,16 @@ std::vector<file_info> list_files(const Run& run) {
 #endif
 #endif
 
-#ifndef WANDB_RESTORE_NO_HTTPLIB
-#ifdef WANDB_RESTORE_NO_OPENSSL
-#ifdef CPPHTTPLIB_OPENSSL_SUPPORT
-#error "WANDB_RESTORE_NO_OPENSSL does not apply: CPPHTTPLIB_OPENSSL_SUPPORT makes httplib.h need it; drop one"
-#endif
-#elif !defined(CPPHTTPLIB_OPENSSL_SUPPORT)
-#ifdef CPPHTTPLIB_HTTPLIB_H
-#error                                                                                                       \
-    "httplib.h was included without CPPHTTPLIB_OPENSSL_SUPPORT, which changes its classes: define that macro for \
-the whole program, or WANDB_RESTORE_NO_OPENSSL if plain HTTP is enough"
-#endif
-#define CPPHTTPLIB_OPENSSL_SUPPORT
-#endif
-#if !WANDB_RESTORE_EXCEPTIONS && !defined(CPPHTTPLIB_NO_EXCEPTIONS)
-#define CPPHTTPLIB_NO_EXCEPTIONS
-#endif
-#include <httplib.h>
-
 #ifdef _WIN32
 #include <winsock2.h>
 #include <ws2tcpip.h>  // getaddrinfo
+#ifndef WANDB_RESTORE_NO_OPENSSL
 #include <wincrypt.h>  // the system's certificates; before OpenSSL, which takes back some of its macros
+#endif
+#ifdef _MSC_VER
+#pragma comment(lib, "ws2_32")
+#pragma comment(lib, "crypt32")
+#endif
 #else
 #include <netdb.h>        // getaddrinfo
 #include <netinet/in.h>   //
@@ -921,7 +903,6 @@ the whole program, or WANDB_RESTORE_NO_OPENSSL if plain HTTP is enough"
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 #endif
-#endif  // WANDB_RESTORE_NO_HTTPLIB
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -6714,169 +6695,305 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
 }  // namespace detail
 
 // ======================================================================================= http_transport
+//
+// HTTP/1.1 over TCP and TLS. From the bottom up: sockets, connecting to a host, the channel (TCP, with TLS on top for https),
+// heads, bodies, one connection, and the pool that keeps idle connections.
 
-#ifndef WANDB_RESTORE_NO_HTTPLIB
-
-// cpp-httplib drives an exchange and takes the framing off its body. What lies below it, sockets and TLS,
-// and the two heads are made here, because its versions (0.11 to 0.41 were read) differ in what they get
-// wrong: they percent-decode header values, rewrite queries, know of no interim response but 100, do not
-// bound a head as a whole, load the CA store for each connection, raise SIGPIPE, and cannot be cancelled
-// while they connect or wait.
 namespace detail {
 
-// ---- what the systems call differently
+// ---- the route of a request, and the state of one exchange
 
-#ifdef _WIN32
-using socket_handle = SOCKET;
-inline constexpr socket_handle no_socket = INVALID_SOCKET;
-inline constexpr int send_flags = 0;
-inline constexpr char list_separator = ';';
-inline int socket_error() { return WSAGetLastError(); }
-inline bool would_block(int code) { return code == WSAEWOULDBLOCK; }
-inline void close_socket(socket_handle handle) { closesocket(handle); }
-inline int poll_socket(pollfd& entry, int wait_ms) { return WSAPoll(&entry, 1, wait_ms); }
-inline int io_size(std::size_t size) { return static_cast<int>((std::min)(size, std::size_t{1} << 30)); }
-inline bool make_nonblocking(socket_handle handle) {
-  u_long on = 1;
-  return ioctlsocket(handle, static_cast<long>(FIONBIO), &on) == 0;
-}
-#else
-using socket_handle = int;
-inline constexpr socket_handle no_socket = -1;
-inline constexpr char list_separator = ':';
-#ifdef MSG_NOSIGNAL
-inline constexpr int send_flags = MSG_NOSIGNAL;
-#else
-inline constexpr int send_flags = 0;  // macOS: SO_NOSIGPIPE
-#endif
-inline int socket_error() { return errno; }
-inline bool would_block(int code) {
-  return code == EAGAIN || code == EWOULDBLOCK || code == EINPROGRESS || code == EINTR;
-}
-inline void close_socket(socket_handle handle) { ::close(handle); }
-inline int poll_socket(pollfd& entry, int wait_ms) { return ::poll(&entry, 1, wait_ms); }
-inline std::size_t io_size(std::size_t size) { return size; }
-inline bool make_nonblocking(socket_handle handle) {
-  return ::fcntl(handle, F_SETFD, FD_CLOEXEC) == 0 && ::fcntl(handle, F_SETFL, O_NONBLOCK) == 0;
-}
-#endif
+/// The server that a request is for, and the proxy in front of it, if any.
+struct request_route {
+  url server;
+  url proxy;                        ///< an empty host: no proxy
+  std::string proxy_authorization;  ///< value of Proxy-Authorization for that proxy
 
-// ---- where an exchange goes, and how it fares
-
-/// The address of a request, and the proxy on the way to it.
-struct route {
-  url to;
-  url via;                    ///< no host: none
-  std::string authorization;  ///< for that proxy
-
-  bool is_secure() const { return to.scheme == "https"; }
-  bool has_proxy() const { return !via.host.empty(); }
-  /// A plain request goes to a proxy whole; a secure one goes through it, in a tunnel made by CONNECT.
-  bool asks_proxy() const { return has_proxy() && !is_secure(); }
-  /// "host:port", as CONNECT and messages say it.
-  static std::string authority(const url& of) {
-    return (of.host.find(':') == std::string::npos ? of.host : '[' + of.host + ']') + ':' +
-           std::to_string(of.port);
+  bool is_secure() const { return server.scheme == "https"; }
+  bool has_proxy() const { return !proxy.host.empty(); }
+  /// A proxy gets plain requests whole, with the absolute address; for https it makes a tunnel (CONNECT).
+  bool sends_to_proxy() const { return has_proxy() && !is_secure(); }
+  /// The host and port to connect to.
+  const url& first_hop() const { return has_proxy() ? proxy : server; }
+  /// "host:port", as in CONNECT and in messages.
+  static std::string authority(const url& address) {
+    const bool is_ipv6 = address.host.find(':') != std::string::npos;
+    return (is_ipv6 ? '[' + address.host + ']' : address.host) + ':' + std::to_string(address.port);
   }
   /// Equal for requests that may share a connection.
   std::string key() const {
-    return to.origin() + '\n' + (has_proxy() ? via.origin() : "") + '\n' + authorization;
+    return server.origin() + '\n' + (has_proxy() ? proxy.origin() : "") + '\n' + proxy_authorization;
   }
 
-  static result<route> of(const http_request& request) {
-    auto to = url::parse(request.url);
-    if (!to) return std::move(to).error();
-    route made{*std::move(to), {}, request.proxy_authorization};
-    if (request.proxy.empty()) return made;
+  static result<request_route> of(const http_request& request) {
+    auto server = url::parse(request.url);
+    if (!server) return std::move(server).error();
+    request_route route{*std::move(server), {}, request.proxy_authorization};
+    if (request.proxy.empty()) return route;
 
-    auto via = parse_proxy(request.proxy);
-    if (!via) {
-      return error(via.error().code(),
-                   "the proxy for " + made.to.origin() + " cannot be used: " + via.error().what());
+    auto proxy = parse_proxy(request.proxy);
+    if (!proxy) {
+      return error(proxy.error().code(),
+                   "the proxy for " + route.server.origin() + " cannot be used: " + proxy.error().what());
     }
-    if (made.authorization.empty() && !via->user_info.empty()) {
-      made.authorization = "Basic " + base64_encode(percent_decode(via->user_info).value_or(via->user_info));
+    if (route.proxy_authorization.empty() && !proxy->user_info.empty()) {
+      route.proxy_authorization =
+          "Basic " + base64_encode(percent_decode(proxy->user_info).value_or(proxy->user_info));
     }
-    made.via = *std::move(via);
-    return made;
+    route.proxy = *std::move(proxy);
+    return route;
   }
 };
 
-/// What one exchange is about, what came of it, and why it failed.
+/// One exchange: the request, where the response goes, and what has come of it so far.
 struct exchange {
   const http_request& request;
   body_sink& sink;
-  const route& way;
+  const request_route& route;
   http_response head = {};
-  bool was_answered = false;  ///< a byte came back
+  bool was_answered = false;  ///< at least one byte of a response has come
+  bool has_head = false;
   std::optional<wandb::error> failure = {};
 
   std::string label() const {
-    const std::string through = way.has_proxy() ? " through the proxy " + way.via.origin() : std::string();
-    return request.method + ' ' + way.to.redacted() + through + ": ";
+    const std::string through =
+        route.has_proxy() ? " through the proxy " + route.proxy.origin() : std::string();
+    return request.method + ' ' + route.server.redacted() + through + ": ";
   }
-  /// The first failure counts: later ones follow from it. Returns false.
-  bool fail(errc code, const std::string& why) { return fail(error(code, label() + why)); }
-  bool fail(error why) {
-    if (!failure) failure.emplace(std::move(why));
+  /// Records a failure and returns false. Later failures are consequences of the first and are ignored.
+  bool fail(error cause) {
+    if (!failure) failure.emplace(std::move(cause));
     return false;
+  }
+  bool fail(errc code, const std::string& text) { return fail(error(code, label() + text)); }
+  bool fail_permanently(const std::string& text, int status = 0) {
+    return fail(error::permanent(errc::connection_failed, label() + text, status));
   }
   bool is_cancelled() { return request.cancelled() && !fail(errc::cancelled, "cancelled"); }
 };
 
-// ---- bytes to and from a peer
+// ---- sockets, as the operating systems have them
 
-/// A TCP connection, with TLS on top where that was started. Never blocks but in `wait`. Does not own the
-/// socket: httplib closes it.
+#ifdef _WIN32
+
+using socket_handle = SOCKET;
+inline constexpr socket_handle no_socket = INVALID_SOCKET;
+inline constexpr char list_separator = ';';
+
+inline int socket_error() { return WSAGetLastError(); }
+inline bool would_block(int code) { return code == WSAEWOULDBLOCK; }
+inline std::string resolver_text(int code) { return system_text(code); }
+/// Windows has no fork.
+inline std::uint64_t this_process() { return 0; }
+
+inline void start_sockets() {
+  static const int code = [] {
+    WSADATA unused;
+    return WSAStartup(MAKEWORD(2, 2), &unused);
+  }();
+  static_cast<void>(code);  // a failure shows in the first call that needs a socket
+}
+inline void close_socket(socket_handle handle) { ::closesocket(handle); }
+inline socket_handle open_socket(int family) {
+  const socket_handle opened = ::socket(family, SOCK_STREAM, IPPROTO_TCP);
+  u_long on = 1;
+  if (opened == no_socket || ::ioctlsocket(opened, static_cast<long>(FIONBIO), &on) == 0) return opened;
+  close_socket(opened);
+  return no_socket;
+}
+inline int poll_sockets(pollfd* entries, std::size_t count, int timeout_ms) {
+  return ::WSAPoll(entries, static_cast<ULONG>(count), timeout_ms);
+}
+inline long receive_bytes(socket_handle handle, char* out, std::size_t size, int flags = 0) {
+  return ::recv(handle, out, static_cast<int>((std::min)(size, std::size_t{1} << 30)), flags);
+}
+inline long send_bytes(socket_handle handle, const char* data, std::size_t size) {
+  return ::send(handle, data, static_cast<int>((std::min)(size, std::size_t{1} << 30)), 0);
+}
+
+#else
+
+using socket_handle = int;
+inline constexpr socket_handle no_socket = -1;
+inline constexpr char list_separator = ':';
+
+inline int socket_error() { return errno; }
+inline bool would_block(int code) {
+  return code == EAGAIN || code == EWOULDBLOCK || code == EINPROGRESS || code == EINTR;
+}
+inline std::string resolver_text(int code) { return gai_strerror(code); }
+/// A number that a child never shares with its parent. The process id alone does not do: a child that begins a pid
+/// namespace is number 1 in it, and so may its parent be in its own.
+inline std::uint64_t this_process() {
+  static std::atomic<std::uint32_t> forks{0};
+  static const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++forks; });
+  static_cast<void>(registered);
+  return std::uint64_t{forks.load()} << 32 | static_cast<std::uint32_t>(::getpid());
+}
+
+inline void start_sockets() {}
+inline void close_socket(socket_handle handle) { ::close(handle); }
+/// Non-blocking, closed on exec, without SIGPIPE, and never a standard stream's descriptor: in a program that was started
+/// with one of those closed, what it prints would go to the server.
+inline socket_handle open_socket(int family) {
+#ifdef SOCK_CLOEXEC
+  constexpr int type = SOCK_STREAM | SOCK_CLOEXEC;
+#else
+  constexpr int type = SOCK_STREAM;
+#endif
+  socket_handle opened = ::socket(family, type, IPPROTO_TCP);
+  if (opened >= 0 && opened <= 2) {
+    const socket_handle low = opened;
+    opened = ::fcntl(low, F_DUPFD_CLOEXEC, 3);
+    close_socket(low);
+  }
+  if (opened == no_socket) return no_socket;
+#ifdef SO_NOSIGPIPE
+  const int on = 1;
+  ::setsockopt(opened, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+#endif
+  if (::fcntl(opened, F_SETFD, FD_CLOEXEC) == 0 && ::fcntl(opened, F_SETFL, O_NONBLOCK) == 0) return opened;
+  close_socket(opened);
+  return no_socket;
+}
+inline int poll_sockets(pollfd* entries, std::size_t count, int timeout_ms) {
+  return ::poll(entries, static_cast<nfds_t>(count), timeout_ms);
+}
+inline long receive_bytes(socket_handle handle, char* out, std::size_t size, int flags = 0) {
+  return static_cast<long>(::recv(handle, out, size, flags));
+}
+inline long send_bytes(socket_handle handle, const char* data, std::size_t size) {
+#ifdef MSG_NOSIGNAL
+  return static_cast<long>(::send(handle, data, size, MSG_NOSIGNAL));
+#else
+  return static_cast<long>(::send(handle, data, size, 0));  // macOS: see SO_NOSIGPIPE
+#endif
+}
+
+#endif
+
+/// Milliseconds until `deadline` for poll: at most 100, so that a cancellation is seen soon, and 0 once it has passed.
+inline int poll_timeout(clock::time_point deadline) {
+  const auto left = std::chrono::ceil<milliseconds>(deadline - clock::now()).count();
+  return static_cast<int>((std::clamp<std::int64_t>)(left, 0, 100));
+}
+
+// ---- connecting to a host
+
+/// The address of a socket, of either family.
+struct socket_address {
+  sockaddr_storage storage{};
+  socklen_t size = 0;
+
+  int family() const { return storage.ss_family; }
+  const sockaddr* data() const { return reinterpret_cast<const sockaddr*>(&storage); }
+  friend bool operator==(const socket_address& a, const socket_address& b) {
+    return a.size == b.size && std::memcmp(&a.storage, &b.storage, a.size) == 0;
+  }
+};
+using socket_addresses = std::vector<socket_address>;
+
+/// Resolves a host. Blocks; cannot be cancelled. Returns 0, or a code for resolver_text.
+inline int resolve_host(const std::string& host, int port, socket_addresses& addresses) {
+  addrinfo hints{};
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* list = nullptr;
+  if (const int code = ::getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &list)) return code;
+  for (const addrinfo* entry = list; entry; entry = entry->ai_next) {
+    socket_address address;
+    if (entry->ai_addrlen > sizeof address.storage) continue;
+    address.size = static_cast<socklen_t>(entry->ai_addrlen);
+    std::memcpy(&address.storage, entry->ai_addr, entry->ai_addrlen);
+    addresses.push_back(address);
+  }
+  ::freeaddrinfo(list);
+  return 0;
+}
+
+struct connect_outcome {
+  socket_handle socket =
+      no_socket;            ///< connected and non-blocking, the caller's to close; no_socket: see `reason`
+  std::size_t index = 0;    ///< of its address
+  std::string reason = {};  ///< empty if the request was cancelled
+};
+
+/// Connects to the first address that answers, and closes every other socket.
+inline connect_outcome connect_one_by_one(const socket_addresses& addresses, clock::time_point deadline,
+                                          const http_request& request) {
+  connect_outcome outcome;
+  std::size_t left = addresses.size();
+  for (std::size_t index = 0; index < addresses.size(); ++index, --left) {
+    // One dead address must not use up the time.
+    const auto limit = clock::now() + (deadline - clock::now()) / static_cast<int>(left);
+    const socket_handle socket = open_socket(addresses[index].family());
+    if (socket == no_socket) {
+      outcome.reason = system_text(socket_error());
+      continue;
+    }
+    int code = ::connect(socket, addresses[index].data(), addresses[index].size) == 0 ? 0 : socket_error();
+    while (would_block(code)) {
+      if (request.cancelled()) return close_socket(socket), connect_outcome{};
+      pollfd entry{};
+      entry.fd = socket;
+      entry.events = POLLOUT;
+      const int timeout = poll_timeout(limit);
+      if (poll_sockets(&entry, 1, timeout) > 0) {
+        socklen_t size = sizeof code;
+        ::getsockopt(socket, SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&code), &size);
+      } else if (timeout == 0) {
+        code = -1;
+      }
+    }
+    if (code == 0) return {socket, index, {}};
+    outcome.reason = code < 0 ? "no answer in time" : system_text(code);
+    close_socket(socket);
+  }
+  return outcome;
+}
+
+// ---- the channel: bytes to and from a peer
+
+/// A TCP connection, with TLS on top once that was started, and a buffer of received bytes. Blocks in `wait` alone.
 class channel {
  public:
+  static constexpr std::size_t buffer_bytes = 65536;
+
   channel() = default;
   channel(const channel&) = delete;
   channel& operator=(const channel&) = delete;
-  ~channel() { end(); }
+  ~channel() { close(); }
 
-  socket_handle socket() const { return socket_; }
+  bool is_open() const { return socket_ != no_socket; }
 
-  void begin(exchange& now) { exchange_ = &now; }
+  /// Until `rest`, failures are recorded in `current`, and its request's limits and cancellation apply.
+  void begin(exchange& current) { exchange_ = &current; }
+  void rest() { exchange_ = nullptr; }
+
   static constexpr clock::time_point no_limit = (clock::time_point::max)();
-  /// What a time-out is blamed on. With a limit, the whole stage has to be over by then; without one, each
-  /// wait may take the request's idle timeout.
+  /// Names the stage for messages. With a limit, the whole stage has to be over by then; without one, each wait may take
+  /// the request's idle timeout.
   void enter(const char* stage, clock::time_point limit = no_limit) {
     stage_ = stage;
     limit_ = limit;
   }
 
-  bool connect(const url& to) {
-    addrinfo hints{};
-    hints.ai_socktype = SOCK_STREAM;
-    struct address_list {
-      addrinfo* first = nullptr;
-      ~address_list() {
-        if (first) freeaddrinfo(first);
-      }
-    } found;
-    if (const int code =
-            getaddrinfo(to.host.c_str(), std::to_string(to.port).c_str(), &hints, &found.first)) {
-      return fail("the name " + detail::in_quotes(to.host) + " cannot be resolved: " + resolver_text(code));
+  bool connect(const url& peer) {
+    start_sockets();
+    socket_addresses addresses;
+    if (const int code = resolve_host(peer.host, peer.port, addresses)) {
+      return fail("the name " + in_quotes(peer.host) + " cannot be resolved: " + resolver_text(code));
     }
-
-    int left = 0;
-    for (const addrinfo* each = found.first; each; each = each->ai_next) ++left;
-    std::string why;
-    const auto limit = clock::now() + exchange_->request.connect_timeout;
-    for (const addrinfo* each = found.first; each; each = each->ai_next, --left) {
-      // One dead address must not use up the time.
-      enter("connecting", clock::now() + (limit - clock::now()) / left);
-      const int code = connect(*each);
-      if (exchange_->failure) return false;
-      if (code == 0) {
-        enter("connecting", limit);
-        return true;
-      }
-      why = code < 0 ? "no answer in time" : system_text(code);
+    enter("connecting", clock::now() + exchange_->request.connect_timeout);
+    auto connected = connect_one_by_one(addresses, limit_, exchange_->request);
+    if (connected.socket == no_socket) {
+      if (connected.reason.empty()) return exchange_->fail(errc::cancelled, "cancelled");
+      return fail("cannot connect to " + std::string(exchange_->route.has_proxy() ? "the proxy " : "") +
+                  request_route::authority(peer) + ": " + connected.reason);
     }
-    return fail("cannot connect to " + std::string(exchange_->way.has_proxy() ? "the proxy " : "") +
-                route::authority(to) + ": " + why);
+    socket_ = connected.socket;
+    const int on = 1;
+    ::setsockopt(socket_, IPPROTO_TCP, TCP_NODELAY, reinterpret_cast<const char*>(&on), sizeof on);
+    return true;
   }
 
   bool write(std::string_view bytes) {
@@ -6888,46 +7005,82 @@ class channel {
     return true;
   }
 
-  /// At least one byte; 0: the peer has ended in good order; -1: see the exchange's failure.
-  long read(char* out, std::size_t size) {
-#ifndef WANDB_RESTORE_NO_OPENSSL
-    if (tls_)
-      return secure([&] { return SSL_read(tls_, out, static_cast<int>((std::min)(size, buffer_bytes))); });
-#endif
-    for (;;) {
-      const long count = receive(out, size);
-      if (count >= 0) return count;
-      if (!would_block(code_)) return lost();
-      if (!wait(POLLIN)) return -1;
+  /// The received bytes that were not consumed yet; waits for some if there are none. Empty: the peer has closed the
+  /// connection in good order, or there is a failure.
+  std::string_view peek() {
+    if (begin_ == end_) {
+      if (exchange_->is_cancelled()) return {};
+      const long count = read_some(buffer_.data(), buffer_.size());
+      begin_ = 0;
+      end_ = count > 0 ? static_cast<std::size_t>(count) : 0;
+      exchange_->was_answered = exchange_->was_answered || count > 0;
     }
+    return {buffer_.data() + begin_, end_ - begin_};
+  }
+  void consume(std::size_t count) { begin_ += count; }
+
+  /// Reads a line without its end (CRLF or LF) and takes its bytes off `budget`. A line that is longer is a
+  /// protocol_violation: `what` "has more than" `limit`.
+  bool read_line(std::string& line, std::size_t& budget, const char* what, std::size_t limit) {
+    line.clear();
+    for (bool is_complete = false; !is_complete;) {
+      const std::string_view bytes = peek();
+      if (bytes.empty()) return fail_at_end();
+      const auto line_feed = bytes.find('\n');
+      is_complete = line_feed != std::string_view::npos;
+      const auto count = is_complete ? line_feed + 1 : bytes.size();
+      if (count > budget) {
+        return exchange_->fail(errc::protocol_violation,
+                               std::string(what) + " has more than " + readable_bytes(limit));
+      }
+      budget -= count;
+      line.append(bytes.substr(0, line_feed));
+      consume(count);
+    }
+    if (!line.empty() && line.back() == '\r') line.pop_back();
+    return true;
   }
 
-  /// An idle connection can be used again if it is open and nothing came that was not asked for.
+  /// Records that the peer has closed the connection too early, unless there is a failure already. Returns false.
+  bool fail_at_end() {
+    const request_route& route = exchange_->route;
+    if (exchange_->has_head) return fail("the peer closed the connection before the end of the body");
+    if (exchange_->was_answered)
+      return fail("the peer closed the connection within the head of its response");
+    return fail(std::string("the peer closed the connection without a response") +
+                (route.is_secure() || route.has_proxy() ? "" : " (if this is a TLS port, use https://)"));
+  }
+
+  /// An idle connection can be used again if it is open and the peer sent nothing that was not asked for.
   bool is_quiet() {
-    if (socket_ == no_socket || begin_ != end_) return false;
+    if (!is_open() || process_ != this_process() || begin_ != end_) return false;
     char byte;
 #ifndef WANDB_RESTORE_NO_OPENSSL
-    if (tls_) {  // reads what TLS itself has to say, session tickets for one
+    if (tls_) {  // this also reads messages of TLS itself, such as session tickets
       ERR_clear_error();
       const int count = SSL_peek(tls_, &byte, 1);
       return count <= 0 && SSL_get_error(tls_, count) == SSL_ERROR_WANT_READ;
     }
 #endif
-    return ::recv(socket_, &byte, 1, MSG_PEEK) < 0 && would_block(socket_error());
+    return receive_bytes(socket_, &byte, 1, MSG_PEEK) < 0 && would_block(socket_error());
   }
 
-  /// Nothing refers to the exchange any more.
-  void rest() { exchange_ = nullptr; }
-  /// Says goodbye where there is TLS, and forgets the socket.
-  void end() {
+  /// Closes this process's copy of the connection. One that was opened before a fork belongs to the parent, which may
+  /// still use it: TLS says nothing on it.
+  void close() {
 #ifndef WANDB_RESTORE_NO_OPENSSL
     if (tls_) {
-      if (is_sound_) SSL_shutdown(tls_);
+      if (is_sound_ && process_ == this_process()) {
+        SSL_shutdown(tls_);
+      } else {
+        SSL_set_shutdown(tls_, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN);
+      }
       SSL_free(tls_);
       ERR_clear_error();
     }
     tls_ = nullptr;
 #endif
+    if (is_open()) close_socket(socket_);
     socket_ = no_socket;
     begin_ = end_ = 0;
   }
@@ -6946,138 +7099,91 @@ class channel {
     is_sound_ = true;
 
     X509_VERIFY_PARAM* const expected = SSL_get0_param(tls_);
-    if (X509_VERIFY_PARAM_set1_ip_asc(expected, host.c_str()) != 1) {  // a name, then
+    if (X509_VERIFY_PARAM_set1_ip_asc(expected, host.c_str()) != 1) {  // not an IP address: a name
       X509_VERIFY_PARAM_set_hostflags(expected, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
       void* const name = const_cast<char*>(host.c_str());  // SSL_set_tlsext_host_name casts as C does
       if (X509_VERIFY_PARAM_set1_host(expected, host.c_str(), host.size()) != 1 ||
           SSL_ctrl(tls_, SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name, name) != 1) {
-        return exchange_->fail(errc::invalid_argument,
-                               "TLS cannot use the host name " + detail::in_quotes(host));
+        return exchange_->fail(errc::invalid_argument, "TLS cannot use the host name " + in_quotes(host));
       }
     }
-    const long done = secure([&] { return SSL_connect(tls_); });
+    const long done = repeat([&] { return SSL_connect(tls_); });
     return done > 0 || (done == 0 && fail("the peer closed the connection in the TLS handshake"));
   }
 #endif
 
  private:
-  static constexpr std::size_t buffer_bytes = 65536;
-
-  bool fail(const std::string& why) { return exchange_->fail(errc::connection_failed, why); }
-
-  static std::string resolver_text(int code) {
-#ifdef _WIN32
-    return system_text(code);
-#else
-    return gai_strerror(code);
-#endif
-  }
-
-  /// 0, an error code, or -1 when the time was up.
-  int connect(const addrinfo& to) {
-#ifdef SOCK_CLOEXEC
-    const int type = to.ai_socktype | SOCK_CLOEXEC;
-#else
-    const int type = to.ai_socktype;
-#endif
-    const socket_handle made = ::socket(to.ai_family, type, to.ai_protocol);
-    if (made == no_socket) return socket_error();
-    socket_ = made;
-    const int on = 1;
-    set_option(IPPROTO_TCP, TCP_NODELAY, on);
-#ifdef SO_NOSIGPIPE
-    set_option(SOL_SOCKET, SO_NOSIGPIPE, on);
-#endif
-    int code = 0;
-    if (!make_nonblocking(made) || ::connect(made, to.ai_addr, static_cast<socklen_t>(to.ai_addrlen)) != 0) {
-      code = socket_error();
-    }
-    if (would_block(code)) {
-      code = -1;
-      socklen_t size = sizeof code;
-      if (poll_until(POLLOUT, limit_)) {
-        ::getsockopt(made, SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&code), &size);
-      }
-    }
-    if (code != 0) {
-      close_socket(made);
-      socket_ = no_socket;
-    }
-    return code;
-  }
-
-  void set_option(int level, int name, int value) {
-    ::setsockopt(socket_, level, name, reinterpret_cast<const char*>(&value), sizeof value);
-  }
-
-  /// Looks at the cancellation ten times a second. False: that, or (with no failure yet) the time is up.
-  bool poll_until(short events, clock::time_point limit) {
-    using std::chrono::milliseconds;
-    for (;;) {
-      if (exchange_->is_cancelled()) return false;
-      const auto left = std::chrono::ceil<milliseconds>(limit - clock::now()).count();
-      pollfd entry{};
-      entry.fd = socket_;
-      entry.events = events;
-      const int count = poll_socket(entry, static_cast<int>((std::clamp<std::int64_t>)(left, 0, 100)));
-      if (count > 0) return true;  // an error or a hang-up shows in the call that follows
-      if (count < 0 && !would_block(socket_error())) return fail("poll: " + system_text(socket_error()));
-      if (left <= 0) return false;
-    }
-  }
-  bool wait(short events) {
-    return poll_until(events, limit_ != no_limit ? limit_ : clock::now() + exchange_->request.idle_timeout) ||
-           fail(std::string("timed out while ") + stage_);
-  }
-
-  /// As recv, through a buffer: what is read in small pieces (TLS records, lines) costs no system call each.
-  long receive(char* out, std::size_t size) {
-    if (begin_ == end_) {
-      if (exchange_ && exchange_->is_cancelled()) return code_ = 0, -1;
-      const auto count = ::recv(socket_, buffer_.data(), io_size(buffer_.size()), 0);
-      code_ = count < 0 ? socket_error() : 0;
-      has_ended_ = count == 0;
-      if (count <= 0) return static_cast<long>(count);
-      begin_ = 0;
-      end_ = static_cast<std::size_t>(count);
-    }
-    const auto count = (std::min)(size, end_ - begin_);
-    std::memcpy(out, buffer_.data() + begin_, count);
-    begin_ += count;
-    return static_cast<long>(count);
-  }
-  long transmit(const char* data, std::size_t size) {
-    const auto count = ::send(socket_, data, io_size(size), send_flags);
-    code_ = count < 0 ? socket_error() : 0;
-    return static_cast<long>(count);
-  }
-
-  long write_some(std::string_view bytes) {
-#ifndef WANDB_RESTORE_NO_OPENSSL
-    if (tls_) {
-      const int size = static_cast<int>((std::min)(bytes.size(), buffer_bytes));
-      const long count = secure([&] { return SSL_write(tls_, bytes.data(), size); });
-      return count != 0 ? count : lost();
-    }
-#endif
-    for (;;) {
-      const long count = transmit(bytes.data(), bytes.size());
-      if (count >= 0) return count;
-      if (!would_block(code_)) return lost();
-      if (!wait(POLLOUT)) return -1;
-    }
-  }
-
-  long lost() {
+  bool fail(const std::string& text) { return exchange_->fail(errc::connection_failed, text); }
+  /// The connection broke in a system call, or the peer closed it where that is not allowed. Returns -1.
+  long fail_lost() {
     fail(std::string("the connection was lost while ") + stage_ +
          (code_ != 0 ? ": " + system_text(code_) : ""));
     return -1;
   }
 
+  /// Waits until the socket is ready. False: the time is up, or the request was cancelled.
+  bool wait(short events) {
+    const auto limit = limit_ != no_limit ? limit_ : clock::now() + exchange_->request.idle_timeout;
+    for (;;) {
+      if (exchange_->is_cancelled()) return false;
+      pollfd entry{};
+      entry.fd = socket_;
+      entry.events = events;
+      const int timeout = poll_timeout(limit);
+      const int count = poll_sockets(&entry, 1, timeout);
+      if (count > 0) return true;  // an error or a hang-up shows in the call that follows
+      if (count < 0 && !would_block(socket_error())) return fail("poll: " + system_text(socket_error()));
+      if (timeout == 0) return fail(std::string("timed out while ") + stage_);
+    }
+  }
+
+  // Receives from the socket and sends to it. They return what the system call returns, and set code_.
+  long receive(char* out, std::size_t size) {
+    const long count = receive_bytes(socket_, out, size);
+    code_ = count < 0 ? socket_error() : 0;
+    has_ended_ = count == 0;
+    return count;
+  }
+  long transmit(const char* data, std::size_t size) {
+    const long count = send_bytes(socket_, data, size);
+    code_ = count < 0 ? socket_error() : 0;
+    return count;
+  }
+
+  /// Reads at least one byte. 0: the peer has closed the connection in good order; -1: failed.
+  long read_some(char* out, std::size_t size) {
 #ifndef WANDB_RESTORE_NO_OPENSSL
-  /// Repeats a call of OpenSSL until it has done something (> 0), the peer said goodbye (0), or it failed.
+    if (tls_) return repeat([&] { return SSL_read(tls_, out, static_cast<int>(size)); });
+#endif
+    for (;;) {
+      const long count = receive(out, size);
+      if (count >= 0) return count;
+      if (!would_block(code_)) return fail_lost();
+      if (!wait(POLLIN)) return -1;
+    }
+  }
+
+  /// Writes at least one byte. -1: failed.
+  long write_some(std::string_view bytes) {
+#ifndef WANDB_RESTORE_NO_OPENSSL
+    if (tls_) {
+      const int size = static_cast<int>((std::min)(bytes.size(), buffer_bytes));
+      const long count = repeat([&] { return SSL_write(tls_, bytes.data(), size); });
+      return count != 0 ? count : fail_lost();
+    }
+#endif
+    for (;;) {
+      const long count = transmit(bytes.data(), bytes.size());
+      if (count >= 0) return count;
+      if (!would_block(code_)) return fail_lost();
+      if (!wait(POLLOUT)) return -1;
+    }
+  }
+
+#ifndef WANDB_RESTORE_NO_OPENSSL
+  /// Repeats a call of OpenSSL until it has done something (> 0), the peer has sent close_notify (0), or it failed (-1).
   template <class Call>
-  long secure(Call call) {
+  long repeat(Call call) {
     for (;;) {
       ERR_clear_error();
       const int done = call();
@@ -7090,66 +7196,67 @@ class channel {
           if (!wait(POLLOUT)) return is_sound_ = false, -1;
           break;
         case SSL_ERROR_ZERO_RETURN: return 0;
-        default: is_sound_ = false; return refused();
+        default: is_sound_ = false; return fail_tls();
       }
     }
   }
 
-  long refused() {
+  /// Records why OpenSSL has failed. Returns -1.
+  long fail_tls() {
     const long verdict = SSL_get_verify_result(tls_);
     if (SSL_get_verify_mode(tls_) != SSL_VERIFY_NONE && verdict != X509_V_OK) {
-      exchange_->fail(error::permanent(
-          errc::connection_failed,
-          exchange_->label() +
-              "the server's certificate is refused: " + X509_verify_cert_error_string(verdict) +
-              " (for a private authority, or a proxy that inspects TLS, name its CA bundle in "
-              "SSL_CERT_FILE or REQUESTS_CA_BUNDLE; otherwise check host name and clock)"));
+      exchange_->fail_permanently(
+          std::string("the server's certificate is refused: ") + X509_verify_cert_error_string(verdict) +
+          " (for a private authority, or a proxy that inspects TLS, name its CA bundle in SSL_CERT_FILE or "
+          "REQUESTS_CA_BUNDLE; otherwise check host name and clock)");
       return -1;
     }
     const char* const reason = ERR_reason_error_string(ERR_peek_error());
-    if (code_ != 0 || has_ended_ || !reason) return lost();
+    if (code_ != 0 || has_ended_ || !reason) return fail_lost();
     fail(std::string("TLS failed while ") + stage_ + ": " + reason);
     return -1;
   }
 
-  // OpenSSL's own socket BIO makes two system calls for each record, and raises SIGPIPE.
+  // OpenSSL's own socket BIO raises SIGPIPE.
   static BIO_METHOD* bio_method() {
-    static BIO_METHOD* const made = [] {
-      BIO_METHOD* const method =
+    static BIO_METHOD* const method = [] {
+      BIO_METHOD* const made =
           BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "wandb_restore channel");
-      if (!method) return method;
-      BIO_meth_set_read(method, [](BIO* bio, char* out, int size) {
+      if (!made) return made;
+      BIO_meth_set_read(made, [](BIO* bio, char* out, int size) {
         BIO_clear_retry_flags(bio);
         channel& self = *static_cast<channel*>(BIO_get_data(bio));
         const long count = self.receive(out, static_cast<std::size_t>(size));
         if (count < 0 && would_block(self.code_)) BIO_set_retry_read(bio);
         return static_cast<int>(count);
       });
-      BIO_meth_set_write(method, [](BIO* bio, const char* data, int size) {
+      BIO_meth_set_write(made, [](BIO* bio, const char* data, int size) {
         BIO_clear_retry_flags(bio);
         channel& self = *static_cast<channel*>(BIO_get_data(bio));
         const long count = self.transmit(data, static_cast<std::size_t>(size));
         if (count < 0 && would_block(self.code_)) BIO_set_retry_write(bio);
         return static_cast<int>(count);
       });
-      BIO_meth_set_ctrl(method, [](BIO*, int what, long, void*) { return what == BIO_CTRL_FLUSH ? 1L : 0L; });
-      BIO_meth_set_create(method, [](BIO* bio) { return BIO_set_init(bio, 1), 1; });
-      return method;
+      BIO_meth_set_ctrl(made,
+                        [](BIO*, int command, long, void*) { return command == BIO_CTRL_FLUSH ? 1L : 0L; });
+      BIO_meth_set_create(made, [](BIO* bio) { return BIO_set_init(bio, 1), 1; });
+      return made;
     }();
-    return made;
+    return method;
   }
 
   SSL* tls_ = nullptr;
-  bool is_sound_ = false;  // otherwise OpenSSL does not want a goodbye
+  bool is_sound_ = false;  ///< OpenSSL has not failed: close_notify may be sent
 #endif
   socket_handle socket_ = no_socket;
+  const std::uint64_t process_ = this_process();  ///< the one that opened the socket
   exchange* exchange_ = nullptr;
   const char* stage_ = "";
   clock::time_point limit_ = no_limit;
-  int code_ = 0;            // of the last system call
-  bool has_ended_ = false;  // the peer's side of the socket
+  int code_ = 0;            ///< of the last system call
+  bool has_ended_ = false;  ///< the peer's side of the socket
   std::vector<char> buffer_ = std::vector<char>(buffer_bytes);
-  std::size_t begin_ = 0, end_ = 0;  // what in it is unread
+  std::size_t begin_ = 0, end_ = 0;  ///< the part of the buffer that is not consumed
 };
 
 // ---- heads (RFC 9112, sections 2 to 5)
@@ -7165,21 +7272,21 @@ inline bool has_token(const http_response& head, std::string_view name, std::str
   return false;
 }
 
-/// Reads the head of a final response and skips interim ones; byte by byte, to take nothing of the body.
+/// Reads the head of a final response, and skips interim ones.
 class head_reader {
  public:
-  head_reader(channel& from, exchange& now) : from_(from), exchange_(now) {}
+  head_reader(channel& peer, exchange& current) : peer_(peer), exchange_(current) {}
 
   bool read(http_response& head) {
     do {
       head = {};
-      if (!next_line() || !status_line(head)) return false;
+      if (!read_line() || !parse_status_line(head)) return false;
       for (;;) {
-        if (!next_line()) return false;
+        if (!read_line()) return false;
         if (line_.empty()) break;
         const auto colon = line_.find(':');
         if (colon == std::string::npos || !is_token({line_.data(), colon}) || !is_field_value(line_)) {
-          return malformed("a header line");
+          return fail_malformed("a header line");
         }
         const auto value = trim(std::string_view(line_).substr(colon + 1));
         add_header(head.headers, {line_.data(), colon}, value);
@@ -7187,71 +7294,50 @@ class head_reader {
     } while (head.status < 200);
     return true;
   }
-  /// The peer speaks HTTP/1.1 or better: the connection stays open unless one of the two says otherwise.
+  /// The peer speaks HTTP/1.1 or later: the connection stays open unless one of the two says otherwise.
   bool is_persistent() const { return is_persistent_; }
 
  private:
-  bool next_line() {
-    line_.clear();
-    for (char c = 0;;) {
-      const long count = from_.read(&c, 1);
-      if (count < 0) return false;
-      if (count == 0) {
-        return exchange_.fail(
-            errc::connection_failed,
-            std::string("the peer closed the connection ") +
-                (exchange_.was_answered ? "within the head of its response" : "without a response"));
-      }
-      exchange_.was_answered = true;
-      if (left_-- == 0) {
-        return exchange_.fail(errc::protocol_violation,
-                              "the head of the response has more than " + readable_bytes(max_head_bytes));
-      }
-      if (c == '\n') break;
-      line_ += c;
-    }
-    if (!line_.empty() && line_.back() == '\r') line_.pop_back();
-    return true;
-  }
-  bool status_line(http_response& head) {
+  bool read_line() { return peer_.read_line(line_, budget_, "the head of the response", max_head_bytes); }
+  bool parse_status_line(http_response& head) {
     const std::string_view line = line_;
     const auto status = to_number(line.substr((std::min)(line.size(), std::size_t{9}), 3));
     if (!starts_with(line, "HTTP/1.") || line.size() < 12 || !is_digit(line[7]) || line[8] != ' ' ||
         !status || *status < 100 || *status == 101 || (line.size() > 12 && line[12] != ' ')) {
-      return malformed("the status line");
+      return fail_malformed("the status line");
     }
     head.status = static_cast<int>(*status);
     is_persistent_ = line[7] != '0';
     return true;
   }
-  bool malformed(const char* what) {
-    // Of a header no more than its name: a value may be a signed address or a cookie.
+  bool fail_malformed(const char* what) {
+    // Of a header only its name is shown: a value may be a signed address or a cookie.
     const std::string_view shown = std::string_view(line_).substr(0, line_.find_first_of(":?="));
     return exchange_.fail(errc::protocol_violation,
-                          std::string(what) + " of the response is malformed: " + detail::in_quotes(shown) +
+                          std::string(what) + " of the response is malformed: " + in_quotes(shown) +
                               "; is that an HTTP server, or does a proxy change its answers?");
   }
 
-  channel& from_;
+  channel& peer_;
   exchange& exchange_;
   std::string line_;
-  std::size_t left_ = max_head_bytes;
+  std::size_t budget_ = max_head_bytes;
   bool is_persistent_ = false;
 };
 
-/// Head and body of a request, or nothing where a header would break out of its line.
-inline std::optional<std::string> request_message(const http_request& request, const route& way) {
-  const std::string origin = way.to.origin();
+/// Head and body of a request; nothing if a header would break out of its line.
+inline std::optional<std::string> request_message(const http_request& request, const request_route& route) {
+  const std::string origin = route.server.origin();
   std::string text =
-      request.method + ' ' + (way.asks_proxy() ? origin : "") + way.to.target + " HTTP/1.1\r\n";
+      request.method + ' ' + (route.sends_to_proxy() ? origin : "") + route.server.target + " HTTP/1.1\r\n";
   const auto add = [&](std::string_view name, std::string_view value) {
     text.append(name).append(": ").append(value).append("\r\n");
     return is_token(name) && is_field_value(value);
   };
   bool is_clean = is_token(request.method) && add("Host", origin.substr(origin.find("//") + 2));
   for (const auto& [name, value] : request.headers) is_clean = add(name, value) && is_clean;
-  if (way.asks_proxy() && !way.authorization.empty()) {
-    is_clean = add("Proxy-Authorization", way.authorization) && is_clean;
+  if (route.sends_to_proxy() && !route.proxy_authorization.empty()) {
+    is_clean = add("Proxy-Authorization", route.proxy_authorization) && is_clean;
   }
   if (!request.body.empty() || request.method == "POST" || request.method == "PUT" ||
       request.method == "PATCH") {
@@ -7261,124 +7347,116 @@ inline std::optional<std::string> request_message(const http_request& request, c
   return text + "\r\n" + request.body;
 }
 
-/// The proxy did not do what it was asked for.
-inline error proxy_refusal(const exchange& now, int status) {
-  const std::string text = now.label() + "the proxy " + now.way.via.origin() + " answered " +
-                           std::to_string(status) +
-                           (status == 407 ? " (check the user and password in the proxy's address)" : "");
-  return status >= 500 ? error(errc::connection_failed, text, status)
-                       : error::permanent(errc::connection_failed, text, status);
-}
+// ---- bodies (RFC 9112, sections 6 and 7)
 
-// ---- between httplib and the channel
-
-// Neither this class nor the next says `override`: httplib's versions differ in which functions they have.
-
-/// What httplib takes for the peer. It hears our request instead of httplib's, and httplib hears of the
-/// response's head what it needs to take the framing off the body.
-class wire final : public httplib::Stream {
+/// Reads the body of a response and passes it to the sink.
+class body_reader {
  public:
-  wire(channel& to, exchange& now, const std::string& message)
-      : channel_(to), exchange_(now), message_(message) {}
+  body_reader(channel& peer, exchange& current) : peer_(peer), exchange_(current) {}
 
-  bool is_chunked() const { return is_chunked_; }
-  /// httplib took the whole response, and the peer keeps the connection.
-  bool is_reusable() const { return is_reusable_; }
-  /// The last four bytes that httplib read, the first of them in the highest byte.
-  std::uint32_t tail() const { return tail_; }
-
-  ssize_t write(const char*, std::size_t size) {
-    if (!is_sent_ && !channel_.write(message_)) return -1;
-    is_sent_ = true;
-    return static_cast<ssize_t>(size);
-  }
-  ssize_t read(char* out, std::size_t size) {
-    if (!has_head_ && !read_head()) return -1;
-    has_head_ = true;
-    if (!framing_.empty()) {
-      const auto count = framing_.copy(out, size);
-      framing_.erase(0, count);
-      return static_cast<ssize_t>(count);
-    }
-    const long count = channel_.read(out, size);
-    if (count == 0 && !ends_with_connection_) {
-      exchange_.fail(errc::connection_failed, "the peer closed the connection before the end of the body");
-      return -1;
-    }
-    for (long i = (std::max)(0L, count - 4); is_chunked_ && i < count; ++i) {
-      tail_ = tail_ << 8 | static_cast<unsigned char>(out[i]);
-    }
-    return static_cast<ssize_t>(count);
-  }
-
-  bool is_readable() const { return true; }
-  bool is_writable() const { return true; }
-  bool wait_readable() const { return true; }
-  bool wait_writable() const { return true; }
-  bool is_peer_alive() const { return true; }
-  void get_remote_ip_and_port(std::string&, int&) const {}
-  void get_local_ip_and_port(std::string&, int&) const {}
-  socket_handle socket() const { return channel_.socket(); }
-  time_t duration() const { return 0; }
-
- private:
-  bool read_head() {
-    http_response& head = exchange_.head;
-    channel_.enter("waiting for the response", clock::now() + exchange_.request.idle_timeout);
-    head_reader reader(channel_, exchange_);
-    if (!reader.read(head)) return false;
-    if (head.status == 407 && exchange_.way.asks_proxy())
-      return exchange_.fail(proxy_refusal(exchange_, head.status));
-    is_reusable_ = reader.is_persistent() && !has_token(head, "Connection", "close");
-    if (!frame(head)) return false;
-    channel_.enter("receiving the body");
-    return exchange_.sink.start(head) || exchange_.fail(errc::cancelled, "stopped by the receiver");
-  }
-
-  /// How the end of the body is known (RFC 9112, section 6.3), as a head that httplib understands.
-  bool frame(const http_response& head) {
-    const std::string* length = nullptr;
-    const std::string* coding = nullptr;
+  /// Finds out from the head how the end of the body is known (RFC 9112, section 6.3).
+  bool find_framing() {
+    bool has_length = false;
+    const http_response& head = exchange_.head;
     for (const auto& [name, value] : head.headers) {
       if (equal_ignoring_case(name, "Content-Length")) {
-        if (!to_number(value) || (length && *length != value)) {
-          return exchange_.fail(errc::protocol_violation,
-                                "bad Content-Length in the response: " + detail::in_quotes(value));
+        const auto number = to_number(value);
+        if (!number || *number > max_body_bytes || (has_length && *number != length_)) {
+          return fail("bad Content-Length in the response: " + in_quotes(value));
         }
-        length = &value;
+        has_length = true;
+        length_ = *number;
       } else if (equal_ignoring_case(name, "Transfer-Encoding")) {
-        if (coding || !equal_ignoring_case(value, "chunked")) {
-          return exchange_.fail(errc::protocol_violation,
-                                "unknown Transfer-Encoding in the response: " + detail::in_quotes(value));
+        if (is_chunked_ || !equal_ignoring_case(value, "chunked")) {
+          return fail("unknown Transfer-Encoding in the response: " + in_quotes(value));
         }
-        coding = &value;
+        is_chunked_ = true;
       }
     }
-    framing_ = "HTTP/1.1 200 OK\r\n";
     if (exchange_.request.method == "HEAD" || head.status == 204 || head.status == 304) {
-      framing_ += "Content-Length: 0\r\n";
-    } else if (coding) {
-      is_chunked_ = true;
-      framing_ += "Transfer-Encoding: chunked\r\n";
-      if (length) is_reusable_ = false;  // someone on the way was confused, or wants us to be
-    } else if (length) {
-      framing_ += "Content-Length: " + *length + "\r\n";
-    } else {
-      ends_with_connection_ = true;
-      is_reusable_ = false;
+      is_chunked_ = false;
+      length_ = 0;
+      return true;
     }
-    framing_ += "\r\n";
+    // With both fields someone on the way may see another end than we do: the connection is not used again.
+    is_delimited_ = is_chunked_ != has_length;
+    ends_with_connection_ = !is_chunked_ && !has_length;
+    return true;
+  }
+  /// The connection can carry another response after this body.
+  bool is_delimited() const { return is_delimited_; }
+
+  bool read() {
+    if (is_chunked_) return pass_on_chunks();
+    return ends_with_connection_ ? pass_on_rest() : pass_on(length_);
+  }
+
+ private:
+  static constexpr std::uint64_t max_body_bytes = std::uint64_t{1} << 62;
+  static constexpr std::size_t max_line_bytes = 8 * 1024, max_trailer_bytes = 64 * 1024;
+
+  bool fail(const std::string& text) { return exchange_.fail(errc::protocol_violation, text); }
+
+  /// Passes received bytes to the sink, `limit` at most. Returns their number; 0: the connection has ended, or a failure.
+  std::uint64_t pass_some(std::uint64_t limit) {
+    auto bytes = peer_.peek();
+    bytes = bytes.substr(0, static_cast<std::size_t>((std::min<std::uint64_t>)(limit, bytes.size())));
+    if (!bytes.empty() && !exchange_.sink.write(bytes)) {
+      exchange_.fail(errc::cancelled, "stopped by the receiver");
+      return 0;
+    }
+    peer_.consume(bytes.size());
+    return bytes.size();
+  }
+  bool pass_on(std::uint64_t size) {
+    while (size > 0) {
+      const auto passed = pass_some(size);
+      if (passed == 0) return peer_.fail_at_end();
+      size -= passed;
+    }
+    return true;
+  }
+  bool pass_on_rest() {
+    while (pass_some(max_body_bytes) > 0) {}
+    return !exchange_.failure;
+  }
+
+  /// RFC 9112, section 7.1. Chunk extensions and trailers are skipped.
+  bool pass_on_chunks() {
+    std::string line;
+    const auto read_line = [&](const char* what) {
+      std::size_t budget = max_line_bytes;
+      return peer_.read_line(line, budget, what, max_line_bytes);
+    };
+    for (std::uint64_t total = 0;;) {
+      if (!read_line("the size line of a chunk")) return false;
+      const auto size = to_number(trim(std::string_view(line).substr(0, line.find(';'))), 16);
+      if (!size || *size > max_body_bytes - total) {
+        return fail("bad size of a chunk in the body: " + in_quotes(line));
+      }
+      if (*size == 0) break;
+      total += *size;
+      if (!pass_on(*size) || !read_line("the end of a chunk")) return false;
+      if (!line.empty()) return fail("a chunk of the body is longer than its size line says");
+    }
+    std::size_t trailer_bytes = 0;
+    do {
+      if (!read_line("a trailer line of the body")) return false;
+      trailer_bytes += line.size() + 1;
+      if (trailer_bytes > max_trailer_bytes) {
+        return fail("the trailers of the body have more than " + readable_bytes(max_trailer_bytes));
+      }
+    } while (!line.empty());
     return true;
   }
 
-  channel& channel_;
+  channel& peer_;
   exchange& exchange_;
-  const std::string& message_;
-  std::string framing_;  // what of that head httplib has not read yet
-  bool is_sent_ = false, has_head_ = false, is_chunked_ = false, ends_with_connection_ = false,
-       is_reusable_ = false;
-  std::uint32_t tail_ = 0;
+  std::uint64_t length_ = 0;
+  bool is_chunked_ = false, ends_with_connection_ = false, is_delimited_ = true;
 };
+
+// ---- connections
 
 #ifndef WANDB_RESTORE_NO_OPENSSL
 using tls_context = SSL_CTX;
@@ -7386,120 +7464,126 @@ using tls_context = SSL_CTX;
 using tls_context = void;
 #endif
 
-/// A connection to an origin, kept between exchanges. To httplib it is always a plain one.
-class connection final : public httplib::ClientImpl {
+/// A connection for one route, which carries one exchange after another.
+class connection {
  public:
-  connection(const route& way, std::shared_ptr<tls_context> tls)
-      : ClientImpl(way.to.host, way.to.port), key_(way.key()), tls_(std::move(tls)) {
-    set_keep_alive(true);
-  }
+  connection(const request_route& route, std::shared_ptr<tls_context> tls)
+      : key_(route.key()), tls_(std::move(tls)) {}
 
   const std::string& key() const { return key_; }
-  /// After an exchange, or in the pool: good for another one.
+  /// Fit for another exchange, now.
   bool is_reusable() { return is_reusable_ && channel_.is_quiet(); }
 
-  bool perform(exchange& now, const std::string& message) {
-    exchange_ = &now;
-    message_ = &message;
-    channel_.begin(now);
-    httplib::Request request;
-    request.method = "GET";
-    request.path = "/";
-    request.content_receiver = [&now](const char* data, std::size_t size, auto, auto) {
-      return now.sink.write({data, size}) || now.fail(errc::cancelled, "stopped by the receiver");
-    };
-    httplib::Response response;
-    auto ignored = httplib::Error::Success;
-    if (!send(request, response, ignored))
-      now.fail(errc::protocol_violation,
-               "the body could not be read to its end (" + httplib::to_string(ignored) + ")");
+  /// Makes one exchange; connects first if that was not done. False: see `current.failure`.
+  bool perform(exchange& current, const std::string& message) {
+    channel_.begin(current);
+    is_reusable_ = false;
+    const bool done = (channel_.is_open() || open(current)) && transfer(current, message);
     channel_.rest();
-    is_reusable_ = is_reusable_ && !now.failure;
-    return !now.failure;
+    return done;
   }
 
  private:
-  bool create_and_connect_socket(Socket& socket, httplib::Error&) {
-    const route& way = exchange_->way;
-    if (!channel_.connect(way.has_proxy() ? way.via : way.to)) return false;
-    exchange_->sink.connected();
-    socket.sock = channel_.socket();
-    if (!way.is_secure()) return true;
-    if (way.has_proxy() && !open_tunnel(way)) return false;
+  bool open(exchange& current) {
+    const request_route& route = current.route;
+    if (!channel_.connect(route.first_hop())) return false;
+    current.sink.connected();
+    if (!route.is_secure()) return true;
+    if (route.has_proxy() && !open_tunnel(current)) return false;
 #ifndef WANDB_RESTORE_NO_OPENSSL
-    return channel_.start_tls(tls_.get(), way.to.host);
+    return channel_.start_tls(tls_.get(), route.server.host);
 #else
     return false;  // not reached: send refuses https
 #endif
   }
-  bool open_tunnel(const route& way) {
-    const std::string to = route::authority(way.to);
-    std::string message = "CONNECT " + to + " HTTP/1.1\r\nHost: " + to + "\r\n";
-    if (!way.authorization.empty()) message += "Proxy-Authorization: " + way.authorization + "\r\n";
-    http_response answer;
-    if (!channel_.write(message + "\r\n") || !head_reader(channel_, *exchange_).read(answer)) return false;
-    return answer.status < 300 || exchange_->fail(proxy_refusal(*exchange_, answer.status));
-  }
-  void shutdown_ssl(Socket&, bool) { channel_.end(); }  // what httplib does before it closes the socket
 
-  using in_wire = std::function<bool(httplib::Stream&)>;
-  bool process_socket(const Socket&, in_wire exchange_with) { return through_wire(exchange_with); }
-  bool process_socket(const Socket&, std::chrono::steady_clock::time_point, in_wire exchange_with) {
-    return through_wire(exchange_with);
+  /// Asks the proxy for a tunnel to the server (RFC 9110, section 9.3.6).
+  bool open_tunnel(exchange& current) {
+    const request_route& route = current.route;
+    const std::string server = request_route::authority(route.server);
+    std::string message = "CONNECT " + server + " HTTP/1.1\r\nHost: " + server + "\r\n";
+    if (!route.proxy_authorization.empty()) {
+      message += "Proxy-Authorization: " + route.proxy_authorization + "\r\n";
+    }
+    http_response answer;
+    if (!channel_.write(message + "\r\n") || !head_reader(channel_, current).read(answer)) return false;
+    return answer.status < 300 || fail_at_proxy(current, answer.status);
   }
-  bool through_wire(const in_wire& exchange_with) {
+
+  bool transfer(exchange& current, const std::string& message) {
     channel_.enter("sending the request");
-    wire between(channel_, *exchange_, *message_);
-    if (!exchange_with(between)) return false;
-    is_reusable_ = between.is_reusable();
-    return !between.is_chunked() || between.tail() == 0x0d0a0d0a;  // 0.11 ends at a wrong end of a chunk
+    if (!channel_.write(message)) return false;
+    channel_.enter("waiting for the response", clock::now() + current.request.idle_timeout);
+    head_reader heads(channel_, current);
+    const http_response& head = current.head;
+    if (!heads.read(current.head)) return false;
+    current.has_head = true;
+    if (head.status == 407 && current.route.sends_to_proxy()) return fail_at_proxy(current, head.status);
+    body_reader body(channel_, current);
+    if (!body.find_framing()) return false;
+    channel_.enter("receiving the body");
+    if (!current.sink.start(head)) return current.fail(errc::cancelled, "stopped by the receiver");
+    if (!body.read()) return false;
+    is_reusable_ = heads.is_persistent() && body.is_delimited() && !has_token(head, "Connection", "close");
+    return true;
+  }
+
+  static bool fail_at_proxy(exchange& current, int status) {
+    const std::string text = "the proxy " + current.route.proxy.origin() + " answered " +
+                             std::to_string(status) +
+                             (status == 407 ? " (check the user and password in the proxy's address)" : "");
+    if (status < 500) return current.fail_permanently(text, status);
+    return current.fail(error(errc::connection_failed, current.label() + text, status));
   }
 
   const std::string key_;
   const std::shared_ptr<tls_context> tls_;
   channel channel_;
-  exchange* exchange_ = nullptr;          // the one that is made
-  const std::string* message_ = nullptr;  // its request
   bool is_reusable_ = false;
 };
 
 #ifndef WANDB_RESTORE_NO_OPENSSL
 #ifdef _WIN32
-inline bool load_system_certificates(SSL_CTX* into) {
+inline bool load_system_certificates(SSL_CTX* context) {
   const HCERTSTORE store = CertOpenSystemStoreW(0, L"ROOT");
   if (!store) return false;
   for (PCCERT_CONTEXT each = nullptr; (each = CertEnumCertificatesInStore(store, each)) != nullptr;) {
     const unsigned char* der = each->pbCertEncoded;
     if (X509* const certificate = d2i_X509(nullptr, &der, static_cast<long>(each->cbCertEncoded))) {
-      X509_STORE_add_cert(SSL_CTX_get_cert_store(into), certificate);
+      X509_STORE_add_cert(SSL_CTX_get_cert_store(context), certificate);
       X509_free(certificate);
     }
   }
   return CertCloseStore(store, 0) != 0;
 }
 #else
-inline bool load_system_certificates(SSL_CTX* into) { return SSL_CTX_set_default_verify_paths(into) == 1; }
+inline bool load_system_certificates(SSL_CTX* context) {
+  return SSL_CTX_set_default_verify_paths(context) == 1;
+}
 #endif
 
-/// How all connections of a transport do TLS; holds the CA store.
+/// The TLS configuration of all connections of a transport, with its certificates of authorities.
 inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::path& ca_file,
                                                          const std::filesystem::path& ca_directory,
                                                          bool verify) {
-  const auto unusable = [](const char* what, const std::filesystem::path& where) {
+  const auto unusable = [](const char* what, const std::filesystem::path& location) {
     ERR_clear_error();
     return error(errc::invalid_argument,
-                 std::string("the CA ") + what + ' ' + detail::in_quotes(where) +
+                 std::string("the CA ") + what + ' ' + in_quotes(location) +
                      " is not readable, or has no certificates in PEM form: correct settings::ca_file and "
                      "ca_directory, SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE");
   };
-  std::shared_ptr<SSL_CTX> made(SSL_CTX_new(TLS_client_method()), SSL_CTX_free);
-  if (!made) return error::permanent(errc::connection_failed, "OpenSSL could not be set up");
-  SSL_CTX_set_min_proto_version(made.get(), TLS1_2_VERSION);
-  SSL_CTX_set_mode(made.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_RELEASE_BUFFERS);
-  if (!verify) return made;
+  std::shared_ptr<SSL_CTX> context(SSL_CTX_new(TLS_client_method()), SSL_CTX_free);
+  if (!context) return error::permanent(errc::connection_failed, "OpenSSL could not be set up");
+  SSL_CTX_set_min_proto_version(context.get(), TLS1_2_VERSION);
+  SSL_CTX_set_mode(context.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_RELEASE_BUFFERS);
+  // OpenSSL receives as much as there is into its own buffer: one system call for several records.
+  SSL_CTX_set_read_ahead(context.get(), 1);
+  SSL_CTX_set_default_read_buffer_len(context.get(), channel::buffer_bytes);
+  if (!verify) return context;
 
-  SSL_CTX_set_verify(made.get(), SSL_VERIFY_PEER, nullptr);
-  if (!ca_file.empty() && SSL_CTX_load_verify_locations(made.get(), utf8(ca_file).c_str(), nullptr) != 1) {
+  SSL_CTX_set_verify(context.get(), SSL_VERIFY_PEER, nullptr);
+  if (!ca_file.empty() && SSL_CTX_load_verify_locations(context.get(), utf8(ca_file).c_str(), nullptr) != 1) {
     return unusable("file", ca_file);
   }
   const std::string directories = utf8(ca_directory);
@@ -7510,15 +7594,15 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
   });
   if (!ca_directory.empty() &&
       (!any ||  // OpenSSL would only notice in the handshake
-       SSL_CTX_load_verify_locations(made.get(), nullptr, directories.c_str()) != 1)) {
+       SSL_CTX_load_verify_locations(context.get(), nullptr, directories.c_str()) != 1)) {
     return unusable("directory", ca_directory);
   }
-  if (ca_file.empty() && ca_directory.empty() && !load_system_certificates(made.get())) {
+  if (ca_file.empty() && ca_directory.empty() && !load_system_certificates(context.get())) {
     return error::permanent(
         errc::connection_failed,
         "the system's CA certificates cannot be loaded: name a CA bundle in SSL_CERT_FILE");
   }
-  return made;
+  return context;
 }
 #endif
 
@@ -7531,19 +7615,19 @@ struct http_transport::state {
 
   const std::filesystem::path ca_file, ca_directory;
   const bool verify;
-  std::mutex mutex;  // of what follows
+  std::mutex mutex;  // of the members below
   std::shared_ptr<detail::tls_context> tls;
   std::vector<std::unique_ptr<detail::connection>> idle;  // the one used last at the end
 
   static constexpr std::size_t max_idle = 64;
 
-  /// A connection without exchange on it, which it is safe to use; null: there is none.
+  /// Takes a reusable connection out of the pool; null if there is none.
   std::unique_ptr<detail::connection> take(const std::string& key) {
     const std::lock_guard<std::mutex> lock(mutex);
-    for (auto at = idle.size(); at-- > 0;) {
-      if (idle[at]->key() != key) continue;
-      auto taken = std::move(idle[at]);
-      idle.erase(idle.begin() + static_cast<std::ptrdiff_t>(at));
+    for (auto index = idle.size(); index-- > 0;) {
+      if (idle[index]->key() != key) continue;
+      auto taken = std::move(idle[index]);
+      idle.erase(idle.begin() + static_cast<std::ptrdiff_t>(index));
       if (taken->is_reusable()) return taken;
     }
     return nullptr;
@@ -7577,40 +7661,39 @@ WANDB_RESTORE_PRIVATE_INLINE http_transport::http_transport(const settings& conf
 
 WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const http_request& request,
                                                                         body_sink& sink) {
-  const auto way = detail::route::of(request);
-  if (!way) return way.error();
-  const auto message = detail::request_message(request, *way);
+  const auto route = detail::request_route::of(request);
+  if (!route) return route.error();
+  const auto message = detail::request_message(request, *route);
   if (!message)
-    return error(errc::invalid_argument, "a header for " + way->to.redacted() +
+    return error(errc::invalid_argument, "a header for " + route->server.redacted() +
                                              " is malformed: check extra_headers, username, user_email and "
                                              "user_agent for control characters");
   std::shared_ptr<detail::tls_context> tls;
-  if (way->is_secure()) {
+  if (route->is_secure()) {
     auto shared = state_->shared_tls();
     if (!shared) return std::move(shared).error();
     tls = *std::move(shared);
   }
 
-  auto link = state_->take(way->key());
+  auto connection = state_->take(route->key());
   for (;;) {
-    const bool is_fresh = !link;
-    if (is_fresh) link = std::make_unique<detail::connection>(*way, tls);
-    detail::exchange now{request, sink, *way};
-    if (link->perform(now, *message)) {
-      if (link->is_reusable()) state_->give_back(std::move(link));
-      return std::move(now.head);
+    const bool is_fresh = !connection;
+    if (is_fresh) connection = std::make_unique<detail::connection>(*route, tls);
+    detail::exchange current{request, sink, *route};
+    if (connection->perform(current, *message)) {
+      if (connection->is_reusable()) state_->give_back(std::move(connection));
+      return std::move(current.head);
     }
     // A peer may close an idle connection just when it is used again: such a request, if it may be made
-    // twice, goes out once more (RFC 9112, section 9.3.1).
+    // twice, is sent once more (RFC 9112, section 9.3.1).
     const bool may_be_repeated = request.method == "GET" || request.method == "HEAD";
-    if (is_fresh || now.was_answered || !may_be_repeated || now.failure->code() != errc::connection_failed) {
-      return *std::move(now.failure);
+    if (is_fresh || current.was_answered || !may_be_repeated ||
+        current.failure->code() != errc::connection_failed) {
+      return *std::move(current.failure);
     }
-    link = nullptr;
+    connection = nullptr;
   }
 }
-
-#endif  // WANDB_RESTORE_NO_HTTPLIB
 
 }  // namespace WANDB_RESTORE_PRIVATE_ABI
 }  // namespace wandb

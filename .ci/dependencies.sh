@@ -10,13 +10,13 @@ to_build='
   command ninja             ninja-build          ninja-build
   command pkg-config        pkg-config           pkgconf-pkg-config
   header openssl/ssl.h      libssl-dev           openssl-devel
-  header httplib.h          libcpp-httplib-dev   cpp-httplib-devel
   header nlohmann/json.hpp  nlohmann-json3-dev   json-devel
   header CLI/CLI.hpp        libcli11-dev         cli11-devel
   header doctest/doctest.h  doctest-dev          doctest-devel
   certificates authorities  ca-certificates      ca-certificates
 '
 to_test='
+  header httplib.h          libcpp-httplib-dev   cpp-httplib-devel
   header curl/curl.h        libcurl4-openssl-dev libcurl-devel
   command doxygen           doxygen              doxygen
   command git               git                  git-core

@@ -1,14 +1,14 @@
 // How does the library work over another HTTP stack? Here: libcurl, which most HPC sites have.
 //
-//   c++ -std=c++17 -I.. libcurl_transport.cpp -lcurl -lcrypto -pthread
+//   c++ -std=c++17 -I.. libcurl_transport.cpp -lcurl -pthread
 //   ./libcurl_transport NAME RUN_PATH
 //
 // A Transport makes one exchange: no redirects, no retries, no credentials, no decompression. All of these
 // live above it and are the same for each transport, and so are ranges, resuming and verifying.
 //
 // SPDX-License-Identifier: MIT
-#ifndef WANDB_RESTORE_NO_HTTPLIB
-#define WANDB_RESTORE_NO_HTTPLIB  // cpp-httplib is not even included
+#ifndef WANDB_RESTORE_NO_OPENSSL
+#define WANDB_RESTORE_NO_OPENSSL  // libcurl brings its own TLS
 #endif
 #include "wandb_restore.hpp"
 

@@ -3,17 +3,13 @@
 // With a Transport in memory: it answers the question for a file's facts, and the request for its bytes. What
 // takes a wandb::client<Transport> can then be tested without network, key or server.
 //
-// It needs neither cpp-httplib nor OpenSSL, and links nothing. The two macros may as well come from the
-// command line:
+// It needs no OpenSSL and links nothing. The macro may as well come from the command line:
 //
-//   c++ -std=c++17 -I.. -DWANDB_RESTORE_NO_HTTPLIB -DWANDB_RESTORE_NO_OPENSSL memory_transport.cpp -pthread
+//   c++ -std=c++17 -I.. -DWANDB_RESTORE_NO_OPENSSL memory_transport.cpp -pthread
 //
 // and must be the same in all files of a program.
 //
 // SPDX-License-Identifier: MIT
-#ifndef WANDB_RESTORE_NO_HTTPLIB
-#define WANDB_RESTORE_NO_HTTPLIB
-#endif
 #ifndef WANDB_RESTORE_NO_OPENSSL
 #define WANDB_RESTORE_NO_OPENSSL
 #endif

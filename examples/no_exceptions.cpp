@@ -1,6 +1,6 @@
 // How does a program that is built without exceptions and RTTI restore a file?
 //
-//   c++ -std=c++17 -fno-exceptions -fno-rtti -I.. no_exceptions.cpp $(pkg-config --cflags --libs cpp-httplib openssl) -pthread
+//   c++ -std=c++17 -fno-exceptions -fno-rtti -I.. no_exceptions.cpp -lssl -lcrypto -pthread
 //   ./no_exceptions NAME RUN_PATH
 //
 // By try_restore, which is all there is then: each failure is a value, with a code to act on and a text for

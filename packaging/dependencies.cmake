@@ -1,10 +1,9 @@
 # Finds on the system what wandb_restore.hpp stands on. The build reads this file, and so does the installed package
 # when a program asks for find_package(wandb_restore): both look in the same places, in the same order.
 #
-#   wandb_restore_find_httplib(TLS)   makes wandb_restore::httplib   cpp-httplib, with all that it needs
-#   wandb_restore_find_json()         makes wandb_restore::json      nlohmann/json
-#   wandb_restore_find_openssl()      makes OpenSSL::SSL and OpenSSL::Crypto
-#   wandb_restore_find_threads()      makes Threads::Threads
+#   wandb_restore_find_json()      makes wandb_restore::json, nlohmann/json
+#   wandb_restore_find_openssl()   makes OpenSSL::SSL and OpenSSL::Crypto
+#   wandb_restore_find_threads()   makes Threads::Threads
 #
 # Each sets wandb_restore_problem in its caller: empty, or a sentence on what was not found.
 
@@ -30,9 +29,7 @@ function(wandb_restore_find_package package)
       endif()
     endif()
   endforeach()
-  foreach(variable IN ITEMS ${package}_FOUND HTTPLIB_IS_USING_OPENSSL HTTPLIB_IS_COMPILED)
-    set(${variable} "${${variable}}" PARENT_SCOPE)
-  endforeach()
+  set(${package}_FOUND "${${package}_FOUND}" PARENT_SCOPE)
 endfunction()
 
 function(wandb_restore_make_target name)
@@ -89,135 +86,4 @@ endfunction()
 function(wandb_restore_make_json folder)
   wandb_restore_make_target(wandb_restore::json)
   set_target_properties(wandb_restore::json PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${folder}")
-endfunction()
-
-# cpp-httplib comes in three forms: a compiled library with a CMake package, a compiled library that pkg-config knows
-# (both tell the macros it was compiled with, which every user has to define as well), and a single header that has to
-# be told to use OpenSSL.
-function(wandb_restore_find_httplib tls)
-  set(wandb_restore_problem "" PARENT_SCOPE)
-  if(TARGET wandb_restore::httplib)
-    return()
-  endif()
-  set(refused "")
-
-  # A header that somebody chose by hand goes first.
-  if(WANDB_RESTORE_HTTPLIB_INCLUDE_DIR)
-    wandb_restore_make_httplib("${WANDB_RESTORE_HTTPLIB_INCLUDE_DIR}" ${tls})
-    return()
-  endif()
-
-  set(HTTPLIB_IS_USING_OPENSSL "")
-  if(NOT TARGET httplib::httplib)
-    wandb_restore_find_package(httplib TARGETS httplib::httplib OPTIONS CONFIG)
-  endif()
-  if(TARGET httplib::httplib)
-    get_target_property(type httplib::httplib TYPE)
-    if(type STREQUAL "INTERFACE_LIBRARY")
-      set(compiled FALSE)
-    else()
-      set(compiled TRUE)
-    endif()
-    get_target_property(definitions httplib::httplib INTERFACE_COMPILE_DEFINITIONS)
-    if(HTTPLIB_IS_USING_OPENSSL OR (HTTPLIB_IS_USING_OPENSSL STREQUAL "" AND definitions MATCHES "CPPHTTPLIB_OPENSSL_SUPPORT"))
-      set(has_tls TRUE)
-    else()
-      set(has_tls FALSE)
-    endif()
-    if(tls AND compiled AND NOT has_tls)
-      set(refused "the package httplib is compiled without OpenSSL")
-    elseif(has_tls AND NOT tls)
-      set(refused "the package httplib is made for OpenSSL, and WANDB_RESTORE_OPENSSL is OFF")
-    else()
-      wandb_restore_make_target(wandb_restore::httplib)
-      set_property(TARGET wandb_restore::httplib PROPERTY INTERFACE_LINK_LIBRARIES httplib::httplib Threads::Threads)
-      if(tls)
-        set_property(TARGET wandb_restore::httplib APPEND PROPERTY INTERFACE_LINK_LIBRARIES OpenSSL::SSL OpenSSL::Crypto)
-        if(NOT has_tls)
-          set_property(TARGET wandb_restore::httplib PROPERTY INTERFACE_COMPILE_DEFINITIONS CPPHTTPLIB_OPENSSL_SUPPORT)
-        endif()
-      endif()
-      return()
-    endif()
-  endif()
-
-  find_package(PkgConfig QUIET)
-  if(PKG_CONFIG_FOUND)
-    set(visibility "")
-    if(WANDB_RESTORE_GLOBAL_TARGETS)
-      set(visibility GLOBAL)
-    endif()
-    pkg_check_modules(WANDB_RESTORE_PC_HTTPLIB QUIET IMPORTED_TARGET ${visibility} cpp-httplib)
-  endif()
-  if(TARGET PkgConfig::WANDB_RESTORE_PC_HTTPLIB)
-    if(WANDB_RESTORE_PC_HTTPLIB_LIBRARIES MATCHES "httplib")
-      set(compiled TRUE)
-    else()
-      set(compiled FALSE)
-    endif()
-    if(WANDB_RESTORE_PC_HTTPLIB_CFLAGS MATCHES "CPPHTTPLIB_OPENSSL_SUPPORT")
-      set(has_tls TRUE)
-    else()
-      set(has_tls FALSE)
-    endif()
-    if(tls AND compiled AND NOT has_tls)
-      set(refused "the library that pkg-config names cpp-httplib is compiled without OpenSSL")
-    elseif(has_tls AND NOT tls)
-      set(refused "the library that pkg-config names cpp-httplib is made for OpenSSL, and WANDB_RESTORE_OPENSSL is OFF")
-    else()
-      wandb_restore_make_target(wandb_restore::httplib)
-      set_property(TARGET wandb_restore::httplib PROPERTY INTERFACE_LINK_LIBRARIES
-                   PkgConfig::WANDB_RESTORE_PC_HTTPLIB Threads::Threads)
-      if(tls)
-        set_property(TARGET wandb_restore::httplib APPEND PROPERTY INTERFACE_LINK_LIBRARIES OpenSSL::SSL OpenSSL::Crypto)
-        if(NOT has_tls)
-          set_property(TARGET wandb_restore::httplib PROPERTY INTERFACE_COMPILE_DEFINITIONS CPPHTTPLIB_OPENSSL_SUPPORT)
-        endif()
-      endif()
-      return()
-    endif()
-  endif()
-
-  # A header alone is enough only where it holds the implementation: a compiled library's header does not, and says so
-  # by the absence of this line.
-  find_path(WANDB_RESTORE_HTTPLIB_INCLUDE_DIR httplib.h)
-  mark_as_advanced(WANDB_RESTORE_HTTPLIB_INCLUDE_DIR)
-  if(WANDB_RESTORE_HTTPLIB_INCLUDE_DIR)
-    file(STRINGS "${WANDB_RESTORE_HTTPLIB_INCLUDE_DIR}/httplib.h" whole LIMIT_COUNT 1
-         REGEX "Implementation that will be part of the \\.cc file")
-    if(whole)
-      wandb_restore_make_httplib("${WANDB_RESTORE_HTTPLIB_INCLUDE_DIR}" ${tls})
-      return()
-    endif()
-    if(NOT refused)
-      set(refused "${WANDB_RESTORE_HTTPLIB_INCLUDE_DIR}/httplib.h belongs to a compiled library that neither CMake nor pkg-config finds")
-    endif()
-    unset(WANDB_RESTORE_HTTPLIB_INCLUDE_DIR CACHE)
-  endif()
-
-  if(refused)
-    set(refused " (${refused})")
-  endif()
-  set(wandb_restore_problem
-      "No fitting cpp-httplib was found${refused}: install libcpp-httplib-dev or cpp-httplib-devel, set WANDB_RESTORE_HTTPLIB_INCLUDE_DIR to a folder that holds the single httplib.h, or set WANDB_RESTORE_HTTPLIB to OFF."
-      PARENT_SCOPE)
-endfunction()
-
-# From a folder with the single header.
-function(wandb_restore_make_httplib folder tls)
-  wandb_restore_make_target(wandb_restore::httplib)
-  set(libraries Threads::Threads)
-  if(WIN32)
-    list(APPEND libraries ws2_32 crypt32)
-  endif()
-  if(tls)
-    list(APPEND libraries OpenSSL::SSL OpenSSL::Crypto)
-    set_property(TARGET wandb_restore::httplib PROPERTY INTERFACE_COMPILE_DEFINITIONS CPPHTTPLIB_OPENSSL_SUPPORT)
-    if(APPLE)
-      list(APPEND libraries "-framework CFNetwork" "-framework CoreFoundation" "-framework Security")
-    endif()
-  endif()
-  set_target_properties(wandb_restore::httplib PROPERTIES
-    INTERFACE_INCLUDE_DIRECTORIES "${folder}"
-    INTERFACE_LINK_LIBRARIES "${libraries}")
 endfunction()

@@ -1,12 +1,8 @@
 // The digest, and the text that comes from other people: addresses, dates, ranges, encodings.
 //
-// These functions stand in the implementation part of the header: this file brings it along, inline and
-// without a transport, in the inline namespace of that build mode. The rest of the program is not touched by
-// that.
+// These functions stand in the implementation part of the header: this file brings it along, inline, in the inline
+// namespace of that build mode. The rest of the program is not touched by that.
 #undef WANDB_RESTORE_SPLIT
-#ifndef WANDB_RESTORE_NO_HTTPLIB
-#define WANDB_RESTORE_NO_HTTPLIB
-#endif
 #include "wandb_restore.hpp"
 
 #include <doctest/doctest.h>

@@ -4,9 +4,6 @@
 // These classes are in the implementation part of the header: this file compiles it inline, in the inline namespace of that
 // build mode. The rest of the program is not affected.
 #undef WANDB_RESTORE_SPLIT
-#ifndef WANDB_RESTORE_NO_HTTPLIB
-#define WANDB_RESTORE_NO_HTTPLIB
-#endif
 #include "wandb_restore.hpp"
 
 #include <doctest/doctest.h>

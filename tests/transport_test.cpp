@@ -27,7 +27,7 @@
 #include <unistd.h>
 #endif
 
-#if !defined(WANDB_RESTORE_NO_HTTPLIB) && !defined(_WIN32)
+#ifndef _WIN32
 
 namespace {
 
@@ -315,24 +315,54 @@ TEST_SUITE("http_transport") {
   }
 
   TEST_CASE("every framing of a body is understood") {
-    const std::string head = "HTTP/1.1 200 OK\r\n";
-    SUBCASE("chunks") {
-      scripted peer({head + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n"}, false);
+    const std::string head = "HTTP/1.1 200 OK\r\n", chunks = head + "Transfer-Encoding: chunked\r\n\r\n";
+    const std::string line_bound(8000, 'x');
+    struct example {
+      std::string answer, body;
+      bool closes = false;
+    };
+    for (const auto& [answer, body, closes] : std::vector<example>{
+             {head + "Content-Length: 3\r\n\r\nabc", "abc"},
+             {head + "Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc", "abc"},
+             {"HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nabc", "abc"},
+             {head + "\r\nabc", "abc", true},
+             {"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n", ""},
+             {"HTTP/1.1 304 Not Modified\r\nContent-Length: 3\r\n\r\n", ""},
+             {chunks + "0\r\n\r\n", ""},
+             {chunks + "3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n", "abcde"},
+             {chunks + "3;x=y\r\nabc\r\n002 ;a=\"b;c\" \r\nde\r\n0;last\r\n\r\n", "abcde"},
+             {chunks + "3;" + line_bound + "\r\nabc\r\n0;" + line_bound + "\r\n\r\n", "abc"},
+             {chunks + "A\r\n0123456789\r\n0\r\nX-Sum: 1\r\nX: y\r\n\r\n", "0123456789"},
+             {chunks + "1\r\na\r\n0\r\nA: " + line_bound + "\r\nB: " + line_bound + "\r\n\r\n", "a"},
+             {head + "Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+              "abc"}}) {
+      CAPTURE(answer);
+      scripted peer({answer}, closes);
       collector sink;
-      REQUIRE(ask(peer.url(), sink).has_value());
-      CHECK(sink.body == "abcde");
+      const auto outcome = ask(peer.url(), sink);
+      REQUIRE_MESSAGE(outcome.has_value(), outcome.error().what());
+      CHECK(sink.body == body);
+      CHECK(sink.starts == 1);
     }
-    SUBCASE("until the connection closes") {
-      scripted peer({head + "\r\nabc"});
-      collector sink;
-      REQUIRE(ask(peer.url(), sink).has_value());
-      CHECK(sink.body == "abc");
-    }
-    SUBCASE("HTTP/1.0") {
-      scripted peer({"HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nabc"});
-      collector sink;
-      REQUIRE(ask(peer.url(), sink).has_value());
-      CHECK(sink.body == "abc");
+  }
+
+  TEST_CASE("a connection is used again only if the end of the body is beyond doubt") {
+    const std::string head = "HTTP/1.1 200 OK\r\n", next = head + "Content-Length: 4\r\n\r\nnext";
+    const std::string chunked_abc = "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
+    for (const auto& answer : std::vector<std::string>{
+             "HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nabc",
+             head + "Connection: x, Close\r\nContent-Length: 3\r\n\r\nabc",
+             head + "Content-Length: 3\r\n" + chunked_abc, head + chunked_abc + "surplus"}) {
+      CAPTURE(answer);
+      scripted peer({answer, next}, false);
+      wandb::http_transport transport;
+      wandb::http_request request;
+      request.url = peer.url();
+      collector first, second;
+      REQUIRE(transport.send(request, first).has_value());
+      CHECK(first.body == "abc");
+      REQUIRE(transport.send(request, second).has_value());
+      CHECK(second.body == "next");
     }
   }
 
@@ -340,14 +370,36 @@ TEST_SUITE("http_transport") {
     using answer_list = std::vector<std::string>;
     const std::string head = "HTTP/1.1 200 OK\r\n";
     const std::string chunks = head + "Transfer-Encoding: chunked\r\n\r\n";
-    for (const auto& answer : answer_list{
-             "ICY 200 OK\r\n\r\n", "HTTP/1.1 abc\r\n\r\n", "HTTP/1.1 2000\r\n\r\n", "\r\n\r\n",
-             "HTTP/1.1 101 Switching\r\n\r\n", head + "Content-Length: -1\r\n\r\nabc",
-             head + "Content-Length: 3x\r\n\r\nabc", head + "Content-Length: 99999999999999999999\r\n\r\nabc",
-             head + "Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", head + "no colon\r\n\r\n",
-             head + " folded: x\r\n\r\n", head + "A : x\r\n\r\n", head + std::string("A: \0x\r\n\r\n", 9),
-             head + "Transfer-Encoding: gzip, chunked\r\n\r\n", chunks + "zz\r\nabc\r\n0\r\n\r\n",
-             chunks + "2\r\nabc\r\n0\r\n\r\n"}) {
+    for (const auto& answer :
+         answer_list{"ICY 200 OK\r\n\r\n",
+                     "HTTP/1.1 abc\r\n\r\n",
+                     "HTTP/1.1 2000\r\n\r\n",
+                     "\r\n\r\n",
+                     "HTTP/1.1 101 Switching\r\n\r\n",
+                     head + "Content-Length: -1\r\n\r\nabc",
+                     head + "Content-Length: 3x\r\n\r\nabc",
+                     head + "Content-Length: 99999999999999999999\r\n\r\nabc",
+                     head + "Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+                     head + "no colon\r\n\r\n",
+                     head + " folded: x\r\n\r\n",
+                     head + "A : x\r\n\r\n",
+                     head + std::string("A: \0x\r\n\r\n", 9),
+                     head + "Transfer-Encoding: gzip, chunked\r\n\r\n",
+                     chunks + "zz\r\nabc\r\n0\r\n\r\n",
+                     chunks + "2\r\nabc\r\n0\r\n\r\n",
+                     chunks + "\r\nabc\r\n0\r\n\r\n",
+                     chunks + ";x\r\nabc\r\n",
+                     chunks + "-3\r\nabc\r\n",
+                     chunks + "0x3\r\nabc\r\n",
+                     chunks + "3 3\r\nabc\r\n",
+                     chunks + "10000000000000003\r\nabc\r\n0\r\n\r\n",
+                     chunks + "4000000000000001\r\nabc\r\n",
+                     chunks + "1\r\na\r\n4000000000000000\r\nabc\r\n",
+                     chunks + "3\r\nabc0\r\n\r\n",
+                     head + "Content-Length: 4611686018427387905\r\n\r\nabc",
+                     head + "Content-Length: \r\n\r\nabc",
+                     head + "Content-Length: 3, 3\r\n\r\nabc",
+                     head + "Transfer-Encoding: chunked\r\n" + chunks.substr(head.size())}) {
       CAPTURE(answer);
       scripted peer({answer}, false);
       collector sink;
@@ -370,6 +422,28 @@ TEST_SUITE("http_transport") {
     }
   }
 
+  TEST_CASE("the lines of a chunked body are bounded, each and together") {
+    const std::string chunks = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+    const std::string endless(1u << 20, 'x');
+    std::string trailers;
+    while (trailers.size() < endless.size()) trailers += "X: y\r\n";
+    struct example {
+      std::string answer;
+      const char* text;
+    };
+    for (const auto& [answer, text] : std::vector<example>{
+             {chunks + std::string(1u << 20, '0'), "size line of a chunk has more than 8.0 KiB"},
+             {chunks + "3;" + endless, "size line of a chunk has more than 8.0 KiB"},
+             {chunks + "3\r\nabc" + endless, "end of a chunk"},
+             {chunks + "0\r\nX: " + endless, "trailer line of the body has more than 8.0 KiB"},
+             {chunks + "0\r\n" + trailers, "trailers of the body have more than 64.0 KiB"}}) {
+      CAPTURE(text);
+      scripted peer({answer}, false);
+      collector sink;
+      check_failed(ask(peer.url(), sink), wandb::errc::protocol_violation, text);
+    }
+  }
+
   TEST_CASE("a body that ends early is connection_failed, whatever its framing, over TLS too") {
     namespace act = stand_in::act;
     for (const bool tls : {true, false}) {
@@ -389,6 +463,17 @@ TEST_SUITE("http_transport") {
           CHECK(sink.starts == 1);
         }
       }
+    }
+  }
+
+  TEST_CASE("a chunked body that ends anywhere before its last line is connection_failed") {
+    const std::string head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+    const std::string body = "3;x\r\nabc\r\n0\r\nX: y\r\n\r\n";
+    for (std::size_t size = 0; size < body.size(); ++size) {
+      CAPTURE(size);
+      scripted peer({head + body.substr(0, size)});
+      collector sink;
+      check_failed(ask(peer.url(), sink), wandb::errc::connection_failed, "before the end of the body");
     }
   }
 

@@ -4,13 +4,11 @@
 #   tests/matrix/consumers.sh [NAME...]      all by default; prints "ok NAME" for each
 #   tests/matrix/consumers.sh --list         the names
 #
-# CXX chooses the compiler. WANDB_RESTORE_HTTPLIB_INCLUDE_DIR names a folder with a single httplib.h for plain_copy;
-# without it, the system's is taken, with the flags that it needs.
+# CXX chooses the compiler.
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 here=$top/tests/matrix/consumers
 cxx=${CXX:-c++}
-httplib_folder=${WANDB_RESTORE_HTTPLIB_INCLUDE_DIR:-}
 names=(add_subdirectory find_package find_package_refused pkg_config pkg_config_of_meson fetch_content
   meson_subproject meson_wrap plain_copy plain_copy_bare)
 
@@ -38,7 +36,7 @@ build_with_cmake() { # FOLDER CMAKE-ARGUMENT...
 copy_of_the_library() {
   mkdir -p "$1/subprojects"
   cp -r "$top"/{wandb_restore.hpp,CMakeLists.txt,meson.build,meson_options.txt,packaging,LICENSE} "$1"
-  cp -r "$top"/subprojects/{*.wrap,packagefiles} "$1/subprojects"
+  cp "$top"/subprojects/*.wrap "$1/subprojects"
 }
 
 # And as a repository; sets `commit`.
@@ -150,15 +148,10 @@ folder_of() {
 }
 
 plain_copy() {
-  local flags=(-DCPPHTTPLIB_OPENSSL_SUPPORT) httplib=${httplib_folder:-$(folder_of httplib.h)}
   mkdir "$scratch/copy"
-  cp "$top/wandb_restore.hpp" "$here/main.cpp" "$httplib/httplib.h" "$scratch/copy"
+  cp "$top/wandb_restore.hpp" "$here/main.cpp" "$scratch/copy"
   cp -r "$(folder_of nlohmann/json.hpp)/nlohmann" "$scratch/copy"
-  if ! grep -q "Implementation that will be part of the .cc file" "$httplib/httplib.h"; then
-    # A distribution's: the header of a compiled library.
-    mapfile -t -O 1 flags < <(pkg-config --cflags-only-other --libs cpp-httplib | xargs -n 1)
-  fi
-  (cd "$scratch/copy" && "$cxx" -std=c++17 -I. main.cpp -o inline "${flags[@]}" -lssl -lcrypto -pthread)
+  (cd "$scratch/copy" && "$cxx" -std=c++17 -I. main.cpp -o inline -lssl -lcrypto -pthread)
   run "$scratch/copy/inline" inline
 }
 

@@ -4,13 +4,11 @@
 #
 #   tests/matrix/measure.sh [RUNS]     5 runs by default
 #
-# CXX chooses the compiler. WANDB_RESTORE_HTTPLIB_INCLUDE_DIR names the folder of a single httplib.h (0.18 or later);
-# without it, the one that tests/matrix/run.sh has fetched is taken.
+# CXX chooses the compiler.
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cxx=${CXX:-c++}
 runs=${1:-5}
-httplib=${WANDB_RESTORE_HTTPLIB_INCLUDE_DIR:-${WANDB_RESTORE_MATRIX_FOLDER:-$top/build-matrix}/headers/httplib-0.18}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 cd "$scratch"
@@ -42,16 +40,11 @@ header=$top/wandb_restore.hpp
 # The standard headers of the declarations are those above the line where the implementation begins.
 sed '/implementation from here on/q' "$header" | grep -E '^#include <[a-z_]+>' > standard.cpp
 printf '#define WANDB_RESTORE_SPLIT\n#include "wandb_restore.hpp"\n' > split.cpp
-printf '#include <httplib.h>\n#include <nlohmann/json.hpp>\n' > libraries.cpp
+printf '#include <openssl/ssl.h>\n#include <nlohmann/json.hpp>\n' > libraries.cpp
 printf '#include "wandb_restore.hpp"\n' > full.cpp
 
 compare "include in split mode, -O0, against its standard headers alone" 1.25 150 split.cpp standard.cpp -O0 -c -o include.o
-if [ -e "$httplib/httplib.h" ]; then
-  compare "include in full mode, -fsyntax-only, against httplib.h and json.hpp alone" 1.2 0 full.cpp libraries.cpp \
-    -fsyntax-only -DCPPHTTPLIB_OPENSSL_SUPPORT -isystem "$httplib"
-else
-  echo "include in full mode: no single httplib.h; run tests/matrix/run.sh, or name a folder"
-fi
+compare "include in full mode, -fsyntax-only, against openssl/ssl.h and json.hpp alone" 1.5 0 full.cpp libraries.cpp -fsyntax-only
 
 # A program with nothing but the header over a Transport in memory.
 cat > small.cpp <<'CODE'
@@ -77,7 +70,7 @@ CODE
 size_of() { # WHAT FLAG...
   local what=$1
   shift
-  "$cxx" -std=c++17 -Os -s -DWANDB_RESTORE_NO_HTTPLIB -DWANDB_RESTORE_NO_OPENSSL -I"$top" "$@" small.cpp -o small -pthread
+  "$cxx" -std=c++17 -Os -s -DWANDB_RESTORE_NO_OPENSSL -I"$top" "$@" small.cpp -o small -pthread
   rm -rf a
   ./small || { echo "$what: the program fails"; return 1; }
   echo "$what: $(($(stat -c %s small) / 1024)) KiB (aim: under 300 KiB)"

@@ -1,5 +1,4 @@
-// The same without cpp-httplib and OpenSSL: the program brings its transport, and links nothing.
-#define WANDB_RESTORE_NO_HTTPLIB
+// The same without OpenSSL: the program brings its transport, and links nothing.
 #define WANDB_RESTORE_NO_OPENSSL
 #include "wandb_restore.hpp"
 

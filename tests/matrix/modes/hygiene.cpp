@@ -23,8 +23,23 @@
 #include <thread>
 #include <vector>
 #include <nlohmann/json.hpp>
-#ifndef WANDB_RESTORE_NO_HTTPLIB
-#include <httplib.h>
+#ifndef WANDB_RESTORE_NO_OPENSSL
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#include <openssl/x509v3.h>
+#endif
+#ifndef _WIN32
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #endif
 
 // From here on these are only the header's to trip over.

@@ -1,5 +1,5 @@
 // What depends on the machine and the system: byte order, the width of sizes, files over 4 GiB, locks, atomic replacing,
-// the home directory. Without transport and OpenSSL, all inline, so that the parts can be looked at one by one.
+// the home directory. Without OpenSSL, all inline, so that the parts can be looked at one by one.
 #include "shared.hpp"
 
 #include <fstream>
