@@ -429,7 +429,8 @@ class restored_file : public std::ifstream {
 
 namespace detail {
 class restoring;
-}
+class opened_copy;
+}  // namespace detail
 
 /// What is known of a local copy without asking the service.
 class local_copy {
@@ -439,17 +440,21 @@ class local_copy {
   std::chrono::system_clock::time_point modified{};
   /// The run that a receipt says the file came from. Absent for a file that was not restored here, or changed since.
   std::optional<run_path> restored_from;
+  /// The file's name in that run, as in file_info::name. Empty if restored_from is absent, or if the receipt does not
+  /// record the name (version 0.1.0 did not).
+  std::string restored_name;
   /// What was verified when the receipt was written: hex, or empty.
   std::string receipt_md5;
 
-  /// The md5 of the content, in hex: from the receipt or, where that does not tell, by reading the file once (blocks,
-  /// and reports progress). Empty where the file cannot be read, or the restore is cancelled meanwhile. Not for several
-  /// threads at once.
+  /// The md5 of the content, in hex: from the receipt or, if there is none, by reading the file once (blocks, and reports
+  /// progress). During a restore it reads the file that the restore opened and would return; afterwards, the file that
+  /// `path` names. Empty if the file cannot be read, if it was changed since the restore looked at it, or if the restore
+  /// is cancelled. Not for several threads at once.
   [[nodiscard]] std::string md5() const;
 
  private:
   friend class detail::restoring;
-  std::weak_ptr<const std::function<bool(std::uint64_t)>> go_on_ = {};  // copies may outlive the restore
+  std::weak_ptr<const detail::opened_copy> opened_ = {};  // objects of this class may outlive the restore
   mutable std::string known_md5_ = {};
 };
 
@@ -1630,10 +1635,11 @@ inline error disk_error(std::string_view what, const path& where, int code = las
 /// What a directory entry is. Symbolic links are followed.
 struct file_facts {
   bool is_directory = false;
-  bool is_file = false;                 // neither that nor a device, pipe or socket
-  std::uint64_t size = 0;               // bytes
-  std::uint64_t allocated = 0;          // bytes that have room on the disk already
-  std::int64_t modified = 0;            // nanoseconds since 1970
+  bool is_file = false;         // neither that nor a device, pipe or socket
+  std::uint64_t size = 0;       // bytes
+  std::uint64_t allocated = 0;  // bytes that have room on the disk already
+  std::int64_t modified = 0;    // nanoseconds since 1970
+  std::int64_t changed = 0;     // the same, of size, links, permissions too; 0 where the system has none
   std::uint64_t device = 0, inode = 0;  // 0 where the system has none
   unsigned mode = 0;                    // permission bits
 
@@ -1645,9 +1651,9 @@ struct file_facts {
 #ifndef _WIN32
 inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entry) {
 #ifdef __APPLE__
-  const auto modified = entry.st_mtimespec;
+  const auto modified = entry.st_mtimespec, changed = entry.st_ctimespec;
 #else
-  const auto modified = entry.st_mtim;
+  const auto modified = entry.st_mtim, changed = entry.st_ctim;
 #endif
   file_facts facts;
   facts.is_directory = S_ISDIR(entry.st_mode);
@@ -1655,6 +1661,7 @@ inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entr
   facts.size = static_cast<std::uint64_t>(entry.st_size);
   facts.allocated = static_cast<std::uint64_t>(entry.st_blocks) * 512;
   facts.modified = static_cast<std::int64_t>(modified.tv_sec) * 1000000000 + modified.tv_nsec;
+  facts.changed = static_cast<std::int64_t>(changed.tv_sec) * 1000000000 + changed.tv_nsec;
   facts.device = static_cast<std::uint64_t>(entry.st_dev);
   facts.inode = static_cast<std::uint64_t>(entry.st_ino);
   facts.mode = entry.st_mode & 07777;
@@ -1685,6 +1692,42 @@ inline std::optional<file_facts> facts_of(const path& where) {
 #endif
 }
 
+#ifndef _WIN32
+/// Moves a new descriptor above 2, close-on-exec. A program that runs with descriptors 0 to 2 closed would otherwise print
+/// into the file that got one of these numbers. Returns the descriptor to use; negative, with errno set, after a failure.
+inline int above_standard_streams(int descriptor) {
+  if (descriptor < 0 || descriptor > 2) return descriptor;
+  const int moved = ::fcntl(descriptor, F_DUPFD_CLOEXEC, 3);
+  const int code = errno;
+  ::close(descriptor);
+  errno = code;
+  return moved;
+}
+
+/// Occupies those of descriptors 0 to 2 that are closed, so that a stream, whose descriptor cannot be moved, is not opened
+/// on one of them. What is printed there meanwhile fails, as it would without this object: a directory cannot be written.
+class standard_streams_guard {
+ public:
+  standard_streams_guard() {
+    for (int& one : held_) {
+      const int descriptor = ::open("/", O_RDONLY | O_CLOEXEC);
+      if (descriptor > 2) ::close(descriptor);
+      if (descriptor < 0 || descriptor > 2) break;
+      one = descriptor;
+    }
+  }
+  ~standard_streams_guard() {
+    for (const int one : held_)
+      if (one >= 0) ::close(one);
+  }
+  standard_streams_guard(const standard_streams_guard&) = delete;
+  standard_streams_guard& operator=(const standard_streams_guard&) = delete;
+
+ private:
+  std::array<int, 3> held_{{-1, -1, -1}};
+};
+#endif
+
 /// An open file, read and written at offsets; different offsets from several threads at once.
 class file {
  public:
@@ -1697,8 +1740,9 @@ class file {
 #endif
   enum class mode {
     read,
-    update,  // read and write what is there
-    create,  // a new file; fails where there is one
+    keep_name,  // read; never blocks, and on Windows the file keeps its name for as long as it is open
+    update,     // read and write what is there
+    create,     // a new file; fails where there is one
     lock,  // made where it is missing; on Windows nobody else can open it then, and it goes when it is closed
   };
 
@@ -1727,9 +1771,11 @@ class file {
 #ifdef _WIN32
     (void)permissions;
     const bool exclusive = how == mode::lock;
+    const DWORD others_may_rename = how == mode::keep_name ? 0 : FILE_SHARE_DELETE;
     handle_ = CreateFileW(
-        where.c_str(), how == mode::read ? GENERIC_READ : GENERIC_READ | GENERIC_WRITE,
-        exclusive ? 0 : FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, nullptr,
+        where.c_str(),
+        how == mode::read || how == mode::keep_name ? GENERIC_READ : GENERIC_READ | GENERIC_WRITE,
+        exclusive ? 0 : FILE_SHARE_READ | FILE_SHARE_WRITE | others_may_rename, nullptr,
         how == mode::create ? CREATE_NEW
         : exclusive         ? OPEN_ALWAYS
                             : OPEN_EXISTING,
@@ -1743,12 +1789,14 @@ class file {
     return 0;
 #else
     const int flags = how == mode::read ? O_RDONLY
+                      : how == mode::keep_name ? O_RDONLY | O_NONBLOCK
                       : how == mode::update ? O_RDWR
                       : how == mode::create ? O_RDWR | O_CREAT | O_EXCL
                                             : O_RDWR | O_CREAT;
     do {
       handle_ = WANDB_RESTORE_PRIVATE_LARGE(open)(where.c_str(), flags | O_CLOEXEC, permissions);
     } while (!is_open() && errno == EINTR);
+    handle_ = above_standard_streams(handle_);
     return is_open() ? 0 : errno;
 #endif
   }
@@ -1851,6 +1899,7 @@ class file {
     if (!GetFileSizeEx(handle_, &size) || !GetFileTime(handle_, nullptr, nullptr, &written))
       return std::nullopt;
     file_facts facts;
+    facts.is_file = GetFileType(handle_) == FILE_TYPE_DISK;
     facts.size = static_cast<std::uint64_t>(size.QuadPart);
     facts.modified = (static_cast<std::int64_t>(static_cast<std::uint64_t>(written.dwHighDateTime) << 32 |
                                                 written.dwLowDateTime) -
@@ -1901,13 +1950,53 @@ class page_buffer {
 #endif
 }
 
+/// A stream on the very file that `opened` has open, whatever its name leads to by now. An ifstream can only be opened by
+/// name, so the name has to be one that cannot lead elsewhere:
+/// - POSIX: /proc/self/fd/N (Linux) and /dev/fd/N (macOS, and others that mount it) name the open file itself.
+/// - Where neither is mounted: by its name, between two looks that both have to find that file. (The descriptor keeps the
+///   inode's number from being used again, and a rename away and back changes the time of its last status change.)
+/// - Windows: `opened` is of mode::keep_name, so nothing else can get that name before the stream is open.
+/// An error if the name leads to another file, or the file may not be read.
+inline result<std::ifstream> stream_on(const file& opened, const path& where) {
+#ifdef _WIN32
+  (void)opened;
+  std::ifstream stream(where, std::ios::binary);
+  if (!stream) return disk_error("open", where);
+  return stream;
+#else
+  const auto facts = opened.facts();
+  if (!facts) return disk_error("look at", where);
+  const standard_streams_guard guard;
+  for (const char* folder : {"/proc/self/fd/", "/dev/fd/"}) {
+    const path link = folder + std::to_string(opened.native());
+    const auto linked = facts_of(link);
+    if (!linked || linked->device != facts->device || linked->inode != facts->inode) continue;
+    std::ifstream stream(link, std::ios::binary);
+    if (stream) return stream;
+  }
+  const auto is_the_same = [&] {
+    const auto named = facts_of(where);
+    return named && named->device == facts->device && named->inode == facts->inode &&
+           named->changed == facts->changed;
+  };
+  if (is_the_same()) {
+    std::ifstream stream(where, std::ios::binary);
+    if (!stream) return disk_error("open", where, errno);
+    if (is_the_same()) return stream;
+  }
+  return error(errc::disk_failure,
+               "cannot open " + in_quotes(where) + ": it was replaced at that moment; try again");
+#endif
+}
+
 /// A rename is on stable storage once its directory is.
 inline void sync_directory(const path& directory) {
 #ifndef _WIN32
-  const int fd = ::open(directory.empty() ? "." : directory.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return;
-  ::fsync(fd);  // some file systems refuse this for directories; there is nothing better to do then
-  ::close(fd);
+  file opened;
+  if (opened.open(directory.empty() ? path(".") : directory, file::mode::read) == 0)
+    ::fsync(
+        opened
+            .native());  // some file systems refuse this for directories; there is nothing better to do then
 #else
   (void)directory;
 #endif
@@ -2252,8 +2341,14 @@ class partial_file {
     for (int shift = 0; shift < 64; shift += 8) text += static_cast<char>(size_ >> shift & 0xff);
     return text.append(header_size - text.size(), '\0');
   }
-  /// Takes over the record that the file holds; false where there is none for this size.
+  /// Takes over the record that the file holds; false where there is none for this size. A file of exactly the content's
+  /// size was finished: its record was cut off already, and only the rename did not come. All of it counts as present.
   bool load_record() {
+    const auto facts = out_.facts();
+    if (facts && facts->size == size_) {
+      bits_.assign(bits_.size(), '\xff');
+      return true;
+    }
     std::string text(header_size, '\0');
     if (out_.read_at(record_offset(), text.data(), text.size()) != static_cast<std::int64_t>(text.size()) ||
         text != header()) {
@@ -2313,7 +2408,10 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
       continue;
     }
     std::unique_ptr<partial_file> claimed(new partial_file(std::move(out), mine, size));
-    if (claimed->load_record()) return claimed;  // a foreign or torn file goes with its owner
+    if (!claimed->load_record()) continue;  // a foreign or torn file goes with its owner
+    if (one.facts.size == size)
+      (void)claimed->write(claimed->record_offset(), claimed->header() + claimed->bits_);
+    return claimed;
   }
   auto made = create(at, md5, size);
   if (!made && !candidates.empty()) {
@@ -2432,8 +2530,11 @@ inline result<std::ifstream> partial_file::publish(const place& at) {
   std::ifstream stream(at.target, std::ios::binary);
   if (!stream) return disk_error("open", at.target);
 #else
-  std::ifstream stream(where_, std::ios::binary);
-  if (!stream) return failed("open", where_, errno);
+  auto stream = stream_on(out_, where_);
+  if (!stream) {
+    (void)failed("open", where_, 0);
+    return stream.error();
+  }
   if (old)
     (void)::fchmod(out_.native(), static_cast<mode_t>(old->mode & 0777));  // the old file's permissions
   published_ = out_.facts();
@@ -2545,6 +2646,7 @@ class place_lock {
 
 struct receipt {
   run_path run;
+  std::string name;  // of the file in the run; empty in receipts of version 0.1.0, which did not record it
   std::uint64_t size = 0;     // bytes
   std::int64_t modified = 0;  // nanoseconds since 1970
   std::string md5;            // verified, in hex; or empty
@@ -2569,8 +2671,8 @@ inline result<void> write_receipt(const path& cache, const path& target, const r
   const std::string record =
       "path=" + percent_encode(utf8(real), "/") + "\nentity=" + percent_encode(facts.run.entity) +
       "\nproject=" + percent_encode(facts.run.project) + "\nrun_id=" + percent_encode(facts.run.run_id) +
-      "\nsize=" + std::to_string(facts.size) + "\nmodified_ns=" + std::to_string(facts.modified) +
-      "\nmd5=" + facts.md5 + "\nend=yes\n";
+      "\nname=" + percent_encode(facts.name, "/") + "\nsize=" + std::to_string(facts.size) +
+      "\nmodified_ns=" + std::to_string(facts.modified) + "\nmd5=" + facts.md5 + "\nend=yes\n";
   return replace_small_file(receipt_path(cache, real), record);
 }
 
@@ -2584,7 +2686,11 @@ inline receipt receipt_of(const path& cache, const path& real, const file_facts&
       record["modified_ns"] != std::to_string(now.modified)) {
     return {};
   }
-  return {{field("entity"), field("project"), field("run_id")}, now.size, now.modified, field("md5")};
+  return {{field("entity"), field("project"), field("run_id")},
+          field("name"),
+          now.size,
+          now.modified,
+          field("md5")};
 }
 
 /// The receipt for a file, if there is one and the file has not changed since.
@@ -2721,28 +2827,23 @@ class md5 {
 };
 
 /// The md5 of a whole file in hex; empty where it cannot be read, or the watcher ended it.
-inline std::string md5_of_file(const path& where, const watcher& go_on = {}) {
-  file in;
-  if (in.open(where, file::mode::read) != 0) return {};
+inline std::string md5_of_file(const file& opened, const watcher& go_on = {}) {
   md5 hash;
   page_buffer buffer;
   for (std::uint64_t offset = 0;;) {
-    const auto count = in.read_at(offset, buffer.data(), page_buffer::size);
+    const auto count = opened.read_at(offset, buffer.data(), page_buffer::size);
     if (count < 0 || (go_on && !go_on(offset))) return {};
     if (count == 0) return hash.finish();
     hash.update({buffer.data(), static_cast<std::size_t>(count)});
     offset += static_cast<std::uint64_t>(count);
   }
 }
+inline std::string md5_of_file(const path& where, const watcher& go_on = {}) {
+  file opened;
+  return opened.open(where, file::mode::read) == 0 ? md5_of_file(opened, go_on) : std::string();
+}
 
 }  // namespace detail
-
-WANDB_RESTORE_PRIVATE_INLINE std::string local_copy::md5() const {
-  if (!receipt_md5.empty()) return receipt_md5;
-  const auto go_on = go_on_.lock();
-  if (known_md5_.empty()) known_md5_ = detail::md5_of_file(path, go_on ? *go_on : detail::watcher());
-  return known_md5_;
-}
 
 // ====================================================================================== settings, resolved
 
@@ -5301,26 +5402,69 @@ inline error in_context(const error& failure, const std::string& doing,
   return with_text(failure, doing + ": " + failure.what());
 }
 
+/// A local copy, opened before it is looked at: its facts, its md5 and its stream are those of one file, whatever is put in
+/// its place meanwhile.
+class opened_copy {
+ public:
+  /// Opens an ordinary file. Never blocks. Null if there is none; errc::disk_failure for what is no ordinary file.
+  static result<std::shared_ptr<opened_copy>> open(const path& where, std::string_view name) {
+    std::shared_ptr<opened_copy> copy;
+    auto facts = facts_of(where);  // opening a device or a pipe can have effects: look first
+    if (!facts) return copy;
+    copy = std::make_shared<opened_copy>(where);
+    if (facts->is_file) {
+      copy->open_code_ = copy->file_.open(where, file::mode::keep_name);
+      if (copy->open_code_ == 0) facts = copy->file_.facts();
+      if (!facts) return disk_error("look at", where);
+    }
+    if (!facts->is_file) {
+      return error(errc::disk_failure,
+                   "cannot restore " + in_quotes(name) + ": " + in_quotes(where) +
+                       (facts->is_directory ? " is a directory" : " is no ordinary file") +
+                       "; set another root, or move it away");
+    }
+    copy->facts_ = *facts;
+    return copy;
+  }
+  explicit opened_copy(path where) : where_(std::move(where)) {}
+
+  [[nodiscard]] const file_facts& facts() const { return facts_; }
+  /// Is told of how far md5() is, and may end it.
+  void watch(watcher go_on) { go_on_ = std::move(go_on); }
+  /// In hex; empty if the file cannot be read, has changed since it was opened, or the watcher ended it.
+  [[nodiscard]] std::string md5() const {
+    if (!file_.is_open()) return {};
+    std::string digest = md5_of_file(file_, go_on_);
+    const auto now = file_.facts();
+    return now && *now == facts_ ? digest : std::string();
+  }
+  [[nodiscard]] result<std::ifstream> stream() const {
+    if (file_.is_open()) return stream_on(file_, where_);
+    return error(errc::disk_failure, "cannot open the local copy " + in_quotes(where_) + ": " +
+                                         system_text(open_code_) + "; make it readable, or replace it");
+  }
+
+ private:
+  path where_;
+  file file_;
+  int open_code_ = 0;  // why it is not open
+  file_facts facts_;
+  watcher go_on_;
+};
+
 /// One restore, from name to stream.
 class restoring {
  public:
   restoring(session& with, call& of, const restore_options& options, std::string name, run_path run, place at)
       : session_(with), call_(of), options_(options), name_(std::move(name)), run_(std::move(run)),
-        at_(std::move(at)) {}
+        at_(std::move(at)),
+        policy_(options.replace ? cache_policy::replace() : options.cache.value_or(with.policy)) {}
 
   result<restored_file> operator()() {
-    const auto seen = facts_of(at_.target);
-    if (seen && !seen->is_file) {
-      return error(errc::disk_failure, "cannot restore " + in_quotes(name_) + ": " + in_quotes(at_.target) +
-                                           (seen->is_directory ? " is a directory" : " is no ordinary file") +
-                                           "; set another root, or move it away");
-    }
-    const auto policy = options_.replace ? cache_policy::replace() : options_.cache.value_or(session_.policy);
-    local_copy copy;
-    if (seen) copy = copy_of(*seen);
-    const auto verdict = seen ? policy(copy, nullptr) : cache_policy::verdict::fetch;
+    if (auto looked = look(); !looked) return looked.error();
+    const auto verdict = decide(nullptr);
     if (call_.cancelled()) return call_.why_cancelled();
-    if (verdict == cache_policy::verdict::keep) return open_local(copy);
+    if (verdict == cache_policy::verdict::keep) return use_local(nullptr);
 
     service asked(session_, call_);
     if (run_.entity.empty()) {
@@ -5330,11 +5474,10 @@ class restoring {
     }
     auto remote = asked.find_file(run_, name_);
     if (!remote) return remote.error();
-    if (verdict == cache_policy::verdict::ask && policy(copy, &remote->info) == cache_policy::verdict::keep) {
-      return keep(copy, *seen, remote->info);
-    }
+    if (verdict == cache_policy::verdict::ask && decide(&remote->info) == cache_policy::verdict::keep)
+      return use_local(&remote->info);
     if (call_.cancelled()) return call_.why_cancelled();
-    return fetch(*std::move(remote), seen);
+    return fetch(*std::move(remote));
   }
 
  private:
@@ -5348,58 +5491,79 @@ class restoring {
     return !call_.cancelled();
   }
 
-  [[nodiscard]] local_copy copy_of(const file_facts& facts) {
-    local_copy copy;
-    hashing_.reset(new watcher(
-        [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); }));
-    copy.go_on_ = hashing_;
-    copy.path = at_.target;
-    copy.size = facts.size;
-    copy.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
+  /// Opens the local copy, as it is now, and gathers what is known of it.
+  result<void> look() {
+    auto opened = opened_copy::open(at_.target, name_);
+    if (!opened) return opened.error();
+    opened_ = *std::move(opened);
+    copy_ = local_copy();
+    first_verdict_.reset();
+    if (!opened_) return {};
+    const auto& facts = opened_->facts();
+    opened_->watch(
+        [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); });
+    copy_.opened_ = opened_;
+    copy_.path = at_.target;
+    copy_.size = facts.size;
+    copy_.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
         std::chrono::nanoseconds(facts.modified));
     if (const auto known = read_receipt(session_.config.cache_dir, at_.target, facts)) {
-      copy.restored_from = known.run;
-      copy.receipt_md5 = known.md5;
+      copy_.restored_from = known.run;
+      copy_.restored_name = known.name;
+      copy_.receipt_md5 = known.md5;
     }
-    return copy;
+    return {};
   }
 
-  /// On the policy's word alone: what is known of the asked run must not contradict where the file came from.
-  result<restored_file> open_local(const local_copy& copy) {
-    if (const auto& from = copy.restored_from) {
-      if (from->run_id != run_.run_id || from->project != run_.project ||
-          (!run_.entity.empty() && from->entity != run_.entity)) {
-        return error(errc::local_conflict, in_quotes(at_.target) + " was restored from " + from->str() +
-                                               ", but " + shown(run_) +
-                                               " is asked for: replace or refresh it, or set another root");
-      }
-    }
-    return open({at_.target, copy.size, copy.receipt_md5, source::local, !copy.receipt_md5.empty()});
+  /// The policy's verdict on the copy that look() found. `remote` is null until the service was asked; a policy that asks
+  /// for the service's facts and still cannot tell means fetch.
+  cache_policy::verdict decide(const file_info* remote) {
+    using verdict = cache_policy::verdict;
+    if (!opened_) return verdict::fetch;
+    if (!first_verdict_) first_verdict_ = policy_(copy_, nullptr);
+    if (*first_verdict_ != verdict::ask || remote == nullptr) return *first_verdict_;
+    return policy_(copy_, remote) == verdict::keep ? verdict::keep : verdict::fetch;
   }
 
-  /// After the service was asked. What it has too is the asked run's, wherever it came from.
-  result<restored_file> keep(const local_copy& copy, const file_facts& facts, const file_info& remote) {
-    const bool verified = !remote.md5.empty() && copy.md5() == remote.md5;
+  /// errc::local_conflict if the receipt says that the copy is of another run, or another file of the run.
+  [[nodiscard]] result<void> check_origin() const {
+    if (!copy_.restored_from) return {};
+    const run_path& from = *copy_.restored_from;
+    const bool other_run = from.run_id != run_.run_id || from.project != run_.project ||
+                           (!run_.entity.empty() && from.entity != run_.entity);
+    const bool other_name = !copy_.restored_name.empty() && copy_.restored_name != name_;
+    if (!other_run && !other_name) return {};
+    const std::string origin =
+        other_name ? "the file " + in_quotes(copy_.restored_name) + " of " + from.str() : from.str();
+    const std::string wanted = other_name ? in_quotes(name_) + " of " + shown(run_) : shown(run_);
+    return error(errc::local_conflict, in_quotes(at_.target) + " was restored from " + origin + ", but " +
+                                           wanted +
+                                           " is asked for: replace or refresh it, or set another root");
+  }
+
+  /// Returns the local copy. If the service was asked and has the same content, the copy is the asked run's file,
+  /// wherever it came from; otherwise its receipt must not say that it is another.
+  result<restored_file> use_local(const file_info* remote) {
+    if (remote != nullptr && !remote->md5.empty() && copy_.md5() == remote->md5) {
+      remember(remote->md5, opened_->facts());
+      return open_local(remote->md5);
+    }
     if (call_.cancelled()) return call_.why_cancelled();
-    if (!verified) return open_local(copy);
-    remember(remote.md5, facts);
-    return open({at_.target, copy.size, remote.md5, source::local, true});
+    if (auto good = check_origin(); !good) return good.error();
+    // A receipt without a name may be another file's of the run: what it verified does not count for this one.
+    return open_local(copy_.restored_name.empty() ? std::string() : copy_.receipt_md5);
   }
-
-  result<restored_file> open(restored_file::facts facts) const {
-    std::ifstream stream(at_.target, std::ios::binary);
-    if (!stream) {
-      return error(errc::disk_failure, "cannot open the local copy " + in_quotes(at_.target) + ": " +
-                                           system_text(last_os_error()) +
-                                           "; make it readable, or replace it");
-    }
-    return restored_file(std::move(stream), std::move(facts));
+  /// `md5`: what the content was verified against; empty if it was not.
+  result<restored_file> open_local(const std::string& md5) const {
+    auto stream = opened_->stream();
+    if (!stream) return stream.error();
+    return restored_file(*std::move(stream), {at_.target, copy_.size, md5, source::local, !md5.empty()});
   }
 
   void remember(const std::string& md5, const std::optional<file_facts>& facts) const {
     if (!facts) return;
-    const auto written =
-        write_receipt(session_.config.cache_dir, at_.target, {run_, facts->size, facts->modified, md5});
+    const auto written = write_receipt(session_.config.cache_dir, at_.target,
+                                       {run_, name_, facts->size, facts->modified, md5});
     if (!written && !session_.told_of_receipts.exchange(true)) {
       session_.warn(
           std::string("where files come from cannot be remembered, so that another run's are not told "
@@ -5408,15 +5572,21 @@ class restoring {
     }
   }
 
-  result<restored_file> fetch(remote_file remote, const std::optional<file_facts>& seen) {
+  result<restored_file> fetch(remote_file remote) {
     if (auto made = make_directories(at_.directory); !made) return made.error();
     place_lock lock(at_);
     if (!wait_for(lock)) return call_.why_cancelled();
-    const auto now = facts_of(at_.target);
-    if (now && !(seen && *seen == *now) &&
-        !remote.info.md5.empty()) {  // another process brought it meanwhile
-      const auto copy = copy_of(*now);
-      if (copy.md5() == remote.info.md5) return keep(copy, *now, remote.info);
+    // Another call may have put a file there while this one waited: the policy decides about that one, too.
+    const auto before = opened_;
+    if (auto looked = look(); !looked) return looked.error();
+    if (opened_ && !(before && before->facts() == opened_->facts())) {
+      if (decide(&remote.info) == cache_policy::verdict::keep) {
+        if (first_verdict_ == cache_policy::verdict::keep) {  // as a call that began now would be answered
+          if (auto good = check_origin(); !good) return good.error();
+        }
+        return use_local(&remote.info);
+      }
+      if (!remote.info.md5.empty() && copy_.md5() == remote.info.md5) return use_local(&remote.info);
       if (call_.cancelled()) return call_.why_cancelled();
     }
     for (bool again = false;; again = true) {
@@ -5507,9 +5677,25 @@ class restoring {
   std::string name_;
   run_path run_;
   place at_;
+  const cache_policy policy_;
   clock::time_point reported_ = clock::now();
-  std::shared_ptr<const watcher> hashing_;  // of the local copy
+  std::shared_ptr<opened_copy> opened_;                 // null: there is no local copy
+  local_copy copy_;                                     // of opened_
+  std::optional<cache_policy::verdict> first_verdict_;  // on copy_, before the service was asked
 };
+
+}  // namespace detail
+
+WANDB_RESTORE_PRIVATE_INLINE std::string local_copy::md5() const {
+  if (!receipt_md5.empty()) return receipt_md5;
+  if (known_md5_.empty()) {
+    const auto opened = opened_.lock();
+    known_md5_ = opened ? opened->md5() : detail::md5_of_file(path);
+  }
+  return known_md5_;
+}
+
+namespace detail {
 
 WANDB_RESTORE_PRIVATE_INLINE std::shared_ptr<session>
 open_session(settings configuration, transport_ref transport, cache_policy policy) {
@@ -6427,7 +6613,7 @@ WANDB_RESTORE_PRIVATE_INLINE http_transport::http_transport(const settings& conf
     : state_(std::make_shared<state>(configuration)) {}
 
 WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const http_request& request,
-                                                                           body_sink& sink) {
+                                                                        body_sink& sink) {
   const auto way = detail::route::of(request);
   if (!way) return way.error();
   const auto message = detail::request_message(request, *way);

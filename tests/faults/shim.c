@@ -6,7 +6,8 @@
  *   FAULT_ALLOCATE=ERROR                 fallocate fails
  *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th one on; or writes half of what it got
  *   FAULT_SYNC=ERROR | kill              fsync and fdatasync fail, or the process is killed in fdatasync
- *   FAULT_RENAME=ERROR                   rename fails where the new name does not begin with a dot
+ *   FAULT_RENAME=ERROR | kill            rename fails where the new name does not begin with a dot, or the
+ *                                        process is killed in it
  *
  * ERROR is ENOSPC, EDQUOT, EIO, EACCES, EROFS, EOPNOTSUPP, ENOLCK or ENOSYS.
  */
@@ -150,6 +151,10 @@ int fdatasync(int fd) {
 
 int rename(const char* from, const char* to) {
   const char* name = strrchr(to, '/');
-  if ((name ? name[1] : to[0]) != '.' && fails("FAULT_RENAME")) return -1;
+  if ((name ? name[1] : to[0]) != '.') {
+    const char* value = getenv("FAULT_RENAME");
+    if (value && strcmp(value, "kill") == 0) raise(SIGKILL);
+    if (fails("FAULT_RENAME")) return -1;
+  }
   return ((int (*)(const char*, const char*))dlsym(RTLD_NEXT, "rename"))(from, to);
 }
