@@ -1605,6 +1605,11 @@ inline int last_os_error() { return static_cast<int>(GetLastError()); }
 #else
 inline int last_os_error() { return errno; }
 #endif
+/// The user has no permission, whatever state the file is in.
+inline bool is_refusal(int code) {
+  const auto condition = std::system_category().default_error_condition(code);
+  return condition == std::errc::permission_denied || condition == std::errc::operation_not_permitted;
+}
 inline std::string system_text(int code) { return std::system_category().message(code); }
 
 /// What the caller can do about a failure of the disk, for messages; empty where nothing general helps.
@@ -1669,11 +1674,40 @@ inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entr
 }
 #endif
 
-/// Absent where there is nothing at that path (or nothing that may be looked at).
-inline std::optional<file_facts> facts_of(const path& where) {
+/// What a look at a path came to: facts, the certainty that nothing is there, or the reason why the system could not tell.
+/// These are three outcomes: a file that cannot be looked at must not count as missing, or it would be replaced.
+class look_result {
+ public:
+  look_result(const file_facts& facts) : facts_(facts) {}  // NOLINT: implicit, as in result
+  /// `code`: the system's error code.
+  static look_result failed(int code) {
+    look_result made{file_facts()};
+    made.code_ = code;
+    return made;
+  }
+
+  [[nodiscard]] bool found() const { return code_ == 0; }
+  [[nodiscard]] bool absent() const;
+  /// The system's error code if it is not known what is there; otherwise 0.
+  [[nodiscard]] int failure() const { return absent() ? 0 : code_; }
+  /// Value-initialised facts unless found().
+  const file_facts& operator*() const { return facts_; }
+  const file_facts* operator->() const { return &facts_; }
+
+ private:
+  file_facts facts_;
+  int code_ = 0;
+};
+
 #ifdef _WIN32
+inline bool look_result::absent() const {
+  return code_ == ERROR_FILE_NOT_FOUND || code_ == ERROR_PATH_NOT_FOUND;
+}
+
+inline look_result facts_of(const path& where) {
   WIN32_FILE_ATTRIBUTE_DATA entry;
-  if (!GetFileAttributesExW(where.c_str(), GetFileExInfoStandard, &entry)) return std::nullopt;
+  if (!GetFileAttributesExW(where.c_str(), GetFileExInfoStandard, &entry))
+    return look_result::failed(last_os_error());
   const auto join = [](DWORD high, DWORD low) { return static_cast<std::uint64_t>(high) << 32 | low; };
   file_facts facts;
   facts.is_directory = (entry.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
@@ -1685,12 +1719,21 @@ inline std::optional<file_facts> facts_of(const path& where) {
                     116444736000000000) *
                    100;
   return facts;
-#else
-  struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
-  if (WANDB_RESTORE_PRIVATE_LARGE(stat)(where.c_str(), &entry) != 0) return std::nullopt;
-  return facts_of(entry);
-#endif
 }
+#else
+inline bool look_result::absent() const { return code_ == ENOENT || code_ == ENOTDIR; }
+
+/// Follows symbolic links.
+inline look_result facts_of(const path& where) {
+  struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
+  int failed = 0;
+  do {
+    failed = WANDB_RESTORE_PRIVATE_LARGE(stat)(where.c_str(), &entry);
+  } while (failed != 0 && errno == EINTR);
+  if (failed != 0) return look_result::failed(errno);
+  return facts_of(entry);
+}
+#endif
 
 #ifndef _WIN32
 /// Moves a new descriptor above 2, close-on-exec. A program that runs with descriptors 0 to 2 closed would otherwise print
@@ -1892,12 +1935,12 @@ class file {
     return 0;
   }
 
-  [[nodiscard]] std::optional<file_facts> facts() const {
+  [[nodiscard]] look_result facts() const {
 #ifdef _WIN32
     LARGE_INTEGER size;
     FILETIME written;
     if (!GetFileSizeEx(handle_, &size) || !GetFileTime(handle_, nullptr, nullptr, &written))
-      return std::nullopt;
+      return look_result::failed(last_os_error());
     file_facts facts;
     facts.is_file = GetFileType(handle_) == FILE_TYPE_DISK;
     facts.size = static_cast<std::uint64_t>(size.QuadPart);
@@ -1908,7 +1951,7 @@ class file {
     return facts;
 #else
     struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
-    if (WANDB_RESTORE_PRIVATE_LARGE(fstat)(handle_, &entry) != 0) return std::nullopt;
+    if (WANDB_RESTORE_PRIVATE_LARGE(fstat)(handle_, &entry) != 0) return look_result::failed(errno);
     return facts_of(entry);
 #endif
   }
@@ -1965,18 +2008,18 @@ inline result<std::ifstream> stream_on(const file& opened, const path& where) {
   return stream;
 #else
   const auto facts = opened.facts();
-  if (!facts) return disk_error("look at", where);
+  if (!facts.found()) return disk_error("look at", where, facts.failure());
   const standard_streams_guard guard;
   for (const char* folder : {"/proc/self/fd/", "/dev/fd/"}) {
     const path link = folder + std::to_string(opened.native());
     const auto linked = facts_of(link);
-    if (!linked || linked->device != facts->device || linked->inode != facts->inode) continue;
+    if (!linked.found() || linked->device != facts->device || linked->inode != facts->inode) continue;
     std::ifstream stream(link, std::ios::binary);
     if (stream) return stream;
   }
   const auto is_the_same = [&] {
     const auto named = facts_of(where);
-    return named && named->device == facts->device && named->inode == facts->inode &&
+    return named.found() && named->device == facts->device && named->inode == facts->inode &&
            named->changed == facts->changed;
   };
   if (is_the_same()) {
@@ -2240,7 +2283,7 @@ inline std::vector<found_partial> find_partials(const place& at) {
         std::string_view(name).substr(at.tag.size() + 1, name.size() - at.tag.size() - 1 - suffix.size());
     const auto dash = middle.find('-');
     const auto facts = facts_of(at.directory / entry->path().filename());
-    if (dash == std::string_view::npos || !facts) continue;
+    if (dash == std::string_view::npos || !facts.found()) continue;
     const std::string_view writer = middle.substr(dash + 1);
     found.push_back({at.directory / entry->path().filename(), std::string(middle.substr(0, dash)),
                      owner::parse(writer), starts_with(writer, "free"), *facts});
@@ -2345,7 +2388,7 @@ class partial_file {
   /// size was finished: its record was cut off already, and only the rename did not come. All of it counts as present.
   bool load_record() {
     const auto facts = out_.facts();
-    if (facts && facts->size == size_) {
+    if (facts.found() && facts->size == size_) {
       bits_.assign(bits_.size(), '\xff');
       return true;
     }
@@ -2423,7 +2466,7 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   if (!made) return made;
   const auto now = (*made)->out_.facts();  // the file system's own clock
   for (const auto& one : candidates) {
-    const bool is_quiet = !one.abandoned() && now &&
+    const bool is_quiet = !one.abandoned() && now.found() &&
                           now->modified - one.facts.modified > static_cast<std::int64_t>(quiet) * 1000000000;
     if (one.taken || is_quiet) (*made)->adopt(one.where, go_on);
     if (one.taken) remove_quietly(one.where);
@@ -2485,7 +2528,8 @@ inline result<void> partial_file::check_room(const path& directory, std::uint64_
 inline result<void> partial_file::reserve() const {
   const auto facts = out_.facts();
   if (auto allowed = check_limit(whole()); !allowed) return allowed;
-  std::uint64_t present = facts ? facts->allocated : 0;  // less than what was written where it is compressed
+  std::uint64_t present =
+      facts.found() ? facts->allocated : 0;  // less than what was written where it is compressed
   std::uint64_t written = 0;
   for (std::uint64_t i = 0; i < blocks(); ++i) written += has(i) ? block : 0;
   present = (std::max)(present, written);
@@ -2502,7 +2546,8 @@ inline result<void> partial_file::reserve() const {
 
 inline result<std::ifstream> partial_file::publish(const place& at) {
   const auto old = facts_of(at.target);
-  if (old && !old->is_file) {
+  if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
+  if (old.found() && !old->is_file) {
     return error(errc::disk_failure,
                  "cannot put a file in the place of " + in_quotes(at.target) + ", which is no ordinary file");
   }
@@ -2526,7 +2571,7 @@ inline result<std::ifstream> partial_file::publish(const place& at) {
                                      "; close what has it open, such as a stream of an earlier restore");
   }
   where_.clear();
-  published_ = facts_of(at.target);
+  if (const auto facts = facts_of(at.target); facts.found()) published_ = *facts;
   std::ifstream stream(at.target, std::ios::binary);
   if (!stream) return disk_error("open", at.target);
 #else
@@ -2535,9 +2580,9 @@ inline result<std::ifstream> partial_file::publish(const place& at) {
     (void)failed("open", where_, 0);
     return stream.error();
   }
-  if (old)
+  if (old.found())
     (void)::fchmod(out_.native(), static_cast<mode_t>(old->mode & 0777));  // the old file's permissions
-  published_ = out_.facts();
+  if (const auto facts = out_.facts(); facts.found()) published_ = *facts;
   if (const int code = rename_over(where_, at.target))
     return failed("rename a finished file to", at.target, code);
   where_.clear();
@@ -2630,7 +2675,8 @@ class place_lock {
     }
     // The holder before may have removed the file between our open and our lock: then the next try makes a new one.
     const auto mine = out_.facts(), named = facts_of(where_);
-    if (mine && named && mine->inode == named->inode && mine->device == named->device) return outcome::held;
+    if (mine.found() && named.found() && mine->inode == named->inode && mine->device == named->device)
+      return outcome::held;
     out_.close();
     return outcome::busy;
 #endif
@@ -3137,7 +3183,7 @@ inline result<url> parse_proxy(std::string_view text) {
 inline std::string api_key_from_netrc(const settings& configuration, const url& base,
                                       std::vector<std::string>& warnings) {
   const path& where = configuration.netrc_file;
-  if (where.empty() || !facts_of(where)) return {};
+  if (where.empty() || !facts_of(where).found()) return {};
   const auto text = read_small_file(where, 1 << 20);
   if (!text) {
     warnings.push_back(text.error().what());
@@ -3213,7 +3259,7 @@ inline std::string format_utc(std::chrono::system_clock::time_point time) {
 /// where there is none, or something else, an empty one is as good.
 inline result<json_document> read_credentials(const path& where) {
   json_document file;
-  if (facts_of(where)) {
+  if (facts_of(where).found()) {
     const auto text = read_small_file(where, 1 << 20);
     if (!text) return text.error();
     file.root = parse_json(*text);
@@ -3318,7 +3364,7 @@ class settings_sources {
     return at == secrets_.end() ? std::nullopt : std::optional(at->second);
   }
   void load(const path& where) {
-    if (where.empty() || !facts_of(where)) return;
+    if (where.empty() || !facts_of(where).found()) return;
     const auto text = read_small_file(where, 1 << 20);
     auto values = text ? parse_ini(*text) : result<text_map>(text.error());
     if (!values) {
@@ -3333,7 +3379,7 @@ class settings_sources {
   void load_sagemaker() {
     const path hyperparameters = "/opt/ml/input/config/hyperparameters.json";
     const auto training = environment("SM_TRAINING_ENV");
-    if (!training && !facts_of(hyperparameters)) return;
+    if (!training && !facts_of(hyperparameters).found()) return;
     if (const auto text = read_small_file("secrets.env", 1 << 20)) secrets_ = parse_key_values(*text);
     const auto file_text = read_small_file(hyperparameters, 1 << 20);
     for (const std::string& text : {file_text ? *file_text : std::string(), training.value_or("")}) {
@@ -3363,7 +3409,8 @@ inline void find_run(settings& s, const settings_sources& from) {
   s.project = from.find_name("WANDB_PROJECT", "project");
   s.run_id = from.find({"WANDB_RUN_ID"}, "run_id").value;
   const path resume_file = from.wandb_directory / "wandb-resume.json";
-  if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" || !facts_of(resume_file))
+  if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" ||
+      !facts_of(resume_file).found())
     return;
   const auto text = read_small_file(resume_file, 1 << 20);
   const json resumed = text ? parse_json(*text) : json();
@@ -3379,7 +3426,8 @@ inline void find_credentials(settings& s, const settings_sources& from) {
   s.netrc_file = expand_home(first_of_environment({"NETRC"}));
   if (s.netrc_file.empty()) {
     const path usual = in_home(".netrc"), windows = in_home("_netrc");
-    const bool prefer_windows = !facts_of(usual) && (facts_of(windows) || path::preferred_separator == '\\');
+    const bool prefer_windows =
+        !facts_of(usual).found() && (facts_of(windows).found() || path::preferred_separator == '\\');
     s.netrc_file = prefer_windows ? windows : usual;
   }
   const auto credentials = from.find({"WANDB_CREDENTIALS_FILE"}, "credentials_file");
@@ -3448,7 +3496,7 @@ inline void find_certificates(settings& s, const settings_sources& from) {
   if (s.ca_file.empty() != s.ca_directory.empty()) {
     for (const char* const directory : {"/etc/ssl/certs", "/etc/pki/tls/certs"}) {
       const auto facts = facts_of(directory);
-      if (!facts || !facts->is_directory) continue;
+      if (!facts->is_directory) continue;
       if (!s.ca_directory.empty()) s.ca_directory += ":";
       s.ca_directory += directory;
       break;
@@ -3457,7 +3505,7 @@ inline void find_certificates(settings& s, const settings_sources& from) {
   const path bundle = expand_home(first_of_environment({"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}));
   if (s.ca_file.empty() && s.ca_directory.empty()) {
     const auto facts = facts_of(bundle);
-    (facts && facts->is_directory ? s.ca_directory : s.ca_file) = bundle;
+    (facts->is_directory ? s.ca_directory : s.ca_file) = bundle;
   }
   if (const auto insecure = from.find({"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl")) {
     if (is_one_of(insecure.value, {"y", "yes", "t", "true", "on", "1"})) {
@@ -5409,21 +5457,28 @@ class opened_copy {
   /// Opens an ordinary file. Never blocks. Null if there is none; errc::disk_failure for what is no ordinary file.
   static result<std::shared_ptr<opened_copy>> open(const path& where, std::string_view name) {
     std::shared_ptr<opened_copy> copy;
-    auto facts = facts_of(where);  // opening a device or a pipe can have effects: look first
-    if (!facts) return copy;
+    const auto named = facts_of(where);  // opening a device or a pipe can have effects: look first
+    if (named.absent()) return copy;
+    if (!named.found()) return disk_error("look at the local copy", where, named.failure());
     copy = std::make_shared<opened_copy>(where);
-    if (facts->is_file) {
-      copy->open_code_ = copy->file_.open(where, file::mode::keep_name);
-      if (copy->open_code_ == 0) facts = copy->file_.facts();
-      if (!facts) return disk_error("look at", where);
+    copy->facts_ = *named;
+    if (named->is_file) {
+      const int code = copy->open_code_ = copy->file_.open(where, file::mode::keep_name);
+      if (look_result::failed(code).absent()) return std::shared_ptr<opened_copy>();  // removed just now
+      // A file that may not be read can still be replaced; of any other failure the file itself may be the cause.
+      if (code != 0 && !is_refusal(code)) return disk_error("open the local copy", where, code);
+      if (code == 0) {
+        const auto facts = copy->file_.facts();
+        if (!facts.found()) return disk_error("look at the local copy", where, facts.failure());
+        copy->facts_ = *facts;
+      }
     }
-    if (!facts->is_file) {
+    if (!copy->facts_.is_file) {
       return error(errc::disk_failure,
                    "cannot restore " + in_quotes(name) + ": " + in_quotes(where) +
-                       (facts->is_directory ? " is a directory" : " is no ordinary file") +
+                       (copy->facts_.is_directory ? " is a directory" : " is no ordinary file") +
                        "; set another root, or move it away");
     }
-    copy->facts_ = *facts;
     return copy;
   }
   explicit opened_copy(path where) : where_(std::move(where)) {}
@@ -5436,7 +5491,7 @@ class opened_copy {
     if (!file_.is_open()) return {};
     std::string digest = md5_of_file(file_, go_on_);
     const auto now = file_.facts();
-    return now && *now == facts_ ? digest : std::string();
+    return now.found() && *now == facts_ ? digest : std::string();
   }
   [[nodiscard]] result<std::ifstream> stream() const {
     if (file_.is_open()) return stream_on(file_, where_);
@@ -5715,8 +5770,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
   if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
   const path root = options.root.empty() ? with.config.run_dir : options.root;
   path there = root;
-  while (there.has_relative_path() && !facts_of(there)) there = there.parent_path();
-  if (const auto facts = facts_of(there); facts && !facts->is_directory) {
+  while (there.has_relative_path() && facts_of(there).absent()) there = there.parent_path();
+  if (const auto facts = facts_of(there); facts.found() && !facts->is_directory) {
     return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) +
                                              ": " + in_quotes(there) + " is not a directory");
   }
@@ -6543,7 +6598,7 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
   const auto parts = split(directories, list_separator);
   const bool any = std::any_of(parts.begin(), parts.end(), [](std::string_view part) {
     const auto facts = facts_of(from_utf8(part));
-    return facts && facts->is_directory;
+    return facts->is_directory;
   });
   if (!ca_directory.empty() &&
       (!any ||  // OpenSSL would only notice in the handshake

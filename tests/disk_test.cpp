@@ -489,11 +489,38 @@ TEST_SUITE("partial files") {
     const auto made = must(partial_file::create(at, md5, 64 * block));
     REQUIRE(made->reserve().has_value());
     const auto facts = made->content().facts();
-    REQUIRE(facts.has_value());
+    REQUIRE(facts.found());
 #ifdef __linux__
     CHECK(facts->allocated >= 64 * block);
 #endif
     CHECK_FALSE(made->has(0));
+  }
+}
+
+TEST_SUITE("looking at a path") {
+  TEST_CASE("facts, absent and failed are told apart") {
+    const temporary_directory directory;
+    write_file(directory / "file", "12345");
+    fs::create_symlink("loop", directory / "loop");
+    fs::create_symlink("nowhere", directory / "dangling");
+    const auto file = facts_of(directory / "file");
+    CHECK(file.found());
+    CHECK_FALSE(file.absent());
+    CHECK(file.failure() == 0);
+    CHECK(file->size == 5);
+    for (const fs::path& where : {directory / "none", directory / "none" / "in none",
+                                  directory / "file" / "x", directory / "dangling"}) {
+      CAPTURE(where);
+      CHECK_FALSE(facts_of(where).found());
+      CHECK(facts_of(where).absent());
+      CHECK(facts_of(where).failure() == 0);
+    }
+    for (const fs::path& where : {directory / "loop", directory / std::string(300, 'n')}) {
+      CAPTURE(where);
+      CHECK_FALSE(facts_of(where).found());
+      CHECK_FALSE(facts_of(where).absent());
+      CHECK(facts_of(where).failure() != 0);
+    }
   }
 }
 
@@ -658,7 +685,7 @@ TEST_SUITE("receipts") {
     const fs::path cache = directory / "cache", target = directory / "a b\xc3\xa9\"\n.h5";
     write_file(target, "hello");
     const auto facts = facts_of(target);
-    REQUIRE(facts.has_value());
+    REQUIRE(facts.found());
     const wandb::run_path run{"team \"x\"", "p\xff", "r/1"};
     REQUIRE(
         wandb::detail::write_receipt(cache, target, {run, "model \n.h5", facts->size, facts->modified, md5})
@@ -687,7 +714,7 @@ TEST_SUITE("receipts") {
     write_file(directory / "model.h5", "hello");
     const support::scoped_working_directory here(directory.path());
     const auto facts = facts_of("model.h5");
-    REQUIRE(facts.has_value());
+    REQUIRE(facts.found());
     REQUIRE(wandb::detail::write_receipt(cache, "model.h5",
                                          {{"e", "p", "r"}, "model.h5", facts->size, facts->modified, md5})
                 .has_value());

@@ -550,6 +550,35 @@ TEST_SUITE("processes: what they meet") {
     CHECK(it.storage_bytes() == 0);
   }
 
+  TEST_CASE("a local file that cannot be looked at, or opened, is not taken for missing") {
+    const auto library = shim();
+    if (!library) return;
+    struct row {
+      const char* fault;
+      const char* error;
+      const char* text;
+    };
+    for (const auto& [fault, error, text] :
+         {row{"FAULT_LOOK", "EIO", "Input/output error"}, row{"FAULT_LOOK", "EACCES", "Permission denied"},
+          row{"FAULT_LOOK", "ESTALE", "Stale file handle"}, row{"FAULT_OPEN", "EIO", "Input/output error"},
+          row{"FAULT_OPEN", "EACCES", "Permission denied"}, row{"FAULT_OPEN", "EMFILE", "ulimit -n"}}) {
+      CAPTURE(std::string(fault));
+      CAPTURE(std::string(error));
+      world it;
+      it.add("model.h5", small_size);
+      support::write_file(it.at("model.h5"), "the user's own");
+      CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {fault, error}}).join() ==
+            status_of(errc::disk_failure));
+      const std::string told = support::read_file(it.directory / "text");
+      CAPTURE(told);
+      CHECK(told.find(text) != std::string::npos);
+      CHECK(told.find(it.at("model.h5").string()) != std::string::npos);
+      CHECK(support::read_file(it.at("model.h5")) == "the user's own");
+      CHECK(it.graphql() == 0);
+      CHECK(it.hidden() == 0);
+    }
+  }
+
   TEST_CASE("how much is missing is told exactly") {
     const auto library = shim();
     if (!library) return;
