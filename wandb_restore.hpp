@@ -495,7 +495,8 @@ class restored_file : public std::ifstream {
 
 namespace detail {
 class restoring;
-}
+class opened_copy;
+}  // namespace detail
 
 /// Describes an existing local copy to a cache policy. Everything is known without a request.
 class local_copy {
@@ -505,16 +506,21 @@ class local_copy {
   std::chrono::system_clock::time_point modified{};  ///< time of the last modification
   /// The run that the file was restored from, by its receipt. Empty without a receipt, or if the file has changed since.
   std::optional<run_path> restored_from;
+  /// The name of the file in that run, as in file_info::name. Empty if restored_from is absent, or if the receipt does not
+  /// record the name (version 0.1.0 did not).
+  std::string restored_name;
   /// The md5 that was verified when the receipt was written, in hex. Empty if there was none, or without a receipt.
   std::string receipt_md5;
 
   /// Returns the md5 of the content in hex. Takes it from the receipt; without one reads the file once, which blocks and
-  /// reports progress. Returns an empty string if the file cannot be read or the restore is cancelled. Not thread-safe.
+  /// reports progress. During a restore it reads the file that the restore opened and would return; afterwards, the file
+  /// that `path` names. Returns an empty string if the file cannot be read, has changed since the restore looked at it, or
+  /// if the restore is cancelled. Not thread-safe.
   [[nodiscard]] std::string md5() const;
 
  private:
   friend class detail::restoring;
-  std::weak_ptr<const std::function<bool(std::uint64_t)>> go_on_ = {};  // copies may outlive the restore
+  std::weak_ptr<const detail::opened_copy> opened_ = {};  // objects of this class may outlive the restore
   mutable std::string known_md5_ = {};
 };
 
@@ -1778,6 +1784,11 @@ inline int last_os_error() { return static_cast<int>(GetLastError()); }
 #else
 inline int last_os_error() { return errno; }
 #endif
+/// The user has no permission, whatever state the file is in.
+inline bool is_refusal(int code) {
+  const auto condition = std::system_category().default_error_condition(code);
+  return condition == std::errc::permission_denied || condition == std::errc::operation_not_permitted;
+}
 inline std::string system_text(int code) { return std::system_category().message(code); }
 
 /// What the caller can do about a failure of the disk, for messages; empty where nothing general helps.
@@ -1808,10 +1819,11 @@ inline error disk_error(std::string_view what, const path& where, int code = las
 /// What a directory entry is. Symbolic links are followed.
 struct file_facts {
   bool is_directory = false;
-  bool is_file = false;                 // neither that nor a device, pipe or socket
-  std::uint64_t size = 0;               // bytes
-  std::uint64_t allocated = 0;          // bytes that have room on the disk already
-  std::int64_t modified = 0;            // nanoseconds since 1970
+  bool is_file = false;         // neither that nor a device, pipe or socket
+  std::uint64_t size = 0;       // bytes
+  std::uint64_t allocated = 0;  // bytes that have room on the disk already
+  std::int64_t modified = 0;    // nanoseconds since 1970
+  std::int64_t changed = 0;     // the same, of size, links, permissions too; 0 where the system has none
   std::uint64_t device = 0, inode = 0;  // 0 where the system has none
   unsigned mode = 0;                    // permission bits
 
@@ -1823,9 +1835,9 @@ struct file_facts {
 #ifndef _WIN32
 inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entry) {
 #ifdef __APPLE__
-  const auto modified = entry.st_mtimespec;
+  const auto modified = entry.st_mtimespec, changed = entry.st_ctimespec;
 #else
-  const auto modified = entry.st_mtim;
+  const auto modified = entry.st_mtim, changed = entry.st_ctim;
 #endif
   file_facts facts;
   facts.is_directory = S_ISDIR(entry.st_mode);
@@ -1833,6 +1845,7 @@ inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entr
   facts.size = static_cast<std::uint64_t>(entry.st_size);
   facts.allocated = static_cast<std::uint64_t>(entry.st_blocks) * 512;
   facts.modified = static_cast<std::int64_t>(modified.tv_sec) * 1000000000 + modified.tv_nsec;
+  facts.changed = static_cast<std::int64_t>(changed.tv_sec) * 1000000000 + changed.tv_nsec;
   facts.device = static_cast<std::uint64_t>(entry.st_dev);
   facts.inode = static_cast<std::uint64_t>(entry.st_ino);
   facts.mode = entry.st_mode & 07777;
@@ -1840,11 +1853,40 @@ inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entr
 }
 #endif
 
-/// Absent where there is nothing at that path (or nothing that may be looked at).
-inline std::optional<file_facts> facts_of(const path& where) {
+/// What a look at a path came to: facts, the certainty that nothing is there, or the reason why the system could not tell.
+/// These are three outcomes: a file that cannot be looked at must not count as missing, or it would be replaced.
+class look_result {
+ public:
+  look_result(const file_facts& facts) : facts_(facts) {}  // NOLINT: implicit, as in result
+  /// `code`: the system's error code.
+  static look_result failed(int code) {
+    look_result made{file_facts()};
+    made.code_ = code;
+    return made;
+  }
+
+  [[nodiscard]] bool found() const { return code_ == 0; }
+  [[nodiscard]] bool absent() const;
+  /// The system's error code if it is not known what is there; otherwise 0.
+  [[nodiscard]] int failure() const { return absent() ? 0 : code_; }
+  /// Value-initialised facts unless found().
+  const file_facts& operator*() const { return facts_; }
+  const file_facts* operator->() const { return &facts_; }
+
+ private:
+  file_facts facts_;
+  int code_ = 0;
+};
+
 #ifdef _WIN32
+inline bool look_result::absent() const {
+  return code_ == ERROR_FILE_NOT_FOUND || code_ == ERROR_PATH_NOT_FOUND;
+}
+
+inline look_result facts_of(const path& where) {
   WIN32_FILE_ATTRIBUTE_DATA entry;
-  if (!GetFileAttributesExW(where.c_str(), GetFileExInfoStandard, &entry)) return std::nullopt;
+  if (!GetFileAttributesExW(where.c_str(), GetFileExInfoStandard, &entry))
+    return look_result::failed(last_os_error());
   const auto join = [](DWORD high, DWORD low) { return static_cast<std::uint64_t>(high) << 32 | low; };
   file_facts facts;
   facts.is_directory = (entry.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
@@ -1856,12 +1898,57 @@ inline std::optional<file_facts> facts_of(const path& where) {
                     116444736000000000) *
                    100;
   return facts;
-#else
-  struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
-  if (WANDB_RESTORE_PRIVATE_LARGE(stat)(where.c_str(), &entry) != 0) return std::nullopt;
-  return facts_of(entry);
-#endif
 }
+#else
+inline bool look_result::absent() const { return code_ == ENOENT || code_ == ENOTDIR; }
+
+/// Follows symbolic links.
+inline look_result facts_of(const path& where) {
+  struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
+  int failed = 0;
+  do {
+    failed = WANDB_RESTORE_PRIVATE_LARGE(stat)(where.c_str(), &entry);
+  } while (failed != 0 && errno == EINTR);
+  if (failed != 0) return look_result::failed(errno);
+  return facts_of(entry);
+}
+#endif
+
+#ifndef _WIN32
+/// Moves a new descriptor above 2, close-on-exec. A program that runs with descriptors 0 to 2 closed would otherwise print
+/// into the file that got one of these numbers. Returns the descriptor to use; negative, with errno set, after a failure.
+inline int above_standard_streams(int descriptor) {
+  if (descriptor < 0 || descriptor > 2) return descriptor;
+  const int moved = ::fcntl(descriptor, F_DUPFD_CLOEXEC, 3);
+  const int code = errno;
+  ::close(descriptor);
+  errno = code;
+  return moved;
+}
+
+/// Occupies those of descriptors 0 to 2 that are closed, so that a stream, whose descriptor cannot be moved, is not opened
+/// on one of them. What is printed there meanwhile fails, as it would without this object: a directory cannot be written.
+class standard_streams_guard {
+ public:
+  standard_streams_guard() {
+    for (int& one : held_) {
+      const int descriptor = ::open("/", O_RDONLY | O_CLOEXEC);
+      if (descriptor > 2) ::close(descriptor);
+      if (descriptor < 0 || descriptor > 2) break;
+      one = descriptor;
+    }
+  }
+  ~standard_streams_guard() {
+    for (const int one : held_)
+      if (one >= 0) ::close(one);
+  }
+  standard_streams_guard(const standard_streams_guard&) = delete;
+  standard_streams_guard& operator=(const standard_streams_guard&) = delete;
+
+ private:
+  std::array<int, 3> held_{{-1, -1, -1}};
+};
+#endif
 
 /// An open file, read and written at offsets; different offsets from several threads at once.
 class file {
@@ -1875,8 +1962,9 @@ class file {
 #endif
   enum class mode {
     read,
-    update,  // read and write what is there
-    create,  // a new file; fails where there is one
+    keep_name,  // read; never blocks, and on Windows the file keeps its name for as long as it is open
+    update,     // read and write what is there
+    create,     // a new file; fails where there is one
     lock,  // made where it is missing; on Windows nobody else can open it then, and it goes when it is closed
   };
 
@@ -1905,9 +1993,11 @@ class file {
 #ifdef _WIN32
     (void)permissions;
     const bool exclusive = how == mode::lock;
+    const DWORD others_may_rename = how == mode::keep_name ? 0 : FILE_SHARE_DELETE;
     handle_ = CreateFileW(
-        where.c_str(), how == mode::read ? GENERIC_READ : GENERIC_READ | GENERIC_WRITE,
-        exclusive ? 0 : FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, nullptr,
+        where.c_str(),
+        how == mode::read || how == mode::keep_name ? GENERIC_READ : GENERIC_READ | GENERIC_WRITE,
+        exclusive ? 0 : FILE_SHARE_READ | FILE_SHARE_WRITE | others_may_rename, nullptr,
         how == mode::create ? CREATE_NEW
         : exclusive         ? OPEN_ALWAYS
                             : OPEN_EXISTING,
@@ -1921,12 +2011,14 @@ class file {
     return 0;
 #else
     const int flags = how == mode::read ? O_RDONLY
+                      : how == mode::keep_name ? O_RDONLY | O_NONBLOCK
                       : how == mode::update ? O_RDWR
                       : how == mode::create ? O_RDWR | O_CREAT | O_EXCL
                                             : O_RDWR | O_CREAT;
     do {
       handle_ = WANDB_RESTORE_PRIVATE_LARGE(open)(where.c_str(), flags | O_CLOEXEC, permissions);
     } while (!is_open() && errno == EINTR);
+    handle_ = above_standard_streams(handle_);
     return is_open() ? 0 : errno;
 #endif
   }
@@ -2022,13 +2114,14 @@ class file {
     return 0;
   }
 
-  [[nodiscard]] std::optional<file_facts> facts() const {
+  [[nodiscard]] look_result facts() const {
 #ifdef _WIN32
     LARGE_INTEGER size;
     FILETIME written;
     if (!GetFileSizeEx(handle_, &size) || !GetFileTime(handle_, nullptr, nullptr, &written))
-      return std::nullopt;
+      return look_result::failed(last_os_error());
     file_facts facts;
+    facts.is_file = GetFileType(handle_) == FILE_TYPE_DISK;
     facts.size = static_cast<std::uint64_t>(size.QuadPart);
     facts.modified = (static_cast<std::int64_t>(static_cast<std::uint64_t>(written.dwHighDateTime) << 32 |
                                                 written.dwLowDateTime) -
@@ -2037,7 +2130,7 @@ class file {
     return facts;
 #else
     struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
-    if (WANDB_RESTORE_PRIVATE_LARGE(fstat)(handle_, &entry) != 0) return std::nullopt;
+    if (WANDB_RESTORE_PRIVATE_LARGE(fstat)(handle_, &entry) != 0) return look_result::failed(errno);
     return facts_of(entry);
 #endif
   }
@@ -2079,13 +2172,53 @@ class page_buffer {
 #endif
 }
 
+/// A stream on the very file that `opened` has open, whatever its name leads to by now. An ifstream can only be opened by
+/// name, so the name has to be one that cannot lead elsewhere:
+/// - POSIX: /proc/self/fd/N (Linux) and /dev/fd/N (macOS, and others that mount it) name the open file itself.
+/// - Where neither is mounted: by its name, between two looks that both have to find that file. (The descriptor keeps the
+///   inode's number from being used again, and a rename away and back changes the time of its last status change.)
+/// - Windows: `opened` is of mode::keep_name, so nothing else can get that name before the stream is open.
+/// An error if the name leads to another file, or the file may not be read.
+inline result<std::ifstream> stream_on(const file& opened, const path& where) {
+#ifdef _WIN32
+  (void)opened;
+  std::ifstream stream(where, std::ios::binary);
+  if (!stream) return disk_error("open", where);
+  return stream;
+#else
+  const auto facts = opened.facts();
+  if (!facts.found()) return disk_error("look at", where, facts.failure());
+  const standard_streams_guard guard;
+  for (const char* folder : {"/proc/self/fd/", "/dev/fd/"}) {
+    const path link = folder + std::to_string(opened.native());
+    const auto linked = facts_of(link);
+    if (!linked.found() || linked->device != facts->device || linked->inode != facts->inode) continue;
+    std::ifstream stream(link, std::ios::binary);
+    if (stream) return stream;
+  }
+  const auto is_the_same = [&] {
+    const auto named = facts_of(where);
+    return named.found() && named->device == facts->device && named->inode == facts->inode &&
+           named->changed == facts->changed;
+  };
+  if (is_the_same()) {
+    std::ifstream stream(where, std::ios::binary);
+    if (!stream) return disk_error("open", where, errno);
+    if (is_the_same()) return stream;
+  }
+  return error(errc::disk_failure,
+               "cannot open " + in_quotes(where) + ": it was replaced at that moment; try again");
+#endif
+}
+
 /// A rename is on stable storage once its directory is.
 inline void sync_directory(const path& directory) {
 #ifndef _WIN32
-  const int fd = ::open(directory.empty() ? "." : directory.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return;
-  ::fsync(fd);  // some file systems refuse this for directories; there is nothing better to do then
-  ::close(fd);
+  file opened;
+  if (opened.open(directory.empty() ? path(".") : directory, file::mode::read) == 0)
+    ::fsync(
+        opened
+            .native());  // some file systems refuse this for directories; there is nothing better to do then
 #else
   (void)directory;
 #endif
@@ -2329,7 +2462,7 @@ inline std::vector<found_partial> find_partials(const place& at) {
         std::string_view(name).substr(at.tag.size() + 1, name.size() - at.tag.size() - 1 - suffix.size());
     const auto dash = middle.find('-');
     const auto facts = facts_of(at.directory / entry->path().filename());
-    if (dash == std::string_view::npos || !facts) continue;
+    if (dash == std::string_view::npos || !facts.found()) continue;
     const std::string_view writer = middle.substr(dash + 1);
     found.push_back({at.directory / entry->path().filename(), std::string(middle.substr(0, dash)),
                      owner::parse(writer), starts_with(writer, "free"), *facts});
@@ -2430,8 +2563,14 @@ class partial_file {
     for (int shift = 0; shift < 64; shift += 8) text += static_cast<char>(size_ >> shift & 0xff);
     return text.append(header_size - text.size(), '\0');
   }
-  /// Takes over the record that the file holds; false where there is none for this size.
+  /// Takes over the record that the file holds; false where there is none for this size. A file of exactly the content's
+  /// size was finished: its record was cut off already, and only the rename did not come. All of it counts as present.
   bool load_record() {
+    const auto facts = out_.facts();
+    if (facts.found() && facts->size == size_) {
+      bits_.assign(bits_.size(), '\xff');
+      return true;
+    }
     std::string text(header_size, '\0');
     if (out_.read_at(record_offset(), text.data(), text.size()) != static_cast<std::int64_t>(text.size()) ||
         text != header()) {
@@ -2491,7 +2630,10 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
       continue;
     }
     std::unique_ptr<partial_file> claimed(new partial_file(std::move(out), mine, size));
-    if (claimed->load_record()) return claimed;  // a foreign or torn file goes with its owner
+    if (!claimed->load_record()) continue;  // a foreign or torn file goes with its owner
+    if (one.facts.size == size)
+      (void)claimed->write(claimed->record_offset(), claimed->header() + claimed->bits_);
+    return claimed;
   }
   auto made = create(at, md5, size);
   if (!made && !candidates.empty()) {
@@ -2503,7 +2645,7 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   if (!made) return made;
   const auto now = (*made)->out_.facts();  // the file system's own clock
   for (const auto& one : candidates) {
-    const bool is_quiet = !one.abandoned() && now &&
+    const bool is_quiet = !one.abandoned() && now.found() &&
                           now->modified - one.facts.modified > static_cast<std::int64_t>(quiet) * 1000000000;
     if (one.taken || is_quiet) (*made)->adopt(one.where, go_on);
     if (one.taken) remove_quietly(one.where);
@@ -2565,7 +2707,8 @@ inline result<void> partial_file::check_room(const path& directory, std::uint64_
 inline result<void> partial_file::reserve() const {
   const auto facts = out_.facts();
   if (auto allowed = check_limit(whole()); !allowed) return allowed;
-  std::uint64_t present = facts ? facts->allocated : 0;  // less than what was written where it is compressed
+  std::uint64_t present =
+      facts.found() ? facts->allocated : 0;  // less than what was written where it is compressed
   std::uint64_t written = 0;
   for (std::uint64_t i = 0; i < blocks(); ++i) written += has(i) ? block : 0;
   present = (std::max)(present, written);
@@ -2582,7 +2725,8 @@ inline result<void> partial_file::reserve() const {
 
 inline result<std::ifstream> partial_file::publish(const place& at) {
   const auto old = facts_of(at.target);
-  if (old && !old->is_file) {
+  if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
+  if (old.found() && !old->is_file) {
     return error(errc::disk_failure,
                  "cannot put a file in the place of " + in_quotes(at.target) + ", which is no ordinary file");
   }
@@ -2606,15 +2750,18 @@ inline result<std::ifstream> partial_file::publish(const place& at) {
                                      "; close what has it open, such as a stream of an earlier restore");
   }
   where_.clear();
-  published_ = facts_of(at.target);
+  if (const auto facts = facts_of(at.target); facts.found()) published_ = *facts;
   std::ifstream stream(at.target, std::ios::binary);
   if (!stream) return disk_error("open", at.target);
 #else
-  std::ifstream stream(where_, std::ios::binary);
-  if (!stream) return failed("open", where_, errno);
-  if (old)
+  auto stream = stream_on(out_, where_);
+  if (!stream) {
+    (void)failed("open", where_, 0);
+    return stream.error();
+  }
+  if (old.found())
     (void)::fchmod(out_.native(), static_cast<mode_t>(old->mode & 0777));  // the old file's permissions
-  published_ = out_.facts();
+  if (const auto facts = out_.facts(); facts.found()) published_ = *facts;
   if (const int code = rename_over(where_, at.target))
     return failed("rename a finished file to", at.target, code);
   where_.clear();
@@ -2707,7 +2854,8 @@ class place_lock {
     }
     // The holder before may have removed the file between our open and our lock: then the next try makes a new one.
     const auto mine = out_.facts(), named = facts_of(where_);
-    if (mine && named && mine->inode == named->inode && mine->device == named->device) return outcome::held;
+    if (mine.found() && named.found() && mine->inode == named->inode && mine->device == named->device)
+      return outcome::held;
     out_.close();
     return outcome::busy;
 #endif
@@ -2723,6 +2871,7 @@ class place_lock {
 
 struct receipt {
   run_path run;
+  std::string name;  // of the file in the run; empty in receipts of version 0.1.0, which did not record it
   std::uint64_t size = 0;     // bytes
   std::int64_t modified = 0;  // nanoseconds since 1970
   std::string md5;            // verified, in hex; or empty
@@ -2747,8 +2896,8 @@ inline result<void> write_receipt(const path& cache, const path& target, const r
   const std::string record =
       "path=" + percent_encode(utf8(real), "/") + "\nentity=" + percent_encode(facts.run.entity) +
       "\nproject=" + percent_encode(facts.run.project) + "\nrun_id=" + percent_encode(facts.run.run_id) +
-      "\nsize=" + std::to_string(facts.size) + "\nmodified_ns=" + std::to_string(facts.modified) +
-      "\nmd5=" + facts.md5 + "\nend=yes\n";
+      "\nname=" + percent_encode(facts.name, "/") + "\nsize=" + std::to_string(facts.size) +
+      "\nmodified_ns=" + std::to_string(facts.modified) + "\nmd5=" + facts.md5 + "\nend=yes\n";
   return replace_small_file(receipt_path(cache, real), record);
 }
 
@@ -2762,7 +2911,11 @@ inline receipt receipt_of(const path& cache, const path& real, const file_facts&
       record["modified_ns"] != std::to_string(now.modified)) {
     return {};
   }
-  return {{field("entity"), field("project"), field("run_id")}, now.size, now.modified, field("md5")};
+  return {{field("entity"), field("project"), field("run_id")},
+          field("name"),
+          now.size,
+          now.modified,
+          field("md5")};
 }
 
 /// The receipt for a file, if there is one and the file has not changed since.
@@ -2899,28 +3052,23 @@ class md5 {
 };
 
 /// The md5 of a whole file in hex; empty where it cannot be read, or the watcher ended it.
-inline std::string md5_of_file(const path& where, const watcher& go_on = {}) {
-  file in;
-  if (in.open(where, file::mode::read) != 0) return {};
+inline std::string md5_of_file(const file& opened, const watcher& go_on = {}) {
   md5 hash;
   page_buffer buffer;
   for (std::uint64_t offset = 0;;) {
-    const auto count = in.read_at(offset, buffer.data(), page_buffer::size);
+    const auto count = opened.read_at(offset, buffer.data(), page_buffer::size);
     if (count < 0 || (go_on && !go_on(offset))) return {};
     if (count == 0) return hash.finish();
     hash.update({buffer.data(), static_cast<std::size_t>(count)});
     offset += static_cast<std::uint64_t>(count);
   }
 }
+inline std::string md5_of_file(const path& where, const watcher& go_on = {}) {
+  file opened;
+  return opened.open(where, file::mode::read) == 0 ? md5_of_file(opened, go_on) : std::string();
+}
 
 }  // namespace detail
-
-WANDB_RESTORE_PRIVATE_INLINE std::string local_copy::md5() const {
-  if (!receipt_md5.empty()) return receipt_md5;
-  const auto go_on = go_on_.lock();
-  if (known_md5_.empty()) known_md5_ = detail::md5_of_file(path, go_on ? *go_on : detail::watcher());
-  return known_md5_;
-}
 
 // ====================================================================================== settings, resolved
 
@@ -3278,7 +3426,7 @@ inline std::vector<std::string> netrc_machines(std::string_view written, const u
 inline std::string api_key_from_netrc(const settings& configuration, const url& base,
                                       std::vector<std::string>& warnings) {
   const path& where = configuration.netrc_file;
-  if (where.empty() || !facts_of(where)) return {};
+  if (where.empty() || !facts_of(where).found()) return {};
   const auto text = read_small_file(where, 1 << 20);
   if (!text) {
     warnings.push_back(text.error().what());
@@ -3359,7 +3507,7 @@ inline std::vector<std::string> shared_token_keys(std::string_view written, cons
 /// where there is none, or something else, an empty one is as good.
 inline result<json_document> read_credentials(const path& where) {
   json_document file;
-  if (facts_of(where)) {
+  if (facts_of(where).found()) {
     const auto text = read_small_file(where, 1 << 20);
     if (!text) return text.error();
     file.root = parse_json(*text);
@@ -3471,7 +3619,7 @@ class settings_sources {
     return at == secrets_.end() ? std::nullopt : std::optional(at->second);
   }
   void load(const path& where) {
-    if (where.empty() || !facts_of(where)) return;
+    if (where.empty() || !facts_of(where).found()) return;
     const auto text = read_small_file(where, 1 << 20);
     auto values = text ? parse_ini(*text) : result<text_map>(text.error());
     if (!values) {
@@ -3486,7 +3634,7 @@ class settings_sources {
   void load_sagemaker() {
     const path hyperparameters = "/opt/ml/input/config/hyperparameters.json";
     const auto training = environment("SM_TRAINING_ENV");
-    if (!training && !facts_of(hyperparameters)) return;
+    if (!training && !facts_of(hyperparameters).found()) return;
     if (const auto text = read_small_file("secrets.env", 1 << 20)) secrets_ = parse_key_values(*text);
     const auto file_text = read_small_file(hyperparameters, 1 << 20);
     for (const std::string& text : {file_text ? *file_text : std::string(), training.value_or("")}) {
@@ -3516,7 +3664,8 @@ inline void find_run(settings& s, const settings_sources& from) {
   s.project = trim(from.find_name("WANDB_PROJECT", "project"));
   s.run_id = trim(from.find({"WANDB_RUN_ID"}, "run_id").value);
   const path resume_file = from.wandb_directory / "wandb-resume.json";
-  if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" || !facts_of(resume_file))
+  if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" ||
+      !facts_of(resume_file).found())
     return;
   const auto text = read_small_file(resume_file, 1 << 20);
   const json resumed = text ? parse_json(*text) : json();
@@ -3532,7 +3681,8 @@ inline void find_credentials(settings& s, const settings_sources& from) {
   s.netrc_file = expand_home(first_of_environment({"NETRC"}));
   if (s.netrc_file.empty()) {
     const path usual = in_home(".netrc"), windows = in_home("_netrc");
-    const bool prefer_windows = !facts_of(usual) && (facts_of(windows) || path::preferred_separator == '\\');
+    const bool prefer_windows =
+        !facts_of(usual).found() && (facts_of(windows).found() || path::preferred_separator == '\\');
     s.netrc_file = prefer_windows ? windows : usual;
   }
   const auto credentials = from.find({"WANDB_CREDENTIALS_FILE"}, "credentials_file");
@@ -3602,7 +3752,7 @@ inline void find_certificates(settings& s, const settings_sources& from) {
   if (s.ca_file.empty() != s.ca_directory.empty()) {
     for (const char* const directory : {"/etc/ssl/certs", "/etc/pki/tls/certs"}) {
       const auto facts = facts_of(directory);
-      if (!facts || !facts->is_directory) continue;
+      if (!facts->is_directory) continue;
       if (!s.ca_directory.empty()) s.ca_directory += ":";
       s.ca_directory += directory;
       break;
@@ -3611,7 +3761,7 @@ inline void find_certificates(settings& s, const settings_sources& from) {
   const path bundle = expand_home(first_of_environment({"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}));
   if (s.ca_file.empty() && s.ca_directory.empty()) {
     const auto facts = facts_of(bundle);
-    (facts && facts->is_directory ? s.ca_directory : s.ca_file) = bundle;
+    (facts->is_directory ? s.ca_directory : s.ca_file) = bundle;
   }
   if (const auto insecure = from.find({"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl")) {
     if (is_one_of(insecure.value, {"y", "yes", "t", "true", "on", "1"})) {
@@ -6385,26 +6535,76 @@ inline error in_context(const error& failure, const std::string& doing,
   return with_text(failure, doing + ": " + failure.what());
 }
 
+/// A local copy, opened before it is looked at: its facts, its md5 and its stream are those of one file, whatever is put in
+/// its place meanwhile.
+class opened_copy {
+ public:
+  /// Opens an ordinary file. Never blocks. Null if there is none; errc::disk_failure for what is no ordinary file.
+  static result<std::shared_ptr<opened_copy>> open(const path& where, std::string_view name) {
+    std::shared_ptr<opened_copy> copy;
+    const auto named = facts_of(where);  // opening a device or a pipe can have effects: look first
+    if (named.absent()) return copy;
+    if (!named.found()) return disk_error("look at the local copy", where, named.failure());
+    copy = std::make_shared<opened_copy>(where);
+    copy->facts_ = *named;
+    if (named->is_file) {
+      const int code = copy->open_code_ = copy->file_.open(where, file::mode::keep_name);
+      if (look_result::failed(code).absent()) return std::shared_ptr<opened_copy>();  // removed just now
+      // A file that may not be read can still be replaced; of any other failure the file itself may be the cause.
+      if (code != 0 && !is_refusal(code)) return disk_error("open the local copy", where, code);
+      if (code == 0) {
+        const auto facts = copy->file_.facts();
+        if (!facts.found()) return disk_error("look at the local copy", where, facts.failure());
+        copy->facts_ = *facts;
+      }
+    }
+    if (!copy->facts_.is_file) {
+      return error(errc::disk_failure,
+                   "cannot restore " + in_quotes(name) + ": " + in_quotes(where) +
+                       (copy->facts_.is_directory ? " is a directory" : " is no ordinary file") +
+                       "; set another root, or move it away");
+    }
+    return copy;
+  }
+  explicit opened_copy(path where) : where_(std::move(where)) {}
+
+  [[nodiscard]] const file_facts& facts() const { return facts_; }
+  /// Is told of how far md5() is, and may end it.
+  void watch(watcher go_on) { go_on_ = std::move(go_on); }
+  /// In hex; empty if the file cannot be read, has changed since it was opened, or the watcher ended it.
+  [[nodiscard]] std::string md5() const {
+    if (!file_.is_open()) return {};
+    std::string digest = md5_of_file(file_, go_on_);
+    const auto now = file_.facts();
+    return now.found() && *now == facts_ ? digest : std::string();
+  }
+  [[nodiscard]] result<std::ifstream> stream() const {
+    if (file_.is_open()) return stream_on(file_, where_);
+    return error(errc::disk_failure, "cannot open the local copy " + in_quotes(where_) + ": " +
+                                         system_text(open_code_) + "; make it readable, or replace it");
+  }
+
+ private:
+  path where_;
+  file file_;
+  int open_code_ = 0;  // why it is not open
+  file_facts facts_;
+  watcher go_on_;
+};
+
 /// One restore, from name to stream.
 class restoring {
  public:
   restoring(session& with, call& of, const restore_options& options, std::string name, run_path run, place at)
       : session_(with), call_(of), options_(options), name_(std::move(name)), run_(std::move(run)),
-        at_(std::move(at)) {}
+        at_(std::move(at)),
+        policy_(options.replace ? cache_policy::replace() : options.cache.value_or(with.policy)) {}
 
   result<restored_file> operator()() {
-    const auto seen = facts_of(at_.target);
-    if (seen && !seen->is_file) {
-      return error(errc::disk_failure, "cannot restore " + in_quotes(name_) + ": " + in_quotes(at_.target) +
-                                           (seen->is_directory ? " is a directory" : " is no ordinary file") +
-                                           "; set another root, or move it away");
-    }
-    const auto policy = options_.replace ? cache_policy::replace() : options_.cache.value_or(session_.policy);
-    local_copy copy;
-    if (seen) copy = copy_of(*seen);
-    const auto verdict = seen ? policy(copy, nullptr) : cache_policy::verdict::fetch;
+    if (auto looked = look(); !looked) return looked.error();
+    const auto verdict = decide(nullptr);
     if (call_.cancelled()) return call_.why_cancelled();
-    if (verdict == cache_policy::verdict::keep) return open_local(copy);
+    if (verdict == cache_policy::verdict::keep) return use_local(nullptr);
 
     service asked(session_, call_);
     if (run_.entity.empty()) {
@@ -6415,11 +6615,10 @@ class restoring {
     auto remote = asked.find_file(run_, name_);
     if (!remote) return remote.error();
     if (!remote->info.name.empty()) name_ = remote->info.name;
-    if (verdict == cache_policy::verdict::ask && policy(copy, &remote->info) == cache_policy::verdict::keep) {
-      return keep(copy, *seen, remote->info);
-    }
+    if (verdict == cache_policy::verdict::ask && decide(&remote->info) == cache_policy::verdict::keep)
+      return use_local(&remote->info);
     if (call_.cancelled()) return call_.why_cancelled();
-    return fetch(*std::move(remote), seen);
+    return fetch(*std::move(remote));
   }
 
  private:
@@ -6433,58 +6632,79 @@ class restoring {
     return !call_.cancelled();
   }
 
-  [[nodiscard]] local_copy copy_of(const file_facts& facts) {
-    local_copy copy;
-    hashing_.reset(new watcher(
-        [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); }));
-    copy.go_on_ = hashing_;
-    copy.path = at_.target;
-    copy.size = facts.size;
-    copy.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
+  /// Opens the local copy, as it is now, and gathers what is known of it.
+  result<void> look() {
+    auto opened = opened_copy::open(at_.target, name_);
+    if (!opened) return opened.error();
+    opened_ = *std::move(opened);
+    copy_ = local_copy();
+    first_verdict_.reset();
+    if (!opened_) return {};
+    const auto& facts = opened_->facts();
+    opened_->watch(
+        [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); });
+    copy_.opened_ = opened_;
+    copy_.path = at_.target;
+    copy_.size = facts.size;
+    copy_.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
         std::chrono::nanoseconds(facts.modified));
     if (const auto known = read_receipt(session_.config.cache_dir, at_.target, facts)) {
-      copy.restored_from = known.run;
-      copy.receipt_md5 = known.md5;
+      copy_.restored_from = known.run;
+      copy_.restored_name = known.name;
+      copy_.receipt_md5 = known.md5;
     }
-    return copy;
+    return {};
   }
 
-  /// On the policy's word alone: what is known of the asked run must not contradict where the file came from.
-  result<restored_file> open_local(const local_copy& copy) {
-    if (const auto& from = copy.restored_from) {
-      if (from->run_id != run_.run_id || from->project != run_.project ||
-          (!run_.entity.empty() && from->entity != run_.entity)) {
-        return error(errc::local_conflict, in_quotes(at_.target) + " was restored from " + from->str() +
-                                               ", but " + shown(run_) +
-                                               " is asked for: replace or refresh it, or set another root");
-      }
-    }
-    return open({at_.target, copy.size, copy.receipt_md5, source::local, !copy.receipt_md5.empty()});
+  /// The policy's verdict on the copy that look() found. `remote` is null until the service was asked; a policy that asks
+  /// for the service's facts and still cannot tell means fetch.
+  cache_policy::verdict decide(const file_info* remote) {
+    using verdict = cache_policy::verdict;
+    if (!opened_) return verdict::fetch;
+    if (!first_verdict_) first_verdict_ = policy_(copy_, nullptr);
+    if (*first_verdict_ != verdict::ask || remote == nullptr) return *first_verdict_;
+    return policy_(copy_, remote) == verdict::keep ? verdict::keep : verdict::fetch;
   }
 
-  /// After the service was asked. What it has too is the asked run's, wherever it came from.
-  result<restored_file> keep(const local_copy& copy, const file_facts& facts, const file_info& remote) {
-    const bool verified = !remote.md5.empty() && copy.md5() == remote.md5;
+  /// errc::local_conflict if the receipt says that the copy is of another run, or another file of the run.
+  [[nodiscard]] result<void> check_origin() const {
+    if (!copy_.restored_from) return {};
+    const run_path& from = *copy_.restored_from;
+    const bool other_run = from.run_id != run_.run_id || from.project != run_.project ||
+                           (!run_.entity.empty() && from.entity != run_.entity);
+    const bool other_name = !copy_.restored_name.empty() && copy_.restored_name != name_;
+    if (!other_run && !other_name) return {};
+    const std::string origin =
+        other_name ? "the file " + in_quotes(copy_.restored_name) + " of " + from.str() : from.str();
+    const std::string wanted = other_name ? in_quotes(name_) + " of " + shown(run_) : shown(run_);
+    return error(errc::local_conflict, in_quotes(at_.target) + " was restored from " + origin + ", but " +
+                                           wanted +
+                                           " is asked for: replace or refresh it, or set another root");
+  }
+
+  /// Returns the local copy. If the service was asked and has the same content, the copy is the asked run's file,
+  /// wherever it came from; otherwise its receipt must not say that it is another.
+  result<restored_file> use_local(const file_info* remote) {
+    if (remote != nullptr && !remote->md5.empty() && copy_.md5() == remote->md5) {
+      remember(remote->md5, opened_->facts());
+      return open_local(remote->md5);
+    }
     if (call_.cancelled()) return call_.why_cancelled();
-    if (!verified) return open_local(copy);
-    remember(remote.md5, facts);
-    return open({at_.target, copy.size, remote.md5, source::local, true});
+    if (auto good = check_origin(); !good) return good.error();
+    // A receipt without a name may be another file's of the run: what it verified does not count for this one.
+    return open_local(copy_.restored_name.empty() ? std::string() : copy_.receipt_md5);
   }
-
-  result<restored_file> open(restored_file::facts facts) const {
-    std::ifstream stream(at_.target, std::ios::binary);
-    if (!stream) {
-      return error(errc::disk_failure, "cannot open the local copy " + in_quotes(at_.target) + ": " +
-                                           system_text(last_os_error()) +
-                                           "; make it readable, or replace it");
-    }
-    return restored_file(std::move(stream), std::move(facts));
+  /// `md5`: what the content was verified against; empty if it was not.
+  result<restored_file> open_local(const std::string& md5) const {
+    auto stream = opened_->stream();
+    if (!stream) return stream.error();
+    return restored_file(*std::move(stream), {at_.target, copy_.size, md5, source::local, !md5.empty()});
   }
 
   void remember(const std::string& md5, const std::optional<file_facts>& facts) const {
     if (!facts) return;
-    const auto written =
-        write_receipt(session_.config.cache_dir, at_.target, {run_, facts->size, facts->modified, md5});
+    const auto written = write_receipt(session_.config.cache_dir, at_.target,
+                                       {run_, name_, facts->size, facts->modified, md5});
     if (!written && !session_.told_of_receipts.exchange(true)) {
       session_.warn(
           std::string("where files come from cannot be remembered, so that another run's are not told "
@@ -6493,15 +6713,21 @@ class restoring {
     }
   }
 
-  result<restored_file> fetch(remote_file remote, const std::optional<file_facts>& seen) {
+  result<restored_file> fetch(remote_file remote) {
     if (auto made = make_directories(at_.directory); !made) return made.error();
     place_lock lock(at_);
     if (!wait_for(lock)) return call_.why_cancelled();
-    const auto now = facts_of(at_.target);
-    if (now && !(seen && *seen == *now) &&
-        !remote.info.md5.empty()) {  // another process brought it meanwhile
-      const auto copy = copy_of(*now);
-      if (copy.md5() == remote.info.md5) return keep(copy, *now, remote.info);
+    // Another call may have put a file there while this one waited: the policy decides about that one, too.
+    const auto before = opened_;
+    if (auto looked = look(); !looked) return looked.error();
+    if (opened_ && !(before && before->facts() == opened_->facts())) {
+      if (decide(&remote.info) == cache_policy::verdict::keep) {
+        if (first_verdict_ == cache_policy::verdict::keep) {  // as a call that began now would be answered
+          if (auto good = check_origin(); !good) return good.error();
+        }
+        return use_local(&remote.info);
+      }
+      if (!remote.info.md5.empty() && copy_.md5() == remote.info.md5) return use_local(&remote.info);
       if (call_.cancelled()) return call_.why_cancelled();
     }
     for (bool again = false;; again = true) {
@@ -6592,9 +6818,25 @@ class restoring {
   std::string name_;
   run_path run_;
   place at_;
+  const cache_policy policy_;
   clock::time_point reported_ = clock::now();
-  std::shared_ptr<const watcher> hashing_;  // of the local copy
+  std::shared_ptr<opened_copy> opened_;                 // null: there is no local copy
+  local_copy copy_;                                     // of opened_
+  std::optional<cache_policy::verdict> first_verdict_;  // on copy_, before the service was asked
 };
+
+}  // namespace detail
+
+WANDB_RESTORE_PRIVATE_INLINE std::string local_copy::md5() const {
+  if (!receipt_md5.empty()) return receipt_md5;
+  if (known_md5_.empty()) {
+    const auto opened = opened_.lock();
+    known_md5_ = opened ? opened->md5() : detail::md5_of_file(path);
+  }
+  return known_md5_;
+}
+
+namespace detail {
 
 WANDB_RESTORE_PRIVATE_INLINE std::shared_ptr<session>
 open_session(settings configuration, transport_ref transport, cache_policy policy) {
@@ -6614,8 +6856,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
   if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
   const path root = options.root.empty() ? with.config.run_dir : options.root;
   path there = root;
-  while (there.has_relative_path() && !facts_of(there)) there = there.parent_path();
-  if (const auto facts = facts_of(there); facts && !facts->is_directory) {
+  while (there.has_relative_path() && facts_of(there).absent()) there = there.parent_path();
+  if (const auto facts = facts_of(there); facts.found() && !facts->is_directory) {
     return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) +
                                              ": " + in_quotes(there) + " is not a directory");
   }
@@ -7590,7 +7832,7 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
   const auto parts = split(directories, list_separator);
   const bool any = std::any_of(parts.begin(), parts.end(), [](std::string_view part) {
     const auto facts = facts_of(from_utf8(part));
-    return facts && facts->is_directory;
+    return facts->is_directory;
   });
   if (!ca_directory.empty() &&
       (!any ||  // OpenSSL would only notice in the handshake

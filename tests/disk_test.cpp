@@ -46,6 +46,7 @@ using wandb::detail::owner;
 using wandb::detail::partial_file;
 using wandb::detail::place;
 using wandb::detail::place_lock;
+using wandb::detail::stream_on;
 
 const std::string md5 = "900150983cd24fb0d6963f7d28e17f72";
 const std::string other_md5 = "0123456789abcdef0123456789abcdef";
@@ -222,6 +223,25 @@ TEST_SUITE("partial files") {
       file.seekp(4 * block);
       file << 'W';
     }));
+  }
+
+  TEST_CASE("finished content whose record was cut off already is taken for present, all of it") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    auto left = must(partial_file::create(at, md5, size));
+    fill(*left, 0, 4);
+    left->release(at, md5);
+    left.reset();
+    REQUIRE(find_partials(at).size() == 1);
+    fs::resize_file(find_partials(at).front().where, size);
+    auto mine = must(partial_file::open(at, md5, size));
+    for (std::uint64_t i = 0; i < 4; ++i) CHECK(mine->has(i));
+    CHECK(content_at(*mine, 3) == block_text(3));
+    // A sign of life must not make it look like something else to the next one.
+    mine->touch();
+    mine->release(at, md5);
+    mine = must(partial_file::open(at, md5, size));
+    for (std::uint64_t i = 0; i < 4; ++i) CHECK(mine->has(i));
   }
 
   TEST_CASE("an owner that lives is left alone; one that was killed is taken over, unburied too") {
@@ -466,11 +486,38 @@ TEST_SUITE("partial files") {
     const auto made = must(partial_file::create(at, md5, 64 * block));
     REQUIRE(made->reserve().has_value());
     const auto facts = made->content().facts();
-    REQUIRE(facts.has_value());
+    REQUIRE(facts.found());
 #ifdef __linux__
     CHECK(facts->allocated >= 64 * block);
 #endif
     CHECK_FALSE(made->has(0));
+  }
+}
+
+TEST_SUITE("looking at a path") {
+  TEST_CASE("facts, absent and failed are told apart") {
+    const temporary_directory directory;
+    write_file(directory / "file", "12345");
+    fs::create_symlink("loop", directory / "loop");
+    fs::create_symlink("nowhere", directory / "dangling");
+    const auto file = facts_of(directory / "file");
+    CHECK(file.found());
+    CHECK_FALSE(file.absent());
+    CHECK(file.failure() == 0);
+    CHECK(file->size == 5);
+    for (const fs::path& where : {directory / "none", directory / "none" / "in none",
+                                  directory / "file" / "x", directory / "dangling"}) {
+      CAPTURE(where);
+      CHECK_FALSE(facts_of(where).found());
+      CHECK(facts_of(where).absent());
+      CHECK(facts_of(where).failure() == 0);
+    }
+    for (const fs::path& where : {directory / "loop", directory / std::string(300, 'n')}) {
+      CAPTURE(where);
+      CHECK_FALSE(facts_of(where).found());
+      CHECK_FALSE(facts_of(where).absent());
+      CHECK(facts_of(where).failure() != 0);
+    }
   }
 }
 
@@ -635,13 +682,15 @@ TEST_SUITE("receipts") {
     const fs::path cache = directory / "cache", target = directory / "a b\xc3\xa9\"\n.h5";
     write_file(target, "hello");
     const auto facts = facts_of(target);
-    REQUIRE(facts.has_value());
+    REQUIRE(facts.found());
     const wandb::run_path run{"team \"x\"", "p\xff", "r/1"};
     REQUIRE(
-        wandb::detail::write_receipt(cache, target, {run, facts->size, facts->modified, md5}).has_value());
+        wandb::detail::write_receipt(cache, target, {run, "model \n.h5", facts->size, facts->modified, md5})
+            .has_value());
     const auto found = wandb::detail::read_receipt(cache, target, *facts);
     REQUIRE(found);
     CHECK(found.run == run);
+    CHECK(found.name == "model \n.h5");
     CHECK(found.md5 == md5);
     CHECK(found.size == 5);
 
@@ -662,10 +711,10 @@ TEST_SUITE("receipts") {
     write_file(directory / "model.h5", "hello");
     const support::scoped_working_directory here(directory.path());
     const auto facts = facts_of("model.h5");
-    REQUIRE(facts.has_value());
-    REQUIRE(
-        wandb::detail::write_receipt(cache, "model.h5", {{"e", "p", "r"}, facts->size, facts->modified, md5})
-            .has_value());
+    REQUIRE(facts.found());
+    REQUIRE(wandb::detail::write_receipt(cache, "model.h5",
+                                         {{"e", "p", "r"}, "model.h5", facts->size, facts->modified, md5})
+                .has_value());
     CHECK(wandb::detail::read_receipt(cache, directory / "model.h5", *facts));
     CHECK(wandb::detail::read_receipt(cache, "./x/../model.h5", *facts));
   }
@@ -675,7 +724,8 @@ TEST_SUITE("receipts") {
     const fs::path cache = directory / "cache", target = directory / "model.h5";
     write_file(target, "hello");
     const auto facts = *facts_of(target);
-    REQUIRE(wandb::detail::write_receipt(cache, target, {{"e", "p", "r"}, facts.size, facts.modified, md5})
+    REQUIRE(wandb::detail::write_receipt(cache, target,
+                                         {{"e", "p", "r"}, "model.h5", facts.size, facts.modified, md5})
                 .has_value());
     const fs::path where = wandb::detail::receipt_path(cache, target);
     const std::string good = read_file(where);
@@ -700,9 +750,10 @@ TEST_SUITE("receipts") {
     const temporary_directory directory;
     write_file(directory / "cache", "a file");
     CHECK_FALSE(wandb::detail::write_receipt(directory / "cache", directory / "model.h5",
-                                             {{"e", "p", "r"}, 1, 2, md5})
+                                             {{"e", "p", "r"}, "model.h5", 1, 2, md5})
                     .has_value());
-    CHECK(wandb::detail::write_receipt({}, directory / "model.h5", {{"e", "p", "r"}, 1, 2, md5}).has_value());
+    CHECK(wandb::detail::write_receipt({}, directory / "model.h5", {{"e", "p", "r"}, "model.h5", 1, 2, md5})
+              .has_value());
     CHECK(read_file(directory / "cache") == "a file");
   }
 }
@@ -734,6 +785,39 @@ TEST_SUITE("publishing") {
     write_file(directory / "new", "another");
     fs::rename(directory / "new", at.target);
     CHECK(rest_of(*stream) == whole_text());
+  }
+
+  TEST_CASE("without /proc and /dev/fd the stream is on that very inode, too") {
+    if (geteuid() != 0) {
+      MESSAGE("left out: chroot needs root");
+      return;
+    }
+    const temporary_directory directory;
+    const pid_t id = fork();
+    REQUIRE(id >= 0);
+    if (id == 0) {
+      if (chroot(directory.path().c_str()) != 0 || chdir("/") != 0) _exit(1);
+      const place at("/model.h5");
+      auto made = partial_file::create(at, md5, size);
+      if (!made) _exit(2);
+      for (std::uint64_t i = 0; i < 4; ++i)
+        if (!(*made)->write(i * block, block_text(i))) _exit(3);
+      auto stream = (*made)->publish(at);
+      if (!stream || rest_of(*stream) != whole_text()) _exit(4);
+      wandb::detail::file opened;
+      if (opened.open(at.target, wandb::detail::file::mode::keep_name) != 0) _exit(5);
+      auto again = stream_on(opened, at.target);
+      if (!again || rest_of(*again) != whole_text()) _exit(6);
+      std::error_code failure;
+      fs::rename(at.target, "/moved", failure);
+      std::ofstream("/model.h5") << "another";
+      if (stream_on(opened, at.target)) _exit(7);
+      _exit(0);
+    }
+    int status = -1;
+    REQUIRE(waitpid(id, &status, 0) == id);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
   }
 
   TEST_CASE("an old file is replaced, never written to, and its permissions stay") {
@@ -805,8 +889,9 @@ TEST_SUITE("publishing") {
       CHECK(made->has(3));
       REQUIRE(made->publish(at).has_value());
       CHECK(read_file(at.target) == whole_text());
-      REQUIRE(wandb::detail::write_receipt(directory / "cache", at.target,
-                                           {{"e", "p", "r"}, size, facts_of(at.target)->modified, md5})
+      REQUIRE(wandb::detail::write_receipt(
+                  directory / "cache", at.target,
+                  {{"e", "p", "r"}, "model.h5", size, facts_of(at.target)->modified, md5})
                   .has_value());
       CHECK(wandb::detail::read_receipt(directory / "cache", at.target, *facts_of(at.target)));
     }

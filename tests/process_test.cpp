@@ -4,7 +4,9 @@
 // how that went by its exit status. What it is to do is in its environment.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <optional>
 #include <random>
 #include <string>
@@ -81,6 +83,9 @@ class child {
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_addopen(&actions, 1, "/dev/null", O_WRONLY, 0);
     posix_spawn_file_actions_adddup2(&actions, ends[1], 3);
+    if (std::any_of(all.begin(), all.end(), [](const auto& one) { return one.first == "CHILD_CLOSED"; })) {
+      for (const int standard : {0, 1, 2}) posix_spawn_file_actions_addclose(&actions, standard);
+    }
     const int code = posix_spawn(&id_, "/proc/self/exe", &actions, nullptr, arguments, environment.data());
     posix_spawn_file_actions_destroy(&actions);
     ::close(ends[1]);
@@ -144,6 +149,49 @@ void gather(world& it, std::uint64_t processes) {
 
 }  // namespace
 
+/// A run with one file, in memory: a process without standard streams needs no sockets, which are another section's.
+class memory_transport {
+ public:
+  static std::string content() { return std::string(300'000, 'w'); }
+
+  wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
+    const bool question = request.method == "POST";
+    const std::string body =
+        question ? R"({"data":{"project":{"run":{"files":{"edges":[{"node":{"name":"model.h5","url":)"
+                   R"("http://wandb.test/model.h5","sizeBytes":300000,"md5":")" +
+                       stand_in::md5_hex(*stand_in::bytes(content())) +
+                       R"("}}],"pageInfo":{"hasNextPage":false}}}}}})"
+                 : content();
+    const wandb::http_response head{200, {{"Content-Length", std::to_string(body.size())}}};
+    if (!sink.start(head) || !sink.write(body)) return wandb::error(errc::cancelled, "cancelled");
+    return head;
+  }
+};
+
+/// Whatever is on descriptors 0 to 2 gets what a program prints there.
+bool print_to_standard_streams() {
+  for (const int standard : {0, 1, 2}) (void)!write(standard, "progress", 8);
+  return true;
+}
+
+/// Restores a file twice, downloaded and kept, while descriptors 0 to 2 are closed. Returns an exit status.
+int restore_without_standard_streams(wandb::settings settings, wandb::restore_options options) {
+  settings.base_url = "http://wandb.test";
+  options.on_progress = [](const wandb::progress&) { return print_to_standard_streams(); };
+  wandb::client<memory_transport> client(settings, memory_transport());
+  for (const auto source : {wandb::source::downloaded, wandb::source::local}) {
+    auto file = client.try_restore("model.h5", options);
+    if (!file) return status_of(file.error().code());
+    print_to_standard_streams();
+    for (const int standard : {0, 1, 2})
+      if (fcntl(standard, F_GETFD) != -1) return 11;
+    if (!file->verified() || file->source() != source) return 12;
+    const std::string got(std::istreambuf_iterator<char>(*file), {});
+    if (got != memory_transport::content()) return 13;
+  }
+  return downloaded;
+}
+
 TEST_CASE("process: restores one file" * doctest::skip()) {
   if (variable("CHILD_URL").empty()) return;
   if (variable("CHILD_UNPRIVILEGED") == "1" && geteuid() == 0) {
@@ -168,6 +216,7 @@ TEST_CASE("process: restores one file" * doctest::skip()) {
     if (now.phase == wandb::phase::downloading) (void)!write(3, &done, sizeof done);
     return true;
   };
+  if (variable("CHILD_CLOSED") == "1") _exit(restore_without_standard_streams(settings, options));
   auto got = wandb::client<>(settings).try_restore(variable("CHILD_NAME"), options);
   if (got) _exit(got->verified() ? (got->source() == wandb::source::downloaded ? downloaded : local) : 8);
   std::ofstream(variable("CHILD_TEXT")) << got.error().what();
@@ -399,6 +448,13 @@ TEST_SUITE("processes: what they meet") {
     CHECK(holds(it.at("model.h5"), *what));
   }
 
+  TEST_CASE("a program without standard streams that prints progress does not print into its files") {
+    world it;
+    CHECK(child(it, "model.h5", {{"CHILD_CLOSED", "1"}}).join() == downloaded);
+    CHECK((support::read_file(it.at("model.h5")) == memory_transport::content()));
+    CHECK(it.hidden() == 0);
+  }
+
   TEST_CASE("a directory that may not be written to: disk_failure that names it, and no byte is fetched") {
     world it;
     it.add("model.h5", small_size);
@@ -479,6 +535,48 @@ TEST_SUITE("processes: what they meet") {
     it.server.clear_log();
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
     CHECK(it.storage_bytes() == 0);
+  }
+
+  TEST_CASE("killed just before the finished file becomes visible: nothing of it is fetched again") {
+    const auto library = shim();
+    if (!library) return;
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    const int status = child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_RENAME", "kill"}}).join();
+    CHECK(status == -SIGKILL);
+    CHECK_FALSE(fs::exists(it.at("model.h5")));
+    it.server.clear_log();
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage_bytes() == 0);
+  }
+
+  TEST_CASE("a local file that cannot be looked at, or opened, is not taken for missing") {
+    const auto library = shim();
+    if (!library) return;
+    struct row {
+      const char* fault;
+      const char* error;
+      const char* text;
+    };
+    for (const auto& [fault, error, text] :
+         {row{"FAULT_LOOK", "EIO", "Input/output error"}, row{"FAULT_LOOK", "EACCES", "Permission denied"},
+          row{"FAULT_LOOK", "ESTALE", "Stale file handle"}, row{"FAULT_OPEN", "EIO", "Input/output error"},
+          row{"FAULT_OPEN", "EACCES", "Permission denied"}, row{"FAULT_OPEN", "EMFILE", "ulimit -n"}}) {
+      CAPTURE(std::string(fault));
+      CAPTURE(std::string(error));
+      world it;
+      it.add("model.h5", small_size);
+      support::write_file(it.at("model.h5"), "the user's own");
+      CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {fault, error}}).join() ==
+            status_of(errc::disk_failure));
+      const std::string told = support::read_file(it.directory / "text");
+      CAPTURE(told);
+      CHECK(told.find(text) != std::string::npos);
+      CHECK(told.find(it.at("model.h5").string()) != std::string::npos);
+      CHECK(support::read_file(it.at("model.h5")) == "the user's own");
+      CHECK(it.graphql() == 0);
+      CHECK(it.hidden() == 0);
+    }
   }
 
   TEST_CASE("how much is missing is told exactly") {

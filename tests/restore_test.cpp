@@ -994,6 +994,81 @@ TEST_SUITE("restore: a rule of the user's own") {
   }
 }
 
+#ifndef _WIN32
+TEST_SUITE("restore: the copy that was looked at is the one that is returned") {
+  TEST_CASE("a file that is swapped while the rule decides is not returned for the one it was shown") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    auto client = f.client();
+    (void)client.restore("a.txt", f.path);
+    auto kept =
+        f.success(client.try_restore("a.txt", f.with([&](const wandb::local_copy&, const wandb::file_info*) {
+          write_file(f.root() / "b.txt", std::string(new_text.size(), '-'));
+          fs::rename(f.root() / "b.txt", f.root() / "a.txt");
+          return verdict::keep;
+        })));
+    check_file(kept, new_text, wandb::source::local, true);
+  }
+
+  TEST_CASE("a file that is swapped after it was hashed is not returned for the one that was") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    write_file(f.root() / "a.txt", new_text);
+    auto client = f.client();
+    auto kept = f.success(client.try_restore(
+        "a.txt", f.with([&](const wandb::local_copy& local, const wandb::file_info* remote) {
+          if (remote == nullptr) return verdict::ask;
+          CHECK(local.md5() == remote->md5);
+          const auto later = fs::last_write_time(f.root() / "a.txt") + 2s;
+          write_file(f.root() / "b.txt", std::string(new_text.size(), '-'));
+          fs::last_write_time(f.root() / "b.txt", later);
+          fs::rename(f.root() / "b.txt", f.root() / "a.txt");
+          return verdict::keep;
+        })));
+    check_file(kept, new_text, wandb::source::local, true);
+    // The receipt speaks of the file that was hashed: the other one has none.
+    auto swapped = f.success(client.try_restore("a.txt", f.path));
+    check_file(swapped, std::string(new_text.size(), '-'), wandb::source::local, false);
+  }
+
+  TEST_CASE("a file that is swapped before it is hashed does not lend its md5 to the one that was shown") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    write_file(f.root() / "a.txt", std::string(new_text.size(), '-'));
+    auto client = f.client();
+    auto got = f.success(client.try_restore(
+        "a.txt", f.with([&](const wandb::local_copy& local, const wandb::file_info* remote) {
+          if (remote == nullptr) return verdict::ask;
+          write_file(f.root() / "b.txt", new_text);
+          fs::rename(f.root() / "b.txt", f.root() / "a.txt");
+          CHECK(local.md5() != remote->md5);
+          return verdict::keep;
+        })));
+    check_file(got, std::string(new_text.size(), '-'), wandb::source::local, false);
+  }
+
+  TEST_CASE("a file that is written to while it is hashed has no md5") {
+    fixture f;
+    const auto content = stand_in::generated(1'000'000);
+    f.server.add_file(f.run, "a.bin", content);
+    std::string text = stand_in::read_text(*content);
+    write_file(f.root() / "a.bin", text);
+    auto client = f.client();
+    auto options = f.with([&](const wandb::local_copy& local, const wandb::file_info* remote) {
+      if (remote == nullptr) return verdict::ask;
+      std::fstream file(f.root() / "a.bin", std::ios::in | std::ios::out | std::ios::binary);
+      const auto later = fs::last_write_time(f.root() / "a.bin") + 2s;
+      file << "changed" << std::flush;
+      fs::last_write_time(f.root() / "a.bin", later);
+      CHECK(local.md5().empty());
+      return verdict::keep;
+    });
+    auto got = f.success(client.try_restore("a.bin", options));
+    CHECK_FALSE(got.verified());
+  }
+}
+#endif
+
 TEST_SUITE("restore: receipts") {
   TEST_CASE("a copy of another run is a local_conflict, as far as the asked run is known without a request") {
     struct row {
@@ -1041,6 +1116,62 @@ TEST_SUITE("restore: receipts") {
       }
       CHECK(read_file(f.root() / "a.txt") == new_text);
     }
+  }
+
+  TEST_CASE("a copy of another file of the same run is a local_conflict, too") {
+    fixture f;
+    f.server.add_file(f.run, "a/w.bin", new_text);
+    f.server.add_file(f.run, "w.bin", old_text);
+    auto client = f.client();
+    (void)client.restore("a/w.bin", f.path);
+    f.server.clear_log();
+    const fs::path folder = f.root() / "a";
+    check_names(f.failure(client.try_restore("w.bin", f.path, false, folder), errc::local_conflict),
+                {(folder / "w.bin").string(), "\"a/w.bin\"", "\"w.bin\"", "replace", "root"});
+    CHECK(f.asked() == "graphql 0, files 0, storage 0");
+
+    auto options = f.with([&](const wandb::local_copy& local, const wandb::file_info*) {
+      CHECK(local.restored_name == "a/w.bin");
+      REQUIRE(local.restored_from.has_value());
+      CHECK(local.restored_from->str() == f.path);
+      return verdict::keep;
+    });
+    options.root = folder;
+    (void)f.failure(client.try_restore("w.bin", options), errc::local_conflict);
+    auto still = client.restore("./a//w.bin", f.path);
+    check_file(still, new_text, wandb::source::local, true);
+
+    auto refreshed = f.with(cache_policy::refresh());
+    refreshed.root = folder;
+    auto other = f.success(client.try_restore("w.bin", refreshed));
+    check_file(other, old_text, wandb::source::downloaded, true);
+    (void)f.failure(client.try_restore("a/w.bin", f.path), errc::local_conflict);
+  }
+
+  TEST_CASE("a receipt that does not name the file proves nothing, but still tells another run's copy") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", new_text);
+    auto client = f.client();
+    (void)client.restore("a.txt", f.path);
+    int rewritten = 0;
+    for (const auto& entry : fs::recursive_directory_iterator(f.directory / "cache")) {
+      if (!entry.is_regular_file()) continue;
+      std::string text = read_file(entry.path());
+      const auto begin = text.find("\nname=a.txt\n");
+      REQUIRE(begin != text.npos);
+      write_file(entry.path(), text.erase(begin, std::string("\nname=a.txt").size()));
+      ++rewritten;
+    }
+    REQUIRE(rewritten == 1);
+    auto kept = f.success(client.try_restore("a.txt", f.path));
+    check_file(kept, new_text, wandb::source::local, false);
+    (void)f.failure(client.try_restore("a.txt", "vanpelt/my-project/other"), errc::local_conflict);
+    f.server.clear_log();
+    auto refreshed = f.success(client.try_restore("a.txt", f.with(cache_policy::refresh())));
+    check_file(refreshed, new_text, wandb::source::local, true);
+    CHECK(f.asked() == "graphql 1, files 0, storage 0");
+    auto again = f.success(client.try_restore("a.txt", f.path));
+    check_file(again, new_text, wandb::source::local, true);
   }
 
   TEST_CASE("the server does not count: the same run of another one is no conflict") {
@@ -1266,6 +1397,62 @@ TEST_SUITE("restore: several at once") {
       CHECK(f.server.counted().of(request_kind::storage).requests == 1);
       CHECK(visible(f.root()) == names{"sub/a.bin"});
     }
+  }
+
+  TEST_CASE(
+      "two runs into one place at once: the one that waits is told of the conflict, as it would be later") {
+    fixture f;
+    const auto other = f.server.add_run("vanpelt", "my-project", "other");
+    f.server.add_file(f.run, "a.txt", new_text);
+    f.server.add_file(other, "a.txt", old_text);
+    auto client = f.client();
+    std::atomic<bool> waits{false};
+    f.server.on_request([&](const stand_in::request_record& one) {
+      while (one.kind == request_kind::storage && !waits) std::this_thread::yield();
+    });
+    std::thread first([&] {
+      auto file = client.try_restore("a.txt", f.path);
+      CHECK((file && file->verified() && read_all(*file) == new_text));
+    });
+    REQUIRE(f.server.wait_for([](const auto& now) { return now.counts.of(request_kind::files).requests > 0; },
+                              20s));
+    auto options = f.options();
+    options.run_path = "vanpelt/my-project/other";
+    options.on_progress = [&](const wandb::progress&) { return waits = true; };
+    auto second = client.try_restore("a.txt", options);
+    first.join();
+    (void)f.failure(std::move(second), errc::local_conflict);
+    CHECK(read_file(f.root() / "a.txt") == new_text);
+    CHECK(f.server.counted().of(request_kind::storage).requests == 1);
+    f.server.on_request({});
+  }
+
+  TEST_CASE("a file without md5 by many threads: those that waited take what was brought meanwhile") {
+    fixture f;
+    stand_in::file_attributes unknown;
+    unknown.md5_as = stand_in::md5_form::absent;
+    f.server.add_file(f.run, "a.txt", new_text, unknown);
+    constexpr int count = 6;
+    f.server.on_request([&](const stand_in::request_record& one) {
+      if (one.kind != request_kind::storage) return;
+      f.server.wait_for(
+          [](const auto& now) { return now.counts.of(request_kind::graphql).requests >= count; }, 20s);
+    });
+    auto client = f.client();
+    std::vector<std::thread> threads;
+    std::atomic<int> downloaded{0}, local{0};
+    for (int i = 0; i < count; ++i) {
+      threads.emplace_back([&] {
+        auto file = client.try_restore("a.txt", f.path);
+        if (file && read_all(*file) == new_text)
+          ++(file->source() == wandb::source::local ? local : downloaded);
+      });
+    }
+    for (auto& one : threads) one.join();
+    CHECK(downloaded == 1);
+    CHECK(local == count - 1);
+    CHECK(f.server.counted().of(request_kind::storage).requests == 1);
+    f.server.on_request({});
   }
 
   TEST_CASE("two runs into one place at once: each gets its own bytes, or is told of the conflict") {

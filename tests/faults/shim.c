@@ -6,9 +6,13 @@
  *   FAULT_ALLOCATE=ERROR                 fallocate fails
  *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th one on; or writes half of what it got
  *   FAULT_SYNC=ERROR | kill              fsync and fdatasync fail, or the process is killed in fdatasync
- *   FAULT_RENAME=ERROR                   rename fails where the new name does not begin with a dot
+ *   FAULT_RENAME=ERROR | kill            rename fails where the new name does not begin with a dot, or the
+ *                                        process is killed in it
+ *   FAULT_LOOK=ERROR                     the first stat of a file named model.h5 fails
+ *   FAULT_OPEN=ERROR                     the first open of a file named model.h5 fails
  *
- * ERROR is ENOSPC, EDQUOT, EIO, EACCES, EROFS, EOPNOTSUPP, ENOLCK or ENOSYS.
+ * ERROR is ENOSPC, EDQUOT, EIO, EACCES, EROFS, EOPNOTSUPP, ENOLCK, ENOSYS, ESTALE,
+ * EINTR or EMFILE.
  */
 #define _GNU_SOURCE
 #undef _TIME_BITS /* programs call the functions by both names, whatever this build is set to */
@@ -20,6 +24,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/types.h>
 
@@ -28,7 +33,8 @@ static int number_of(const char* name) {
     const char* name;
     int number;
   } all[] = {{"ENOSPC", ENOSPC}, {"EDQUOT", EDQUOT},         {"EIO", EIO},       {"EACCES", EACCES},
-             {"EROFS", EROFS},   {"EOPNOTSUPP", EOPNOTSUPP}, {"ENOLCK", ENOLCK}, {"ENOSYS", ENOSYS}};
+             {"EROFS", EROFS},   {"EOPNOTSUPP", EOPNOTSUPP}, {"ENOLCK", ENOLCK}, {"ENOSYS", ENOSYS},
+             {"ESTALE", ESTALE}, {"EINTR", EINTR},           {"EMFILE", EMFILE}};
   for (size_t i = 0; i < sizeof all / sizeof *all; ++i)
     if (strncmp(name, all[i].name, strlen(all[i].name)) == 0) return all[i].number;
   return EINVAL;
@@ -41,6 +47,40 @@ static int fails(const char* variable) {
   errno = number_of(value);
   return 1;
 }
+
+/* The same, for the first call with a path that ends in /model.h5. */
+static int fails_once(const char* variable, const char* path, int* calls) {
+  static const char wanted[] = "/model.h5";
+  const size_t length = strlen(path), end = sizeof wanted - 1;
+  if (!getenv(variable) || length < end || strcmp(path + length - end, wanted) != 0) return 0;
+  return __atomic_fetch_add(calls, 1, __ATOMIC_SEQ_CST) == 0 && fails(variable);
+}
+
+static int looks = 0, opens = 0;
+
+#define STAT(name, facts_type)                                                                               \
+  int name(const char* path, struct facts_type* facts) {                                                     \
+    if (fails_once("FAULT_LOOK", path, &looks)) return -1;                                                   \
+    return ((int (*)(const char*, struct facts_type*))dlsym(RTLD_NEXT, #name))(path, facts);                 \
+  }
+STAT(stat, stat)
+#ifdef __GLIBC__
+STAT(stat64, stat64)
+#endif
+
+#define OPEN(name)                                                                                           \
+  int name(const char* path, int flags, ...) {                                                               \
+    va_list arguments;                                                                                       \
+    va_start(arguments, flags);                                                                              \
+    const mode_t mode = flags & O_CREAT ? va_arg(arguments, mode_t) : 0;                                     \
+    va_end(arguments);                                                                                       \
+    if (fails_once("FAULT_OPEN", path, &opens)) return -1;                                                   \
+    return ((int (*)(const char*, int, ...))dlsym(RTLD_NEXT, #name))(path, flags, mode);                     \
+  }
+OPEN(open)
+#ifdef __GLIBC__
+OPEN(open64)
+#endif
 
 static int lock_answer(int command, int* answer) {
   const char* value = getenv("FAULT_LOCK");
@@ -150,6 +190,10 @@ int fdatasync(int fd) {
 
 int rename(const char* from, const char* to) {
   const char* name = strrchr(to, '/');
-  if ((name ? name[1] : to[0]) != '.' && fails("FAULT_RENAME")) return -1;
+  if ((name ? name[1] : to[0]) != '.') {
+    const char* value = getenv("FAULT_RENAME");
+    if (value && strcmp(value, "kill") == 0) raise(SIGKILL);
+    if (fails("FAULT_RENAME")) return -1;
+  }
   return ((int (*)(const char*, const char*))dlsym(RTLD_NEXT, "rename"))(from, to);
 }
