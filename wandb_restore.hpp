@@ -6672,7 +6672,9 @@ class restoring {
     const run_path& from = *copy_.restored_from;
     const bool other_run = from.run_id != run_.run_id || from.project != run_.project ||
                            (!run_.entity.empty() && from.entity != run_.entity);
-    const bool other_name = !copy_.restored_name.empty() && copy_.restored_name != name_;
+    // The service may know the file by the plain spelling of the name that was asked for.
+    const bool other_name = !copy_.restored_name.empty() && copy_.restored_name != name_ &&
+                            copy_.restored_name != plain_name(name_);
     if (!other_run && !other_name) return {};
     const std::string origin =
         other_name ? "the file " + in_quotes(copy_.restored_name) + " of " + from.str() : from.str();
