@@ -10,9 +10,9 @@ Each block has a comment in front of it that says how it is tested:
 
 Every source must compile without a warning with each of g++ and clang++ that is installed. The commands run in a
 scratch directory that holds the programs, the header, examples/, and third_party/ with the header and nlohmann/json.
-A stand-in for the service has the file model-best.h5 of 64 MiB in the run entity/project/run_id. The stand-in is looked for in the working directory, or is
-$WANDB_RESTORE_STAND_IN; the command-line tool is looked for in ../examples/. Where one is not built, the commands that
-need it are left out, and named. Skipped (status 77) where the compilers do not find nlohmann/json.hpp by themselves.
+A stand-in for the service has the file model-best.h5 of 64 MiB in the run entity/project/run_id; it is
+./wandb-stand-in, or $WANDB_RESTORE_STAND_IN. The command-line tool is ../examples/wandb-restore. Where one is not built,
+the commands that need it are left out, and named. Skipped (status 77) where the compilers do not find nlohmann/json.hpp by themselves.
 """
 import os
 import pathlib
