@@ -562,7 +562,7 @@ struct restore_options {
 
 /// The default transport: HTTP/1.1 (RFC 9112) over TCP and, for https, TLS 1.2 or later (OpenSSL). Keeps idle connections for
 /// later requests to the same server, and loads the certificates of authorities once. Copies share both. Safe to use from
-/// several threads at once.
+/// several threads at once, and on both sides of a fork: the child opens connections of its own.
 class http_transport {
  public:
   /// With the system's certificates of authorities.
@@ -6457,23 +6457,21 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
 }
 #endif
 
-}  // namespace detail
-
-struct http_transport::state {
-  explicit state(const settings& configuration)
-      : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory),
-        verify(configuration.verify_tls) {}
-
-  const std::filesystem::path ca_file, ca_directory;
-  const bool verify;
-  std::mutex mutex;  // of the members below
-  std::shared_ptr<detail::tls_context> tls;
-  std::vector<std::unique_ptr<detail::connection>> idle;  // the one used last at the end
+/// What the connections of one process share. A child of fork leaves its parent's alone: the parent goes on with those
+/// connections, and a lock or TLS state that another thread was using at that moment stays as it was for ever.
+struct connection_pool {
+  const std::uint64_t process = this_process();
+  connection_pool* const inherited;  ///< of the parent process, or null
+  std::mutex mutex = {};             ///< of the members below
+  std::shared_ptr<tls_context> tls = {};
+  std::vector<std::unique_ptr<connection>> idle = {};  ///< the one used last at the end
 
   static constexpr std::size_t max_idle = 64;
 
+  explicit connection_pool(connection_pool* parents) : inherited(parents) {}
+
   /// Takes a reusable connection out of the pool; null if there is none.
-  std::unique_ptr<detail::connection> take(const std::string& key) {
+  std::unique_ptr<connection> take(const std::string& key) {
     const std::lock_guard<std::mutex> lock(mutex);
     for (auto index = idle.size(); index-- > 0;) {
       if (idle[index]->key() != key) continue;
@@ -6483,23 +6481,63 @@ struct http_transport::state {
     }
     return nullptr;
   }
-  void give_back(std::unique_ptr<detail::connection> used) {
+  void give_back(std::unique_ptr<connection> used) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (idle.size() == max_idle) idle.erase(idle.begin());
     idle.push_back(std::move(used));
   }
+  /// Closes idle connections. False: a thread of the parent had the lock at the fork, so that nothing here may be touched.
+  bool clear() {
+    if (!mutex.try_lock()) return false;
+    idle.clear();
+    mutex.unlock();
+    return true;
+  }
+};
+
+}  // namespace detail
+
+struct http_transport::state {
+  explicit state(const settings& configuration)
+      : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory),
+        verify(configuration.verify_tls), newest(new detail::connection_pool(nullptr)) {}
+  state(const state&) = delete;
+  state& operator=(const state&) = delete;
+  ~state() {
+    for (detail::connection_pool* pool = newest; pool != nullptr;) {
+      detail::connection_pool* const inherited = pool->inherited;
+      if (pool->clear()) delete pool;
+      pool = inherited;
+    }
+  }
+
+  const std::filesystem::path ca_file, ca_directory;
+  const bool verify;
+  std::atomic<detail::connection_pool*> newest;
+
+  /// The pool of this process.
+  detail::connection_pool& pool() {
+    detail::connection_pool* pool = newest;
+    if (pool->process == detail::this_process()) return *pool;
+    auto own = std::make_unique<detail::connection_pool>(pool);
+    // Threads of a child may come here at once: one of them succeeds, the others use its pool.
+    if (!newest.compare_exchange_strong(pool, own.get())) return *pool;
+    pool->clear();
+    return *own.release();
+  }
 
   /// Made by the first exchange that needs it.
-  result<std::shared_ptr<detail::tls_context>> shared_tls() {
+  result<std::shared_ptr<detail::tls_context>> shared_tls(detail::connection_pool& pool) {
 #ifndef WANDB_RESTORE_NO_OPENSSL
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (!tls) {
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    if (!pool.tls) {
       auto made = detail::make_tls_context(ca_file, ca_directory, verify);
       if (!made) return made;
-      tls = *std::move(made);
+      pool.tls = *std::move(made);
     }
-    return tls;
+    return pool.tls;
 #else
+    static_cast<void>(pool);
     return error(errc::invalid_argument,
                  "https needs OpenSSL, and this program was built with WANDB_RESTORE_NO_OPENSSL");
 #endif
@@ -6519,20 +6557,21 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
     return error(errc::invalid_argument, "a header for " + route->server.redacted() +
                                              " is malformed: check extra_headers, username, user_email and "
                                              "user_agent for control characters");
+  detail::connection_pool& pool = state_->pool();
   std::shared_ptr<detail::tls_context> tls;
   if (route->is_secure()) {
-    auto shared = state_->shared_tls();
+    auto shared = state_->shared_tls(pool);
     if (!shared) return std::move(shared).error();
     tls = *std::move(shared);
   }
 
-  auto connection = state_->take(route->key());
+  auto connection = pool.take(route->key());
   for (;;) {
     const bool is_fresh = !connection;
     if (is_fresh) connection = std::make_unique<detail::connection>(*route, tls);
     detail::exchange current{request, sink, *route};
     if (connection->perform(current, *message)) {
-      if (connection->is_reusable()) state_->give_back(std::move(connection));
+      if (connection->is_reusable()) pool.give_back(std::move(connection));
       return std::move(current.head);
     }
     // A peer may close an idle connection just when it is used again: such a request, if it may be made

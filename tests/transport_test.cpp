@@ -9,6 +9,8 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
@@ -20,6 +22,7 @@
 
 #ifndef _WIN32
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <signal.h>
 #include <sys/socket.h>
@@ -809,6 +812,97 @@ TEST_SUITE("http_transport") {
     }
     for (auto& thread : threads) thread.join();
     CHECK(right == 80);
+  }
+
+  TEST_CASE("after a fork, parent and child each get the files that they ask for") {
+    for (const bool tls : {true, false}) {
+      CAPTURE(tls);
+      bench b(tls ? stand_in::options{} : plain());
+      const auto content_for = [](const std::string& name) {
+        return stand_in::read_text(*stand_in::generated(50'000, std::hash<std::string>()(name)));
+      };
+      for (const char* who : {"parent", "child"}) {
+        for (int round = 0; round < 20; ++round) {
+          const std::string name = who + std::to_string(round);
+          b.server.add_file(b.run, name, content_for(name));
+        }
+      }
+      wandb::settings settings = b.trusting;
+      settings.base_url = b.server.base_url();
+      settings.api_key = b.server.key();
+      settings.run_dir = b.files / "restored";
+      wandb::client<> client(settings);
+      const auto restores = [&](const std::string& name) {
+        const auto file = client.try_restore(name, "e/p/r");
+        std::ifstream stream(settings.run_dir / name, std::ios::binary);
+        return file && std::string(std::istreambuf_iterator<char>(stream), {}) == content_for(name);
+      };
+      REQUIRE(restores("parent0"));  // leaves idle connections in the pool
+      int right = 0;
+      for (int round = 1; round < 20; ++round) {
+        const pid_t child = ::fork();
+        REQUIRE(child >= 0);
+        if (child == 0) ::_exit(restores("child" + std::to_string(round)) ? 7 : 8);
+        const bool is_right = restores("parent" + std::to_string(round));
+        int status = 0;
+        REQUIRE(::waitpid(child, &status, 0) == child);
+        if (is_right && WIFEXITED(status) && WEXITSTATUS(status) == 7) ++right;
+      }
+      CHECK(right == 19);
+    }
+  }
+
+  TEST_CASE("a child that ends, or drops the transport, does not end its parent's connections") {
+    for (const bool tls : {true, false}) {
+      CAPTURE(tls);
+      bench b(tls ? stand_in::options{} : plain());
+      b.add(1000);
+      auto transport = std::make_unique<wandb::http_transport>(b.trusting);
+      collector first, second;
+      REQUIRE(transport->send(b.get(), first).has_value());
+      const pid_t child = ::fork();
+      REQUIRE(child >= 0);
+      if (child == 0) {
+        {
+          collector sink;
+          const auto copy = std::make_unique<wandb::http_transport>(*transport);
+          if (!copy->send(b.get(), sink)) ::_exit(8);
+        }
+        transport.reset();
+        ::_exit(7);
+      }
+      int status = 0;
+      REQUIRE(::waitpid(child, &status, 0) == child);
+      REQUIRE(WIFEXITED(status));
+      CHECK(WEXITSTATUS(status) == 7);
+      REQUIRE(transport->send(b.get(), second).has_value());
+      CHECK(second.body == first.body);
+      CHECK(b.connections() == 2);  // the parent's, used twice, and the child's
+    }
+  }
+
+  TEST_CASE("a socket never takes the descriptor of a standard stream") {
+    bench b;
+    b.add(1000);
+    const pid_t child = ::fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      struct : wandb::body_sink {
+        int streams = 0;
+        bool start(const wandb::http_response&) override {
+          for (const int descriptor : {0, 1, 2}) streams += ::fcntl(descriptor, F_GETFD) != -1;
+          return true;
+        }
+        bool write(std::string_view) override { return true; }
+      } sink;
+      for (const int descriptor : {0, 1, 2}) ::close(descriptor);
+      wandb::http_transport transport(b.trusting);
+      ::_exit(transport.send(b.get(), sink) && sink.streams == 0 ? 7 : 8);
+    }
+    int status = 0;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    REQUIRE(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 7);
   }
 
   TEST_CASE("SIGPIPE never reaches the program, which has its default handler") {
