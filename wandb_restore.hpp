@@ -646,8 +646,9 @@ struct restore_options {
 };
 
 /// The default transport: HTTP/1.1 (RFC 9112) over TCP and, for https, TLS 1.2 or later (OpenSSL). Keeps idle connections for
-/// later requests to the same server, and loads the certificates of authorities once. Copies share both. Safe to use from
-/// several threads at once.
+/// later requests to the same server, and loads the certificates of authorities once. Copies share both. Tries the addresses
+/// of a host side by side (RFC 8305). Safe to use from several threads at once, and on both sides of a fork: the child
+/// opens connections of its own.
 class http_transport {
  public:
   /// With the system's certificates of authorities.
@@ -7154,45 +7155,156 @@ inline int resolve_host(const std::string& host, int port, socket_addresses& add
   return 0;
 }
 
-struct connect_outcome {
-  socket_handle socket =
-      no_socket;            ///< connected and non-blocking, the caller's to close; no_socket: see `reason`
-  std::size_t index = 0;    ///< of its address
-  std::string reason = {};  ///< empty if the request was cancelled
-};
+/// The order of attempts (RFC 8305, section 4): families alternate, beginning with that of the first address.
+inline socket_addresses interleave_families(const socket_addresses& addresses) {
+  socket_addresses first, second, ordered;
+  for (const auto& address : addresses) {
+    (address.family() == addresses.front().family() ? first : second).push_back(address);
+  }
+  for (std::size_t index = 0; index < addresses.size(); ++index) {
+    if (index < first.size()) ordered.push_back(first[index]);
+    if (index < second.size()) ordered.push_back(second[index]);
+  }
+  return ordered;
+}
 
-/// Connects to the first address that answers, and closes every other socket.
-inline connect_outcome connect_one_by_one(const socket_addresses& addresses, clock::time_point deadline,
-                                          const http_request& request) {
-  connect_outcome outcome;
-  std::size_t left = addresses.size();
-  for (std::size_t index = 0; index < addresses.size(); ++index, --left) {
-    // One dead address must not use up the time.
-    const auto limit = clock::now() + (deadline - clock::now()) / static_cast<int>(left);
-    const socket_handle socket = open_socket(addresses[index].family());
-    if (socket == no_socket) {
-      outcome.reason = system_text(socket_error());
-      continue;
-    }
-    int code = ::connect(socket, addresses[index].data(), addresses[index].size) == 0 ? 0 : socket_error();
-    while (would_block(code)) {
-      if (request.cancelled()) return close_socket(socket), connect_outcome{};
-      pollfd entry{};
-      entry.fd = socket;
-      entry.events = POLLOUT;
-      const int timeout = poll_timeout(limit);
-      if (poll_sockets(&entry, 1, timeout) > 0) {
-        socklen_t size = sizeof code;
-        ::getsockopt(socket, SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&code), &size);
-      } else if (timeout == 0) {
-        code = -1;
+/// How long one address is waited for before the next is tried beside it (RFC 8305, section 8).
+inline constexpr milliseconds connection_attempt_delay{250};
+
+/// Attempts to connect to the addresses of a host, side by side (RFC 8305, section 5). The first to succeed wins.
+class connection_race {
+ public:
+  connection_race(const socket_addresses& addresses, clock::time_point deadline, const http_request& request)
+      : addresses_(addresses), deadline_(deadline), request_(request) {}
+  connection_race(const connection_race&) = delete;
+  connection_race& operator=(const connection_race&) = delete;
+  ~connection_race() {
+    for (const auto& entry : pending_) close_socket(entry.fd);
+  }
+
+  /// Blocks. Returns a connected, non-blocking socket, the caller's to close; or no_socket, see `failure`.
+  socket_handle run() {
+    for (auto next_start = clock::now();;) {
+      if (started_ < addresses_.size() && (pending_.empty() || clock::now() >= next_start)) {
+        next_start = clock::now() + connection_attempt_delay;
+        start(addresses_[started_++]);
+        continue;
+      }
+      if (pending_.empty()) return no_socket;
+      if (request_.cancelled()) return failure_.clear(), no_socket;
+      const auto until = started_ < addresses_.size() ? (std::min)(next_start, deadline_) : deadline_;
+      const int ready = poll_sockets(pending_.data(), pending_.size(), poll_timeout(until));
+      if (ready > 0) {
+        const std::size_t before = pending_.size();
+        if (const socket_handle winner = look(); winner != no_socket) return winner;
+        if (pending_.size() < before) next_start = clock::now();  // a failure starts the next at once
+      } else if (ready < 0 && !would_block(socket_error())) {
+        return failure_ = "poll: " + system_text(socket_error()), no_socket;
+      } else if (clock::now() >= deadline_) {
+        return failure_ = "no answer in time", no_socket;
       }
     }
-    if (code == 0) return {socket, index, {}};
-    outcome.reason = code < 0 ? "no answer in time" : system_text(code);
+  }
+  /// The index of the address that won.
+  std::size_t winner() const { return winner_; }
+  /// Why no attempt succeeded: the reason of the last one. Empty: the request was cancelled.
+  const std::string& failure() const { return failure_; }
+
+ private:
+  void start(const socket_address& address) {
+    const socket_handle socket = open_socket(address.family());
+    if (socket == no_socket) {
+      failure_ = system_text(socket_error());
+      return;
+    }
+    pollfd entry{};
+    entry.fd = socket;
+    entry.events = POLLOUT;
+    const int code = ::connect(socket, address.data(), address.size) == 0 ? 0 : socket_error();
+    if (code == 0 || would_block(code)) {  // poll tells a connection that stands already, too
+      pending_.push_back(entry);
+      indices_.push_back(started_ - 1);
+      return;
+    }
+    failure_ = system_text(code);
     close_socket(socket);
   }
-  return outcome;
+
+  /// Takes the sockets that poll reported out of the race. Returns a connected one, if any.
+  socket_handle look() {
+    for (std::size_t i = 0; i < pending_.size();) {
+      if (pending_[i].revents == 0) {
+        ++i;
+        continue;
+      }
+      const socket_handle socket = pending_[i].fd;
+      winner_ = indices_[i];
+      pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(i));
+      indices_.erase(indices_.begin() + static_cast<std::ptrdiff_t>(i));
+      int code = 0;
+      socklen_t size = sizeof code;
+      if (::getsockopt(socket, SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&code), &size) != 0) {
+        code = socket_error();
+      }
+      if (code == 0) return socket;
+      failure_ = system_text(code);
+      close_socket(socket);
+    }
+    return no_socket;
+  }
+
+  const socket_addresses& addresses_;
+  const clock::time_point deadline_;
+  const http_request& request_;
+  std::size_t started_ = 0, winner_ = 0;
+  std::vector<pollfd> pending_ = {};  // sockets that connect, and the indices of their addresses
+  std::vector<std::size_t> indices_ = {};
+  std::string failure_ = "it has no address";
+};
+
+/// For each host, the address that answered after others had failed or were silent: later connections try it first. A
+/// host whose first address answers is not remembered, so that the resolver goes on spreading the load over its addresses.
+class address_memory {
+ public:
+  /// Moves the remembered address to the front, if it is still among the host's.
+  void prefer_remembered(const std::string& host, socket_addresses& addresses) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [name, address] : known_) {
+      const auto found = std::find(addresses.begin(), addresses.end(), address);
+      if (name == host && found != addresses.end()) std::rotate(addresses.begin(), found, found + 1);
+    }
+  }
+  void remember(const std::string& host, const socket_address& address) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    known_.erase(
+        std::remove_if(known_.begin(), known_.end(), [&](const auto& each) { return each.first == host; }),
+        known_.end());
+    if (known_.size() == max_hosts) known_.erase(known_.begin());
+    known_.emplace_back(host, address);
+  }
+
+ private:
+  static constexpr std::size_t max_hosts = 64;
+  std::mutex mutex_;
+  std::vector<std::pair<std::string, socket_address>> known_;  // host:port
+};
+
+struct connect_outcome {
+  socket_handle socket = no_socket;  ///< connected and non-blocking, the caller's to close
+  std::string failure = {};          ///< why there is no socket; empty: the request was cancelled
+};
+
+/// Connects to a host, given as "host:port" and its addresses in the resolver's order.
+inline connect_outcome connect_to_host(const std::string& host, const socket_addresses& resolved,
+                                       clock::time_point deadline, const http_request& request,
+                                       address_memory& memory) {
+  auto addresses = interleave_families(resolved);
+  memory.prefer_remembered(host, addresses);
+  connection_race race(addresses, deadline, request);
+  const socket_handle socket = race.run();
+  if (socket == no_socket) return {no_socket, race.failure()};
+  if (race.winner() > 0) memory.remember(host, addresses[race.winner()]);
+  return {socket, {}};
 }
 
 // ---- the channel: bytes to and from a peer
@@ -7221,18 +7333,19 @@ class channel {
     limit_ = limit;
   }
 
-  bool connect(const url& peer) {
+  bool connect(const url& peer, address_memory& memory) {
     start_sockets();
     socket_addresses addresses;
     if (const int code = resolve_host(peer.host, peer.port, addresses)) {
       return fail("the name " + in_quotes(peer.host) + " cannot be resolved: " + resolver_text(code));
     }
     enter("connecting", clock::now() + exchange_->request.connect_timeout);
-    auto connected = connect_one_by_one(addresses, limit_, exchange_->request);
+    const std::string host = request_route::authority(peer);
+    const auto connected = connect_to_host(host, addresses, limit_, exchange_->request, memory);
     if (connected.socket == no_socket) {
-      if (connected.reason.empty()) return exchange_->fail(errc::cancelled, "cancelled");
+      if (connected.failure.empty()) return exchange_->fail(errc::cancelled, "cancelled");
       return fail("cannot connect to " + std::string(exchange_->route.has_proxy() ? "the proxy " : "") +
-                  request_route::authority(peer) + ": " + connected.reason);
+                  host + ": " + connected.failure);
     }
     socket_ = connected.socket;
     const int on = 1;
@@ -7719,18 +7832,18 @@ class connection {
   bool is_reusable() { return is_reusable_ && channel_.is_quiet(); }
 
   /// Makes one exchange; connects first if that was not done. False: see `current.failure`.
-  bool perform(exchange& current, const std::string& message) {
+  bool perform(exchange& current, const std::string& message, address_memory& memory) {
     channel_.begin(current);
     is_reusable_ = false;
-    const bool done = (channel_.is_open() || open(current)) && transfer(current, message);
+    const bool done = (channel_.is_open() || open(current, memory)) && transfer(current, message);
     channel_.rest();
     return done;
   }
 
  private:
-  bool open(exchange& current) {
+  bool open(exchange& current, address_memory& memory) {
     const request_route& route = current.route;
-    if (!channel_.connect(route.first_hop())) return false;
+    if (!channel_.connect(route.first_hop(), memory)) return false;
     current.sink.connected();
     if (!route.is_secure()) return true;
     if (route.has_proxy() && !open_tunnel(current)) return false;
@@ -7850,23 +7963,22 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
 }
 #endif
 
-}  // namespace detail
-
-struct http_transport::state {
-  explicit state(const settings& configuration)
-      : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory),
-        verify(configuration.verify_tls) {}
-
-  const std::filesystem::path ca_file, ca_directory;
-  const bool verify;
-  std::mutex mutex;  // of the members below
-  std::shared_ptr<detail::tls_context> tls;
-  std::vector<std::unique_ptr<detail::connection>> idle;  // the one used last at the end
+/// What the connections of one process share. A child of fork leaves its parent's alone: the parent goes on with those
+/// connections, and a lock or TLS state that another thread was using at that moment stays as it was for ever.
+struct connection_pool {
+  const std::uint64_t process = this_process();
+  connection_pool* const inherited;  ///< of the parent process, or null
+  address_memory memory = {};
+  std::mutex mutex = {};  ///< of the members below
+  std::shared_ptr<tls_context> tls = {};
+  std::vector<std::unique_ptr<connection>> idle = {};  ///< the one used last at the end
 
   static constexpr std::size_t max_idle = 64;
 
+  explicit connection_pool(connection_pool* parents) : inherited(parents) {}
+
   /// Takes a reusable connection out of the pool; null if there is none.
-  std::unique_ptr<detail::connection> take(const std::string& key) {
+  std::unique_ptr<connection> take(const std::string& key) {
     const std::lock_guard<std::mutex> lock(mutex);
     for (auto index = idle.size(); index-- > 0;) {
       if (idle[index]->key() != key) continue;
@@ -7876,23 +7988,63 @@ struct http_transport::state {
     }
     return nullptr;
   }
-  void give_back(std::unique_ptr<detail::connection> used) {
+  void give_back(std::unique_ptr<connection> used) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (idle.size() == max_idle) idle.erase(idle.begin());
     idle.push_back(std::move(used));
   }
+  /// Closes idle connections. False: a thread of the parent had the lock at the fork, so that nothing here may be touched.
+  bool clear() {
+    if (!mutex.try_lock()) return false;
+    idle.clear();
+    mutex.unlock();
+    return true;
+  }
+};
+
+}  // namespace detail
+
+struct http_transport::state {
+  explicit state(const settings& configuration)
+      : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory),
+        verify(configuration.verify_tls), newest(new detail::connection_pool(nullptr)) {}
+  state(const state&) = delete;
+  state& operator=(const state&) = delete;
+  ~state() {
+    for (detail::connection_pool* pool = newest; pool != nullptr;) {
+      detail::connection_pool* const inherited = pool->inherited;
+      if (pool->clear()) delete pool;
+      pool = inherited;
+    }
+  }
+
+  const std::filesystem::path ca_file, ca_directory;
+  const bool verify;
+  std::atomic<detail::connection_pool*> newest;
+
+  /// The pool of this process.
+  detail::connection_pool& pool() {
+    detail::connection_pool* pool = newest;
+    if (pool->process == detail::this_process()) return *pool;
+    auto own = std::make_unique<detail::connection_pool>(pool);
+    // Threads of a child may come here at once: one of them succeeds, the others use its pool.
+    if (!newest.compare_exchange_strong(pool, own.get())) return *pool;
+    pool->clear();
+    return *own.release();
+  }
 
   /// Made by the first exchange that needs it.
-  result<std::shared_ptr<detail::tls_context>> shared_tls() {
+  result<std::shared_ptr<detail::tls_context>> shared_tls(detail::connection_pool& pool) {
 #ifndef WANDB_RESTORE_NO_OPENSSL
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (!tls) {
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    if (!pool.tls) {
       auto made = detail::make_tls_context(ca_file, ca_directory, verify);
       if (!made) return made;
-      tls = *std::move(made);
+      pool.tls = *std::move(made);
     }
-    return tls;
+    return pool.tls;
 #else
+    static_cast<void>(pool);
     return error(errc::invalid_argument,
                  "https needs OpenSSL, and this program was built with WANDB_RESTORE_NO_OPENSSL");
 #endif
@@ -7912,20 +8064,21 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
     return error(errc::invalid_argument, "a header for " + route->server.redacted() +
                                              " is malformed: check extra_headers, username, user_email and "
                                              "user_agent for control characters");
+  detail::connection_pool& pool = state_->pool();
   std::shared_ptr<detail::tls_context> tls;
   if (route->is_secure()) {
-    auto shared = state_->shared_tls();
+    auto shared = state_->shared_tls(pool);
     if (!shared) return std::move(shared).error();
     tls = *std::move(shared);
   }
 
-  auto connection = state_->take(route->key());
+  auto connection = pool.take(route->key());
   for (;;) {
     const bool is_fresh = !connection;
     if (is_fresh) connection = std::make_unique<detail::connection>(*route, tls);
     detail::exchange current{request, sink, *route};
-    if (connection->perform(current, *message)) {
-      if (connection->is_reusable()) state_->give_back(std::move(connection));
+    if (connection->perform(current, *message, pool.memory)) {
+      if (connection->is_reusable()) pool.give_back(std::move(connection));
       return std::move(current.head);
     }
     // A peer may close an idle connection just when it is used again: such a request, if it may be made

@@ -1,14 +1,18 @@
 // The default transport against the stand-in server, and against sockets that misbehave below HTTP.
 #include <doctest/doctest.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
@@ -20,6 +24,7 @@
 
 #ifndef _WIN32
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <signal.h>
 #include <sys/socket.h>
@@ -189,6 +194,59 @@ class scripted {
   listener socket_;
   std::thread worker_;
 };
+
+/// An address that drops what is sent to it: the queue of its listening socket is full, so that a SYN goes unanswered.
+class silent_address {
+ public:
+  silent_address() {
+    for (int& filler : fillers_) {
+      filler = ::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+      (void)!::connect(filler, reinterpret_cast<const sockaddr*>(&full_.address()), sizeof(sockaddr_in));
+    }
+  }
+  ~silent_address() {
+    for (const int filler : fillers_) ::close(filler);
+  }
+  silent_address(const silent_address&) = delete;
+  silent_address& operator=(const silent_address&) = delete;
+  const listener& socket() const { return full_; }
+
+ private:
+  listener full_{0};  // one connection fills the queue
+  std::array<int, 4> fillers_{};
+};
+
+wandb::detail::socket_address address_of(const listener& socket) {
+  wandb::detail::socket_address address;
+  address.size = sizeof(sockaddr_in);
+  std::memcpy(&address.storage, &socket.address(), sizeof(sockaddr_in));
+  return address;
+}
+wandb::detail::socket_address refused_address() {
+  listener gone;
+  const auto address = address_of(gone);
+  gone.close();
+  return address;
+}
+wandb::detail::socket_address made_up_address(int family, int port) {
+  wandb::detail::socket_address address;
+  address.size = family == AF_INET ? sizeof(sockaddr_in) : sizeof(sockaddr_in6);
+  address.storage.ss_family = static_cast<sa_family_t>(family);
+  reinterpret_cast<sockaddr_in*>(&address.storage)->sin_port = htons(static_cast<std::uint16_t>(port));
+  return address;
+}
+/// The port at the other end of a connected socket.
+int peer_port(int socket) {
+  sockaddr_in peer{};
+  socklen_t size = sizeof peer;
+  REQUIRE(::getpeername(socket, reinterpret_cast<sockaddr*>(&peer), &size) == 0);
+  return ntohs(peer.sin_port);
+}
+int port_of(const listener& socket) { return ntohs(socket.address().sin_port); }
+std::size_t open_descriptors() {
+  const std::filesystem::directory_iterator entries("/proc/self/fd");
+  return static_cast<std::size_t>(std::distance(begin(entries), end(entries)));
+}
 
 wandb::result<wandb::http_response> ask(const std::string& url, collector& sink,
                                         const std::string& method = "GET") {
@@ -554,17 +612,11 @@ TEST_SUITE("http_transport") {
   }
 
   TEST_CASE("cancelled while connecting") {
-    listener full(0);  // one connection fills the queue, and the next one's SYN goes unanswered
-    std::vector<int> fillers;
-    for (int i = 0; i < 4; ++i) {
-      fillers.push_back(::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0));
-      (void)!::connect(fillers.back(), reinterpret_cast<const sockaddr*>(&full.address()),
-                       sizeof(sockaddr_in));
-    }
+    const silent_address silent;
     wandb::http_transport transport;
     for (const char* scheme : {"http", "https"}) {
       wandb::http_request request;
-      request.url = full.url(scheme);
+      request.url = silent.socket().url(scheme);
       std::atomic<int> looks{0};
       request.is_cancelled = [&] { return ++looks > 3; };
       collector sink;
@@ -576,7 +628,6 @@ TEST_SUITE("http_transport") {
       request.connect_timeout = 300ms;
       check_failed(transport.send(request, sink), wandb::errc::connection_failed, "no answer in time");
     }
-    for (const int each : fillers) ::close(each);
   }
 
   TEST_CASE("cancelled, or out of time, while TLS shakes hands") {
@@ -631,6 +682,93 @@ TEST_SUITE("http_transport") {
     int peer = -1;
     check_cancel(transport, request, sink, [&] { peer = deaf.accept(); });
     ::close(peer);
+  }
+
+  TEST_CASE("addresses of a host: one that is silent costs a quarter of a second, once") {
+    const silent_address silent;
+    const listener good;
+    wandb::detail::address_memory memory;
+    const wandb::detail::socket_addresses addresses{address_of(silent.socket()), address_of(good)};
+    const std::size_t descriptors = open_descriptors();
+    for (const auto limit : {600ms, 200ms}) {  // at first, and later
+      const auto begin = clock_type::now();
+      const auto outcome = wandb::detail::connect_to_host("host:1", addresses, begin + 10s, {}, memory);
+      REQUIRE_MESSAGE(outcome.socket >= 0, outcome.failure);
+      CHECK(clock_type::now() - begin < limit);
+      CHECK(peer_port(outcome.socket) == port_of(good));
+      CHECK(open_descriptors() == descriptors + 1);  // the loser's socket is closed
+      ::close(outcome.socket);
+    }
+    auto ordered = addresses;
+    memory.prefer_remembered("host:2", ordered);
+    CHECK(ordered == addresses);
+    memory.prefer_remembered("host:1", ordered);
+    CHECK(ordered == wandb::detail::socket_addresses{addresses[1], addresses[0]});
+  }
+
+  TEST_CASE("addresses of a host: a remembered one that is silent by now gives way") {
+    const listener good;
+    auto silent = std::make_unique<silent_address>();
+    wandb::detail::address_memory memory;
+    const wandb::detail::socket_addresses addresses{address_of(good), address_of(silent->socket())};
+    memory.remember("host:1", addresses[1]);
+    const auto outcome =
+        wandb::detail::connect_to_host("host:1", addresses, clock_type::now() + 10s, {}, memory);
+    REQUIRE_MESSAGE(outcome.socket >= 0, outcome.failure);
+    CHECK(peer_port(outcome.socket) == port_of(good));
+    ::close(outcome.socket);
+    auto ordered = addresses;
+    memory.prefer_remembered("host:1", ordered);
+    CHECK(ordered == addresses);
+  }
+
+  TEST_CASE("addresses of a host: one that fails makes way for the next at once") {
+    const listener good;
+    wandb::detail::address_memory memory;
+    const wandb::detail::socket_addresses addresses{made_up_address(AF_INET6, 0), refused_address(),
+                                                    refused_address(), refused_address(), address_of(good)};
+    const auto begin = clock_type::now();
+    const auto outcome = wandb::detail::connect_to_host("host:1", addresses, begin + 10s, {}, memory);
+    REQUIRE_MESSAGE(outcome.socket >= 0, outcome.failure);
+    CHECK(clock_type::now() - begin < 200ms);
+    CHECK(peer_port(outcome.socket) == port_of(good));
+    ::close(outcome.socket);
+  }
+
+  TEST_CASE("addresses of a host: none that answers, or a cancellation, leaves no socket open") {
+    const silent_address silent;
+    wandb::detail::address_memory memory;
+    const std::size_t descriptors = open_descriptors();
+    const auto refused = wandb::detail::connect_to_host("host:1", {refused_address(), refused_address()},
+                                                        clock_type::now() + 10s, {}, memory);
+    CHECK(refused.socket == -1);
+    CHECK(refused.failure.find("refused") != std::string::npos);
+
+    const wandb::detail::socket_addresses dead{address_of(silent.socket()), refused_address(),
+                                               address_of(silent.socket())};
+    const auto begin = clock_type::now();
+    CHECK(wandb::detail::connect_to_host("host:1", dead, begin + 400ms, {}, memory).failure ==
+          "no answer in time");
+    CHECK(clock_type::now() - begin < 1500ms);
+
+    int looks = 0;
+    wandb::http_request request;
+    request.is_cancelled = [&] { return ++looks > 5; };
+    const auto cancelled =
+        wandb::detail::connect_to_host("host:1", dead, clock_type::now() + 10s, request, memory);
+    CHECK(cancelled.socket == -1);
+    CHECK(cancelled.failure.empty());
+    CHECK(open_descriptors() == descriptors);
+  }
+
+  TEST_CASE("addresses of a host: families alternate, beginning with the resolver's first") {
+    const auto v4 = [](int port) { return made_up_address(AF_INET, port); };
+    const auto v6 = [](int port) { return made_up_address(AF_INET6, port); };
+    using list = wandb::detail::socket_addresses;
+    CHECK(wandb::detail::interleave_families({}) == list{});
+    CHECK(wandb::detail::interleave_families({v6(1), v6(2), v6(3), v4(4), v4(5)}) ==
+          list{v6(1), v4(4), v6(2), v4(5), v6(3)});
+    CHECK(wandb::detail::interleave_families({v4(1), v4(2), v6(3)}) == list{v4(1), v6(3), v4(2)});
   }
 
   TEST_CASE("connections that do not come about say why") {
@@ -809,6 +947,97 @@ TEST_SUITE("http_transport") {
     }
     for (auto& thread : threads) thread.join();
     CHECK(right == 80);
+  }
+
+  TEST_CASE("after a fork, parent and child each get the files that they ask for") {
+    for (const bool tls : {true, false}) {
+      CAPTURE(tls);
+      bench b(tls ? stand_in::options{} : plain());
+      const auto content_for = [](const std::string& name) {
+        return stand_in::read_text(*stand_in::generated(50'000, std::hash<std::string>()(name)));
+      };
+      for (const char* who : {"parent", "child"}) {
+        for (int round = 0; round < 20; ++round) {
+          const std::string name = who + std::to_string(round);
+          b.server.add_file(b.run, name, content_for(name));
+        }
+      }
+      wandb::settings settings = b.trusting;
+      settings.base_url = b.server.base_url();
+      settings.api_key = b.server.key();
+      settings.run_dir = b.files / "restored";
+      wandb::client<> client(settings);
+      const auto restores = [&](const std::string& name) {
+        const auto file = client.try_restore(name, "e/p/r");
+        std::ifstream stream(settings.run_dir / name, std::ios::binary);
+        return file && std::string(std::istreambuf_iterator<char>(stream), {}) == content_for(name);
+      };
+      REQUIRE(restores("parent0"));  // leaves idle connections in the pool
+      int right = 0;
+      for (int round = 1; round < 20; ++round) {
+        const pid_t child = ::fork();
+        REQUIRE(child >= 0);
+        if (child == 0) ::_exit(restores("child" + std::to_string(round)) ? 7 : 8);
+        const bool is_right = restores("parent" + std::to_string(round));
+        int status = 0;
+        REQUIRE(::waitpid(child, &status, 0) == child);
+        if (is_right && WIFEXITED(status) && WEXITSTATUS(status) == 7) ++right;
+      }
+      CHECK(right == 19);
+    }
+  }
+
+  TEST_CASE("a child that ends, or drops the transport, does not end its parent's connections") {
+    for (const bool tls : {true, false}) {
+      CAPTURE(tls);
+      bench b(tls ? stand_in::options{} : plain());
+      b.add(1000);
+      auto transport = std::make_unique<wandb::http_transport>(b.trusting);
+      collector first, second;
+      REQUIRE(transport->send(b.get(), first).has_value());
+      const pid_t child = ::fork();
+      REQUIRE(child >= 0);
+      if (child == 0) {
+        {
+          collector sink;
+          const auto copy = std::make_unique<wandb::http_transport>(*transport);
+          if (!copy->send(b.get(), sink)) ::_exit(8);
+        }
+        transport.reset();
+        ::_exit(7);
+      }
+      int status = 0;
+      REQUIRE(::waitpid(child, &status, 0) == child);
+      REQUIRE(WIFEXITED(status));
+      CHECK(WEXITSTATUS(status) == 7);
+      REQUIRE(transport->send(b.get(), second).has_value());
+      CHECK(second.body == first.body);
+      CHECK(b.connections() == 2);  // the parent's, used twice, and the child's
+    }
+  }
+
+  TEST_CASE("a socket never takes the descriptor of a standard stream") {
+    bench b;
+    b.add(1000);
+    const pid_t child = ::fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      struct : wandb::body_sink {
+        int streams = 0;
+        bool start(const wandb::http_response&) override {
+          for (const int descriptor : {0, 1, 2}) streams += ::fcntl(descriptor, F_GETFD) != -1;
+          return true;
+        }
+        bool write(std::string_view) override { return true; }
+      } sink;
+      for (const int descriptor : {0, 1, 2}) ::close(descriptor);
+      wandb::http_transport transport(b.trusting);
+      ::_exit(transport.send(b.get(), sink) && sink.streams == 0 ? 7 : 8);
+    }
+    int status = 0;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    REQUIRE(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 7);
   }
 
   TEST_CASE("SIGPIPE never reaches the program, which has its default handler") {
