@@ -24,6 +24,7 @@
 #ifndef _WIN32
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -39,15 +40,19 @@ class collector final : public wandb::body_sink {
   wandb::http_response head;
   std::string body;
   int starts = 0;
+  int out_of_turn = 0;                ///< calls that the transport should not have made
   std::size_t stop_after = SIZE_MAX;  ///< bytes after which write says stop
   bool wants_body = true;             ///< false: start says stop
 
+  void connected() override { out_of_turn += starts > 0; }
   bool start(const wandb::http_response& response) override {
+    out_of_turn += starts > 0;
     ++starts;
     head = response;
     return wants_body;
   }
   bool write(std::string_view bytes) override {
+    out_of_turn += starts == 0 || !wants_body || body.size() >= stop_after;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       body += bytes;
@@ -226,6 +231,11 @@ class peer {
       if (::recv(handle_, bytes, sizeof bytes, 0) <= 0) return true;
     }
   }
+  /// Has each send leave as a packet of its own.
+  void send_at_once() const {
+    const int on = 1;
+    ::setsockopt(handle_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  }
   /// Sends a FIN, and answers what comes afterwards with a RST.
   void leave() const { ::shutdown(handle_, SHUT_RDWR); }
 
@@ -287,7 +297,7 @@ class raw_server {
 };
 
 template <class Result>
-void check_failed(const Result& outcome, wandb::errc code, const char* text) {
+void check_failed(const Result& outcome, wandb::errc code, const char* text = "") {
   REQUIRE(!outcome.has_value());
   CAPTURE(outcome.error().what());
   CHECK(outcome.error().code() == code);
