@@ -236,8 +236,13 @@ class peer {
     const int on = 1;
     ::setsockopt(handle_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   }
-  /// Sends a FIN, and answers what comes afterwards with a RST.
-  void leave() const { ::shutdown(handle_, SHUT_RDWR); }
+  /// Sends a FIN: nothing more comes from this side.
+  void leave() const { ::shutdown(handle_, SHUT_WR); }
+  /// Has the end of the connection be a RST.
+  void end_with_reset() const {
+    const linger at_once{1, 0};
+    ::setsockopt(handle_, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+  }
 
  private:
   int handle_;
