@@ -4,26 +4,22 @@
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <string_view>
 #include <thread>
 #include <vector>
 
+#include "sockets.hpp"
 #include "stand_in.hpp"
 #include "wandb_restore.hpp"
 
 #ifndef _WIN32
-#include <arpa/inet.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <signal.h>
@@ -36,164 +32,8 @@
 
 namespace {
 
-using namespace std::chrono_literals;
-using clock_type = std::chrono::steady_clock;
+using namespace sockets;
 using stand_in::act::chunked;
-
-/// Keeps what arrives, and tells when.
-class collector final : public wandb::body_sink {
- public:
-  wandb::http_response head;
-  std::string body;
-  int starts = 0;
-  std::size_t stop_after = SIZE_MAX;  ///< bytes
-  bool wants_body = true;
-
-  bool start(const wandb::http_response& response) override {
-    ++starts;
-    head = response;
-    return wants_body;
-  }
-  bool write(std::string_view bytes) override {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      body += bytes;
-    }
-    arrived_.notify_all();
-    return body.size() < stop_after;
-  }
-  void wait_for_bytes(std::size_t count) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    REQUIRE(arrived_.wait_for(lock, 10s, [&] { return body.size() >= count; }));
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable arrived_;
-};
-
-/// A directory for the CA file of a server.
-class scratch {
- public:
-  scratch() {
-    std::string name = (std::filesystem::temp_directory_path() / "wandb_restore_transport_XXXXXX").string();
-    REQUIRE(mkdtemp(name.data()) != nullptr);
-    path_ = name;
-  }
-  ~scratch() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  scratch(const scratch&) = delete;
-  scratch& operator=(const scratch&) = delete;
-  std::filesystem::path operator/(const char* name) const { return path_ / name; }
-
- private:
-  std::filesystem::path path_;
-};
-
-/// A server with one file, and a transport that trusts it.
-struct bench {
-  explicit bench(stand_in::options how = {}) : server(std::move(how)) {
-    run = server.add_run("e", "p", "r");
-    server.write_ca(files / "ca.pem");
-    trusting.ca_file = files / "ca.pem";
-  }
-  void add(std::uint64_t size) {
-    content = stand_in::generated(size);
-    server.add_file(run, "a.bin", content);
-    address = server.signed_url(run, "a.bin");
-  }
-  wandb::http_request get() const {
-    wandb::http_request request;
-    request.url = address;
-    request.headers = {{"User-Agent", "test"}, {"Accept", "*/*"}, {"Accept-Encoding", "identity"}};
-    request.connect_timeout = 10s;
-    request.idle_timeout = 10s;
-    return request;
-  }
-  std::uint64_t connections() const { return server.counted().of(stand_in::origin::storage).connections; }
-
-  scratch files;
-  stand_in::server server;
-  stand_in::run_ref run;
-  stand_in::content_ptr content;
-  std::string address;
-  wandb::settings trusting;
-};
-
-stand_in::options plain() {
-  stand_in::options how;
-  how.service_tls = how.storage_tls = false;
-  return how;
-}
-
-/// A listening socket on 127.0.0.1 that nobody accepts from, unless the test does.
-class listener {
- public:
-  explicit listener(int backlog = 8) : handle_(::socket(AF_INET, SOCK_STREAM, 0)) {
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof address;
-    REQUIRE(::bind(handle_, reinterpret_cast<sockaddr*>(&address), size) == 0);
-    REQUIRE(::listen(handle_, backlog) == 0);
-    REQUIRE(::getsockname(handle_, reinterpret_cast<sockaddr*>(&address), &size) == 0);
-    address_ = address;
-  }
-  ~listener() { close(); }
-  listener(const listener&) = delete;
-  listener& operator=(const listener&) = delete;
-
-  void close() {
-    if (handle_ >= 0) ::close(handle_);
-    handle_ = -1;
-  }
-  int accept() const { return ::accept(handle_, nullptr, nullptr); }
-  const sockaddr_in& address() const { return address_; }
-  std::string url(const char* scheme, const char* host = "127.0.0.1") const {
-    return std::string(scheme) + "://" + host + ':' + std::to_string(ntohs(address_.sin_port)) +
-           "/x?secret=1";
-  }
-
- private:
-  int handle_;
-  sockaddr_in address_{};
-};
-
-/// A server that gives each connection the next of some answers, as they stand, once a whole head has come,
-/// and keeps what it was asked. An answer to be split over writes is no matter here.
-class scripted {
- public:
-  explicit scripted(std::vector<std::string> answers, bool closes = true)
-      : worker_([this, answers = std::move(answers), closes] {
-          for (const auto& answer : answers) {
-            const int peer = socket_.accept();
-            if (peer < 0) return;
-            std::string head;
-            for (char c = 0; head.find("\r\n\r\n") == std::string::npos && ::recv(peer, &c, 1, 0) == 1;)
-              head += c;
-            asked.push_back(head);
-            (void)!::send(peer, answer.data(), answer.size(), MSG_NOSIGNAL);
-            if (!closes) {  // until the other side does
-              char c = 0;
-              while (::recv(peer, &c, 1, 0) > 0) {}
-            }
-            ::close(peer);
-          }
-        }) {}
-  ~scripted() { join(); }
-  void join() {
-    if (worker_.joinable()) worker_.join();
-  }
-  std::string url(const char* host = "127.0.0.1") const { return socket_.url("http", host); }
-
-  std::vector<std::string> asked;  ///< read it after join
-
- private:
-  listener socket_;
-  std::thread worker_;
-};
 
 /// An address that drops what is sent to it: the queue of its listening socket is full, so that a SYN goes unanswered.
 class silent_address {
@@ -258,32 +98,12 @@ wandb::result<wandb::http_response> ask(const std::string& url, collector& sink,
   return transport.send(request, sink);
 }
 
-template <class Result>
-void check_failed(const Result& outcome, wandb::errc code, const char* text) {
-  REQUIRE(!outcome.has_value());
-  CAPTURE(outcome.error().what());
-  CHECK(outcome.error().code() == code);
-  CHECK(std::string(outcome.error().what()).find(text) != std::string::npos);
-  CHECK(std::string(outcome.error().what()).find("secret") == std::string::npos);
-}
-
-/// Runs an exchange in a thread, cancels it once `is_under_way` says so, and checks that it ends soon.
-void check_cancel(wandb::http_transport& transport, wandb::http_request request, collector& sink,
+/// Checks that a cancelled exchange says so, and ends soon.
+void check_cancel(wandb::http_transport& transport, const wandb::http_request& request, collector& sink,
                   const std::function<void()>& is_under_way) {
-  std::atomic<bool> cancelled{false};
-  request.is_cancelled = [&] { return cancelled.load(); };
-  std::thread canceller;
-  clock_type::time_point at;
-  canceller = std::thread([&] {
-    is_under_way();
-    at = clock_type::now();
-    cancelled = true;
-  });
-  const auto outcome = transport.send(request, sink);
-  const auto end = clock_type::now();
-  canceller.join();
+  const auto [outcome, delay] = cancel_when(transport, request, sink, is_under_way);
   check_failed(outcome, wandb::errc::cancelled, "cancelled");
-  CHECK(end - at < 900ms);
+  CHECK(delay < 900ms);
 }
 
 }  // namespace

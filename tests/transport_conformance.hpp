@@ -1,0 +1,1346 @@
+// The conformance suite for transports: a test case for each promise that a Transport makes, named after the promise.
+// It uses the public part of wandb_restore.hpp alone, so a program of your own can put your transport through it:
+//
+//   #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+//   #include <doctest/doctest.h>
+//   #include "my_transport.hpp"
+//
+//   struct my_transport_under_test {
+//     static constexpr const char* name = "my_transport";
+//     /// Makes the transport. It takes the certificate authorities and verify_tls from the settings.
+//     static my_transport make(const wandb::settings& settings) { return my_transport(settings); }
+//     /// The promises that the HTTP stack below the transport cannot keep: the name of the case, and the reason.
+//     static std::vector<std::pair<std::string, std::string>> cannot_keep() { return {}; }
+//   };
+//   #define TRANSPORTS_UNDER_TEST my_transport_under_test   // several: separated by commas
+//   #include "transport_conformance.hpp"
+//
+//   c++ -std=c++17 -I. -Itests -Itests/stand_in my_test.cpp tests/stand_in/stand_in.cpp -lssl -lcrypto -pthread
+//
+// A promise that cannot_keep names is reported and not tested. A name there that no case has is a failure. Nothing else
+// is left out. With the environment variable TRANSPORT_CONFORMANCE_ALL set, the cases that cannot_keep names run as
+// well, to see which of them still fail.
+//
+// A transport without a network is put into LOCAL_TRANSPORTS_UNDER_TEST, and only the promises that need no server are
+// tested. Its `make` takes the content of a file, and its `address` is the URL at which it answers with that content.
+//
+// SPDX-License-Identifier: MIT
+#ifndef WANDB_RESTORE_TESTS_TRANSPORT_CONFORMANCE_HPP
+#define WANDB_RESTORE_TESTS_TRANSPORT_CONFORMANCE_HPP
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "sockets.hpp"
+#include "stand_in.hpp"
+#include "support.hpp"
+#include "wandb_restore.hpp"
+
+#ifndef _WIN32
+
+#include <netinet/in.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#ifdef LOCAL_TRANSPORTS_UNDER_TEST
+#define ALL_TRANSPORTS_UNDER_TEST TRANSPORTS_UNDER_TEST, LOCAL_TRANSPORTS_UNDER_TEST
+#else
+#define ALL_TRANSPORTS_UNDER_TEST TRANSPORTS_UNDER_TEST
+#endif
+
+namespace conformance {
+
+using namespace sockets;
+namespace act = stand_in::act;
+
+/// The names of all cases.
+inline std::set<std::string>& promises() {
+  static std::set<std::string> names;
+  return names;
+}
+
+/// Whether the case is to run for this transport. A promise that the transport cannot keep is reported.
+template <class Subject>
+bool is_tested(const char* promise) {
+  for (const auto& [name, reason] : Subject::cannot_keep()) {
+    if (name != promise) continue;
+    MESSAGE(Subject::name, " cannot keep this promise: ", reason);
+    return std::getenv("TRANSPORT_CONFORMANCE_ALL") != nullptr;
+  }
+  return true;
+}
+
+// PROMISE("name") { ... } defines the case of a promise, for a type Subject. PROMISE_WITHOUT_NETWORK is for promises
+// that a transport without a network makes as well.
+#define PROMISE(name) CONFORMANCE_CASE(name, __LINE__, TRANSPORTS_UNDER_TEST)
+#define PROMISE_WITHOUT_NETWORK(name) CONFORMANCE_CASE(name, __LINE__, ALL_TRANSPORTS_UNDER_TEST)
+#define CONFORMANCE_CASE(name, line, ...) CONFORMANCE_CASE_AT(name, line, __VA_ARGS__)
+#define CONFORMANCE_CASE_AT(name, line, ...)                                                                 \
+  template <class Subject>                                                                                   \
+  void case_at_##line();                                                                                     \
+  [[maybe_unused]] static const bool is_listed_##line = promises().insert(name).second;                      \
+  TEST_CASE_TEMPLATE(name, Subject, __VA_ARGS__) {                                                           \
+    if (is_tested<Subject>(name)) case_at_##line<Subject>();                                                 \
+  }                                                                                                          \
+  template <class Subject>                                                                                   \
+  void case_at_##line()
+
+// ------------------------------------------------------------------------------------------------ what the cases use
+
+/// A cancelled exchange ends within a second. The rest is for a machine under load.
+constexpr auto soon = 1500ms;
+
+/// A request for an address, with limits that only a failure reaches.
+inline wandb::http_request request_for(const std::string& url) {
+  wandb::http_request request;
+  request.url = url;
+  request.headers = {{"User-Agent", "conformance"}, {"Accept", "*/*"}, {"Accept-Encoding", "identity"}};
+  request.connect_timeout = 10s;
+  request.idle_timeout = 10s;
+  return request;
+}
+
+/// Makes an exchange, and checks how the transport used the sink.
+template <class Transport>
+wandb::result<wandb::http_response> send(Transport& transport, const wandb::http_request& request,
+                                         collector& sink) {
+  auto outcome = transport.send(request, sink);
+  CHECK(sink.out_of_turn == 0);
+  if (outcome) {
+    CHECK(sink.starts == 1);
+    CHECK(outcome->status == sink.head.status);
+    CHECK(outcome->headers == sink.head.headers);
+  }
+  return outcome;
+}
+
+/// Makes an exchange that has to succeed.
+template <class Transport>
+wandb::http_response sent(Transport& transport, const wandb::http_request& request, collector& sink) {
+  const auto outcome = send(transport, request, sink);
+  REQUIRE_MESSAGE(outcome.has_value(), outcome.error().what());
+  return *outcome;
+}
+
+/// The same with a transport and a sink of its own. Returns the body.
+template <class Subject>
+std::string body_of(const wandb::http_request& request) {
+  auto transport = Subject::make({});
+  collector sink;
+  sent(transport, request, sink);
+  return sink.body;
+}
+
+/// Makes an exchange with a server of its own. Returns the body.
+template <class Subject>
+std::string body_from(std::function<void(peer&)> serve) {
+  raw_server server(std::move(serve));
+  return body_of<Subject>(request_for(server.url()));
+}
+
+/// Reads a request's head, sends some bytes, and waits until the client closes the connection.
+inline std::function<void(peer&)> answering(std::string bytes) {
+  return [bytes = std::move(bytes)](peer& client) {
+    client.read_head();
+    client.send(bytes);
+    client.wait_for_close(30s);
+  };
+}
+/// The same, but the server closes the connection after the bytes.
+inline std::function<void(peer&)> answering_and_leaving(std::string bytes) {
+  return [bytes = std::move(bytes)](peer& client) {
+    client.read_head();
+    client.send(bytes);
+    client.leave();
+  };
+}
+/// Gives each request, whichever its connection, the next of some answers, and then the last one again.
+inline std::function<void(peer&)> answering_in_turn(std::vector<std::string> answers) {
+  const auto next = std::make_shared<std::atomic<std::size_t>>(0);
+  return [answers = std::move(answers), next](peer& client) {
+    while (client.read_head().find("\r\n\r\n") != std::string::npos) {
+      client.send(answers[(std::min)(next->fetch_add(1), answers.size() - 1)]);
+    }
+  };
+}
+
+/// The header fields of a head as it came over the wire.
+inline wandb::http_headers fields_of(const std::string& head) {
+  wandb::http_headers fields;
+  for (std::size_t begin = head.find("\r\n") + 2; begin < head.size();) {
+    const std::size_t end = head.find("\r\n", begin);
+    if (end == std::string::npos || end == begin) break;
+    const std::size_t colon = head.find(':', begin);
+    std::string value = head.substr(colon + 1, end - colon - 1);
+    value.erase(0, value.find_first_not_of(' '));
+    fields.emplace_back(head.substr(begin, colon - begin), std::move(value));
+    begin = end + 2;
+  }
+  return fields;
+}
+inline std::vector<std::string> values_of(const wandb::http_headers& fields, std::string_view name) {
+  const auto lower = [](std::string_view text) {
+    std::string small(text);
+    for (char& c : small)
+      if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    return small;
+  };
+  std::vector<std::string> values;
+  for (const auto& field : fields)
+    if (lower(field.first) == lower(name)) values.push_back(field.second);
+  return values;
+}
+
+/// Runs an exchange against a server that sends `beginning` and then `endless` over and over. The exchange has to fail
+/// with errc::protocol_violation before the server could send 1 MiB, the buffers of the sockets included.
+template <class Subject>
+void check_bounded(const std::string& beginning, const std::string& endless) {
+  constexpr std::size_t mebibyte = 1u << 20;
+  std::atomic<std::size_t> sent_bytes{0};
+  {
+    raw_server server([&](peer& client) {
+      client.read_head();
+      client.send(beginning);
+      sent_bytes = client.send_without_end(endless, 64 * mebibyte);
+    });
+    auto transport = Subject::make({});
+    collector sink;
+    const auto outcome = send(transport, request_for(server.url()), sink);
+    check_failed(outcome, wandb::errc::protocol_violation);
+  }
+  CHECK(sent_bytes < mebibyte);
+}
+
+/// A transport, and a request that it answers with some content.
+template <class Subject>
+struct served {
+  explicit served(std::uint64_t size)
+      : content(stand_in::read_text(*stand_in::generated(size))), server(plain()), transport(make(content)) {
+    if constexpr (has_network) {
+      const auto run = server.add_run("e", "p", "r");
+      server.add_file(run, "a.bin", content);
+      request = request_for(server.signed_url(run, "a.bin"));
+    } else {
+      request = request_for(Subject::address);
+    }
+  }
+
+  static constexpr bool has_network = std::is_invocable_v<decltype(&Subject::make), const wandb::settings&>;
+  static auto make(const std::string& file) {
+    if constexpr (has_network) {
+      static_cast<void>(file);
+      return Subject::make(wandb::settings{});
+    } else {
+      return Subject::make(file);
+    }
+  }
+  using transport_type = decltype(make(std::string()));
+
+  std::string content;
+  stand_in::server server;  // a transport without a network leaves it alone
+  transport_type transport;
+  wandb::http_request request;
+};
+
+/// A count that a test's threads wait for.
+class milestone {
+ public:
+  void add(std::size_t count) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      count_ += count;
+    }
+    changed_.notify_all();
+  }
+  /// Returns false if it takes longer than 10 s.
+  bool wait_for(std::size_t count) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return changed_.wait_for(lock, 10s, [&] { return count_ >= count; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::size_t count_ = 0;
+};
+
+/// A listening socket whose queue is full: the SYN of a further connection is not answered.
+class full_listener {
+ public:
+  full_listener() : socket_(0) {
+    for (int i = 0; i < 4; ++i) {
+      fillers_.push_back(::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0));
+      (void)!::connect(fillers_.back(), reinterpret_cast<const sockaddr*>(&socket_.address()),
+                       sizeof(sockaddr_in));
+    }
+  }
+  ~full_listener() {
+    for (const int each : fillers_) ::close(each);
+  }
+  full_listener(const full_listener&) = delete;
+  full_listener& operator=(const full_listener&) = delete;
+
+  std::string url(const char* scheme) const { return socket_.url(scheme); }
+
+ private:
+  listener socket_;
+  std::vector<int> fillers_;
+};
+
+inline std::atomic<int> sigpipes{0};
+
+/// Counts the SIGPIPEs that reach the program.
+class sigpipe_counter {
+ public:
+  sigpipe_counter() {
+    sigpipes = 0;
+    struct sigaction counting {};
+    counting.sa_handler = [](int) { ++sigpipes; };
+    ::sigaction(SIGPIPE, &counting, &before_);
+    sigset_t pipe;
+    ::sigemptyset(&pipe);
+    ::sigaddset(&pipe, SIGPIPE);
+    ::pthread_sigmask(SIG_UNBLOCK, &pipe, &mask_before_);
+  }
+  ~sigpipe_counter() {
+    ::pthread_sigmask(SIG_SETMASK, &mask_before_, nullptr);
+    ::sigaction(SIGPIPE, &before_, nullptr);
+  }
+  sigpipe_counter(const sigpipe_counter&) = delete;
+  sigpipe_counter& operator=(const sigpipe_counter&) = delete;
+
+  int count() const { return sigpipes; }
+
+ private:
+  struct sigaction before_ {};
+  sigset_t mask_before_{};
+};
+
+TEST_SUITE_BEGIN("conformance");
+
+// -------------------------------------------------------------------------------------------------- head, body, sink
+
+PROMISE_WITHOUT_NETWORK("the head comes first and once, then the body") {
+  served<Subject> s(3'000'001);
+  collector sink;
+  const auto answer = sent(s.transport, s.request, sink);
+  CHECK(answer.status == 200);
+  CHECK(sink.body == s.content);
+}
+
+PROMISE_WITHOUT_NETWORK("a sink that stops at the head ends the exchange with errc::cancelled") {
+  served<Subject> s(1'000'000);
+  collector sink;
+  sink.wants_body = false;
+  check_failed(send(s.transport, s.request, sink), wandb::errc::cancelled);
+  CHECK(sink.starts == 1);
+}
+
+PROMISE_WITHOUT_NETWORK("a sink that stops in the body ends the exchange with errc::cancelled") {
+  served<Subject> s(1'000'000);
+  collector sink;
+  sink.stop_after = 100'000;
+  check_failed(send(s.transport, s.request, sink), wandb::errc::cancelled);
+  CHECK(sink.body.size() >= 100'000);
+}
+
+PROMISE_WITHOUT_NETWORK("a request that is cancelled already fails with errc::cancelled") {
+  served<Subject> s(1000);
+  s.request.is_cancelled = [] { return true; };
+  collector sink;
+  check_failed(send(s.transport, s.request, sink), wandb::errc::cancelled);
+}
+
+PROMISE_WITHOUT_NETWORK("several threads may send at once") {
+  served<Subject> s(300'000);
+  std::atomic<int> right{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 8; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 10; ++i) {
+        collector sink;
+        if ((t + i) % 5 == 0) sink.stop_after = 1;
+        const auto answer = s.transport.send(s.request, sink);
+        if (answer ? sink.body == s.content : answer.error().code() == wandb::errc::cancelled) ++right;
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK(right == 80);
+}
+
+PROMISE("several threads may send at once, over TLS") {
+  bench b;
+  b.add(300'000);
+  auto transport = Subject::make(b.trusting);
+  const std::string whole = stand_in::read_text(*b.content);
+  std::atomic<int> right{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 5; ++i) {
+        collector sink;
+        if (transport.send(b.get(), sink) && sink.body == whole) ++right;
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK(right == 20);
+}
+
+PROMISE("the body is handed on as it comes, and not kept") {
+  // The server sends a part of each MiB only after the sink has seen all that was sent before. Whoever collects more
+  // than that before it calls the sink, or the whole body, never sees the rest.
+  constexpr std::size_t piece_bytes = 1u << 20, pieces = 120;
+  for (const bool in_chunks : {false, true}) {
+    CAPTURE(in_chunks);
+    milestone seen;
+    raw_server server([&](peer& client) {
+      const std::string piece(piece_bytes, 'x');
+      client.read_head();
+      client.send(std::string("HTTP/1.1 200 OK\r\n") +
+                  (in_chunks ? "Transfer-Encoding: chunked"
+                             : "Content-Length: " + std::to_string(piece_bytes * pieces)) +
+                  "\r\n\r\n");
+      for (std::size_t i = 0; i < pieces; ++i) {
+        if (in_chunks) client.send("100000\r\n");
+        client.send({piece.data(), 1000});
+        if (!seen.wait_for(i * piece_bytes + 1000)) return;
+        client.send({piece.data(), piece_bytes - 1000});
+        if (in_chunks) client.send("\r\n");
+        if (!seen.wait_for((i + 1) * piece_bytes)) return;
+      }
+      if (in_chunks) client.send("0\r\n\r\n");
+      client.wait_for_close(30s);
+    });
+    struct : wandb::body_sink {
+      milestone* seen = nullptr;
+      std::size_t bytes = 0;
+      bool start(const wandb::http_response&) override { return true; }
+      bool write(std::string_view part) override {
+        bytes += part.size();
+        seen->add(part.size());
+        return true;
+      }
+    } sink;
+    sink.seen = &seen;
+    auto transport = Subject::make({});
+    const auto answer = transport.send(request_for(server.url()), sink);
+    REQUIRE_MESSAGE(answer.has_value(), answer.error().what());
+    CHECK(sink.bytes == piece_bytes * pieces);
+  }
+}
+
+PROMISE("the connection is closed when the sink stops") {
+  for (const bool at_head : {true, false}) {
+    CAPTURE(at_head);
+    milestone closed;
+    raw_server server([&](peer& client) {
+      client.read_head();
+      client.send("HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + std::string(1000, 'x'));
+      if (client.wait_for_close(30s)) closed.add(1);
+    });
+    auto transport = Subject::make({});
+    collector sink;
+    if (at_head) sink.wants_body = false;
+    else sink.stop_after = 1;
+    check_failed(send(transport, request_for(server.url()), sink), wandb::errc::cancelled);
+    CHECK(closed.wait_for(1));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- one exchange, no more
+
+PROMISE("a send makes one request, and follows no redirect") {
+  for (const int status : {301, 302, 303, 307, 308}) {
+    CAPTURE(status);
+    std::atomic<int> requests{0};
+    raw_server server([&](peer& client) {
+      while (client.read_head().find("\r\n\r\n") != std::string::npos) {
+        ++requests;
+        client.send("HTTP/1.1 " + std::to_string(status) +
+                    " Elsewhere\r\nLocation: /elsewhere\r\nContent-Length: 2\r\n\r\nno");
+      }
+    });
+    auto transport = Subject::make({});
+    collector sink;
+    const auto answer = sent(transport, request_for(server.url()), sink);
+    CHECK(answer.status == status);
+    CHECK(values_of(answer.headers, "Location") == std::vector<std::string>{"/elsewhere"});
+    CHECK(sink.body == "no");
+    CHECK(requests == 1);
+  }
+}
+
+PROMISE("no status makes it send the request again") {
+  for (const int status : {400, 401, 404, 408, 421, 425, 429, 500, 502, 503, 504}) {
+    CAPTURE(status);
+    std::atomic<int> requests{0};
+    raw_server server([&](peer& client) {
+      while (client.read_head().find("\r\n\r\n") != std::string::npos) {
+        ++requests;
+        client.send(
+            "HTTP/1.1 " + std::to_string(status) +
+            " No\r\nRetry-After: 0\r\nWWW-Authenticate: Basic realm=\"r\"\r\nContent-Length: 2\r\n\r\nno");
+      }
+    });
+    auto transport = Subject::make({});
+    collector sink;
+    CHECK(sent(transport, request_for(server.url()), sink).status == status);
+    CHECK(sink.body == "no");
+    CHECK(requests == 1);
+  }
+}
+
+PROMISE("no credentials and no cookies are added") {
+  std::vector<std::string> heads;
+  std::mutex mutex;
+  {
+    raw_server server([&](peer& client) {
+      for (;;) {
+        const std::string head = client.read_head();
+        if (head.find("\r\n\r\n") == std::string::npos) return;
+        const std::lock_guard<std::mutex> lock(mutex);
+        heads.push_back(head);
+        client.send("HTTP/1.1 401 Who\r\nWWW-Authenticate: Basic realm=\"r\"\r\nSet-Cookie: a=b\r\n"
+                    "Content-Length: 0\r\n\r\n");
+      }
+    });
+    std::string with_user = server.url();
+    with_user.insert(with_user.find("//") + 2, "user:secret@");
+    auto transport = Subject::make({});
+    for (const std::string& url : {server.url(), with_user}) {
+      collector sink;
+      CHECK(sent(transport, request_for(url), sink).status == 401);
+    }
+  }
+  CHECK(heads.size() == 2);
+  for (const auto& head : heads) {
+    CAPTURE(head);
+    CHECK(values_of(fields_of(head), "Authorization").empty());
+    CHECK(values_of(fields_of(head), "Cookie").empty());
+    CHECK(head.find("secret@") == std::string::npos);
+  }
+}
+
+PROMISE("a body is not decompressed") {
+  for (const std::string coding : {"gzip", "deflate", "br"}) {
+    CAPTURE(coding);
+    raw_server server(answering("HTTP/1.1 200 OK\r\nContent-Encoding: " + coding +
+                                "\r\nContent-Length: 9\r\n\r\nas it is!"));
+    auto transport = Subject::make({});
+    collector sink;
+    const auto answer = sent(transport, request_for(server.url()), sink);
+    CHECK(sink.body == "as it is!");
+    CHECK(values_of(answer.headers, "Content-Encoding") == std::vector<std::string>{coding});
+  }
+}
+
+// ------------------------------------------------------------------------------------------- the request on the wire
+
+PROMISE("the target is sent as it is") {
+  for (const std::string target :
+       {"/a%2Fb%20c", "/a+b", "/x?x=%20", "/x?q=%2B+%7e&y=&&z", "/x?b=2&a=1&b=1", "/a/../b/./c", "//a//b",
+        "/?", "/x?a=b?c", "/%e2%82%ac", "/~user/(a)*'!$,;:@", "/x?sig=a%2Fb%2B%3D&x-id=Get%4fbject"}) {
+    CAPTURE(target);
+    std::string head;
+    std::string authority;
+    {
+      raw_server server([&](peer& client) {
+        head = client.read_head();
+        client.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+      });
+      authority = server.url("").substr(7);
+      body_of<Subject>(request_for(server.url(target)));
+    }
+    CHECK(head.substr(0, head.find('\r')) == "GET " + target + " HTTP/1.1");
+    CHECK(values_of(fields_of(head), "Host") == std::vector<std::string>{authority});
+  }
+}
+
+PROMISE("the request's headers are sent as they are given") {
+  wandb::http_headers fields;
+  const wandb::http_headers given = {{"User-Agent", "a b/c (d)"},
+                                     {"Accept", "application/json"},
+                                     {"X-Twice", "1"},
+                                     {"Accept-Encoding", "identity"},
+                                     {"X-Mark", "a, b;c=%20\"d\""},
+                                     {"X-Twice", "2"},
+                                     {"Content-Type", "application/xx"},
+                                     {"X-Empty", ""},
+                                     {"Range", "bytes=5-9"},
+                                     {"If-Range", "\"etag\""},
+                                     {"Authorization", "Basic Og=="}};
+  {
+    raw_server server([&](peer& client) {
+      fields = fields_of(client.read_head());
+      client.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+    });
+    auto request = request_for(server.url());
+    request.headers = given;
+    body_of<Subject>(request);
+  }
+  for (const auto& field : given) {
+    CAPTURE(field.first);
+    CHECK(values_of(fields, field.first) == values_of(given, field.first));
+  }
+}
+
+PROMISE("no header is added but Host, Connection and Content-Length") {
+  for (const std::size_t size : std::initializer_list<std::size_t>{0, 100, 2'000'000}) {
+    CAPTURE(size);
+    std::string head;
+    {
+      raw_server server([&](peer& client) {
+        head = client.read_head();
+        client.read(size);
+        client.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+      });
+      auto request = request_for(server.url());
+      request.headers.clear();
+      if (size > 0) request.method = "POST";
+      request.body = std::string(size, 'x');
+      body_of<Subject>(request);
+    }
+    for (const auto& field : fields_of(head)) {
+      const bool is_expected =
+          field.first == "Host" || field.first == "Connection" || field.first == "Content-Length";
+      CHECK_MESSAGE(is_expected, field.first, ": ", field.second);
+    }
+  }
+}
+
+PROMISE("a header that would break out of its line is refused with errc::invalid_argument") {
+  for (const wandb::http_headers& headers :
+       {wandb::http_headers{{"X-A", "1\r\nX-B: 2"}}, wandb::http_headers{{"X-A", "1\nX-B: 2"}},
+        wandb::http_headers{{"X-A: 1\r\nX-B", "2"}}, wandb::http_headers{{"X-A", std::string("1\0", 2)}}}) {
+    std::atomic<int> requests{0};
+    raw_server server([&](peer& client) {
+      if (!client.read_head().empty()) ++requests;
+    });
+    auto request = request_for(server.url());
+    request.headers = headers;
+    auto transport = Subject::make({});
+    collector sink;
+    check_failed(send(transport, request, sink), wandb::errc::invalid_argument);
+    CHECK(requests == 0);
+  }
+}
+
+PROMISE("a POST sends its body byte for byte") {
+  std::string binary;
+  for (int i = 0; i < 256; ++i) binary += static_cast<char>(i);
+  for (const std::string& body : {std::string(), std::string("{}"), binary, std::string(3'000'000, 'b')}) {
+    CAPTURE(body.size());
+    std::string head, received;
+    {
+      raw_server server([&](peer& client) {
+        head = client.read_head();
+        received = client.read(body.size());
+        client.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+        client.wait_for_close(30s);
+      });
+      auto request = request_for(server.url());
+      request.method = "POST";
+      request.headers.emplace_back("Content-Type", "application/json");
+      request.body = body;
+      body_of<Subject>(request);
+    }
+    CHECK(head.substr(0, head.find(' ')) == "POST");
+    CHECK(values_of(fields_of(head), "Content-Length") ==
+          std::vector<std::string>{std::to_string(body.size())});
+    CHECK(received == body);
+  }
+}
+
+PROMISE("an IPv6 address is a host") {
+  std::string head;
+  {
+    scripted server({"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"});
+    CHECK(body_of<Subject>(request_for(server.url("[::ffff:127.0.0.1]"))) == "ok");
+    server.join();
+    head = server.asked.at(0);
+  }
+  CHECK(values_of(fields_of(head), "Host").at(0).find("[::ffff:127.0.0.1]:") == 0);
+}
+
+// ----------------------------------------------------------------------------------------------- the response's head
+
+PROMISE("interim responses are skipped") {
+  for (const std::string interim :
+       {"100 Continue\r\n", "102 Processing\r\n", "103 Early Hints\r\nLink: </a>; rel=preload\r\n"}) {
+    for (const int count : {1, 3}) {
+      CAPTURE(interim);
+      CAPTURE(count);
+      std::string bytes;
+      for (int i = 0; i < count; ++i) bytes += "HTTP/1.1 " + interim + "\r\n";
+      raw_server server(answering(bytes + "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"));
+      auto transport = Subject::make({});
+      collector sink;
+      const auto answer = sent(transport, request_for(server.url()), sink);
+      CHECK(answer.status == 200);
+      CHECK(values_of(answer.headers, "Link").empty());
+      CHECK(sink.body == "ok");
+    }
+  }
+}
+
+PROMISE("header values are handed on as they stand") {
+  raw_server server(
+      answering("HTTP/1.1 200 OK\r\nX-Percent: %41%2F%zz+%\r\nX-Comma: a, b ,\"c,d\"\r\nX-Twice: 1\r\n"
+                "X-Spaces: \t a  b \t\r\nX-Empty:\r\nX-Twice: 2\r\nX-High: \xe9\xff\r\nX-None:x\r\n"
+                "Location: http://h/%2B%2f+?s=%2B&t=a+b\r\nContent-Length: 0\r\n\r\n"));
+  auto transport = Subject::make({});
+  collector sink;
+  const auto answer = sent(transport, request_for(server.url()), sink);
+  const std::vector<std::pair<const char*, std::vector<std::string>>> expected = {
+      {"X-Percent", {"%41%2F%zz+%"}},
+      {"X-Comma", {"a, b ,\"c,d\""}},
+      {"X-Twice", {"1", "2"}},
+      {"X-Spaces", {"a  b"}},
+      {"X-Empty", {""}},
+      {"X-High", {"\xe9\xff"}},
+      {"X-None", {"x"}},
+      {"Location", {"http://h/%2B%2f+?s=%2B&t=a+b"}}};
+  for (const auto& [name, values] : expected) {
+    CAPTURE(name);
+    CHECK(values_of(answer.headers, name) == values);
+  }
+}
+
+PROMISE("headers come in their order") {
+  raw_server server(
+      answering("HTTP/1.1 200 OK\r\nZ: 1\r\nA: 2\r\nz: 3\r\nM: 4\r\nContent-Length: 0\r\n\r\n"));
+  auto transport = Subject::make({});
+  collector sink;
+  const auto answer = sent(transport, request_for(server.url()), sink);
+  CHECK(answer.headers ==
+        wandb::http_headers{{"Z", "1"}, {"A", "2"}, {"z", "3"}, {"M", "4"}, {"Content-Length", "0"}});
+}
+
+PROMISE("a Location of more than 8 KiB is taken whole") {
+  const std::string location = "http://h/x?signature=" + std::string(9000, 's') + "%2Fend";
+  raw_server server(
+      answering("HTTP/1.1 302 Found\r\nLocation: " + location + "\r\nContent-Length: 0\r\n\r\n"));
+  auto transport = Subject::make({});
+  collector sink;
+  const auto answer = sent(transport, request_for(server.url()), sink);
+  CHECK(answer.status == 302);
+  CHECK(values_of(answer.headers, "Location") == std::vector<std::string>{location});
+}
+
+PROMISE("a head without end is an error at once, in less than 1 MiB") {
+  const std::string filler(4096, 'x');
+  SUBCASE("a status line") { check_bounded<Subject>("HTTP/1.1 200 ", filler); }
+  SUBCASE("a header line") { check_bounded<Subject>("HTTP/1.1 200 OK\r\nX: ", filler); }
+  SUBCASE("header lines") { check_bounded<Subject>("HTTP/1.1 200 OK\r\n", "X: " + filler + "\r\n"); }
+  SUBCASE("interim responses") {
+    check_bounded<Subject>("", "HTTP/1.1 103 Early Hints\r\nX: " + filler + "\r\n\r\n");
+  }
+}
+
+PROMISE("an answer that is not HTTP is a protocol_violation") {
+  for (const std::string line : {"ICY 200 OK", "SSH-2.0-OpenSSH_9.2", "HTTP/1.1 abc", "<html>"}) {
+    CAPTURE(line);
+    raw_server server(answering_and_leaving(line + "\r\nContent-Length: 2\r\n\r\nok"));
+    auto transport = Subject::make({});
+    collector sink;
+    check_failed(send(transport, request_for(server.url()), sink), wandb::errc::protocol_violation);
+  }
+}
+
+// ------------------------------------------------------------------------------------------ the framing of the body
+
+PROMISE("Content-Length, chunks and the end of the connection frame a body") {
+  const std::string ok = "HTTP/1.1 200 OK\r\n";
+  const std::string chunks = ok + "Transfer-Encoding: chunked\r\n\r\n";
+  CHECK(body_from<Subject>(answering(ok + "Content-Length: 5\r\n\r\nabcde")) == "abcde");
+  CHECK(body_from<Subject>(answering(ok + "content-length:0\r\n\r\n")) == "");
+  CHECK(body_from<Subject>(answering(chunks + "3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")) == "abcde");
+  CHECK(body_from<Subject>(answering(chunks + "0005\r\nabcde\r\n000\r\n\r\n")) == "abcde");
+  CHECK(body_from<Subject>(answering(chunks + "a\r\n0123456789\r\nA\r\n0123456789\r\n0\r\n\r\n")) ==
+        "01234567890123456789");
+  CHECK(body_from<Subject>(answering(chunks + "0\r\n\r\n")) == "");
+  CHECK(body_from<Subject>(answering_and_leaving(ok + "\r\nabcde")) == "abcde");
+  CHECK(body_from<Subject>(answering_and_leaving(ok + "\r\n")) == "");
+  CHECK(body_from<Subject>(answering_and_leaving("HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nabc")) ==
+        "abc");
+  CHECK(body_from<Subject>(answering_and_leaving("HTTP/1.0 200 OK\r\n\r\nabc")) == "abc");
+}
+
+PROMISE("a response may come in pieces of any size") {
+  const std::string answer = "HTTP/1.1 200 OK\r\nX: y\r\nTransfer-Encoding: "
+                             "chunked\r\n\r\n3\r\nabc\r\n10\r\n0123456789abcdef\r\n0\r\n\r\n";
+  for (const std::size_t size : std::initializer_list<std::size_t>{1, 2, 3, 7}) {
+    CAPTURE(size);
+    const auto serve = [&](peer& client) {
+      client.read_head();
+      client.send_at_once();
+      for (std::size_t i = 0; i < answer.size(); i += size)
+        client.send(std::string_view(answer).substr(i, size));
+      client.wait_for_close(30s);
+    };
+    CHECK(body_from<Subject>(serve) == "abc0123456789abcdef");
+  }
+}
+
+PROMISE("chunk extensions are skipped") {
+  const std::string chunks = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+  CHECK(body_from<Subject>(answering(chunks + "3;a=b\r\nabc\r\n2;c=\"d;e\";f\r\nde\r\n0;last\r\n\r\n")) ==
+        "abcde");
+  CHECK(body_from<Subject>(answering(chunks + "3 ; a=b\r\nabc\r\n0\r\n\r\n")) == "abc");
+}
+
+PROMISE("trailers are skipped") {
+  const std::string chunks = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+  raw_server server(answering_in_turn(
+      {chunks + "3\r\nabc\r\n0\r\nX-Checksum: 1\r\nX-B: 2\r\n\r\n", chunks + "2\r\nde\r\n0\r\n\r\n"}));
+  auto transport = Subject::make({});
+  collector first, second;
+  const auto answer = sent(transport, request_for(server.url()), first);
+  CHECK(first.body == "abc");
+  CHECK(values_of(answer.headers, "X-Checksum").empty());
+  sent(transport, request_for(server.url()), second);
+  CHECK(second.body == "de");
+}
+
+PROMISE("a chunk's size line without end is an error at once, in less than 1 MiB") {
+  const std::string beginning = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n";
+  SUBCASE("an extension") { check_bounded<Subject>(beginning + "5;x=", std::string(4096, 'x')); }
+  SUBCASE("digits") { check_bounded<Subject>(beginning, std::string(4096, '0')); }
+}
+
+PROMISE("trailers without end are an error at once, in less than 1 MiB") {
+  const std::string beginning = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n";
+  SUBCASE("one line") { check_bounded<Subject>(beginning + "X: ", std::string(4096, 'x')); }
+  SUBCASE("many lines") { check_bounded<Subject>(beginning, "X: " + std::string(4096, 'x') + "\r\n"); }
+}
+
+PROMISE("a size that does not fit 64 bits is a protocol_violation") {
+  const std::string ok = "HTTP/1.1 200 OK\r\n";
+  const std::string chunks = ok + "Transfer-Encoding: chunked\r\n\r\n";
+  for (const std::string& answer : {chunks + "10000000000000000\r\nabc\r\n0\r\n\r\n",
+                                    chunks + "100000000000000000000000003\r\nabc\r\n0\r\n\r\n",
+                                    ok + "Content-Length: 18446744073709551619\r\n\r\nabc",
+                                    ok + "Content-Length: 99999999999999999999999999\r\n\r\nabc"}) {
+    CAPTURE(answer);
+    raw_server server(answering(answer));
+    auto transport = Subject::make({});
+    collector sink;
+    check_failed(send(transport, request_for(server.url()), sink), wandb::errc::protocol_violation);
+  }
+}
+
+PROMISE("a framing that makes no sense is a protocol_violation") {
+  const std::string ok = "HTTP/1.1 200 OK\r\n";
+  const std::string chunks = ok + "Transfer-Encoding: chunked\r\n\r\n";
+  for (const std::string& answer :
+       {ok + "Content-Length: -1\r\n\r\nabc", ok + "Content-Length: 3x\r\n\r\nabc",
+        ok + "Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", chunks + "zz\r\nabc\r\n0\r\n\r\n",
+        chunks + "-1\r\nabc\r\n0\r\n\r\n", chunks + "2\r\nabc\r\n0\r\n\r\n"}) {
+    CAPTURE(answer);
+    raw_server server(answering_and_leaving(answer));
+    auto transport = Subject::make({});
+    collector sink;
+    check_failed(send(transport, request_for(server.url()), sink), wandb::errc::protocol_violation);
+  }
+}
+
+PROMISE("a response that is cut short is a transient connection_failed") {
+  const std::string ok = "HTTP/1.1 200 OK\r\n";
+  const std::string chunks = ok + "Transfer-Encoding: chunked\r\n\r\n";
+  for (const std::string& answer :
+       {std::string(), ok, ok + "Content-Le", ok + "Content-Length: 5\r\n\r\n",
+        ok + "Content-Length: 5\r\n\r\nabc", chunks, chunks + "5", chunks + "5\r\n", chunks + "5\r\nabc",
+        chunks + "5\r\nabcde", chunks + "5\r\nabcde\r\n", chunks + "5\r\nabcde\r\n0",
+        chunks + "5\r\nabcde\r\n0\r\n", chunks + "5\r\nabcde\r\n0\r\nX: y\r\n"}) {
+    CAPTURE(answer);
+    raw_server server(answering_and_leaving(answer));
+    auto transport = Subject::make({});
+    collector sink;
+    const auto outcome = send(transport, request_for(server.url()), sink);
+    check_failed(outcome, wandb::errc::connection_failed);
+    CHECK(outcome.error().is_transient());
+  }
+}
+
+PROMISE("a body that is cut short over TLS, or reset, is a transient connection_failed") {
+  for (const bool tls : {true, false}) {
+    for (const auto& cut : {act::cut(70'000), act::cut_abruptly(70'000), act::reset(70'000)}) {
+      for (const bool in_chunks : {true, false}) {
+        CAPTURE(tls);
+        CAPTURE(in_chunks);
+        bench b(tls ? stand_in::options{} : plain());
+        b.add(200'000);
+        b.server.add_fault(stand_in::place::storage, cut);
+        if (in_chunks) b.server.add_fault(stand_in::place::storage, act::chunked());
+        auto transport = Subject::make(b.trusting);
+        collector sink;
+        const auto outcome = send(transport, b.get(), sink);
+        check_failed(outcome, wandb::errc::connection_failed);
+        CHECK(outcome.error().is_transient());
+        CHECK(sink.body.size() <= 70'000);
+      }
+    }
+  }
+}
+
+PROMISE("a body until the end of a TLS connection is not whole without close_notify") {
+  bench b;
+  b.add(200'000);
+  auto transport = Subject::make(b.trusting);
+  const auto whole = b.server.add_fault(stand_in::place::storage, act::until_close());
+  collector first;
+  sent(transport, b.get(), first);
+  CHECK(b.server.struck(whole) == 1);
+  CHECK(first.body.size() == 200'000);
+  b.server.add_fault(stand_in::place::storage, act::cut_abruptly(70'000));
+  collector second;
+  check_failed(send(transport, b.get(), second), wandb::errc::connection_failed);
+}
+
+PROMISE("responses to HEAD, and with status 204 and 304, have no body") {
+  const std::string two = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+  for (const std::string status : {"200 OK", "204 No Content", "304 Not Modified"}) {
+    CAPTURE(status);
+    const bool is_head = status == "200 OK";
+    raw_server server(answering_in_turn(
+        {"HTTP/1.1 " + status + (status[0] == '2' && !is_head ? "" : "\r\nContent-Length: 1000") + "\r\n\r\n",
+         two}));
+    auto transport = Subject::make({});
+    auto request = request_for(server.url());
+    if (is_head) request.method = "HEAD";
+    collector first, second;
+    const auto answer = sent(transport, request, first);
+    CHECK(std::to_string(answer.status) == status.substr(0, 3));
+    CHECK(first.body == "");
+    sent(transport, request_for(server.url()), second);
+    CHECK(second.body == "ok");
+  }
+}
+
+PROMISE("bytes behind a response are not taken for the next one") {
+  for (const std::string surplus : {"x", "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"}) {
+    CAPTURE(surplus);
+    raw_server server(answering_in_turn({"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc" + surplus,
+                                         "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"}));
+    auto transport = Subject::make({});
+    collector first, second;
+    sent(transport, request_for(server.url()), first);
+    CHECK(first.body == "abc");
+    sent(transport, request_for(server.url()), second);
+    CHECK(second.body == "ok");
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- connections
+
+PROMISE("connections are used again, whatever the framing of the body") {
+  const std::string ok = "HTTP/1.1 200 OK\r\n";
+  const std::vector<std::string> answers = {
+      ok + "Content-Length: 3\r\n\r\nabc", ok + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+      ok + "Content-Length: 0\r\n\r\n", "HTTP/1.1 204 No Content\r\n\r\n",
+      "HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nabc"};
+  raw_server server(answering_in_turn(answers));
+  auto transport = Subject::make({});
+  for (std::size_t i = 0; i <= answers.size(); ++i) {
+    collector sink;
+    sent(transport, request_for(server.url()), sink);
+  }
+  CHECK(server.connections() == 1);
+}
+
+PROMISE("TLS connections are used again, with one handshake") {
+  for (const auto version : {stand_in::tls_versions::only_1_2, stand_in::tls_versions::only_1_3}) {
+    stand_in::options options;
+    options.versions = version;
+    bench b(options);
+    b.add(100'000);
+    auto transport = Subject::make(b.trusting);
+    for (int i = 0; i < 4; ++i) {
+      collector sink;
+      sent(transport, b.get(), sink);
+      CHECK(sink.body.size() == 100'000);
+    }
+    CHECK(b.connections() == 1);
+    CHECK(b.server.counted().of(stand_in::origin::storage).handshakes == 1);
+  }
+}
+
+PROMISE("a connection that the server has closed is replaced") {
+  for (const bool tls : {true, false}) {
+    for (const bool is_announced : {true, false}) {
+      CAPTURE(tls);
+      CAPTURE(is_announced);
+      bench b(tls ? stand_in::options{} : plain());
+      b.add(1000);
+      b.server.add_fault(stand_in::place::storage, is_announced ? act::close_after() : act::close_silently());
+      auto transport = Subject::make(b.trusting);
+      for (int i = 0; i < 3; ++i) {
+        collector sink;
+        sent(transport, b.get(), sink);
+        CHECK(sink.body.size() == 1000);
+        CHECK(b.server.wait_for(
+            [](const auto& seen) { return seen.counts.of(stand_in::origin::storage).open_connections == 0; },
+            10s));
+      }
+      CHECK(b.connections() == 3);
+    }
+  }
+}
+
+PROMISE("a connection that cannot be made is a transient connection_failed") {
+  listener gone;
+  gone.close();
+  auto transport = Subject::make({});
+  for (const std::string& url :
+       {gone.url("http"), gone.url("https"), std::string("http://no-such-host.invalid/x")}) {
+    CAPTURE(url);
+    collector sink;
+    const auto outcome = send(transport, request_for(url), sink);
+    check_failed(outcome, wandb::errc::connection_failed);
+    CHECK(outcome.error().is_transient());
+    CHECK(sink.starts == 0);
+  }
+}
+
+PROMISE("connect_timeout ends a connection that nobody answers, the TLS handshake included") {
+  const full_listener full;
+  const listener silent;  // the kernel connects, and nobody speaks TLS
+  auto transport = Subject::make({});
+  for (const std::string& url : {full.url("http"), full.url("https"), silent.url("https")}) {
+    CAPTURE(url);
+    auto request = request_for(url);
+    request.connect_timeout = 300ms;
+    collector sink;
+    const auto begin = clock_type::now();
+    const auto outcome = send(transport, request, sink);
+    check_failed(outcome, wandb::errc::connection_failed);
+    CHECK(outcome.error().is_transient());
+    CHECK(clock_type::now() - begin < 300ms + soon);
+  }
+}
+
+PROMISE("idle_timeout ends an exchange without a byte, either way") {
+  const auto check = [](auto& transport, wandb::http_request request) {
+    request.idle_timeout = 400ms;
+    collector sink;
+    const auto begin = clock_type::now();
+    const auto outcome = send(transport, request, sink);
+    check_failed(outcome, wandb::errc::connection_failed);
+    CHECK(outcome.error().is_transient());
+    CHECK(clock_type::now() - begin < 400ms + soon);
+  };
+  for (const bool tls : {true, false}) {
+    for (const bool in_body : {true, false}) {
+      CAPTURE(tls);
+      CAPTURE(in_body);
+      bench b(tls ? stand_in::options{} : plain());
+      b.add(200'000);
+      b.server.add_fault(stand_in::place::storage, in_body ? act::stall(70'000) : act::hang());
+      auto transport = Subject::make(b.trusting);
+      check(transport, b.get());
+    }
+  }
+  CAPTURE("the server does not read the request");
+  const listener deaf;
+  auto request = request_for(deaf.url("http"));
+  request.method = "POST";
+  request.body = std::string(64u << 20, 'x');
+  auto transport = Subject::make({});
+  check(transport, request);
+}
+
+PROMISE("idle_timeout does not limit an exchange that moves") {
+  bench b(plain());
+  b.add(20);
+  b.server.add_fault(stand_in::place::storage, act::drip(100ms));
+  auto transport = Subject::make(b.trusting);
+  auto request = b.get();
+  request.idle_timeout = 1s;
+  collector sink;
+  sent(transport, request, sink);
+  CHECK(sink.body.size() == 20);
+}
+
+// ------------------------------------------------------------------------------------------------------ cancellation
+
+PROMISE("a cancellation while it connects ends it within a second") {
+  const full_listener full;
+  for (const char* scheme : {"http", "https"}) {
+    CAPTURE(scheme);
+    auto request = request_for(full.url(scheme));
+    auto transport = Subject::make({});
+    std::atomic<int> looks{0};  // shows that it is under way, for nothing else can be seen of it
+    clock_type::time_point begin{};
+    request.is_cancelled = [&] {
+      if (++looks < 3) return false;
+      if (looks == 3) begin = clock_type::now();
+      return true;
+    };
+    collector sink;
+    const auto outcome = send(transport, request, sink);
+    check_failed(outcome, wandb::errc::cancelled);
+    CHECK(clock_type::now() - begin < soon);
+  }
+}
+
+PROMISE("a cancellation in the TLS handshake ends it within a second") {
+  const listener silent;
+  auto transport = Subject::make({});
+  collector sink;
+  int accepted = -1;
+  const auto [outcome, delay] =
+      cancel_when(transport, request_for(silent.url("https")), sink, [&] { accepted = silent.accept(); });
+  ::close(accepted);
+  check_failed(outcome, wandb::errc::cancelled);
+  CHECK(delay < soon);
+}
+
+PROMISE("a cancellation while the request is sent ends it within a second") {
+  const listener deaf;
+  auto transport = Subject::make({});
+  auto request = request_for(deaf.url("http"));
+  request.method = "POST";
+  request.body = std::string(64u << 20, 'x');
+  collector sink;
+  int accepted = -1;
+  const auto [outcome, delay] = cancel_when(transport, request, sink, [&] { accepted = deaf.accept(); });
+  ::close(accepted);
+  check_failed(outcome, wandb::errc::cancelled);
+  CHECK(delay < soon);
+}
+
+PROMISE("a cancellation while it waits for the head, or in the body, ends it within a second") {
+  for (const bool tls : {true, false}) {
+    for (const bool in_body : {true, false}) {
+      CAPTURE(tls);
+      CAPTURE(in_body);
+      bench b(tls ? stand_in::options{} : plain());
+      b.add(200'000);
+      b.server.add_fault(stand_in::place::storage, in_body ? act::stall(70'000) : act::hang());
+      auto transport = Subject::make(b.trusting);
+      collector sink;
+      bool is_under_way = true;
+      const auto [outcome, delay] = cancel_when(transport, b.get(), sink, [&] {
+        is_under_way = b.server.wait_for([](const auto& seen) { return seen.counts.stalled > 0; }, 10s);
+        if (in_body) sink.wait_for_bytes(70'000);
+      });
+      CHECK(is_under_way);
+      check_failed(outcome, wandb::errc::cancelled);
+      CHECK(delay < soon);
+      CHECK(b.server.wait_for(  // the connection is closed
+          [](const auto& seen) { return seen.counts.of(stand_in::origin::storage).open_connections == 0; },
+          10s));
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- TLS and SIGPIPE
+
+PROMISE("a refused certificate is a connection_failed that is not transient") {
+  using stand_in::certificate;
+  for (const auto kind : {certificate::wrong_host, certificate::expired, certificate::other_authority}) {
+    for (const char* host : {"127.0.0.1", "localhost"}) {
+      CAPTURE(static_cast<int>(kind));
+      CAPTURE(host);
+      stand_in::options options;
+      options.host = host;
+      options.storage_certificate = kind;
+      bench b(options);
+      b.add(10);
+      {
+        auto transport = Subject::make(b.trusting);
+        collector sink;
+        const auto outcome = send(transport, b.get(), sink);
+        check_failed(outcome, wandb::errc::connection_failed);
+        CHECK(!outcome.error().is_transient());
+        CHECK(sink.starts == 0);
+        CHECK(b.server.requests(stand_in::request_kind::storage).empty());
+      }
+      b.trusting.verify_tls = false;
+      auto careless = Subject::make(b.trusting);
+      collector sink;
+      sent(careless, b.get(), sink);
+    }
+  }
+}
+
+PROMISE("the system's authorities do not vouch for a certificate of settings::ca_file's") {
+  bench b;
+  b.add(10);
+  auto transport = Subject::make({});
+  collector sink;
+  const auto outcome = send(transport, b.get(), sink);
+  check_failed(outcome, wandb::errc::connection_failed);
+  CHECK(!outcome.error().is_transient());
+}
+
+PROMISE("SIGPIPE never reaches the program") {
+  const sigpipe_counter pipes;
+  for (int i = 0; i < 3; ++i) {
+    raw_server leaver([](peer& client) {
+      client.leave();
+      client.read(100'000);
+      client.end_with_reset();  // behind a FIN: what the client writes next fails with EPIPE
+    });
+    auto transport = Subject::make({});
+    auto request = request_for(leaver.url());
+    request.method = "POST";
+    request.body = std::string(16u << 20, 'x');
+    collector sink;
+    check_failed(send(transport, request, sink), wandb::errc::connection_failed);
+  }
+  bench b;
+  b.add(1000);
+  b.server.add_fault(stand_in::place::storage, act::refuse());
+  auto transport = Subject::make(b.trusting);
+  auto request = b.get();
+  request.method = "POST";
+  request.body = std::string(16u << 20, 'x');
+  for (int i = 0; i < 3; ++i) {
+    collector sink;
+    check_failed(send(transport, request, sink), wandb::errc::connection_failed);
+  }
+  CHECK(pipes.count() == 0);
+}
+
+// ------------------------------------------------------------------------------------------------------------ proxies
+
+PROMISE("an http request goes to the proxy with the whole address") {
+  std::string head;
+  {
+    raw_server proxy([&](peer& client) {
+      head = client.read_head();
+      client.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+      client.wait_for_close(30s);
+    });
+    auto request = request_for("http://origin.test:81/a%2Fb?x=%20&y=+");
+    request.proxy = proxy.url("");
+    CHECK(body_of<Subject>(request) == "ok");
+  }
+  CHECK(head.substr(0, head.find('\r')) == "GET http://origin.test:81/a%2Fb?x=%20&y=+ HTTP/1.1");
+  CHECK(values_of(fields_of(head), "Host") == std::vector<std::string>{"origin.test:81"});
+}
+
+PROMISE("an https request goes through a tunnel, and its headers to the origin alone") {
+  stand_in::options options;
+  options.proxy = true;
+  bench b(options);
+  b.add(100'000);
+  auto transport = Subject::make(b.trusting);
+  auto request = b.get();
+  request.headers.emplace_back("X-Secret", "for the origin");
+  request.proxy = b.server.proxy_url();
+  for (int i = 0; i < 2; ++i) {
+    collector sink;
+    sent(transport, request, sink);
+    CHECK(sink.body.size() == 100'000);
+  }
+  const auto tunnels = b.server.requests(stand_in::request_kind::proxy);
+  CHECK(tunnels.size() == 1);
+  for (const auto& seen : tunnels) {
+    CHECK(seen.method == "CONNECT");
+    CHECK(seen.target == b.server.storage_url().substr(8));
+    CHECK(!seen.header("X-Secret"));
+  }
+  for (const auto& seen : b.server.requests(stand_in::request_kind::storage))
+    CHECK(seen.header("X-Secret") == "for the origin");
+}
+
+PROMISE("a proxy's credentials go to the proxy alone") {
+  for (const bool tls : {true, false}) {
+    CAPTURE(tls);
+    stand_in::options options = tls ? stand_in::options{} : plain();
+    options.proxy = true;
+    options.proxy_credentials = "us er:p@ss";
+    bench b(options);
+    b.add(1000);
+    const std::string proxy = b.server.proxy_url();
+    auto in_address = b.get();
+    in_address.proxy = "http://us%20er:p%40ss@" + proxy.substr(proxy.find("//") + 2);
+    auto in_header = b.get();
+    in_header.proxy = proxy;
+    in_header.proxy_authorization = "Basic dXMgZXI6cEBzcw==";
+    for (const auto& request : {in_address, in_header}) {
+      auto transport = Subject::make(b.trusting);
+      collector sink;
+      sent(transport, request, sink);
+      CHECK(sink.body.size() == 1000);
+    }
+    for (const auto& seen : b.server.requests(stand_in::request_kind::storage))
+      CHECK(!seen.header("Proxy-Authorization"));
+    const auto asked = b.server.requests(stand_in::request_kind::proxy);
+    CHECK(asked.size() == 2);
+    for (const auto& seen : asked) CHECK(seen.header("Proxy-Authorization") == "Basic dXMgZXI6cEBzcw==");
+  }
+}
+
+PROMISE("a proxy that refuses a tunnel is a connection_failed that is not transient") {
+  stand_in::options options;
+  options.proxy = true;
+  options.proxy_credentials = "user:password";
+  bench b(options);
+  b.add(10);
+  auto request = b.get();
+  request.proxy = b.server.proxy_url();
+  auto transport = Subject::make(b.trusting);
+  collector sink;
+  const auto outcome = send(transport, request, sink);
+  check_failed(outcome, wandb::errc::connection_failed);
+  CHECK(!outcome.error().is_transient());
+  CHECK(sink.starts == 0);
+}
+
+PROMISE("the environment names no proxy") {
+  listener gone;
+  gone.close();
+  const std::string dead = gone.url("http");
+  const support::scoped_environment proxies{
+      {"http_proxy", dead}, {"https_proxy", dead}, {"HTTP_PROXY", dead}, {"HTTPS_PROXY", dead}};
+  for (const bool tls : {true, false}) {
+    bench b(tls ? stand_in::options{} : plain());
+    b.add(10);
+    auto transport = Subject::make(b.trusting);
+    collector sink;
+    sent(transport, b.get(), sink);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- tables
+
+TEST_CASE_TEMPLATE("each promise that a transport cannot keep is one of the suite", Subject,
+                   ALL_TRANSPORTS_UNDER_TEST) {
+  std::set<std::string> named;
+  for (const auto& [name, reason] : Subject::cannot_keep()) {
+    CAPTURE(name);
+    CHECK(promises().count(name) == 1);
+    CHECK(named.insert(name).second);
+    CHECK(!reason.empty());
+  }
+}
+
+TEST_SUITE_END();
+
+}  // namespace conformance
+
+#endif  // _WIN32
+#endif  // WANDB_RESTORE_TESTS_TRANSPORT_CONFORMANCE_HPP
