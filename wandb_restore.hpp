@@ -3584,10 +3584,12 @@ class settings_sources {
   /// What Amazon SageMaker's training jobs are handed as a key: the last resort.
   std::string sagemaker_api_key;
 
-  /// The first that is set and not empty: the variables, then the key of the settings files.
-  found_setting find(std::initializer_list<const char*> variables, const char* key = nullptr) const {
+  /// The first that is set and not empty: the variables, of which those that are null are passed over, then the key of the
+  /// settings files.
+  found_setting find(const std::array<const char*, 3>& variables, const char* key = nullptr) const {
     for (const char* name : variables) {
-      if (auto value = variable(name); value && !value->empty()) return {*std::move(value), name, false};
+      if (auto value = name ? variable(name) : std::nullopt; value && !value->empty())
+        return {*std::move(value), name, false};
     }
     const auto at = key ? files_.find(key) : files_.end();
     if (at == files_.end()) return {};
@@ -3708,46 +3710,65 @@ inline void find_credentials(settings& s, const settings_sources& from) {
   if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = trim(last_resort);
 }
 
-inline void find_network_settings(settings& s, const settings_sources& from) {
-  if (const auto mode = from.find({"WANDB_MODE"}, "mode")) {
-    s.offline = mode.value == "offline" || mode.value == "dryrun" || mode.value == "disabled";
-    if (!s.offline && mode.value != "online" && mode.value != "run" && mode.value != "shared") {
-      from.reject(mode, "expected online, offline, dryrun, disabled, run or shared");
-    }
-  }
-  if (const auto timeout = from.find(
-          {"WANDB_HTTP_TIMEOUT", "WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "WANDB__GRAPHQL_TIMEOUT_SECONDS"},
-          "x_graphql_timeout_seconds")) {
-    if (const auto time = parse_seconds(timeout.value); time.count() > 0) {
-      s.connect_timeout = s.idle_timeout = time;
-      s.retry_timeout = time * 10;
-    } else {
-      from.reject(timeout, "expected a number of seconds, more than 0");
-    }
-  }
-  if (const auto headers =
-          from.find({"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"}, "x_extra_http_headers")) {
-    const auto strings = parse_string_object(headers.value);
-    bool good = strings.has_value();
-    for (const auto& [name, value] : *strings) {
-      good = good && is_header(name, value);
-      add_header(s.extra_headers, name, value);
-    }
-    if (!good) {
-      s.extra_headers.clear();
-      from.reject(headers, R"(expected a JSON object of header names and values, like {"X-Team": "blue"})");
-    }
-  }
-  s.username = from.find({"WANDB_USERNAME"}, "username").value;
-  s.user_email = from.find({"WANDB_USER_EMAIL"}, "email").value;
-  const path cache = wandb_cache_directory();
-  s.cache_dir = cache.empty() ? cache : cache / "restore";
+// Functions for the table below: each writes a value to the settings, or returns false if the value cannot be used.
+
+inline bool use_mode(settings& target, const std::string& mode) {
+  target.offline = mode == "offline" || mode == "dryrun" || mode == "disabled";
+  return target.offline || mode == "online" || mode == "run" || mode == "shared";
 }
+inline bool use_timeout(settings& target, const std::string& seconds) {
+  const auto time = parse_seconds(seconds);
+  if (time.count() <= 0) return false;
+  target.connect_timeout = target.idle_timeout = time;
+  target.retry_timeout = time * 10;
+  return true;
+}
+inline bool use_extra_headers(settings& target, const std::string& object) {
+  const auto strings = parse_string_object(object);
+  http_headers headers;
+  for (const auto& [name, value] : *strings) {
+    if (!is_header(name, value)) return false;
+    add_header(headers, name, value);
+  }
+  target.extra_headers = std::move(headers);
+  return strings.has_value();
+}
+inline bool use_insecure(settings& target, const std::string& truth) {
+  target.verify_tls = !is_one_of(truth, {"y", "yes", "t", "true", "on", "1"});
+  return !target.verify_tls || is_one_of(truth, {"n", "no", "f", "false", "off", "0"});
+}
+
+/// How a setting is found: in the first of the variables that is set and not empty, else under the key of the settings
+/// files. README.md has the same table for users. Settings that depend on others have functions of their own below.
+struct setting_rule {
+  std::array<const char*, 3> variables;
+  const char* file_key;
+  std::string settings::*text;  // the field that takes the value unchanged; null: `use` takes it
+  bool (*use)(settings& target, const std::string& value) = nullptr;
+  const char* expected = "";  // told if `use` refuses the value
+};
+inline constexpr setting_rule setting_rules[] = {
+    {{"WANDB_BASE_URL"}, "base_url", &settings::base_url},
+    {{"WANDB_USERNAME"}, "username", &settings::username},
+    {{"WANDB_USER_EMAIL"}, "email", &settings::user_email},
+    {{"WANDB_MODE"}, "mode", nullptr, use_mode, "expected online, offline, dryrun, disabled, run or shared"},
+    {{"WANDB_HTTP_TIMEOUT", "WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "WANDB__GRAPHQL_TIMEOUT_SECONDS"},
+     "x_graphql_timeout_seconds",
+     nullptr,
+     use_timeout,
+     "expected a number of seconds, more than 0"},
+    {{"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"},
+     "x_extra_http_headers",
+     nullptr,
+     use_extra_headers,
+     R"(expected a JSON object of header names and values, like {"X-Team": "blue"})"},
+    {{"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl", nullptr, use_insecure, "expected true or false"},
+};
 
 /// SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own, and what the SDK's core reads: each takes the place of the system's
 /// file or directory, the other of which stays. Where neither is set, the variables of Python's requests and of curl
 /// count, which may name a file or a directory and leave nothing else.
-inline void find_certificates(settings& s, const settings_sources& from) {
+inline void find_certificates(settings& s) {
   s.ca_file = from_utf8(first_of_environment({"SSL_CERT_FILE"}));
   s.ca_directory = from_utf8(first_of_environment({"SSL_CERT_DIR"}));
   if (s.ca_file.empty() != s.ca_directory.empty()) {
@@ -3763,13 +3784,6 @@ inline void find_certificates(settings& s, const settings_sources& from) {
   if (s.ca_file.empty() && s.ca_directory.empty()) {
     const auto facts = facts_of(bundle);
     (facts->is_directory ? s.ca_directory : s.ca_file) = bundle;
-  }
-  if (const auto insecure = from.find({"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl")) {
-    if (is_one_of(insecure.value, {"y", "yes", "t", "true", "on", "1"})) {
-      s.verify_tls = false;
-    } else if (!is_one_of(insecure.value, {"n", "no", "f", "false", "off", "0"})) {
-      from.reject(insecure, "expected true or false");
-    }
   }
 }
 
@@ -3818,11 +3832,20 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
 WANDB_RESTORE_PRIVATE_INLINE settings settings::from_environment() {
   settings s;
   const detail::settings_sources from(s);
-  if (auto base = from.find({"WANDB_BASE_URL"}, "base_url")) s.base_url = std::move(base.value);
+  for (const auto& rule : detail::setting_rules) {
+    const auto found = from.find(rule.variables, rule.file_key);
+    if (!found) continue;
+    if (rule.text) {
+      s.*rule.text = found.value;
+    } else if (!rule.use(s, found.value)) {
+      from.reject(found, rule.expected);
+    }
+  }
   detail::find_run(s, from);
   detail::find_credentials(s, from);
-  detail::find_network_settings(s, from);
-  detail::find_certificates(s, from);
+  detail::find_certificates(s);
+  const auto cache = detail::wandb_cache_directory();
+  s.cache_dir = cache.empty() ? cache : cache / "restore";
   s.http_proxy = detail::find_proxy(s, from, false);
   s.https_proxy = detail::find_proxy(s, from, true);
   return s;
