@@ -4575,6 +4575,46 @@ inline std::string plain_name(std::string_view name) {
   return joined;
 }
 
+/// How many characters have to be inserted, left out or replaced to make one text of the other (Levenshtein).
+inline std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() +
+                               1);  // distances of the beginning of `a` so far to each beginning of `b`
+  for (std::size_t j = 0; j < row.size(); ++j) row[j] = j;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    std::size_t diagonal = std::exchange(row[0], i + 1);
+    for (std::size_t j = 0; j < b.size(); ++j) {
+      const std::size_t replaced = diagonal + (a[i] == b[j] ? 0 : 1);
+      diagonal = row[j + 1];
+      row[j + 1] = (std::min)(replaced, (std::min)(row[j], diagonal) + 1);
+    }
+  }
+  return row.back();
+}
+
+/// Up to three of the names that somebody may have meant who wrote `name`, nearest first: of the same spelling but for a few
+/// characters, whatever their case, or of the same last part in another directory.
+inline std::vector<std::string> nearest_names(std::string_view name, const std::vector<std::string>& names) {
+  constexpr std::size_t max_bytes = 512;  // of a name that is looked at: each comparison takes their product
+  const auto last_part = [](std::string_view text) { return text.substr(text.rfind('/') + 1); };
+  const std::string wanted = lower(name.substr(0, max_bytes));
+  const std::size_t most = (std::max<std::size_t>)(1, wanted.size() / 3);
+  std::vector<std::pair<std::size_t, std::string>> near;
+  for (const auto& one : names) {
+    if (one.empty() || one.size() > max_bytes) continue;
+    const std::string candidate = lower(one);
+    const auto longer = (std::max)(candidate.size(), wanted.size());
+    const auto shorter = (std::min)(candidate.size(), wanted.size());
+    std::size_t distance = longer - shorter > most ? most + 1 : edit_distance(wanted, candidate);
+    if (last_part(candidate) == last_part(wanted)) distance = (std::min<std::size_t>)(distance, 1);
+    if (distance <= most) near.emplace_back(distance, one);
+  }
+  std::sort(near.begin(), near.end());
+  if (near.size() > 3) near.resize(3);
+  std::vector<std::string> found;
+  for (auto& one : near) found.push_back(std::move(one.second));
+  return found;
+}
+
 /// A file of a run as the service knows it, and where to get it.
 struct remote_file {
   file_info info;
@@ -4598,11 +4638,16 @@ class service {
   static constexpr std::size_t max_answer = 16 * 1024 * 1024;   // bytes; a page of files is far below that
   static constexpr std::size_t max_listed = 128 * 1024 * 1024;  // bytes in memory: about half a million files
   static constexpr std::size_t max_pages = 5000;
+  static constexpr std::int64_t page_size = 500;  // files
 
-  result<json_document> ask(const std::string& what, const char* query, json variables);
+  enum class retries { until_timeout, none };
+  result<json_document> ask(const std::string& what, const char* query, json variables,
+                            retries wanted = retries::until_timeout);
   result<json_document> ask_once(const std::string& what, const std::string& authorization,
                                  const std::string& body);
-  result<json_document> files_page(const std::string& what, const run_path& run, json variables);
+  result<json_document> files_page(const std::string& what, const run_path& run, json variables,
+                                   retries wanted = retries::until_timeout);
+  std::string hint_for_missing(const run_path& run, const std::string& name);
   [[nodiscard]] result<void> check_answered(const std::string& what, const char* kind, const json& answered,
                                             const std::string& asked) const;
   [[nodiscard]] error wrong_answer(const std::string& what, const char* kind, const std::string& name) const;
@@ -4619,7 +4664,8 @@ class service {
   bool anonymous_ = false;
 };
 
-inline result<json_document> service::ask(const std::string& what, const char* query, json variables) {
+inline result<json_document> service::ask(const std::string& what, const char* query, json variables,
+                                          retries wanted) {
   if (auto good = session_.ready(); !good) return good.error();
   auto authorization = session_.authorization(call_);
   if (!authorization) return authorization.error();
@@ -4630,7 +4676,7 @@ inline result<json_document> service::ask(const std::string& what, const char* q
   const std::string body = write_json(question);
   for (backoff tries(call_);;) {
     auto data = ask_once(what, *authorization, body);
-    if (data) return data;
+    if (data || wanted == retries::none) return data;
     if (auto end = tries.wait_after(data.error())) return *end;
   }
 }
@@ -4688,8 +4734,8 @@ inline result<json_document> service::ask_once(const std::string& what, const st
 }
 
 /// `project(...).run(...).files` of the answer.
-inline result<json_document> service::files_page(const std::string& what, const run_path& run,
-                                                 json variables) {
+inline result<json_document> service::files_page(const std::string& what, const run_path& run, json variables,
+                                                 retries wanted) {
   // The names of the variables are the SDK's (RunFiles in wandb/apis/public/files.py).
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
@@ -4701,7 +4747,7 @@ inline result<json_document> service::files_page(const std::string& what, const 
   set_member(variables, "project", json_text(run.project));
   set_member(variables, "entity", json_text(run.entity));
   set_member(variables, "name", json_text(run.run_id));
-  auto data = ask(what, query, std::move(variables));
+  auto data = ask(what, query, std::move(variables), wanted);
   if (!data) return data;
   if (!has_member(data->root, "project")) {
     return error(errc::protocol_violation, what + ": the answer of " + host() + " has no project in it");
@@ -4816,14 +4862,47 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
     }
   }
   if (const json* found = exact ? exact : similar) return file_of(what, *found);
+  if (unrelated && !never_uploaded) return wrong_answer(what, "file", text_of(member(*unrelated, "name")));
+  const auto hint = hint_for_missing(run, plain);
   if (never_uploaded) {
+    // The service says the same of every name that it does not know.
     return error(errc::file_not_found,
-                 what + ": " + host() +
-                     " says that it was never uploaded (yet): if the run still writes it, try again later");
+                 what + ": " + host() + " says that it was never uploaded: either the name is wrong (" +
+                     hint + "), or the run is still to upload it: then try again later");
   }
-  if (unrelated) return wrong_answer(what, "file", text_of(member(*unrelated, "name")));
-  return error(errc::file_not_found,
-               what + ": the run has no such file at " + host() + "; the list of its files shows the names");
+  return error(errc::file_not_found, what + ": the run has no such file at " + host() + ": " + hint);
+}
+
+/// Suggestions for a name that is not there, from the first page of the run's names. Asked once: the answer to the user's
+/// question is known already, and must not wait for this one.
+inline std::string service::hint_for_missing(const run_path& run, const std::string& name) {
+  const std::string list = "`wandb-restore --list` shows the names of its files";
+  json variables = json_object();
+  set_member(variables, "fileLimit", json_number(page_size));
+  const auto files =
+      files_page("looking for names like " + in_quotes(name), run, std::move(variables), retries::none);
+  if (!files) return list;
+  std::vector<std::string> names;
+  for (const json& edge : elements(member(files->root, "edges"))) {
+    const json& node = member(edge, "node");
+    if (text_of(member(node, "md5")) != "0") names.push_back(text_of(member(node, "name")));
+  }
+  if (names.empty()) return "the run has no files";
+  for (const auto& one : names) {
+    if (!starts_with(one, name + "/")) continue;
+    const std::string pattern = name + "/*";
+    const bool plain = pattern.find('\'') == pattern.npos && !has_control(pattern);
+    return in_quotes(name) + " is a directory of the run: `wandb-restore --list" +
+           (plain ? " '" + pattern + "'" : "") +
+           "` shows the files in it, and each is restored by its own name";
+  }
+  const auto near = nearest_names(name, names);
+  if (near.empty()) return list;
+  std::string question = "did you mean ";
+  for (std::size_t i = 0; i < near.size(); ++i) {
+    question += (i == 0 ? "" : i + 1 < near.size() ? ", " : " or ") + in_quotes(near[i]);
+  }
+  return question + "?";
 }
 
 inline result<std::vector<file_info>> service::list_files(const run_path& run) {
@@ -4833,7 +4912,7 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   std::set<std::string> seen;
   for (std::string cursor;;) {
     json variables = json_object();
-    set_member(variables, "fileLimit", json_number(500));
+    set_member(variables, "fileLimit", json_number(page_size));
     if (!cursor.empty()) set_member(variables, "fileCursor", json_text(cursor));
     auto files = files_page(what, run, std::move(variables));
     if (!files) return files.error();
