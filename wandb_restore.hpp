@@ -3584,10 +3584,12 @@ class settings_sources {
   /// What Amazon SageMaker's training jobs are handed as a key: the last resort.
   std::string sagemaker_api_key;
 
-  /// The first that is set and not empty: the variables, then the key of the settings files.
-  found_setting find(std::initializer_list<const char*> variables, const char* key = nullptr) const {
+  /// The first that is set and not empty: the variables, of which those that are null are passed over, then the key of the
+  /// settings files.
+  found_setting find(const std::array<const char*, 3>& variables, const char* key = nullptr) const {
     for (const char* name : variables) {
-      if (auto value = variable(name); value && !value->empty()) return {*std::move(value), name, false};
+      if (auto value = name ? variable(name) : std::nullopt; value && !value->empty())
+        return {*std::move(value), name, false};
     }
     const auto at = key ? files_.find(key) : files_.end();
     if (at == files_.end()) return {};
@@ -3708,46 +3710,65 @@ inline void find_credentials(settings& s, const settings_sources& from) {
   if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = trim(last_resort);
 }
 
-inline void find_network_settings(settings& s, const settings_sources& from) {
-  if (const auto mode = from.find({"WANDB_MODE"}, "mode")) {
-    s.offline = mode.value == "offline" || mode.value == "dryrun" || mode.value == "disabled";
-    if (!s.offline && mode.value != "online" && mode.value != "run" && mode.value != "shared") {
-      from.reject(mode, "expected online, offline, dryrun, disabled, run or shared");
-    }
-  }
-  if (const auto timeout = from.find(
-          {"WANDB_HTTP_TIMEOUT", "WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "WANDB__GRAPHQL_TIMEOUT_SECONDS"},
-          "x_graphql_timeout_seconds")) {
-    if (const auto time = parse_seconds(timeout.value); time.count() > 0) {
-      s.connect_timeout = s.idle_timeout = time;
-      s.retry_timeout = time * 10;
-    } else {
-      from.reject(timeout, "expected a number of seconds, more than 0");
-    }
-  }
-  if (const auto headers =
-          from.find({"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"}, "x_extra_http_headers")) {
-    const auto strings = parse_string_object(headers.value);
-    bool good = strings.has_value();
-    for (const auto& [name, value] : *strings) {
-      good = good && is_header(name, value);
-      add_header(s.extra_headers, name, value);
-    }
-    if (!good) {
-      s.extra_headers.clear();
-      from.reject(headers, R"(expected a JSON object of header names and values, like {"X-Team": "blue"})");
-    }
-  }
-  s.username = from.find({"WANDB_USERNAME"}, "username").value;
-  s.user_email = from.find({"WANDB_USER_EMAIL"}, "email").value;
-  const path cache = wandb_cache_directory();
-  s.cache_dir = cache.empty() ? cache : cache / "restore";
+// Functions for the table below: each writes a value to the settings, or returns false if the value cannot be used.
+
+inline bool use_mode(settings& target, const std::string& mode) {
+  target.offline = mode == "offline" || mode == "dryrun" || mode == "disabled";
+  return target.offline || mode == "online" || mode == "run" || mode == "shared";
 }
+inline bool use_timeout(settings& target, const std::string& seconds) {
+  const auto time = parse_seconds(seconds);
+  if (time.count() <= 0) return false;
+  target.connect_timeout = target.idle_timeout = time;
+  target.retry_timeout = time * 10;
+  return true;
+}
+inline bool use_extra_headers(settings& target, const std::string& object) {
+  const auto strings = parse_string_object(object);
+  http_headers headers;
+  for (const auto& [name, value] : *strings) {
+    if (!is_header(name, value)) return false;
+    add_header(headers, name, value);
+  }
+  target.extra_headers = std::move(headers);
+  return strings.has_value();
+}
+inline bool use_insecure(settings& target, const std::string& truth) {
+  target.verify_tls = !is_one_of(truth, {"y", "yes", "t", "true", "on", "1"});
+  return !target.verify_tls || is_one_of(truth, {"n", "no", "f", "false", "off", "0"});
+}
+
+/// How a setting is found: in the first of the variables that is set and not empty, else under the key of the settings
+/// files. README.md has the same table for users. Settings that depend on others have functions of their own below.
+struct setting_rule {
+  std::array<const char*, 3> variables;
+  const char* file_key;
+  std::string settings::*text;  // the field that takes the value unchanged; null: `use` takes it
+  bool (*use)(settings& target, const std::string& value) = nullptr;
+  const char* expected = "";  // told if `use` refuses the value
+};
+inline constexpr setting_rule setting_rules[] = {
+    {{"WANDB_BASE_URL"}, "base_url", &settings::base_url},
+    {{"WANDB_USERNAME"}, "username", &settings::username},
+    {{"WANDB_USER_EMAIL"}, "email", &settings::user_email},
+    {{"WANDB_MODE"}, "mode", nullptr, use_mode, "expected online, offline, dryrun, disabled, run or shared"},
+    {{"WANDB_HTTP_TIMEOUT", "WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "WANDB__GRAPHQL_TIMEOUT_SECONDS"},
+     "x_graphql_timeout_seconds",
+     nullptr,
+     use_timeout,
+     "expected a number of seconds, more than 0"},
+    {{"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"},
+     "x_extra_http_headers",
+     nullptr,
+     use_extra_headers,
+     R"(expected a JSON object of header names and values, like {"X-Team": "blue"})"},
+    {{"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl", nullptr, use_insecure, "expected true or false"},
+};
 
 /// SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own, and what the SDK's core reads: each takes the place of the system's
 /// file or directory, the other of which stays. Where neither is set, the variables of Python's requests and of curl
 /// count, which may name a file or a directory and leave nothing else.
-inline void find_certificates(settings& s, const settings_sources& from) {
+inline void find_certificates(settings& s) {
   s.ca_file = from_utf8(first_of_environment({"SSL_CERT_FILE"}));
   s.ca_directory = from_utf8(first_of_environment({"SSL_CERT_DIR"}));
   if (s.ca_file.empty() != s.ca_directory.empty()) {
@@ -3763,13 +3784,6 @@ inline void find_certificates(settings& s, const settings_sources& from) {
   if (s.ca_file.empty() && s.ca_directory.empty()) {
     const auto facts = facts_of(bundle);
     (facts->is_directory ? s.ca_directory : s.ca_file) = bundle;
-  }
-  if (const auto insecure = from.find({"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl")) {
-    if (is_one_of(insecure.value, {"y", "yes", "t", "true", "on", "1"})) {
-      s.verify_tls = false;
-    } else if (!is_one_of(insecure.value, {"n", "no", "f", "false", "off", "0"})) {
-      from.reject(insecure, "expected true or false");
-    }
   }
 }
 
@@ -3818,11 +3832,20 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
 WANDB_RESTORE_PRIVATE_INLINE settings settings::from_environment() {
   settings s;
   const detail::settings_sources from(s);
-  if (auto base = from.find({"WANDB_BASE_URL"}, "base_url")) s.base_url = std::move(base.value);
+  for (const auto& rule : detail::setting_rules) {
+    const auto found = from.find(rule.variables, rule.file_key);
+    if (!found) continue;
+    if (rule.text) {
+      s.*rule.text = found.value;
+    } else if (!rule.use(s, found.value)) {
+      from.reject(found, rule.expected);
+    }
+  }
   detail::find_run(s, from);
   detail::find_credentials(s, from);
-  detail::find_network_settings(s, from);
-  detail::find_certificates(s, from);
+  detail::find_certificates(s);
+  const auto cache = detail::wandb_cache_directory();
+  s.cache_dir = cache.empty() ? cache : cache / "restore";
   s.http_proxy = detail::find_proxy(s, from, false);
   s.https_proxy = detail::find_proxy(s, from, true);
   return s;
@@ -4552,6 +4575,46 @@ inline std::string plain_name(std::string_view name) {
   return joined;
 }
 
+/// How many characters have to be inserted, left out or replaced to make one text of the other (Levenshtein).
+inline std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() +
+                               1);  // distances of the beginning of `a` so far to each beginning of `b`
+  for (std::size_t j = 0; j < row.size(); ++j) row[j] = j;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    std::size_t diagonal = std::exchange(row[0], i + 1);
+    for (std::size_t j = 0; j < b.size(); ++j) {
+      const std::size_t replaced = diagonal + (a[i] == b[j] ? 0 : 1);
+      diagonal = row[j + 1];
+      row[j + 1] = (std::min)(replaced, (std::min)(row[j], diagonal) + 1);
+    }
+  }
+  return row.back();
+}
+
+/// Up to three of the names that somebody may have meant who wrote `name`, nearest first: of the same spelling but for a few
+/// characters, whatever their case, or of the same last part in another directory.
+inline std::vector<std::string> nearest_names(std::string_view name, const std::vector<std::string>& names) {
+  constexpr std::size_t max_bytes = 512;  // of a name that is looked at: each comparison takes their product
+  const auto last_part = [](std::string_view text) { return text.substr(text.rfind('/') + 1); };
+  const std::string wanted = lower(name.substr(0, max_bytes));
+  const std::size_t most = (std::max<std::size_t>)(1, wanted.size() / 3);
+  std::vector<std::pair<std::size_t, std::string>> near;
+  for (const auto& one : names) {
+    if (one.empty() || one.size() > max_bytes) continue;
+    const std::string candidate = lower(one);
+    const auto longer = (std::max)(candidate.size(), wanted.size());
+    const auto shorter = (std::min)(candidate.size(), wanted.size());
+    std::size_t distance = longer - shorter > most ? most + 1 : edit_distance(wanted, candidate);
+    if (last_part(candidate) == last_part(wanted)) distance = (std::min<std::size_t>)(distance, 1);
+    if (distance <= most) near.emplace_back(distance, one);
+  }
+  std::sort(near.begin(), near.end());
+  if (near.size() > 3) near.resize(3);
+  std::vector<std::string> found;
+  for (auto& one : near) found.push_back(std::move(one.second));
+  return found;
+}
+
 /// A file of a run as the service knows it, and where to get it.
 struct remote_file {
   file_info info;
@@ -4575,11 +4638,16 @@ class service {
   static constexpr std::size_t max_answer = 16 * 1024 * 1024;   // bytes; a page of files is far below that
   static constexpr std::size_t max_listed = 128 * 1024 * 1024;  // bytes in memory: about half a million files
   static constexpr std::size_t max_pages = 5000;
+  static constexpr std::int64_t page_size = 500;  // files
 
-  result<json_document> ask(const std::string& what, const char* query, json variables);
+  enum class retries { until_timeout, none };
+  result<json_document> ask(const std::string& what, const char* query, json variables,
+                            retries wanted = retries::until_timeout);
   result<json_document> ask_once(const std::string& what, const std::string& authorization,
                                  const std::string& body);
-  result<json_document> files_page(const std::string& what, const run_path& run, json variables);
+  result<json_document> files_page(const std::string& what, const run_path& run, json variables,
+                                   retries wanted = retries::until_timeout);
+  std::string hint_for_missing(const run_path& run, const std::string& name);
   [[nodiscard]] result<void> check_answered(const std::string& what, const char* kind, const json& answered,
                                             const std::string& asked) const;
   [[nodiscard]] error wrong_answer(const std::string& what, const char* kind, const std::string& name) const;
@@ -4596,7 +4664,8 @@ class service {
   bool anonymous_ = false;
 };
 
-inline result<json_document> service::ask(const std::string& what, const char* query, json variables) {
+inline result<json_document> service::ask(const std::string& what, const char* query, json variables,
+                                          retries wanted) {
   if (auto good = session_.ready(); !good) return good.error();
   auto authorization = session_.authorization(call_);
   if (!authorization) return authorization.error();
@@ -4607,7 +4676,7 @@ inline result<json_document> service::ask(const std::string& what, const char* q
   const std::string body = write_json(question);
   for (backoff tries(call_);;) {
     auto data = ask_once(what, *authorization, body);
-    if (data) return data;
+    if (data || wanted == retries::none) return data;
     if (auto end = tries.wait_after(data.error())) return *end;
   }
 }
@@ -4665,8 +4734,8 @@ inline result<json_document> service::ask_once(const std::string& what, const st
 }
 
 /// `project(...).run(...).files` of the answer.
-inline result<json_document> service::files_page(const std::string& what, const run_path& run,
-                                                 json variables) {
+inline result<json_document> service::files_page(const std::string& what, const run_path& run, json variables,
+                                                 retries wanted) {
   // The names of the variables are the SDK's (RunFiles in wandb/apis/public/files.py).
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
@@ -4678,7 +4747,7 @@ inline result<json_document> service::files_page(const std::string& what, const 
   set_member(variables, "project", json_text(run.project));
   set_member(variables, "entity", json_text(run.entity));
   set_member(variables, "name", json_text(run.run_id));
-  auto data = ask(what, query, std::move(variables));
+  auto data = ask(what, query, std::move(variables), wanted);
   if (!data) return data;
   if (!has_member(data->root, "project")) {
     return error(errc::protocol_violation, what + ": the answer of " + host() + " has no project in it");
@@ -4793,14 +4862,47 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
     }
   }
   if (const json* found = exact ? exact : similar) return file_of(what, *found);
+  if (unrelated && !never_uploaded) return wrong_answer(what, "file", text_of(member(*unrelated, "name")));
+  const auto hint = hint_for_missing(run, plain);
   if (never_uploaded) {
+    // The service says the same of every name that it does not know.
     return error(errc::file_not_found,
-                 what + ": " + host() +
-                     " says that it was never uploaded (yet): if the run still writes it, try again later");
+                 what + ": " + host() + " says that it was never uploaded: either the name is wrong (" +
+                     hint + "), or the run is still to upload it: then try again later");
   }
-  if (unrelated) return wrong_answer(what, "file", text_of(member(*unrelated, "name")));
-  return error(errc::file_not_found,
-               what + ": the run has no such file at " + host() + "; the list of its files shows the names");
+  return error(errc::file_not_found, what + ": the run has no such file at " + host() + ": " + hint);
+}
+
+/// Suggestions for a name that is not there, from the first page of the run's names. Asked once: the answer to the user's
+/// question is known already, and must not wait for this one.
+inline std::string service::hint_for_missing(const run_path& run, const std::string& name) {
+  const std::string list = "`wandb-restore --list` shows the names of its files";
+  json variables = json_object();
+  set_member(variables, "fileLimit", json_number(page_size));
+  const auto files =
+      files_page("looking for names like " + in_quotes(name), run, std::move(variables), retries::none);
+  if (!files) return list;
+  std::vector<std::string> names;
+  for (const json& edge : elements(member(files->root, "edges"))) {
+    const json& node = member(edge, "node");
+    if (text_of(member(node, "md5")) != "0") names.push_back(text_of(member(node, "name")));
+  }
+  if (names.empty()) return "the run has no files";
+  for (const auto& one : names) {
+    if (!starts_with(one, name + "/")) continue;
+    const std::string pattern = name + "/*";
+    const bool plain = pattern.find('\'') == pattern.npos && !has_control(pattern);
+    return in_quotes(name) + " is a directory of the run: `wandb-restore --list" +
+           (plain ? " '" + pattern + "'" : "") +
+           "` shows the files in it, and each is restored by its own name";
+  }
+  const auto near = nearest_names(name, names);
+  if (near.empty()) return list;
+  std::string question = "did you mean ";
+  for (std::size_t i = 0; i < near.size(); ++i) {
+    question += (i == 0 ? "" : i + 1 < near.size() ? ", " : " or ") + in_quotes(near[i]);
+  }
+  return question + "?";
 }
 
 inline result<std::vector<file_info>> service::list_files(const run_path& run) {
@@ -4810,7 +4912,7 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   std::set<std::string> seen;
   for (std::string cursor;;) {
     json variables = json_object();
-    set_member(variables, "fileLimit", json_number(500));
+    set_member(variables, "fileLimit", json_number(page_size));
     if (!cursor.empty()) set_member(variables, "fileCursor", json_text(cursor));
     auto files = files_page(what, run, std::move(variables));
     if (!files) return files.error();

@@ -22,6 +22,17 @@ std::string answer(const json& edges) {
 }
 std::string answer_node(const json& node) { return answer(json::array({json{{"node", node}}})); }
 
+/// The part that is missing, or comes too early, in a text that should have them all in this order; else "".
+std::string in_order(const std::string& told, const std::vector<std::string>& parts) {
+  std::size_t end = 0;
+  for (const auto& part : parts) {
+    const auto found = told.find(part, end);
+    if (found == told.npos) return part;
+    end = found + part.size();
+  }
+  return "";
+}
+
 std::string asked_url(fixture& f, const std::string& name = "a.txt") {
   return f.server.files_url(f.run, name);
 }
@@ -522,9 +533,85 @@ TEST_SUITE("service: answers that lead to no file") {
       check_names(failure, r.names);
       CHECK_FALSE(failure.is_transient());
       CHECK_FALSE(contains(failure.what(), "\n"));
-      CHECK(f.asked() == "graphql 1, files 0, storage 0");  // no answer of these is worth another question
+      // A name that is not there is worth one more question, for the names that are; no other answer is.
+      CHECK(f.asked() == (r.code == errc::file_not_found ? "graphql 2, files 0, storage 0"
+                                                         : "graphql 1, files 0, storage 0"));
       CHECK(visible(f.root()) == names{"a.txt"});
       CHECK(read_file(f.root() / "a.txt") == "old");
+    }
+  }
+
+  TEST_CASE("a name that is not there: the nearest names of the run, and whether it may still come") {
+    struct row {
+      const char* name;
+      std::vector<std::string> told;  ///< in this order
+      std::vector<std::string> untold;
+    };
+    const std::vector<row> table = {
+        {"modle-best.h5", {"did you mean \"model-best.h5\"?"}, {"config.yaml"}},
+        {"model-best.hdf5", {"did you mean \"model-best.h5\""}, {}},
+        {"Model-Best.H5", {"did you mean \"model-best.h5\"?"}, {}},
+        {"best.h5", {"did you mean \"ckpt/best.h5\""}, {"config.yaml"}},
+        {"ckpts/best.h5", {"did you mean \"ckpt/best.h5\""}, {}},
+        {"epoch-04.h5", {"did you mean \"epoch-01.h5\", \"epoch-02.h5\" or \"epoch-03.h5\"?"}, {"epoch-05"}},
+        {"ckpt", {"\"ckpt\" is a directory of the run", "wandb-restore --list 'ckpt/*'"}, {"did you mean"}},
+        {"./ckpt", {"\"ckpt\" is a directory of the run"}, {"did you mean"}},
+        {"it's", {"\"it's\" is a directory of the run", "wandb-restore --list"}, {"--list 'it's"}},
+        {"something-else-entirely", {"--list"}, {"did you mean", "directory"}},
+    };
+    for (const bool node_for_missing : {true, false}) {
+      CAPTURE(node_for_missing);
+      stand_in::options how;
+      how.node_for_missing = node_for_missing;
+      fixture f(how);
+      for (const char* name : {"model-best.h5", "config.yaml", "ckpt/best.h5", "ckpt/last.h5", "epoch-01.h5",
+                               "epoch-02.h5", "epoch-03.h5", "epoch-05.h5", "it's/a.txt"})
+        f.server.add_file(f.run, name, text);
+      auto client = f.client();
+      for (const row& r : table) {
+        CAPTURE(std::string(r.name));
+        f.server.clear_log();
+        const auto failure = f.failure(client.try_restore(r.name, f.path), errc::file_not_found);
+        check_names(failure, {in_order(failure.what(), r.told), "127.0.0.1", f.path});
+        for (const auto& part : r.untold) CHECK_FALSE(contains(failure.what(), part));
+        CHECK(contains(failure.what(), "never uploaded") == node_for_missing);
+        CHECK(contains(failure.what(), "try again later") == node_for_missing);
+        CHECK(contains(failure.what(), "no such file") == !node_for_missing);
+        CHECK(f.asked() == "graphql 2, files 0, storage 0");
+      }
+      CHECK(visible(f.root()).empty());
+    }
+  }
+
+  TEST_CASE("a name that is not there, in a run that has no files, or more than a page of them") {
+    fixture f;
+    auto client = f.client();
+    check_names(f.failure(client.try_restore("a.txt", f.path), errc::file_not_found),
+                {"the run has no files"});
+    for (int i = 0; i < 1201; ++i) f.server.add_file(f.run, "f" + std::to_string(10000 + i), "x");
+    f.server.clear_log();
+    check_names(f.failure(client.try_restore("f1000", f.path), errc::file_not_found), {"f10000"});
+    CHECK(f.asked() == "graphql 2, files 0, storage 0");
+  }
+
+  TEST_CASE("names that a server made to be long or to steer a terminal are told short and harmless, or not "
+            "at all") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt\x1b[31m", "x");
+    f.server.add_file(f.run, std::string(5000, 'a'), "x");
+    const auto failure = f.failure(f.client().try_restore("a.txt", f.path), errc::file_not_found);
+    CHECK_FALSE(contains(failure.what(), "\x1b"));
+    CHECK(std::string(failure.what()).size() < 1000);
+  }
+
+  TEST_CASE("the question for the names is no reason to fail otherwise, and is not repeated") {
+    for (const auto& fault : {act::status(500), act::status(401), act::malformed_json(), act::drop()}) {
+      fixture f;
+      f.server.add_file(f.run, "b.txt", text);
+      f.server.add_fault(target(place::graphql).from(2), fault);
+      const auto failure = f.failure(f.client().try_restore("a.txt", f.path), errc::file_not_found);
+      CHECK_FALSE(contains(failure.what(), "did you mean"));
+      CHECK(f.server.requests(request_kind::graphql).size() == 2);
     }
   }
 
