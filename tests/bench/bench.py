@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import report
-from servers import MIB, Files, ShapedLink, Site, machine, make_certificates
+from servers import MIB, Files, Relay, ShapedLink, Site, machine, make_certificates
 
 RATE = 20_000_000  # bytes a second of a paced connection
 LINK = 250_000_000  # bytes a second of the shaped link
@@ -179,6 +179,34 @@ class Bench:
         self.group("20 MB/s for each connection", "%s, 8 connections" % amount(size), times)
         self.notes.append("`capped`, `slow-peer`, `kills`, `herd`: the kernel paces each of the server's connections "
                           "(SO_MAX_PACING_RATE, tests/bench/pace.cpp). curl and aria2c do not verify in `capped`; ours does.")
+
+    def far(self):
+        """A store that answers late: one connection and eight, with and without a cap for each."""
+        size = self.arguments.size
+        for part in (5, 32):
+            self.files.make("part%d" % part, size // part)
+        site = self.site()
+        for part, rate in ((5, RATE), (32, 0), (5, 0)):
+            file = "part%d" % part
+
+            def pace():
+                site.pace.set(site.paced, rate)
+            port = site.paced if rate else site.free
+            cap = "%d MB/s a connection" % (rate // 1000000) if rate else "no cap"
+            for delay in (0, 50, 200, 1000):
+                with Relay(self.programs / "relay", site, port, delay):
+                    label = "%d ms, %s" % (delay, cap)
+                    times = self.rounds("far", {
+                        "ours": lambda: (pace(), self.ours(site, file, "far"))[1],
+                        "aria2c -x8 -s8": lambda: (pace(), self.aria2(site, file, "far"))[1],
+                        "aria2c --checksum": lambda: (pace(), self.aria2(site, file, "far", checksum=True))[1],
+                        "curl": lambda: (pace(), self.curl(site, file, "far"))[1],
+                    })
+                    self.compare("far", size // part, times, "aria2c -x8 -s8", 1.05, note=label)
+                    self.compare("far", size // part, times, "curl", 1.05, note=label)
+        self.notes.append("`far`: what the storage sends arrives so many milliseconds later (tests/bench/relay.cpp), TLS handshakes "
+                          "included; the service is near. Ours asks GraphQL and /files first, and verifies; of the peers only "
+                          "`--checksum` does.")
 
     def slow_peer(self):
         size = self.arguments.size
@@ -402,7 +430,7 @@ def parse_size(text):
     return size
 
 
-CASES = ["capped", "slow-peer", "link", "loopback", "small", "memory", "keep", "refresh", "kills", "herd"]
+CASES = ["capped", "far", "slow-peer", "link", "loopback", "small", "memory", "keep", "refresh", "kills", "herd"]
 
 
 def on_terminate(*_):

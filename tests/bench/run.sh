@@ -5,7 +5,7 @@
 #
 #   SIZE      of the main case's file, 1G unless given; the other cases' files follow it
 #   --rounds  how often each contender takes its turn, 3 unless given; medians count
-#   --only    some of: capped slow-peer link loopback small memory keep refresh kills herd
+#   --only    some of: capped far slow-peer link loopback small memory keep refresh kills herd
 #   --kills   how many processes the case `kills` kills, 100 unless given
 #   --out     where results.md, results.svg and results.json go, build-bench unless given
 #   --work    where files are served from and restored to, /dev/shm unless given; about six times SIZE is needed

@@ -39,17 +39,17 @@ http {{
   # The service. The first segment of a base URL says which file is meant, from which storage, and who is asking.
   map $file $md5 {{ {md5s} }}
   map $file $size {{ {sizes} }}
-  map $kind $storage {{ free {free}; paced {paced}; }}
+  map $kind $storage {{ free {free}; paced {paced}; far {far}; }}
   log_format service '$who question=$question status=$status';
   server {{
     listen {address}:{service_port} ssl;
-    location ~ ^/(?<file>[a-z0-9]+)-(?<kind>free|paced)-(?<who>[a-z0-9]+)/graphql$ {{
+    location ~ ^/(?<file>[a-z0-9]+)-(?<kind>free|paced|far)-(?<who>[a-z0-9]+)/graphql$ {{
       set $question graphql;
       access_log {folder}/access.log service;
       default_type application/json;
       return 200 '{answer}';
     }}
-    location ~ ^/(?<file>[a-z0-9]+)-(?<kind>free|paced)-(?<who>[a-z0-9]+)/files/ {{
+    location ~ ^/(?<file>[a-z0-9]+)-(?<kind>free|paced|far)-(?<who>[a-z0-9]+)/files/ {{
       set $question files;
       access_log {folder}/access.log service;
       return 302 https://{address}:$storage/$file?who=$who&X-Goog-Signature=0123456789abcdef;
@@ -147,13 +147,13 @@ class Site:
         self.counter = 0
         self.pace = Pace(folder / "pace")
         if inside:
-            self.service_port, self.free, self.paced = 8443, 8444, 8445
+            self.service_port, self.free, self.paced, self.far = 8443, 8444, 8445, 8446
         else:
-            self.service_port, self.free, self.paced = free_ports(3)
+            self.service_port, self.free, self.paced, self.far = free_ports(4)
         answer = ANSWER.replace("ADDRESS:PORT", "%s:%d" % (address, self.service_port))
         (folder / "nginx.conf").write_text(CONFIGURATION.format(
             user="user root;" if os.geteuid() == 0 else "", folder=folder, address=address, answer=answer,
-            service_port=self.service_port, free=self.free, paced=self.paced,
+            service_port=self.service_port, free=self.free, paced=self.paced, far=self.far,
             md5s=" ".join('%s "%s";' % (name, files.base64(name)) for name in files.size),
             sizes=" ".join("%s %d;" % item for item in files.size.items())))
         (folder / "files").symlink_to(files.folder)
@@ -183,7 +183,8 @@ class Site:
         return "https://%s:%d/%s-%s-%s" % (self.address, self.service_port, file, kind, who), who
 
     def storage(self, file, kind="free"):
-        return "https://%s:%d/%s?who=peer" % (self.address, self.paced if kind == "paced" else self.free, file)
+        port = {"free": self.free, "paced": self.paced, "far": self.far}[kind]
+        return "https://%s:%d/%s?who=peer" % (self.address, port, file)
 
     def requests(self, who):
         """What the log says of one run, once nothing is added to it any more."""
@@ -200,6 +201,26 @@ class Site:
 
     def bytes_sent(self, who):
         return sum(int(one["bytes"]) for one in self.requests(who) if one["question"] == "storage")
+
+
+class Relay:
+    """Stands before a port of a site: what the server sends arrives `milliseconds` later (relay.cpp)."""
+
+    def __init__(self, program, site, port, milliseconds):
+        self.process = subprocess.Popen([str(program), str(site.far), str(port), str(milliseconds)], stdin=subprocess.DEVNULL)
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", site.far)) == 0:
+                    return
+            time.sleep(0.05)
+        raise SystemExit("the relay does not start")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait()
 
 
 def free_ports(count):
