@@ -7248,7 +7248,7 @@ struct socket_address {
   int family() const { return storage.ss_family; }
   const sockaddr* data() const { return reinterpret_cast<const sockaddr*>(&storage); }
   friend bool operator==(const socket_address& a, const socket_address& b) {
-    return a.size == b.size && std::memcmp(&a.storage, &b.storage, a.size) == 0;
+    return a.size == b.size && std::memcmp(&a.storage, &b.storage, static_cast<std::size_t>(a.size)) == 0;
   }
 };
 using socket_addresses = std::vector<socket_address>;
