@@ -3765,6 +3765,18 @@ inline constexpr setting_rule setting_rules[] = {
     {{"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl", nullptr, use_insecure, "expected true or false"},
 };
 
+/// The file that holds the certificates of all authorities that the system trusts; empty if it has none. On some systems the
+/// directory of certificates is of no use without it, for it has no links by hash.
+/// Source: Go, crypto/x509/root_linux.go and root_bsd.go.
+inline path system_bundle() {
+  for (const char* const file : {"/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+                                 "/etc/ssl/ca-bundle.pem", "/etc/pki/tls/cacert.pem",
+                                 "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/etc/ssl/cert.pem"}) {
+    if (facts_of(file)->is_file) return file;
+  }
+  return {};
+}
+
 /// SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own, and what the SDK's core reads: each takes the place of the system's
 /// file or directory, the other of which stays. Where neither is set, the variables of Python's requests and of curl
 /// count, which may name a file or a directory and leave nothing else.
@@ -3780,6 +3792,7 @@ inline void find_certificates(settings& s) {
       break;
     }
   }
+  if (s.ca_file.empty() && !s.ca_directory.empty()) s.ca_file = system_bundle();
   const path bundle = expand_home(first_of_environment({"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}));
   if (s.ca_file.empty() && s.ca_directory.empty()) {
     const auto facts = facts_of(bundle);
@@ -7235,7 +7248,7 @@ struct socket_address {
   int family() const { return storage.ss_family; }
   const sockaddr* data() const { return reinterpret_cast<const sockaddr*>(&storage); }
   friend bool operator==(const socket_address& a, const socket_address& b) {
-    return a.size == b.size && std::memcmp(&a.storage, &b.storage, a.size) == 0;
+    return a.size == b.size && std::memcmp(&a.storage, &b.storage, static_cast<std::size_t>(a.size)) == 0;
   }
 };
 using socket_addresses = std::vector<socket_address>;
@@ -7474,8 +7487,10 @@ class channel {
       end_ = count > 0 ? static_cast<std::size_t>(count) : 0;
       exchange_->was_answered = exchange_->was_answered || count > 0;
     }
-    return {buffer_.data() + begin_, end_ - begin_};
+    return unread();
   }
+  /// The received bytes that were not consumed yet, perhaps none.
+  std::string_view unread() const { return {buffer_.data() + begin_, end_ - begin_}; }
   void consume(std::size_t count) { begin_ += count; }
 
   /// Reads a line without its end (CRLF or LF) and takes its bytes off `budget`. A line that is longer is a
@@ -7670,10 +7685,35 @@ class channel {
           "REQUESTS_CA_BUNDLE; otherwise check host name and clock)");
       return -1;
     }
-    const char* const reason = ERR_reason_error_string(ERR_peek_error());
+    if (!greeting_.empty() && (greeting_[0] < 20 || greeting_[0] > 23)) {  // not the type of a TLS record
+      exchange_->fail_permanently(starts_with(greeting_, "HTTP/")
+                                      ? "the server speaks plain http: use http://"
+                                      : "the server does not speak TLS on this port");
+      return -1;
+    }
+    const unsigned long code = ERR_peek_error();
+    const char* const reason = ERR_reason_error_string(code);
+    const int number = ERR_GET_LIB(code) == ERR_LIB_SSL ? ERR_GET_REASON(code) : 0;
+    const int alert = number - SSL_AD_REASON_OFFSET;
+    if (is_permanent_alert(alert) || number == SSL_R_UNSUPPORTED_PROTOCOL) {
+      const bool is_version = alert == SSL_AD_PROTOCOL_VERSION || number == SSL_R_UNSUPPORTED_PROTOCOL;
+      exchange_->fail_permanently(
+          std::string("the server and this client do not agree on TLS: ") + reason +
+          (is_version ? " (TLS 1.2 or later is needed)"
+                      : " (the server may demand a client certificate, which is not supported)"));
+      return -1;
+    }
     if (code_ != 0 || has_ended_ || !reason) return fail_lost();
     fail(std::string("TLS failed while ") + stage_ + ": " + reason);
     return -1;
+  }
+
+  /// Whether the peer would send this alert again (RFC 8446, section 6.2): it concerns versions, certificates or names.
+  static bool is_permanent_alert(int alert) {
+    return (alert >= SSL_AD_BAD_CERTIFICATE && alert <= SSL_AD_ACCESS_DENIED) ||
+           alert == SSL_AD_HANDSHAKE_FAILURE || alert == SSL_AD_PROTOCOL_VERSION ||
+           alert == SSL_AD_INSUFFICIENT_SECURITY || alert == SSL_AD_UNRECOGNIZED_NAME ||
+           alert == SSL_AD_CERTIFICATE_REQUIRED;
   }
 
   // OpenSSL's own socket BIO raises SIGPIPE.
@@ -7686,6 +7726,9 @@ class channel {
         BIO_clear_retry_flags(bio);
         channel& self = *static_cast<channel*>(BIO_get_data(bio));
         const long count = self.receive(out, static_cast<std::size_t>(size));
+        if (count > 0 && self.greeting_.empty()) {
+          self.greeting_.assign(out, (std::min)(static_cast<std::size_t>(count), std::size_t{5}));
+        }
         if (count < 0 && would_block(self.code_)) BIO_set_retry_read(bio);
         return static_cast<int>(count);
       });
@@ -7705,7 +7748,8 @@ class channel {
   }
 
   SSL* tls_ = nullptr;
-  bool is_sound_ = false;  ///< OpenSSL has not failed: close_notify may be sent
+  bool is_sound_ = false;      ///< OpenSSL has not failed: close_notify may be sent
+  std::string greeting_ = {};  ///< the first bytes that came in the TLS handshake, five at most
 #endif
   socket_handle socket_ = no_socket;
   const std::uint64_t process_ = this_process();  ///< the one that opened the socket
@@ -7731,12 +7775,30 @@ inline bool has_token(const http_response& head, std::string_view name, std::str
   return false;
 }
 
+/// The peer has answered a request over plain TCP as servers do that expect TLS. Returns false.
+inline bool fail_expects_tls(exchange& current, int status = 0) {
+  return current.fail_permanently(current.route.has_proxy()
+                                      ? "the proxy expects TLS; only plain http:// proxies are supported"
+                                      : "the server expects TLS: use https://",
+                                  status);
+}
+/// Whether the body of a 400 says so: the texts of nginx, Apache, Go and Tomcat.
+inline bool says_that_tls_is_expected(std::string_view body) {
+  for (const char* text : {"HTTP request was sent to HTTPS port", "speaking plain HTTP to an SSL-enabled",
+                           "HTTP request to an HTTPS server", "combination of host and port requires TLS"}) {
+    if (body.find(text) != std::string_view::npos) return true;
+  }
+  return false;
+}
+
 /// Reads the head of a final response, and skips interim ones.
 class head_reader {
  public:
   head_reader(channel& peer, exchange& current) : peer_(peer), exchange_(current) {}
 
   bool read(http_response& head) {
+    constexpr char tls_alert = 21;
+    if (starts_with(peer_.peek(), {&tls_alert, 1})) return fail_expects_tls(exchange_);
     do {
       head = {};
       if (!read_line() || !parse_status_line(head)) return false;
@@ -7980,6 +8042,9 @@ class connection {
     if (head.status == 407 && current.route.sends_to_proxy()) return fail_at_proxy(current, head.status);
     body_reader body(channel_, current);
     if (!body.find_framing()) return false;
+    if (head.status == 400 && !current.route.is_secure() && says_that_tls_is_expected(channel_.unread())) {
+      return fail_expects_tls(current, head.status);
+    }
     channel_.enter("receiving the body");
     if (!current.sink.start(head)) return current.fail(errc::cancelled, "stopped by the receiver");
     if (!body.read()) return false;
@@ -8039,6 +8104,8 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
   // OpenSSL receives as much as there is into its own buffer: one system call for several records.
   SSL_CTX_set_read_ahead(context.get(), 1);
   SSL_CTX_set_default_read_buffer_len(context.get(), channel::buffer_bytes);
+  // A certificate of an intermediate authority is trusted if a bundle has it, also without the root above it.
+  X509_VERIFY_PARAM_set_flags(SSL_CTX_get0_param(context.get()), X509_V_FLAG_PARTIAL_CHAIN);
   if (!verify) return context;
 
   SSL_CTX_set_verify(context.get(), SSL_VERIFY_PEER, nullptr);

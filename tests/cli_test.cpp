@@ -471,6 +471,7 @@ TEST_SUITE("command line") {
   }
 
   TEST_CASE("a terminal shows how far the file is, in its width, and a clean line at the end") {
+    if (!has_terminals()) return;
     for (const unsigned short width : {static_cast<unsigned short>(100), static_cast<unsigned short>(40),
                                        static_cast<unsigned short>(12)}) {
       CAPTURE(width);
@@ -505,6 +506,7 @@ TEST_SUITE("command line") {
   }
 
   TEST_CASE("the line follows a terminal that changes its width") {
+    if (!has_terminals()) return;
     stand_in::options options;
     options.global_rate = 2'000'000;
     fixture f(options);
@@ -531,6 +533,7 @@ TEST_SUITE("command line") {
   }
 
   TEST_CASE("no progress where it is not wanted") {
+    if (!has_terminals()) return;
     fixture f;
     f.server.add_file(f.run, "model.h5", "twelve bytes");
     for (const char* option : {"--quiet", "--no-progress"}) {
@@ -545,6 +548,7 @@ TEST_SUITE("command line") {
   }
 
   TEST_CASE("interrupted on a terminal: the line goes away, and the next try goes on from what has arrived") {
+    if (!has_terminals()) return;
     fixture f;
     const auto content = stand_in::generated(3'000'000);
     f.server.add_file(f.run, "model.h5", content);

@@ -127,6 +127,18 @@ class terminal {
   descriptor master_, slave_;
 };
 
+/// Whether this machine has pseudo terminals (a container without /dev/pts has none). Says so where not: the test case that
+/// asks is skipped.
+inline bool has_terminals() {
+  const descriptor master(posix_openpt(O_RDWR | O_NOCTTY));
+  const char* const slave = master.get() >= 0 && grantpt(master.get()) == 0 && unlockpt(master.get()) == 0
+                                ? ptsname(master.get())
+                                : nullptr;
+  const bool usable = slave != nullptr && ::access(slave, R_OK | W_OK) == 0;
+  if (!usable) MESSAGE("skipped: no pseudo terminals here");
+  return usable;
+}
+
 struct outcome {
   int status = -1;  ///< of exit, or 128 + the signal
   std::string out, err;

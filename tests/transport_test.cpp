@@ -11,12 +11,15 @@
 #include <functional>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "sockets.hpp"
 #include "stand_in.hpp"
+#include "support.hpp"
 #include "wandb_restore.hpp"
 
 #ifndef _WIN32
@@ -34,6 +37,19 @@ namespace {
 
 using namespace sockets;
 using stand_in::act::chunked;
+
+/// Serves a connection: answers its first bytes, whatever they are, and waits for the client to leave.
+std::function<void(peer&)> blurting(const std::string& answer) {
+  return [answer](const peer& client) {
+    (void)client.read(1);
+    (void)client.send(answer);
+    client.leave();
+    (void)client.wait_for_close(10s);
+  };
+}
+std::string with_scheme(const std::string& scheme, const std::string& url) {
+  return scheme + url.substr(url.find(':'));
+}
 
 /// An address that drops what is sent to it: the queue of its listening socket is full, so that a SYN goes unanswered.
 class silent_address {
@@ -638,6 +654,43 @@ TEST_SUITE("http_transport") {
     }
   }
 
+  TEST_CASE("certificates: a bundle with the intermediate authority alone is enough, another one is not") {
+    stand_in::options how;
+    how.through_intermediate = true;
+    bench b(how), another(how);
+    b.add(10);
+    std::ofstream(b.files / "intermediate.pem") << b.server.intermediate_pem();
+    std::ofstream(b.files / "another.pem") << another.server.intermediate_pem();
+    for (const char* name : {"ca.pem", "intermediate.pem"}) {
+      CAPTURE(name);
+      wandb::settings trusting;
+      trusting.ca_file = b.files / name;
+      collector sink;
+      const auto answer = wandb::http_transport(trusting).send(b.get(), sink);
+      REQUIRE_MESSAGE(answer.has_value(), answer.error().what());
+    }
+    wandb::settings trusting;
+    trusting.ca_file = b.files / "another.pem";
+    collector sink;
+    check_failed(wandb::http_transport(trusting).send(b.get(), sink), wandb::errc::connection_failed,
+                 "certificate is refused");
+  }
+
+  TEST_CASE("certificates: with SSL_CERT_DIR alone, the system's bundle is trusted as well") {
+    const wandb::detail::path bundle = wandb::detail::system_bundle();
+    REQUIRE(std::filesystem::is_regular_file(bundle));  // what tests/run.sh installs has one
+    const support::temporary_directory files;
+    for (const auto& [file, expected] :
+         {std::pair<std::optional<std::string>, wandb::detail::path>{std::nullopt, bundle},
+          {"/chosen.pem", "/chosen.pem"}}) {
+      const support::scoped_environment environment{{"SSL_CERT_DIR", files.string()},
+                                                    {"SSL_CERT_FILE", file}};
+      const auto found = wandb::settings::from_environment();
+      CHECK(found.ca_file == expected);
+      CHECK(found.ca_directory.string().find(files.string()) == 0);
+    }
+  }
+
   TEST_CASE("certificates: without the CA of the server the system's own do not help") {
     bench b;
     b.add(10);
@@ -674,6 +727,78 @@ TEST_SUITE("http_transport") {
     std::filesystem::remove(b.trusting.ca_file);
     REQUIRE(transport.send(b.get(), second).has_value());
     CHECK(b.connections() == 2);
+  }
+
+  TEST_CASE("TLS against plain http, and plain http against TLS, fail for good and say what to use") {
+    using namespace std::string_literals;
+    const std::string text = "HTTP/1.1 400 Bad Request\r\nContent-Length: 100\r\n\r\n";
+    struct example {
+      const char* scheme;
+      std::string answer;
+      const char* text;
+    };
+    for (const auto& [scheme, answer, advice] : std::vector<example>{
+             {"https", text + "<html>", "use http://"},
+             {"https", "SSH-2.0-OpenSSH_9.2\r\n", "does not speak TLS"},
+             {"http", "\x15\x03\x01\x00\x02\x02\x46"s, "use https://"},
+             {"http", text + "<h1>The plain HTTP request was sent to HTTPS port</h1>", "use https://"},
+             {"http", text + "Reason: You're speaking plain HTTP to an SSL-enabled server port.",
+              "use https://"},
+             {"http", "HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n",
+              "use https://"},
+             {"http", text + "Bad Request\r\nThis combination of host and port requires TLS.\r\n",
+              "use https://"}}) {
+      CAPTURE(answer);
+      const raw_server server(blurting(answer));
+      collector sink;
+      const auto outcome = ask(with_scheme(scheme, server.url()), sink);
+      check_failed(outcome, wandb::errc::connection_failed, advice);
+      CHECK(!outcome.error().is_transient());
+      CHECK(sink.starts == 0);
+    }
+    const raw_server server(blurting(text.substr(0, text.find("Content")) + "Content-Length: 3\r\n\r\nbad"));
+    collector sink;
+    const auto answer = ask(server.url(), sink);
+    REQUIRE(answer.has_value());
+    CHECK(answer->status == 400);
+    CHECK(sink.body == "bad");
+  }
+
+  TEST_CASE("TLS alerts about versions, certificates and names are permanent, others are not") {
+    const auto alert = [](int number) {
+      return std::string("\x15\x03\x03\x00\x02\x02", 6) + static_cast<char>(number);
+    };
+    for (const int number : {40, 42, 43, 46, 48, 49, 70, 71, 112, 116}) {
+      CAPTURE(number);
+      const raw_server server(blurting(alert(number)));
+      collector sink;
+      const auto outcome = ask(with_scheme("https", server.url()), sink);
+      check_failed(outcome, wandb::errc::connection_failed, "do not agree on TLS");
+      CHECK(!outcome.error().is_transient());
+    }
+    for (const int number : {10, 20, 80, 90}) {
+      CAPTURE(number);
+      const raw_server server(blurting(alert(number)));
+      collector sink;
+      const auto outcome = ask(with_scheme("https", server.url()), sink);
+      check_failed(outcome, wandb::errc::connection_failed, "TLS");
+      CHECK(outcome.error().is_transient());
+    }
+  }
+
+  TEST_CASE("a client certificate that is demanded is told at once, with each TLS version") {
+    for (const auto version : {stand_in::tls_versions::only_1_2, stand_in::tls_versions::only_1_3}) {
+      stand_in::options how;
+      how.versions = version;
+      how.demands_client_certificate = true;
+      bench b(how);
+      b.add(10);
+      wandb::http_transport transport(b.trusting);
+      collector sink;
+      const auto outcome = transport.send(b.get(), sink);
+      check_failed(outcome, wandb::errc::connection_failed, "client certificate");
+      CHECK(!outcome.error().is_transient());
+    }
   }
 
   TEST_CASE("both TLS versions") {

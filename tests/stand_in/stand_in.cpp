@@ -401,8 +401,8 @@ identity make_identity(const std::string& name, const identity* issuer, long fro
 
 constexpr long day_seconds = 24 * 60 * 60;
 
-identity make_authority(const std::string& name) {
-  return make_identity(name, nullptr, -day_seconds, 30 * day_seconds,
+identity make_authority(const std::string& name, const identity* issuer = nullptr) {
+  return make_identity(name, issuer, -day_seconds, 30 * day_seconds,
                        {{NID_basic_constraints, "critical,CA:TRUE"},
                         {NID_key_usage, "critical,keyCertSign,cRLSign"},
                         {NID_subject_key_identifier, "hash"}});
@@ -1547,13 +1547,24 @@ class server::implementation {
     if (!how_.prefix.empty() && how_.prefix.front() != '/') how_.prefix.insert(0, 1, '/');
     const identity authority = make_authority("stand-in authority");
     const identity other = make_authority("an authority that nobody knows");
+    const identity intermediate = make_authority("stand-in intermediate authority", &authority);
     ca_pem_ = pem_of(authority.certificate.get());
+    intermediate_pem_ = pem_of(intermediate.certificate.get());
     const auto prepare = [&](origin at, bool tls, certificate kind, std::uint16_t port) {
       auto& it = listeners_.at(index_of(at));
       std::tie(it.fd, it.port) = listen_on(port);
       if (!tls) return;
-      const identity& issuer = kind == certificate::other_authority ? other : authority;
+      const identity& issuer = kind == certificate::other_authority ? other
+                               : how_.through_intermediate          ? intermediate
+                                                                    : authority;
       it.tls = make_context(make_server_identity(issuer, kind, how_.more_hosts), how_.versions);
+      if (how_.through_intermediate) {
+        check(SSL_CTX_add1_chain_cert(it.tls.get(), intermediate.certificate.get()) == 1,
+              "cannot add to the chain");
+      }
+      if (how_.demands_client_certificate) {
+        SSL_CTX_set_verify(it.tls.get(), SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, nullptr);
+      }
     };
     prepare(origin::service, how_.service_tls, how_.service_certificate, how_.service_port);
     prepare(origin::storage, how_.storage_tls, how_.storage_certificate, how_.storage_port);
@@ -2457,7 +2468,7 @@ class server::implementation {
   };
 
   options how_;  // key, redirects and rates are guarded by the mutex, the others never change
-  std::string ca_pem_;
+  std::string ca_pem_, intermediate_pem_;
   stop_signal stop_;
   std::array<listener, origin_count> listeners_;
   std::mutex workers_mutex_, stop_mutex_;
@@ -2493,6 +2504,7 @@ std::string server::key() const {
   return impl_->how_.key;
 }
 std::string server::ca_pem() const { return impl_->ca_pem_; }
+std::string server::intermediate_pem() const { return impl_->intermediate_pem_; }
 void server::write_ca(const std::filesystem::path& file) const {
   std::ofstream out(file, std::ios::binary);
   if (!(out << impl_->ca_pem_ << std::flush)) fail("cannot write " + file.string());

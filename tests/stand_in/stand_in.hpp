@@ -104,8 +104,10 @@ struct options {
   bool service_tls = true, storage_tls = true;                       ///< false: plain HTTP
   certificate service_certificate = certificate::good, storage_certificate = certificate::good;
   tls_versions versions = tls_versions::both;
-  std::string host = "127.0.0.1";        ///< in the addresses that are given out
-  std::string other_host = "localhost";  ///< see redirect::other_host
+  bool through_intermediate = false;        ///< certificates are signed by an intermediate authority
+  bool demands_client_certificate = false;  ///< in the TLS handshake
+  std::string host = "127.0.0.1";           ///< in the addresses that are given out
+  std::string other_host = "localhost";     ///< see redirect::other_host
   /// Names that certificates cover. The proxy takes each to 127.0.0.1, and port 443 of it to the service.
   std::vector<std::string> more_hosts;
   std::string
@@ -282,6 +284,7 @@ class server {
   std::uint16_t port(origin at) const;
   std::string key() const;
   std::string ca_pem() const;
+  std::string intermediate_pem() const;  ///< see options::through_intermediate
   void write_ca(const std::filesystem::path& file) const;
   std::string files_url(const run_ref& run, std::string_view name) const;  ///< what a node's url says
   std::string signed_url(const run_ref& run, std::string_view name);       ///< a fresh one, as directUrl says
