@@ -67,6 +67,7 @@
 #endif
 
 namespace conformance {
+inline namespace WANDB_RESTORE_PRIVATE_ABI {  // as in sockets.hpp
 
 using namespace sockets;
 namespace act = stand_in::act;
@@ -209,24 +210,43 @@ inline std::vector<std::string> values_of(const wandb::http_headers& fields, std
   return values;
 }
 
-/// Runs an exchange against a server that sends `beginning` and then `endless` over and over. The exchange has to fail
-/// with errc::protocol_violation before the server could send 1 MiB, the buffers of the sockets included.
+/// A response whose head, or whose framing of the body, has no end: `beginning`, then `endless` over and over.
+struct endless_response {
+  const char* what;
+  std::string beginning, endless;
+};
+inline std::vector<endless_response> endless_responses() {
+  const std::string ok = "HTTP/1.1 200 OK\r\n";
+  const std::string chunk = ok + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n";
+  const std::string text(4096, 'x'), field = "X: " + text + "\r\n";
+  return {{"a status line", "HTTP/1.1 200 ", text},
+          {"a header line", ok + "X: ", text},
+          {"header lines", ok, field},
+          {"interim responses", "", "HTTP/1.1 100 Continue\r\n" + field + "\r\n"},
+          {"a chunk's extension", chunk + "5;x=", text},
+          {"a chunk's size", chunk, std::string(4096, '0')},
+          {"a trailer line", chunk + "0\r\nX: ", text},
+          {"trailer lines", chunk + "0\r\n", field}};
+}
+
+/// Makes an exchange with a server that sends such a response. Returns the failure, and how many bytes the server could
+/// send, the buffers of the two sockets included.
 template <class Subject>
-void check_bounded(const std::string& beginning, const std::string& endless) {
-  constexpr std::size_t mebibyte = 1u << 20;
+std::pair<wandb::result<wandb::http_response>, std::size_t>
+endless_exchange(const endless_response& response) {
   std::atomic<std::size_t> sent_bytes{0};
+  wandb::result<wandb::http_response> outcome;
   {
     raw_server server([&](peer& client) {
       client.read_head();
-      client.send(beginning);
-      sent_bytes = client.send_without_end(endless, 64 * mebibyte);
+      client.send(response.beginning);
+      sent_bytes = client.send_without_end(response.endless, 64u << 20);
     });
     auto transport = Subject::make({});
     collector sink;
-    const auto outcome = send(transport, request_for(server.url()), sink);
-    check_failed(outcome, wandb::errc::protocol_violation);
+    outcome = send(transport, request_for(server.url()), sink);
   }
-  CHECK(sent_bytes < mebibyte);
+  return {std::move(outcome), sent_bytes.load()};
 }
 
 /// A transport, and a request that it answers with some content.
@@ -674,12 +694,15 @@ PROMISE("a POST sends its body byte for byte") {
 PROMISE("an IPv6 address is a host") {
   std::string head;
   {
-    scripted server({"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"});
-    CHECK(body_of<Subject>(request_for(server.url("[::ffff:127.0.0.1]"))) == "ok");
-    server.join();
-    head = server.asked.at(0);
+    raw_server server([&](peer& client) {
+      head = client.read_head();
+      client.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+    });
+    CHECK(body_of<Subject>(request_for(server.url("/", "[::ffff:7f00:1]"))) == "ok");  // 127.0.0.1
   }
-  CHECK(values_of(fields_of(head), "Host").at(0).find("[::ffff:127.0.0.1]:") == 0);
+  const auto hosts = values_of(fields_of(head), "Host");
+  REQUIRE(hosts.size() == 1);
+  CHECK(hosts[0].find("[::ffff:7f00:1]:") == 0);
 }
 
 // ----------------------------------------------------------------------------------------------- the response's head
@@ -721,7 +744,7 @@ PROMISE("header values are handed on as they stand") {
       {"X-None", {"x"}},
       {"Location", {"http://h/%2B%2f+?s=%2B&t=a+b"}}};
   for (const auto& [name, values] : expected) {
-    CAPTURE(name);
+    CAPTURE(std::string(name));
     CHECK(values_of(answer.headers, name) == values);
   }
 }
@@ -745,16 +768,6 @@ PROMISE("a Location of more than 8 KiB is taken whole") {
   const auto answer = sent(transport, request_for(server.url()), sink);
   CHECK(answer.status == 302);
   CHECK(values_of(answer.headers, "Location") == std::vector<std::string>{location});
-}
-
-PROMISE("a head without end is an error at once, in less than 1 MiB") {
-  const std::string filler(4096, 'x');
-  SUBCASE("a status line") { check_bounded<Subject>("HTTP/1.1 200 ", filler); }
-  SUBCASE("a header line") { check_bounded<Subject>("HTTP/1.1 200 OK\r\nX: ", filler); }
-  SUBCASE("header lines") { check_bounded<Subject>("HTTP/1.1 200 OK\r\n", "X: " + filler + "\r\n"); }
-  SUBCASE("interim responses") {
-    check_bounded<Subject>("", "HTTP/1.1 103 Early Hints\r\nX: " + filler + "\r\n\r\n");
-  }
 }
 
 PROMISE("an answer that is not HTTP is a protocol_violation") {
@@ -822,16 +835,20 @@ PROMISE("trailers are skipped") {
   CHECK(second.body == "de");
 }
 
-PROMISE("a chunk's size line without end is an error at once, in less than 1 MiB") {
-  const std::string beginning = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n";
-  SUBCASE("an extension") { check_bounded<Subject>(beginning + "5;x=", std::string(4096, 'x')); }
-  SUBCASE("digits") { check_bounded<Subject>(beginning, std::string(4096, '0')); }
+PROMISE("a head, a chunk's size line or trailers without end fail at once, in less than 1 MiB") {
+  for (const auto& response : endless_responses()) {
+    CAPTURE(std::string(response.what));
+    const auto [outcome, sent_bytes] = endless_exchange<Subject>(response);
+    CHECK(!outcome.has_value());
+    CHECK(sent_bytes < 1u << 20);
+  }
 }
 
-PROMISE("trailers without end are an error at once, in less than 1 MiB") {
-  const std::string beginning = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n";
-  SUBCASE("one line") { check_bounded<Subject>(beginning + "X: ", std::string(4096, 'x')); }
-  SUBCASE("many lines") { check_bounded<Subject>(beginning, "X: " + std::string(4096, 'x') + "\r\n"); }
+PROMISE("a head, a chunk's size line or trailers without end are a protocol_violation") {
+  for (const auto& response : endless_responses()) {
+    CAPTURE(std::string(response.what));
+    check_failed(endless_exchange<Subject>(response).first, wandb::errc::protocol_violation);
+  }
 }
 
 PROMISE("a size that does not fit 64 bits is a protocol_violation") {
@@ -1060,7 +1077,7 @@ PROMISE("idle_timeout ends an exchange without a byte, either way") {
       check(transport, b.get());
     }
   }
-  CAPTURE("the server does not read the request");
+  // A server that does not read the request.
   const listener deaf;
   auto request = request_for(deaf.url("http"));
   request.method = "POST";
@@ -1086,7 +1103,7 @@ PROMISE("idle_timeout does not limit an exchange that moves") {
 PROMISE("a cancellation while it connects ends it within a second") {
   const full_listener full;
   for (const char* scheme : {"http", "https"}) {
-    CAPTURE(scheme);
+    CAPTURE(std::string(scheme));
     auto request = request_for(full.url(scheme));
     auto transport = Subject::make({});
     std::atomic<int> looks{0};  // shows that it is under way, for nothing else can be seen of it
@@ -1161,7 +1178,7 @@ PROMISE("a refused certificate is a connection_failed that is not transient") {
   for (const auto kind : {certificate::wrong_host, certificate::expired, certificate::other_authority}) {
     for (const char* host : {"127.0.0.1", "localhost"}) {
       CAPTURE(static_cast<int>(kind));
-      CAPTURE(host);
+      CAPTURE(std::string(host));
       stand_in::options options;
       options.host = host;
       options.storage_certificate = kind;
@@ -1287,7 +1304,7 @@ PROMISE("a proxy's credentials go to the proxy alone") {
       CHECK(sink.body.size() == 1000);
     }
     for (const auto& seen : b.server.requests(stand_in::request_kind::storage))
-      CHECK(!seen.header("Proxy-Authorization"));
+      CHECK(seen.header("Proxy-Authorization").value_or("") == "");
     const auto asked = b.server.requests(stand_in::request_kind::proxy);
     CHECK(asked.size() == 2);
     for (const auto& seen : asked) CHECK(seen.header("Proxy-Authorization") == "Basic dXMgZXI6cEBzcw==");
@@ -1340,6 +1357,7 @@ TEST_CASE_TEMPLATE("each promise that a transport cannot keep is one of the suit
 
 TEST_SUITE_END();
 
+}  // namespace WANDB_RESTORE_PRIVATE_ABI
 }  // namespace conformance
 
 #endif  // _WIN32
