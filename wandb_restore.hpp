@@ -668,19 +668,17 @@ class http_transport {
 /// A transport over cpp-httplib (0.11 to 0.53), for programs that use that library anyway. It keeps idle connections for later
 /// requests to the same server; copies share them. Safe to use from several threads at once.
 ///
-/// It uses the public interface of httplib::Client alone, and therefore cannot promise all that http_transport does:
-/// - an interim response other than 100 is taken for the response: it fails with errc::protocol_violation;
-/// - headers come sorted by name, or in no order, and 0.11 percent-decodes their values. A line of a head has at most
-///   8 KiB, longer ones (a Location, say) are dropped or fail. Accept, User-Agent, Content-Type and Expect are added where
-///   the request has none;
-/// - some versions rewrite the query of an address: 0.41 decodes and encodes it again;
+/// It uses the public interface of httplib::Client alone, and therefore cannot promise all that http_transport does. README.md
+/// lists the promises of a Transport that it does not keep; in short:
+/// - interim responses other than 100 fail;
+/// - a line of a response's head has at most 8 KiB: a longer Location, as some signed addresses are, fails;
+/// - 0.11 to 0.41 percent-decode header values and lose their order; 0.41 decodes and encodes the query of an address again;
+/// - lines and trailers without end are not bounded by all versions, and a status line without end crashes 0.11;
 /// - a response that breaks the protocol is errc::connection_failed, as one that is cut short is: they look the same;
-/// - how much is read of a line without end, in a head or a chunked body, depends on the version; 0.11 has no limit;
-/// - 0.11 refuses chunk extensions, and trailers;
-/// - a body that ends with the connection counts as whole, although TLS was not closed in good order;
-/// - the certificates of authorities are read again for each connection, and ca_directory is not used beside ca_file;
-/// - each exchange starts a thread that looks for its cancellation. On Windows a connection that is being made ends
-///   with connect_timeout only.
+/// - 0.11 to 0.41 take a body that ends with the connection for whole although TLS was not closed in good order.
+/// Besides, the certificates of authorities are read again for each connection, and where ca_file is set, ca_directory may be
+/// ignored. Each exchange starts a thread that looks for its cancellation. On Windows, a cancellation waits until the
+/// connection stands or connect_timeout is over.
 class httplib_transport {
  public:
   /// With the certificates of authorities that cpp-httplib finds on the system.

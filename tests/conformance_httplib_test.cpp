@@ -4,9 +4,7 @@
 
 #ifndef _WIN32
 
-#include <string>
-#include <utility>
-#include <vector>
+#include "conformance_tables.hpp"
 
 namespace {
 
@@ -15,7 +13,7 @@ struct httplib_transport {
   static wandb::httplib_transport make(const wandb::settings& settings) {
     return wandb::httplib_transport(settings);
   }
-  static std::vector<std::pair<std::string, std::string>> cannot_keep() { return {}; }
+  static conformance::limits cannot_keep() { return conformance::limits_of_httplib(); }
 };
 
 }  // namespace

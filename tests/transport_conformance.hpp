@@ -358,7 +358,7 @@ TEST_SUITE_BEGIN("conformance");
 
 // -------------------------------------------------------------------------------------------------- head, body, sink
 
-PROMISE_WITHOUT_NETWORK("the head comes first and once, then the body") {
+PROMISE_WITHOUT_NETWORK("the head comes once and before the body") {
   served<Subject> s(3'000'001);
   collector sink;
   const auto answer = sent(s.transport, s.request, sink);
@@ -407,7 +407,7 @@ PROMISE_WITHOUT_NETWORK("several threads may send at once") {
   CHECK(right == 80);
 }
 
-PROMISE("several threads may send at once, over TLS") {
+PROMISE("several threads may send at once over TLS") {
   bench b;
   b.add(300'000);
   auto transport = Subject::make(b.trusting);
@@ -426,7 +426,7 @@ PROMISE("several threads may send at once, over TLS") {
   CHECK(right == 20);
 }
 
-PROMISE("the body is handed on as it comes, and not kept") {
+PROMISE("the body is handed on as it comes and is not kept") {
   // The server sends a part of each MiB only after the sink has seen all that was sent before. Whoever collects more
   // than that before it calls the sink, or the whole body, never sees the rest.
   constexpr std::size_t piece_bytes = 1u << 20, pieces = 120;
@@ -489,7 +489,7 @@ PROMISE("the connection is closed when the sink stops") {
 
 // ---------------------------------------------------------------------------------------------- one exchange, no more
 
-PROMISE("a send makes one request, and follows no redirect") {
+PROMISE("a send makes one request and follows no redirect") {
   for (const int status : {301, 302, 303, 307, 308}) {
     CAPTURE(status);
     std::atomic<int> requests{0};
@@ -624,7 +624,7 @@ PROMISE("the request's headers are sent as they are given") {
   }
 }
 
-PROMISE("no header is added but Host, Connection and Content-Length") {
+PROMISE("no header is added but Host and Connection and Content-Length") {
   for (const std::size_t size : std::initializer_list<std::size_t>{0, 100, 2'000'000}) {
     CAPTURE(size);
     std::string head;
@@ -782,7 +782,7 @@ PROMISE("an answer that is not HTTP is a protocol_violation") {
 
 // ------------------------------------------------------------------------------------------ the framing of the body
 
-PROMISE("Content-Length, chunks and the end of the connection frame a body") {
+PROMISE("a body ends by Content-Length, chunks or the end of the connection") {
   const std::string ok = "HTTP/1.1 200 OK\r\n";
   const std::string chunks = ok + "Transfer-Encoding: chunked\r\n\r\n";
   CHECK(body_from<Subject>(answering(ok + "Content-Length: 5\r\n\r\nabcde")) == "abcde");
@@ -835,7 +835,7 @@ PROMISE("trailers are skipped") {
   CHECK(second.body == "de");
 }
 
-PROMISE("a head, a chunk's size line or trailers without end fail at once, in less than 1 MiB") {
+PROMISE("an endless head, chunk size line or trailer fails before 1 MiB was sent") {
   for (const auto& response : endless_responses()) {
     CAPTURE(std::string(response.what));
     const auto [outcome, sent_bytes] = endless_exchange<Subject>(response);
@@ -844,7 +844,7 @@ PROMISE("a head, a chunk's size line or trailers without end fail at once, in le
   }
 }
 
-PROMISE("a head, a chunk's size line or trailers without end are a protocol_violation") {
+PROMISE("an endless head, chunk size line or trailer is a protocol_violation") {
   for (const auto& response : endless_responses()) {
     CAPTURE(std::string(response.what));
     check_failed(endless_exchange<Subject>(response).first, wandb::errc::protocol_violation);
@@ -899,7 +899,7 @@ PROMISE("a response that is cut short is a transient connection_failed") {
   }
 }
 
-PROMISE("a body that is cut short over TLS, or reset, is a transient connection_failed") {
+PROMISE("a body that is cut short over TLS or reset is a transient connection_failed") {
   for (const bool tls : {true, false}) {
     for (const auto& cut : {act::cut(70'000), act::cut_abruptly(70'000), act::reset(70'000)}) {
       for (const bool in_chunks : {true, false}) {
@@ -934,7 +934,7 @@ PROMISE("a body until the end of a TLS connection is not whole without close_not
   check_failed(send(transport, b.get(), second), wandb::errc::connection_failed);
 }
 
-PROMISE("responses to HEAD, and with status 204 and 304, have no body") {
+PROMISE("a response to HEAD or with status 204 or 304 has no body") {
   const std::string two = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
   for (const std::string status : {"200 OK", "204 No Content", "304 Not Modified"}) {
     CAPTURE(status);
@@ -970,7 +970,7 @@ PROMISE("bytes behind a response are not taken for the next one") {
 
 // ------------------------------------------------------------------------------------------------------- connections
 
-PROMISE("connections are used again, whatever the framing of the body") {
+PROMISE("connections are used again whatever ends the body") {
   const std::string ok = "HTTP/1.1 200 OK\r\n";
   const std::vector<std::string> answers = {
       ok + "Content-Length: 3\r\n\r\nabc", ok + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
@@ -985,7 +985,7 @@ PROMISE("connections are used again, whatever the framing of the body") {
   CHECK(server.connections() == 1);
 }
 
-PROMISE("TLS connections are used again, with one handshake") {
+PROMISE("TLS connections are used again without another handshake") {
   for (const auto version : {stand_in::tls_versions::only_1_2, stand_in::tls_versions::only_1_3}) {
     stand_in::options options;
     options.versions = version;
@@ -1039,7 +1039,7 @@ PROMISE("a connection that cannot be made is a transient connection_failed") {
   }
 }
 
-PROMISE("connect_timeout ends a connection that nobody answers, the TLS handshake included") {
+PROMISE("connect_timeout ends a connection or TLS handshake that nobody answers") {
   const full_listener full;
   const listener silent;  // the kernel connects, and nobody speaks TLS
   auto transport = Subject::make({});
@@ -1056,7 +1056,7 @@ PROMISE("connect_timeout ends a connection that nobody answers, the TLS handshak
   }
 }
 
-PROMISE("idle_timeout ends an exchange without a byte, either way") {
+PROMISE("idle_timeout ends an exchange in which no byte moves") {
   const auto check = [](auto& transport, wandb::http_request request) {
     request.idle_timeout = 400ms;
     collector sink;
@@ -1146,7 +1146,7 @@ PROMISE("a cancellation while the request is sent ends it within a second") {
   CHECK(delay < soon);
 }
 
-PROMISE("a cancellation while it waits for the head, or in the body, ends it within a second") {
+PROMISE("a cancellation while it waits for the head or in the body ends it within a second") {
   for (const bool tls : {true, false}) {
     for (const bool in_body : {true, false}) {
       CAPTURE(tls);
@@ -1201,7 +1201,7 @@ PROMISE("a refused certificate is a connection_failed that is not transient") {
   }
 }
 
-PROMISE("the system's authorities do not vouch for a certificate of settings::ca_file's") {
+PROMISE("without settings::ca_file the authority of the test is unknown") {
   bench b;
   b.add(10);
   auto transport = Subject::make({});
@@ -1258,7 +1258,7 @@ PROMISE("an http request goes to the proxy with the whole address") {
   CHECK(values_of(fields_of(head), "Host") == std::vector<std::string>{"origin.test:81"});
 }
 
-PROMISE("an https request goes through a tunnel, and its headers to the origin alone") {
+PROMISE("an https request goes through a tunnel and its headers to the origin alone") {
   stand_in::options options;
   options.proxy = true;
   bench b(options);
