@@ -43,6 +43,7 @@
 //   WANDB_RESTORE_NO_OPENSSL      plain HTTP only
 //   WANDB_RESTORE_EXCEPTIONS      0 or 1; default: what the compiler's flags allow
 //   WANDB_RESTORE_IMPLEMENTATION  in split mode, in exactly one source file: brings the rest
+//   WANDB_RESTORE_HTTPLIB         adds httplib_transport, over cpp-httplib; in split mode, also where the rest is brought
 
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
 #error "wandb_restore.hpp needs C++17: compile with -std=c++17 (or /std:c++17) or later"
@@ -662,6 +663,36 @@ class http_transport {
   struct state;
   std::shared_ptr<state> state_;
 };
+
+#ifdef WANDB_RESTORE_HTTPLIB
+/// A transport over cpp-httplib (0.11 to 0.53), for programs that use that library anyway. It keeps idle connections for later
+/// requests to the same server; copies share them. Safe to use from several threads at once.
+///
+/// It uses the public interface of httplib::Client alone, and therefore cannot promise all that http_transport does. README.md
+/// lists the promises of a Transport that it does not keep; in short:
+/// - interim responses other than 100 fail;
+/// - a line of a response's head has at most 8 KiB: a longer Location, as some signed addresses are, fails;
+/// - 0.11 to 0.41 percent-decode header values and lose their order; 0.41 decodes and encodes the query of an address again;
+/// - lines and trailers without end are not bounded by all versions, and a status line without end crashes 0.11;
+/// - a response that breaks the protocol is errc::connection_failed, as one that is cut short is: they look the same;
+/// - 0.11 to 0.41 take a body that ends with the connection for whole although TLS was not closed in good order.
+/// Besides, the certificates of authorities are read again for each connection, and where ca_file is set, ca_directory may be
+/// ignored. Each exchange starts a thread that looks for its cancellation. On Windows, a cancellation waits until the
+/// connection stands or connect_timeout is over.
+class httplib_transport {
+ public:
+  /// With the certificates of authorities that cpp-httplib finds on the system.
+  httplib_transport();
+  /// With ca_file, ca_directory and verify_tls of `configuration`.
+  explicit httplib_transport(const settings& configuration);
+  /// Makes one exchange, as is_transport says. Blocks; name resolution cannot be cancelled.
+  result<http_response> send(const http_request& request, body_sink& sink);
+
+ private:
+  struct state;
+  std::shared_ptr<state> state_;
+};
+#endif
 
 namespace detail {
 
@@ -7130,6 +7161,13 @@ struct exchange {
     return fail(error::permanent(errc::connection_failed, label() + text, status));
   }
   bool is_cancelled() { return request.cancelled() && !fail(errc::cancelled, "cancelled"); }
+  /// Records the refusal of a proxy, which answered with `status`. Returns false.
+  bool fail_at_proxy(int status) {
+    const std::string text = "the proxy " + route.proxy.origin() + " answered " + std::to_string(status) +
+                             (status == 407 ? " (check the user and password in the proxy's address)" : "");
+    if (status < 500) return fail_permanently(text, status);
+    return fail(error(errc::connection_failed, label() + text, status));
+  }
 };
 
 // ---- sockets, as the operating systems have them
@@ -7846,6 +7884,13 @@ class head_reader {
   bool is_persistent_ = false;
 };
 
+/// The failure of a request whose method or headers would break out of their lines.
+inline error malformed_header(const request_route& route) {
+  return error(errc::invalid_argument, "a header for " + route.server.redacted() +
+                                           " is malformed: check extra_headers, username, user_email and "
+                                           "user_agent for control characters");
+}
+
 /// Head and body of a request; nothing if a header would break out of its line.
 inline std::optional<std::string> request_message(const http_request& request, const request_route& route) {
   const std::string origin = route.server.origin();
@@ -7979,6 +8024,32 @@ class body_reader {
 
 // ---- connections
 
+/// Idle connections of a transport, for one thread at a time.
+template <class Connection>
+class idle_connections {
+ public:
+  /// Takes a reusable connection out; null if there is none.
+  std::unique_ptr<Connection> take(const std::string& key) {
+    for (auto index = idle_.size(); index-- > 0;) {
+      if (idle_[index]->key() != key) continue;
+      auto taken = std::move(idle_[index]);
+      idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(index));
+      if (taken->is_reusable()) return taken;
+    }
+    return nullptr;
+  }
+  /// Keeps a connection, in place of the one that has been idle longest if there are many.
+  void give_back(std::unique_ptr<Connection> used) {
+    if (idle_.size() == max_idle) idle_.erase(idle_.begin());
+    idle_.push_back(std::move(used));
+  }
+  void clear() { idle_.clear(); }
+
+ private:
+  static constexpr std::size_t max_idle = 64;
+  std::vector<std::unique_ptr<Connection>> idle_;  // the one used last at the end
+};
+
 #ifndef WANDB_RESTORE_NO_OPENSSL
 using tls_context = SSL_CTX;
 #else
@@ -8028,7 +8099,7 @@ class connection {
     }
     http_response answer;
     if (!channel_.write(message + "\r\n") || !head_reader(channel_, current).read(answer)) return false;
-    return answer.status < 300 || fail_at_proxy(current, answer.status);
+    return answer.status < 300 || current.fail_at_proxy(answer.status);
   }
 
   bool transfer(exchange& current, const std::string& message) {
@@ -8039,7 +8110,7 @@ class connection {
     const http_response& head = current.head;
     if (!heads.read(current.head)) return false;
     current.has_head = true;
-    if (head.status == 407 && current.route.sends_to_proxy()) return fail_at_proxy(current, head.status);
+    if (head.status == 407 && current.route.sends_to_proxy()) return current.fail_at_proxy(head.status);
     body_reader body(channel_, current);
     if (!body.find_framing()) return false;
     if (head.status == 400 && !current.route.is_secure() && says_that_tls_is_expected(channel_.unread())) {
@@ -8050,14 +8121,6 @@ class connection {
     if (!body.read()) return false;
     is_reusable_ = heads.is_persistent() && body.is_delimited() && !has_token(head, "Connection", "close");
     return true;
-  }
-
-  static bool fail_at_proxy(exchange& current, int status) {
-    const std::string text = "the proxy " + current.route.proxy.origin() + " answered " +
-                             std::to_string(status) +
-                             (status == 407 ? " (check the user and password in the proxy's address)" : "");
-    if (status < 500) return current.fail_permanently(text, status);
-    return current.fail(error(errc::connection_failed, current.label() + text, status));
   }
 
   const std::string key_;
@@ -8140,27 +8203,17 @@ struct connection_pool {
   address_memory memory = {};
   std::mutex mutex = {};  ///< of the members below
   std::shared_ptr<tls_context> tls = {};
-  std::vector<std::unique_ptr<connection>> idle = {};  ///< the one used last at the end
-
-  static constexpr std::size_t max_idle = 64;
+  idle_connections<connection> idle = {};
 
   explicit connection_pool(connection_pool* parents) : inherited(parents) {}
 
-  /// Takes a reusable connection out of the pool; null if there is none.
   std::unique_ptr<connection> take(const std::string& key) {
     const std::lock_guard<std::mutex> lock(mutex);
-    for (auto index = idle.size(); index-- > 0;) {
-      if (idle[index]->key() != key) continue;
-      auto taken = std::move(idle[index]);
-      idle.erase(idle.begin() + static_cast<std::ptrdiff_t>(index));
-      if (taken->is_reusable()) return taken;
-    }
-    return nullptr;
+    return idle.take(key);
   }
   void give_back(std::unique_ptr<connection> used) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (idle.size() == max_idle) idle.erase(idle.begin());
-    idle.push_back(std::move(used));
+    idle.give_back(std::move(used));
   }
   /// Closes idle connections. False: a thread of the parent had the lock at the fork, so that nothing here may be touched.
   bool clear() {
@@ -8229,10 +8282,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
   const auto route = detail::request_route::of(request);
   if (!route) return route.error();
   const auto message = detail::request_message(request, *route);
-  if (!message)
-    return error(errc::invalid_argument, "a header for " + route->server.redacted() +
-                                             " is malformed: check extra_headers, username, user_email and "
-                                             "user_agent for control characters");
+  if (!message) return detail::malformed_header(*route);
   detail::connection_pool& pool = state_->pool();
   std::shared_ptr<detail::tls_context> tls;
   if (route->is_secure()) {
@@ -8263,6 +8313,381 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
 
 }  // namespace WANDB_RESTORE_PRIVATE_ABI
 }  // namespace wandb
+
+// ==================================================================================== httplib_transport
+
+#ifdef WANDB_RESTORE_HTTPLIB
+
+#if !defined(WANDB_RESTORE_NO_OPENSSL) && !defined(CPPHTTPLIB_OPENSSL_SUPPORT)
+#ifdef CPPHTTPLIB_HTTPLIB_H
+#error                                                                                                       \
+    "httplib.h was included without CPPHTTPLIB_OPENSSL_SUPPORT, which changes its classes: define that macro for \
+the whole program, or WANDB_RESTORE_NO_OPENSSL if plain HTTP is enough"
+#endif
+#define CPPHTTPLIB_OPENSSL_SUPPORT
+#endif
+#if !WANDB_RESTORE_EXCEPTIONS && !defined(CPPHTTPLIB_NO_EXCEPTIONS)
+#define CPPHTTPLIB_NO_EXCEPTIONS
+#endif
+#include <httplib.h>
+
+namespace wandb {
+inline namespace WANDB_RESTORE_PRIVATE_ABI {
+namespace detail {
+
+// ---- what differs between the versions of cpp-httplib. The first of two functions takes part where its call compiles.
+
+template <class Client>
+auto keep_target(Client& client, int) -> decltype(client.set_path_encode(false)) {
+  client.set_path_encode(false);
+}
+template <class Client>
+void keep_target(Client& client, long) {
+  client.set_url_encode(false);  // its name before 0.24
+}
+
+template <class Client>
+auto lift_body_limit(Client& client, int) -> decltype(client.set_payload_max_length(0)) {
+  client.set_payload_max_length(SIZE_MAX);
+}
+template <class Client>
+void lift_body_limit(Client&, long) {}  // there is none
+
+template <class Code>
+auto is_refused_certificate(Code code, int) -> decltype(code == Code::SSLServerHostnameVerification) {
+  return code == Code::SSLServerVerification || code == Code::SSLServerHostnameVerification;
+}
+template <class Code>
+bool is_refused_certificate(Code code, long) {
+  return code == Code::SSLServerVerification;
+}
+
+/// Header fields that cpp-httplib adds to a request that has none of that name. Some versions add the credentials for the
+/// proxy to the request in a tunnel, too, and wait for a response to "Expect: 100-continue" before they send a body.
+inline constexpr const char* added_fields[] = {"Accept",       "Accept-Encoding", "User-Agent",
+                                               "Content-Type", "Expect",          "Proxy-Authorization"};
+
+/// Has the client send no field of that list that is empty, so that an empty one stands for none. Returns false if it
+/// sends them (before 0.15).
+template <class Client>
+auto leave_out_empty_fields(Client& client, int) -> decltype(client.set_header_writer(nullptr), true) {
+  client.set_header_writer([](httplib::Stream& stream, httplib::Headers& fields) {
+    std::string text;
+    for (const auto& [name, value] : fields) {
+      const bool is_left_out =
+          value.empty() && std::any_of(std::begin(added_fields), std::end(added_fields),
+                                       [&](const char* added) { return equal_ignoring_case(name, added); });
+      if (!is_left_out) text.append(name).append(": ").append(value).append("\r\n");
+    }
+    text += "\r\n";
+    return stream.write(text.data(), text.size());
+  });
+  return true;
+}
+template <class Client>
+bool leave_out_empty_fields(Client&, long) {
+  return false;
+}
+
+// ---- what cpp-httplib leaves to its caller
+
+/// Blocks SIGPIPE in this thread, which a write to a closed connection raises, for as long as it lives.
+class sigpipe_guard {
+#ifdef _WIN32
+ public:
+  sigpipe_guard() {
+  }  // there is no such signal; a defaulted constructor would make the variable an unused one
+#else
+ public:
+  sigpipe_guard() {
+    ::sigemptyset(&pipe_);
+    ::sigaddset(&pipe_, SIGPIPE);
+    was_pending_ = is_pending();
+    ::pthread_sigmask(SIG_BLOCK, &pipe_, &mask_before_);
+  }
+  ~sigpipe_guard() {
+    int signal = 0;
+    if (!was_pending_ && is_pending()) ::sigwait(&pipe_, &signal);
+    ::pthread_sigmask(SIG_SETMASK, &mask_before_, nullptr);
+  }
+  sigpipe_guard(const sigpipe_guard&) = delete;
+  sigpipe_guard& operator=(const sigpipe_guard&) = delete;
+
+ private:
+  static bool is_pending() {
+    sigset_t pending;
+    return ::sigpending(&pending) == 0 && ::sigismember(&pending, SIGPIPE) == 1;
+  }
+  sigset_t pipe_{}, mask_before_{};
+  bool was_pending_ = false;
+#endif
+};
+
+/// Looks ten times a second whether a request is cancelled, in a thread of its own, and then interrupts the exchange each
+/// time, for cpp-httplib may be between two sockets.
+class cancellation_watcher {
+ public:
+  cancellation_watcher(const http_request& request, std::function<void()> interrupt)
+      : request_(request), interrupt_(std::move(interrupt)) {}
+  ~cancellation_watcher() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      is_over_ = true;
+    }
+    over_.notify_all();
+    thread_.join();
+  }
+  cancellation_watcher(const cancellation_watcher&) = delete;
+  cancellation_watcher& operator=(const cancellation_watcher&) = delete;
+
+  [[nodiscard]] bool start() {
+    return !request_.is_cancelled || thread_.start([this] { watch(); });
+  }
+
+ private:
+  void watch() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!over_.wait_for(lock, std::chrono::milliseconds(100), [this] { return is_over_; })) {
+      if (request_.cancelled()) interrupt_();
+    }
+  }
+
+  const http_request& request_;
+  const std::function<void()> interrupt_;
+  std::mutex mutex_;
+  std::condition_variable over_;
+  bool is_over_ = false;
+  thread thread_;
+};
+
+// ---- connections
+
+/// A client of cpp-httplib for one route, with at most one connection.
+class httplib_connection {
+ public:
+  httplib_connection(const request_route& route, const std::filesystem::path& ca_file,
+                     const std::filesystem::path& ca_directory, bool verify)
+      : key_(route.key()), client_(route.server.origin()) {
+    client_.set_keep_alive(true);
+    client_.set_follow_location(false);
+    client_.set_decompress(false);
+    client_.set_tcp_nodelay(true);
+    keep_target(client_, 0);
+    lift_body_limit(client_, 0);
+    leaves_out_empty_fields_ = leave_out_empty_fields(client_, 0);
+    client_.set_socket_options([this](auto socket) { remember(static_cast<socket_handle>(socket)); });
+    if (route.has_proxy()) client_.set_proxy(route.proxy.host, route.proxy.port);
+#ifdef CPPHTTPLIB_OPENSSL_SUPPORT
+    client_.enable_server_certificate_verification(verify);
+    if (!ca_file.empty() || !ca_directory.empty())
+      client_.set_ca_cert_path(utf8(ca_file), utf8(ca_directory));
+#else
+    static_cast<void>(ca_file), static_cast<void>(ca_directory), static_cast<void>(verify);
+#endif
+  }
+  ~httplib_connection() { forget(); }
+  httplib_connection(const httplib_connection&) = delete;
+  httplib_connection& operator=(const httplib_connection&) = delete;
+
+  const std::string& key() const { return key_; }
+  /// Open, and the peer sent nothing that was not asked for.
+  bool is_reusable() {
+#ifndef _WIN32
+    pollfd entry{};
+    entry.fd = socket_;
+    entry.events = POLLIN;
+    return socket_ != no_socket && poll_sockets(&entry, 1, 0) == 0;
+#else
+    return true;
+#endif
+  }
+
+  /// Makes one exchange; connects first if that was not done. False: see `current.failure`.
+  bool perform(exchange& current) {
+    httplib::Request request;
+    if (!fill(request, current)) return false;
+    request.response_handler = [&](const httplib::Response& response) { return on_head(current, response); };
+    request.content_receiver = [&](const char* data, std::size_t size, auto, auto) {
+      return current.sink.write({data, size}) || current.fail(errc::cancelled, "stopped by the receiver");
+    };
+    client_.set_connection_timeout(current.request.connect_timeout);
+    client_.set_read_timeout(current.request.idle_timeout);
+    client_.set_write_timeout(current.request.idle_timeout);
+
+    httplib::Response response;
+    auto code = httplib::Error::Success;
+    bool is_done = false;
+    {
+      const sigpipe_guard no_signal;
+      cancellation_watcher cancellation(current.request, [this] { interrupt(); });
+      if (!cancellation.start()) return current.fail_permanently("a thread could not be started");
+      is_done = client_.send(request, response, code);
+    }
+    if (!is_done) return explain(current, code);
+    if (current.has_head) return true;
+    // Where there is no body, cpp-httplib does not call the handler of the head. Nor does it where the proxy refuses a tunnel.
+    const bool has_no_body = request.method == "HEAD" || response.status == 204;
+    if (current.route.has_proxy() && current.route.is_secure() && (!has_no_body || response.status == 407)) {
+      return current.fail_at_proxy(response.status);
+    }
+    return on_head(current, response);
+  }
+
+ private:
+  bool fill(httplib::Request& request, exchange& current) {
+    const request_route& route = current.route;
+    request.method = current.request.method;
+    request.path = route.server.target;
+    request.body = current.request.body;
+    bool is_clean = is_token(request.method);
+    for (const auto& [name, value] : current.request.headers) {
+      is_clean = is_clean && is_header(name, value);
+      request.headers.emplace(name, value);
+    }
+    if (!is_clean) return current.fail(malformed_header(route));
+    const std::string& credentials = route.proxy_authorization;
+    if (!credentials.empty()) {  // empty in a tunnel: the server behind it does not see them
+      request.headers.emplace("Proxy-Authorization", route.sends_to_proxy() ? credentials : "");
+    }
+    for (const char* name : added_fields) {
+      if (leaves_out_empty_fields_ && !request.has_header(name)) request.headers.emplace(name, "");
+    }
+    if (credentials.empty() || route.sends_to_proxy()) return true;
+    const auto basic =
+        starts_with(credentials, "Basic ") ? base64_decode(credentials.substr(6)) : std::nullopt;
+    const auto colon = basic ? basic->find(':') : std::string::npos;
+    if (colon != std::string::npos) {
+      client_.set_proxy_basic_auth(basic->substr(0, colon), basic->substr(colon + 1));
+    } else if (starts_with(credentials, "Bearer ")) {
+      client_.set_proxy_bearer_token_auth(credentials.substr(7));
+    } else {
+      return current.fail(errc::invalid_argument,
+                          "cpp-httplib takes Basic and Bearer credentials for a proxy only");
+    }
+    return true;
+  }
+
+  static bool on_head(exchange& current, const httplib::Response& response) {
+    current.head.status = response.status;
+    for (const auto& [name, value] : response.headers) current.head.headers.emplace_back(name, value);
+    if (response.status < 200) {
+      return current.fail(errc::protocol_violation, "the interim response " +
+                                                        std::to_string(response.status) +
+                                                        ", which cpp-httplib takes for the response");
+    }
+    if (response.status == 407 && current.route.sends_to_proxy()) return current.fail_at_proxy(407);
+    current.has_head = true;
+    current.sink.connected();
+    return current.sink.start(current.head) || current.fail(errc::cancelled, "stopped by the receiver");
+  }
+
+  /// Records why cpp-httplib gave up, unless a handler has done so. Returns false.
+  static bool explain(exchange& current, httplib::Error code) {
+    using httplib::Error;
+    if (current.failure || current.is_cancelled()) return false;
+    const bool is_unreached =
+        code == Error::Connection || code == Error::ConnectionTimeout || code == Error::BindIPAddress;
+    if (!is_unreached && !current.has_head) current.sink.connected();
+    const std::string text =
+        std::string(is_unreached ? "cannot connect to " + request_route::authority(current.route.first_hop())
+                    : current.has_head ? "the body could not be read to its end"
+                                       : "no response came") +
+        " (cpp-httplib: " + httplib::to_string(code) + ')';
+    if (code == Error::SSLLoadingCerts) {
+      return current.fail(errc::invalid_argument,
+                          text +
+                              ": correct settings::ca_file and ca_directory, SSL_CERT_FILE, SSL_CERT_DIR or "
+                              "REQUESTS_CA_BUNDLE");
+    }
+    if (is_refused_certificate(code, 0)) {
+      return current.fail_permanently(
+          "the server's certificate is refused (cpp-httplib: " + httplib::to_string(code) +
+          "): if the server is the right one, name its authority in SSL_CERT_FILE");
+    }
+    return current.fail(errc::connection_failed, text);
+  }
+
+#ifdef _WIN32
+  void remember(socket_handle) {}
+  void forget() {}
+  void interrupt() { client_.stop(); }
+#else
+  // While it connects, cpp-httplib holds the lock that stop() waits for. A descriptor of our own for the same socket can be
+  // shut down at any time, and never belongs to another file.
+  void remember(socket_handle socket) {
+    forget();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    socket_ = ::fcntl(socket, F_DUPFD_CLOEXEC, 3);
+  }
+  void forget() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (socket_ != no_socket) close_socket(socket_);
+    socket_ = no_socket;
+  }
+  void interrupt() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (socket_ != no_socket) ::shutdown(socket_, SHUT_RDWR);
+  }
+  std::mutex mutex_;  // of socket_
+  socket_handle socket_ = no_socket;
+#endif
+
+  const std::string key_;
+  httplib::Client client_;
+  bool leaves_out_empty_fields_ = false;
+};
+
+}  // namespace detail
+
+struct httplib_transport::state {
+  explicit state(const settings& configuration)
+      : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory),
+        verify(configuration.verify_tls) {}
+
+  const std::filesystem::path ca_file, ca_directory;
+  const bool verify;
+  std::mutex mutex;  // of idle
+  detail::idle_connections<detail::httplib_connection> idle;
+
+  std::unique_ptr<detail::httplib_connection> take(const std::string& key) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return idle.take(key);
+  }
+  void give_back(std::unique_ptr<detail::httplib_connection> used) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    idle.give_back(std::move(used));
+  }
+};
+
+WANDB_RESTORE_PRIVATE_INLINE httplib_transport::httplib_transport() : httplib_transport(settings{}) {}
+WANDB_RESTORE_PRIVATE_INLINE httplib_transport::httplib_transport(const settings& configuration)
+    : state_(std::make_shared<state>(configuration)) {}
+
+WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const http_request& request,
+                                                                           body_sink& sink) {
+  const auto route = detail::request_route::of(request);
+  if (!route) return route.error();
+#ifndef CPPHTTPLIB_OPENSSL_SUPPORT
+  if (route->is_secure()) {
+    return error(errc::invalid_argument, "https needs cpp-httplib with CPPHTTPLIB_OPENSSL_SUPPORT");
+  }
+#endif
+  detail::exchange current{request, sink, *route};
+  if (current.is_cancelled()) return *std::move(current.failure);
+  auto connection = state_->take(route->key());
+  if (!connection) {
+    connection = std::make_unique<detail::httplib_connection>(*route, state_->ca_file, state_->ca_directory,
+                                                              state_->verify);
+  }
+  if (!connection->perform(current)) return *std::move(current.failure);
+  if (connection->is_reusable()) state_->give_back(std::move(connection));
+  return std::move(current.head);
+}
+
+}  // namespace WANDB_RESTORE_PRIVATE_ABI
+}  // namespace wandb
+
+#endif  // WANDB_RESTORE_HTTPLIB
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop

@@ -129,6 +129,9 @@ class exchange {
   end ended = end::none;  // why a callback ended the exchange, if one did
   wandb::http_response response;
 
+  /// The head has come.
+  bool started() const { return started_; }
+
   static std::size_t on_header(char* data, std::size_t, std::size_t size, void* self) {
     return static_cast<exchange*>(self)->header({data, size}) ? size : 0;
   }
@@ -151,6 +154,7 @@ class exchange {
     if (line.empty()) {  // the end of a head
       if (response.status < 200) return true;
       started_ = true;
+      sink_.connected();
       if (!sink_.start(response)) ended = end::sink_said_stop;
       return ended == end::none;
     }
@@ -207,6 +211,10 @@ class curl_transport {
   wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
     const auto address = wandb::url::parse(request.url);
     if (!address) return address.error();
+    if (request.cancelled()) return wandb::error(wandb::errc::cancelled, "cancelled");
+    if (!are_sendable(request.headers))
+      return wandb::error(wandb::errc::invalid_argument,
+                          address->redacted() + ": a header has a control character");
     handle_pool::handle curl = pool_->take(address->origin());
     if (!curl)
       return wandb::error(wandb::errc::connection_failed, "libcurl has no handle to give: out of memory?");
@@ -214,24 +222,43 @@ class curl_transport {
     exchange now(curl.get(), request, sink);
     char message[CURL_ERROR_SIZE] = "";
     header_list headers, proxy_headers;
-    set_up(curl.get(), request, now, headers, proxy_headers);
+    set_up(curl.get(), request, *address, now, headers, proxy_headers);
     curl_easy_setopt(curl.get(), CURLOPT_ERRORBUFFER, message);
 
     const without_sigpipe guard;
     const CURLcode code = curl_easy_perform(curl.get());
     curl_off_t connected = 0;  // microseconds until then; 0: it never was
     curl_easy_getinfo(curl.get(), CURLINFO_CONNECT_TIME_T, &connected);
-    if (connected > 0) sink.connected();
+    if (connected > 0 && !now.started()) sink.connected();
+    long proxy_status = 0;  // of a tunnel
+    curl_easy_getinfo(curl.get(), CURLINFO_HTTP_CONNECTCODE, &proxy_status);
     pool_->give_back(std::move(curl), address->origin());
-    if (code == CURLE_OK) return std::move(now.response);
-    return failure(code, now.ended,
-                   address->redacted() + ": " + (*message ? message : curl_easy_strerror(code)));
+    if (code == CURLE_OK && now.started()) return std::move(now.response);
+    const std::string text = address->redacted() + ": ";
+    if (code == CURLE_OK)  // libcurl takes a head that is cut short for a response without a body
+      return wandb::error(wandb::errc::connection_failed, text + "the head of the response was cut short");
+    if (proxy_status >= 400 && proxy_status < 500)
+      return wandb::error::permanent(wandb::errc::connection_failed,
+                                     text + "the proxy answered " + std::to_string(proxy_status),
+                                     static_cast<int>(proxy_status));
+    return failure(code, now.ended, text + (*message ? message : curl_easy_strerror(code)));
   }
 
  private:
-  void set_up(CURL* curl, const wandb::http_request& request, exchange& now, header_list& headers,
-              header_list& proxy_headers) const {
-    curl_easy_setopt(curl, CURLOPT_URL, request.url.c_str());
+  /// libcurl sends headers as they are: a line break in one would begin another.
+  static bool are_sendable(const wandb::http_headers& headers) {
+    for (const auto& [name, value] : headers) {
+      for (const char c : name + value) {
+        if ((c >= 0 && c < ' ' && c != '\t') || c == 0x7f) return false;
+      }
+    }
+    return true;
+  }
+
+  void set_up(CURL* curl, const wandb::http_request& request, const wandb::url& address, exchange& now,
+              header_list& headers, header_list& proxy_headers) const {
+    curl_easy_setopt(curl, CURLOPT_URL,
+                     address.str().c_str());  // without a user and password, if it has them
     curl_easy_setopt(curl, CURLOPT_PATH_AS_IS, 1L);
     curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, 0L);
     curl_easy_setopt(curl, CURLOPT_HTTP_VERSION, CURL_HTTP_VERSION_1_1);  // each range has its connection
@@ -242,10 +269,12 @@ class curl_transport {
 #endif
 
     // "Name:" takes a field away that libcurl would add, "Name;" sends one without a value
-    for (const char* unwanted : {"Accept:", "Expect:"}) headers.add(unwanted);
+    for (const char* unwanted : {"Accept:", "Content-Type:", "Expect:"}) headers.add(unwanted);
     for (const auto& [name, value] : request.headers)
       headers.add(value.empty() ? name + ';' : name + ": " + value);
-    if (request.method != "GET") {
+    if (request.method == "HEAD") {
+      curl_easy_setopt(curl, CURLOPT_NOBODY, 1L);
+    } else if (request.method != "GET") {
       curl_easy_setopt(curl, CURLOPT_POST, 1L);
       curl_easy_setopt(curl, CURLOPT_POSTFIELDS, request.body.data());
       curl_easy_setopt(curl, CURLOPT_POSTFIELDSIZE_LARGE, static_cast<curl_off_t>(request.body.size()));
@@ -320,6 +349,7 @@ static_assert(wandb::is_transport<curl_transport>::value, "");
 
 }  // namespace
 
+#ifndef WANDB_RESTORE_EXAMPLE_WITHOUT_MAIN  // the conformance tests take the transport alone
 int main(int argc, char** argv) {
   if (argc != 3) {
     std::cerr << "usage: libcurl_transport NAME RUN_PATH\n";
@@ -334,3 +364,4 @@ int main(int argc, char** argv) {
   std::cout << file->name() << ": " << file->size() << " bytes over libcurl, "
             << (file->verified() ? "verified" : "not verified") << '\n';
 }
+#endif

@@ -110,6 +110,12 @@ class memory_transport {
   std::shared_ptr<shared> shared_;
 };
 
+}  // namespace
+
+#ifndef WANDB_RESTORE_EXAMPLE_WITHOUT_MAIN  // the conformance tests take the transport alone
+
+namespace {
+
 /// What a test is for: some function of the user's program that restores files.
 template <class Transport>
 std::string first_line_of_vocabulary(wandb::client<Transport>& client) {
@@ -157,3 +163,4 @@ int main() {
   std::filesystem::remove_all(scratch, ignored);
   return failures == 0 ? 0 : 1;
 }
+#endif

@@ -29,7 +29,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+// Source files see wandb_restore.hpp in different modes: what is made of its types is kept apart as they are.
 namespace sockets {
+inline namespace WANDB_RESTORE_PRIVATE_ABI {
 
 using namespace std::chrono_literals;
 using clock_type = std::chrono::steady_clock;
@@ -267,9 +269,9 @@ class raw_server {
   raw_server(const raw_server&) = delete;
   raw_server& operator=(const raw_server&) = delete;
 
-  /// "http://127.0.0.1:port" + target.
-  std::string url(const std::string& target = "/x?secret=1") const {
-    const std::string address = socket_.url("http");
+  /// "http://host:port" + target.
+  std::string url(const std::string& target = "/x?secret=1", const char* host = "127.0.0.1") const {
+    const std::string address = socket_.url("http", host);
     return address.substr(0, address.rfind('/')) + target;
   }
   int connections() const { return connections_; }
@@ -304,10 +306,11 @@ class raw_server {
 template <class Result>
 void check_failed(const Result& outcome, wandb::errc code, const char* text = "") {
   REQUIRE(!outcome.has_value());
-  CAPTURE(outcome.error().what());
+  const std::string told = outcome.error().what();
+  CAPTURE(told);
   CHECK(outcome.error().code() == code);
-  CHECK(std::string(outcome.error().what()).find(text) != std::string::npos);
-  CHECK(std::string(outcome.error().what()).find("secret") == std::string::npos);
+  CHECK(told.find(text) != std::string::npos);
+  CHECK(told.find("secret") == std::string::npos);
 }
 
 struct cancelled_exchange {
@@ -333,6 +336,7 @@ cancelled_exchange cancel_when(Transport& transport, wandb::http_request request
   return {std::move(outcome), end - begin};
 }
 
+}  // namespace WANDB_RESTORE_PRIVATE_ABI
 }  // namespace sockets
 
 #endif  // _WIN32

@@ -67,6 +67,7 @@
 #endif
 
 namespace conformance {
+inline namespace WANDB_RESTORE_PRIVATE_ABI {  // as in sockets.hpp
 
 using namespace sockets;
 namespace act = stand_in::act;
@@ -209,24 +210,43 @@ inline std::vector<std::string> values_of(const wandb::http_headers& fields, std
   return values;
 }
 
-/// Runs an exchange against a server that sends `beginning` and then `endless` over and over. The exchange has to fail
-/// with errc::protocol_violation before the server could send 1 MiB, the buffers of the sockets included.
+/// A response whose head, or whose framing of the body, has no end: `beginning`, then `endless` over and over.
+struct endless_response {
+  const char* what;
+  std::string beginning, endless;
+};
+inline std::vector<endless_response> endless_responses() {
+  const std::string ok = "HTTP/1.1 200 OK\r\n";
+  const std::string chunk = ok + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n";
+  const std::string text(4096, 'x'), field = "X: " + text + "\r\n";
+  return {{"a status line", "HTTP/1.1 200 ", text},
+          {"a header line", ok + "X: ", text},
+          {"header lines", ok, field},
+          {"interim responses", "", "HTTP/1.1 100 Continue\r\n" + field + "\r\n"},
+          {"a chunk's extension", chunk + "5;x=", text},
+          {"a chunk's size", chunk, std::string(4096, '0')},
+          {"a trailer line", chunk + "0\r\nX: ", text},
+          {"trailer lines", chunk + "0\r\n", field}};
+}
+
+/// Makes an exchange with a server that sends such a response. Returns the failure, and how many bytes the server could
+/// send, the buffers of the two sockets included.
 template <class Subject>
-void check_bounded(const std::string& beginning, const std::string& endless) {
-  constexpr std::size_t mebibyte = 1u << 20;
+std::pair<wandb::result<wandb::http_response>, std::size_t>
+endless_exchange(const endless_response& response) {
   std::atomic<std::size_t> sent_bytes{0};
+  wandb::result<wandb::http_response> outcome;
   {
     raw_server server([&](peer& client) {
       client.read_head();
-      client.send(beginning);
-      sent_bytes = client.send_without_end(endless, 64 * mebibyte);
+      client.send(response.beginning);
+      sent_bytes = client.send_without_end(response.endless, 64u << 20);
     });
     auto transport = Subject::make({});
     collector sink;
-    const auto outcome = send(transport, request_for(server.url()), sink);
-    check_failed(outcome, wandb::errc::protocol_violation);
+    outcome = send(transport, request_for(server.url()), sink);
   }
-  CHECK(sent_bytes < mebibyte);
+  return {std::move(outcome), sent_bytes.load()};
 }
 
 /// A transport, and a request that it answers with some content.
@@ -338,7 +358,7 @@ TEST_SUITE_BEGIN("conformance");
 
 // -------------------------------------------------------------------------------------------------- head, body, sink
 
-PROMISE_WITHOUT_NETWORK("the head comes first and once, then the body") {
+PROMISE_WITHOUT_NETWORK("the head comes once and before the body") {
   served<Subject> s(3'000'001);
   collector sink;
   const auto answer = sent(s.transport, s.request, sink);
@@ -387,7 +407,7 @@ PROMISE_WITHOUT_NETWORK("several threads may send at once") {
   CHECK(right == 80);
 }
 
-PROMISE("several threads may send at once, over TLS") {
+PROMISE("several threads may send at once over TLS") {
   bench b;
   b.add(300'000);
   auto transport = Subject::make(b.trusting);
@@ -406,7 +426,7 @@ PROMISE("several threads may send at once, over TLS") {
   CHECK(right == 20);
 }
 
-PROMISE("the body is handed on as it comes, and not kept") {
+PROMISE("the body is handed on as it comes and is not kept") {
   // The server sends a part of each MiB only after the sink has seen all that was sent before. Whoever collects more
   // than that before it calls the sink, or the whole body, never sees the rest.
   constexpr std::size_t piece_bytes = 1u << 20, pieces = 120;
@@ -469,7 +489,7 @@ PROMISE("the connection is closed when the sink stops") {
 
 // ---------------------------------------------------------------------------------------------- one exchange, no more
 
-PROMISE("a send makes one request, and follows no redirect") {
+PROMISE("a send makes one request and follows no redirect") {
   for (const int status : {301, 302, 303, 307, 308}) {
     CAPTURE(status);
     std::atomic<int> requests{0};
@@ -604,7 +624,7 @@ PROMISE("the request's headers are sent as they are given") {
   }
 }
 
-PROMISE("no header is added but Host, Connection and Content-Length") {
+PROMISE("no header is added but Host and Connection and Content-Length") {
   for (const std::size_t size : std::initializer_list<std::size_t>{0, 100, 2'000'000}) {
     CAPTURE(size);
     std::string head;
@@ -674,12 +694,15 @@ PROMISE("a POST sends its body byte for byte") {
 PROMISE("an IPv6 address is a host") {
   std::string head;
   {
-    scripted server({"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"});
-    CHECK(body_of<Subject>(request_for(server.url("[::ffff:127.0.0.1]"))) == "ok");
-    server.join();
-    head = server.asked.at(0);
+    raw_server server([&](peer& client) {
+      head = client.read_head();
+      client.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+    });
+    CHECK(body_of<Subject>(request_for(server.url("/", "[::ffff:7f00:1]"))) == "ok");  // 127.0.0.1
   }
-  CHECK(values_of(fields_of(head), "Host").at(0).find("[::ffff:127.0.0.1]:") == 0);
+  const auto hosts = values_of(fields_of(head), "Host");
+  REQUIRE(hosts.size() == 1);
+  CHECK(hosts[0].find("[::ffff:7f00:1]:") == 0);
 }
 
 // ----------------------------------------------------------------------------------------------- the response's head
@@ -721,7 +744,7 @@ PROMISE("header values are handed on as they stand") {
       {"X-None", {"x"}},
       {"Location", {"http://h/%2B%2f+?s=%2B&t=a+b"}}};
   for (const auto& [name, values] : expected) {
-    CAPTURE(name);
+    CAPTURE(std::string(name));
     CHECK(values_of(answer.headers, name) == values);
   }
 }
@@ -747,16 +770,6 @@ PROMISE("a Location of more than 8 KiB is taken whole") {
   CHECK(values_of(answer.headers, "Location") == std::vector<std::string>{location});
 }
 
-PROMISE("a head without end is an error at once, in less than 1 MiB") {
-  const std::string filler(4096, 'x');
-  SUBCASE("a status line") { check_bounded<Subject>("HTTP/1.1 200 ", filler); }
-  SUBCASE("a header line") { check_bounded<Subject>("HTTP/1.1 200 OK\r\nX: ", filler); }
-  SUBCASE("header lines") { check_bounded<Subject>("HTTP/1.1 200 OK\r\n", "X: " + filler + "\r\n"); }
-  SUBCASE("interim responses") {
-    check_bounded<Subject>("", "HTTP/1.1 103 Early Hints\r\nX: " + filler + "\r\n\r\n");
-  }
-}
-
 PROMISE("an answer that is not HTTP is a protocol_violation") {
   for (const std::string line : {"ICY 200 OK", "SSH-2.0-OpenSSH_9.2", "HTTP/1.1 abc", "<html>"}) {
     CAPTURE(line);
@@ -769,7 +782,7 @@ PROMISE("an answer that is not HTTP is a protocol_violation") {
 
 // ------------------------------------------------------------------------------------------ the framing of the body
 
-PROMISE("Content-Length, chunks and the end of the connection frame a body") {
+PROMISE("a body ends by Content-Length, chunks or the end of the connection") {
   const std::string ok = "HTTP/1.1 200 OK\r\n";
   const std::string chunks = ok + "Transfer-Encoding: chunked\r\n\r\n";
   CHECK(body_from<Subject>(answering(ok + "Content-Length: 5\r\n\r\nabcde")) == "abcde");
@@ -822,16 +835,20 @@ PROMISE("trailers are skipped") {
   CHECK(second.body == "de");
 }
 
-PROMISE("a chunk's size line without end is an error at once, in less than 1 MiB") {
-  const std::string beginning = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n";
-  SUBCASE("an extension") { check_bounded<Subject>(beginning + "5;x=", std::string(4096, 'x')); }
-  SUBCASE("digits") { check_bounded<Subject>(beginning, std::string(4096, '0')); }
+PROMISE("an endless head, chunk size line or trailer fails before 1 MiB was sent") {
+  for (const auto& response : endless_responses()) {
+    CAPTURE(std::string(response.what));
+    const auto [outcome, sent_bytes] = endless_exchange<Subject>(response);
+    CHECK(!outcome.has_value());
+    CHECK(sent_bytes < 1u << 20);
+  }
 }
 
-PROMISE("trailers without end are an error at once, in less than 1 MiB") {
-  const std::string beginning = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n";
-  SUBCASE("one line") { check_bounded<Subject>(beginning + "X: ", std::string(4096, 'x')); }
-  SUBCASE("many lines") { check_bounded<Subject>(beginning, "X: " + std::string(4096, 'x') + "\r\n"); }
+PROMISE("an endless head, chunk size line or trailer is a protocol_violation") {
+  for (const auto& response : endless_responses()) {
+    CAPTURE(std::string(response.what));
+    check_failed(endless_exchange<Subject>(response).first, wandb::errc::protocol_violation);
+  }
 }
 
 PROMISE("a size that does not fit 64 bits is a protocol_violation") {
@@ -882,7 +899,7 @@ PROMISE("a response that is cut short is a transient connection_failed") {
   }
 }
 
-PROMISE("a body that is cut short over TLS, or reset, is a transient connection_failed") {
+PROMISE("a body that is cut short over TLS or reset is a transient connection_failed") {
   for (const bool tls : {true, false}) {
     for (const auto& cut : {act::cut(70'000), act::cut_abruptly(70'000), act::reset(70'000)}) {
       for (const bool in_chunks : {true, false}) {
@@ -917,7 +934,7 @@ PROMISE("a body until the end of a TLS connection is not whole without close_not
   check_failed(send(transport, b.get(), second), wandb::errc::connection_failed);
 }
 
-PROMISE("responses to HEAD, and with status 204 and 304, have no body") {
+PROMISE("a response to HEAD or with status 204 or 304 has no body") {
   const std::string two = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
   for (const std::string status : {"200 OK", "204 No Content", "304 Not Modified"}) {
     CAPTURE(status);
@@ -953,7 +970,7 @@ PROMISE("bytes behind a response are not taken for the next one") {
 
 // ------------------------------------------------------------------------------------------------------- connections
 
-PROMISE("connections are used again, whatever the framing of the body") {
+PROMISE("connections are used again whatever ends the body") {
   const std::string ok = "HTTP/1.1 200 OK\r\n";
   const std::vector<std::string> answers = {
       ok + "Content-Length: 3\r\n\r\nabc", ok + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
@@ -968,7 +985,7 @@ PROMISE("connections are used again, whatever the framing of the body") {
   CHECK(server.connections() == 1);
 }
 
-PROMISE("TLS connections are used again, with one handshake") {
+PROMISE("TLS connections are used again without another handshake") {
   for (const auto version : {stand_in::tls_versions::only_1_2, stand_in::tls_versions::only_1_3}) {
     stand_in::options options;
     options.versions = version;
@@ -1022,7 +1039,7 @@ PROMISE("a connection that cannot be made is a transient connection_failed") {
   }
 }
 
-PROMISE("connect_timeout ends a connection that nobody answers, the TLS handshake included") {
+PROMISE("connect_timeout ends a connection or TLS handshake that nobody answers") {
   const full_listener full;
   const listener silent;  // the kernel connects, and nobody speaks TLS
   auto transport = Subject::make({});
@@ -1039,7 +1056,7 @@ PROMISE("connect_timeout ends a connection that nobody answers, the TLS handshak
   }
 }
 
-PROMISE("idle_timeout ends an exchange without a byte, either way") {
+PROMISE("idle_timeout ends an exchange in which no byte moves") {
   const auto check = [](auto& transport, wandb::http_request request) {
     request.idle_timeout = 400ms;
     collector sink;
@@ -1060,7 +1077,7 @@ PROMISE("idle_timeout ends an exchange without a byte, either way") {
       check(transport, b.get());
     }
   }
-  CAPTURE("the server does not read the request");
+  // A server that does not read the request.
   const listener deaf;
   auto request = request_for(deaf.url("http"));
   request.method = "POST";
@@ -1086,7 +1103,7 @@ PROMISE("idle_timeout does not limit an exchange that moves") {
 PROMISE("a cancellation while it connects ends it within a second") {
   const full_listener full;
   for (const char* scheme : {"http", "https"}) {
-    CAPTURE(scheme);
+    CAPTURE(std::string(scheme));
     auto request = request_for(full.url(scheme));
     auto transport = Subject::make({});
     std::atomic<int> looks{0};  // shows that it is under way, for nothing else can be seen of it
@@ -1129,7 +1146,7 @@ PROMISE("a cancellation while the request is sent ends it within a second") {
   CHECK(delay < soon);
 }
 
-PROMISE("a cancellation while it waits for the head, or in the body, ends it within a second") {
+PROMISE("a cancellation while it waits for the head or in the body ends it within a second") {
   for (const bool tls : {true, false}) {
     for (const bool in_body : {true, false}) {
       CAPTURE(tls);
@@ -1161,7 +1178,7 @@ PROMISE("a refused certificate is a connection_failed that is not transient") {
   for (const auto kind : {certificate::wrong_host, certificate::expired, certificate::other_authority}) {
     for (const char* host : {"127.0.0.1", "localhost"}) {
       CAPTURE(static_cast<int>(kind));
-      CAPTURE(host);
+      CAPTURE(std::string(host));
       stand_in::options options;
       options.host = host;
       options.storage_certificate = kind;
@@ -1184,7 +1201,7 @@ PROMISE("a refused certificate is a connection_failed that is not transient") {
   }
 }
 
-PROMISE("the system's authorities do not vouch for a certificate of settings::ca_file's") {
+PROMISE("without settings::ca_file the authority of the test is unknown") {
   bench b;
   b.add(10);
   auto transport = Subject::make({});
@@ -1241,7 +1258,7 @@ PROMISE("an http request goes to the proxy with the whole address") {
   CHECK(values_of(fields_of(head), "Host") == std::vector<std::string>{"origin.test:81"});
 }
 
-PROMISE("an https request goes through a tunnel, and its headers to the origin alone") {
+PROMISE("an https request goes through a tunnel and its headers to the origin alone") {
   stand_in::options options;
   options.proxy = true;
   bench b(options);
@@ -1287,7 +1304,7 @@ PROMISE("a proxy's credentials go to the proxy alone") {
       CHECK(sink.body.size() == 1000);
     }
     for (const auto& seen : b.server.requests(stand_in::request_kind::storage))
-      CHECK(!seen.header("Proxy-Authorization"));
+      CHECK(seen.header("Proxy-Authorization").value_or("") == "");
     const auto asked = b.server.requests(stand_in::request_kind::proxy);
     CHECK(asked.size() == 2);
     for (const auto& seen : asked) CHECK(seen.header("Proxy-Authorization") == "Basic dXMgZXI6cEBzcw==");
@@ -1340,6 +1357,7 @@ TEST_CASE_TEMPLATE("each promise that a transport cannot keep is one of the suit
 
 TEST_SUITE_END();
 
+}  // namespace WANDB_RESTORE_PRIVATE_ABI
 }  // namespace conformance
 
 #endif  // _WIN32
