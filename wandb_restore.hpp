@@ -1138,7 +1138,7 @@ inline std::string in_quotes(std::string_view text) {
   return out + (text.size() > 200 ? "...\"" : "\"");
 }
 
-/// Names inside runs are UTF-8; so are paths in messages and records, on every system.
+/// A path as UTF-8, on every system: names of files inside runs, messages and records are UTF-8.
 inline std::string utf8(const std::filesystem::path& path) {
 #ifdef _WIN32
   const std::wstring& wide = path.native();  // u8string() throws where a surrogate stands alone
@@ -1162,13 +1162,13 @@ inline std::filesystem::path from_utf8(std::string_view text) {
   return text;
 #endif
 }
-template <class Path,
-          std::enable_if_t<std::is_same_v<Path, std::filesystem::path>, int> = 0>  // not for strings
+template <class Path, std::enable_if_t<std::is_same_v<Path, std::filesystem::path>, int> =
+                          0>  // strings have no overload here
 std::string in_quotes(const Path& path) {
   return in_quotes(std::string_view(utf8(path)));
 }
 
-/// "12,345,678 bytes" is hard to take in; "11.8 MiB" is not.
+/// A number of bytes for messages: "512 bytes", "11.8 MiB".
 inline std::string readable_bytes(std::uint64_t count) {
   static constexpr const char* units[] = {"bytes", "KiB", "MiB", "GiB", "TiB"};
   double value = static_cast<double>(count);
@@ -1179,14 +1179,14 @@ inline std::string readable_bytes(std::uint64_t count) {
   return text.data();
 }
 
-/// FNV-1a, 64 bits: names for files, never a proof of identity.
+/// FNV-1a, 64 bits, for names of files: two texts with the same hash may differ.
 inline std::uint64_t name_hash(std::string_view text) {
   std::uint64_t hash = 0xcbf29ce484222325u;
   for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
   return hash;
 }
 
-/// The md5 that a service tells, as 32 lower-case hex digits: base64 of 16 bytes, or hex. Anything else is "unknown".
+/// Converts an md5 in base64 or hex to 32 lower-case hex digits. Returns "" for anything else: then the md5 is unknown.
 inline std::string normalised_md5(std::string_view text) {
   if (text.size() == 32) {
     const auto bytes = hex_decode(text);
@@ -1196,14 +1196,14 @@ inline std::string normalised_md5(std::string_view text) {
   return bytes && bytes->size() == 16 ? hex_encode(*bytes) : std::string();
 }
 
-/// Days from 1970-01-01 to a date of the civil calendar. Counted in years that begin in March, so that a leap day is the last.
+/// Days from 1970-01-01 to a date of the civil calendar. Years are counted from March on, so that a leap day is their last.
 inline std::int64_t days_from_civil(int year, int month, int day) {
   const std::int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, of_era = y - era * 400;
   const std::int64_t of_year = (153 * (month > 2 ? month - 3 : month + 9) + 2) / 5 + day - 1;
   return era * 146097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719468;
 }
 
-/// An HTTP date (RFC 9110, section 5.6.7; the preferred form only) in seconds since 1970.
+/// Converts an HTTP date (RFC 9110, section 5.6.7; the preferred form only) to seconds since 1970.
 inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
   static constexpr std::string_view months = "JanFebMarAprMayJunJulAugSepOctNovDec";
   if (text.size() != 29 || text.substr(25) != " GMT") return std::nullopt;
@@ -1222,7 +1222,7 @@ inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
 
 // ---- header fields (RFC 9110, section 5)
 
-/// Bytes of all fields of a response together.
+/// Limit for all header fields of a response together, in bytes.
 inline constexpr std::size_t max_head_bytes = 64 * 1024;
 
 inline bool is_token(std::string_view text) {
@@ -1368,7 +1368,8 @@ inline std::vector<std::string_view> split_lines(std::string_view text) {
   return lines;
 }
 
-/// Values may refer to others as `%(name)s` in Python; settings files do not, so that only `%%` (a percent sign) is known.
+/// Replaces %% by %. Returns nothing for a single %: Python would read it as a reference to another value, `%(name)s`, and
+/// settings files have none.
 inline std::optional<std::string> unescape_percent(std::string_view value) {
   std::string out;
   for (std::size_t i = 0; i < value.size(); ++i) {
@@ -1378,14 +1379,14 @@ inline std::optional<std::string> unescape_percent(std::string_view value) {
   return out;
 }
 
-/// The section [default] of a settings file, with what it inherits from [DEFAULT]; keys in lower case. As Python's
-/// configparser reads it: `key = value` or `key : value`, comments on lines of their own, deeper indented lines go on with
-/// the value above. What makes Python refuse the file is an error.
+/// Reads the section [default] of a settings file, and the values that it inherits from [DEFAULT]; keys are in lower case.
+/// The syntax is that of Python's configparser: `key = value` or `key : value`, comments on lines of their own, and a line
+/// that is indented deeper continues the value above. A file that Python refuses is an error.
 inline result<text_map> parse_ini(std::string_view text) {
-  text_map values, inherited, others;  // of [default], of [DEFAULT], of the section that is read
+  text_map values, inherited, others;  // of [default], of [DEFAULT], of the current other section
   std::set<std::string> sections;
   text_map* section = nullptr;
-  std::string* value = nullptr;  // the one that an indented line goes on with
+  std::string* value = nullptr;  // the value that an indented line continues
   std::size_t value_indent = 0, number = 0;
   const auto fail = [&](std::string_view why) {
     return error(errc::invalid_argument, "line " + std::to_string(number) + ": " + std::string(why));
@@ -1409,7 +1410,7 @@ inline result<text_map> parse_ini(std::string_view text) {
     if (const auto end = content.rfind(']'); content.front() == '[' && end != content.npos && end > 1) {
       const std::string name(content.substr(1, end - 1));
       const bool is_new = sections.insert(name).second;
-      if (!is_new && name != "DEFAULT") return fail("the section [" + name + "] is there twice");
+      if (!is_new && name != "DEFAULT") return fail("the section [" + name + "] appears twice");
       others.clear();
       section = name == "default" ? &values : name == "DEFAULT" ? &inherited : &others;
       value = nullptr;
@@ -1420,7 +1421,7 @@ inline result<text_map> parse_ini(std::string_view text) {
     const std::string key = lower(trim(content.substr(0, delimiter)));
     if (key.empty() || delimiter == content.npos) return fail("expected key = value");
     if (section->count(key) != 0) {
-      return fail("the key " + in_quotes(std::string_view(key)) + " is there twice");
+      return fail("the key " + in_quotes(std::string_view(key)) + " appears twice");
     }
     value = &((*section)[key] = trim(content.substr(delimiter + 1)));
   }
@@ -1438,7 +1439,7 @@ inline result<text_map> parse_ini(std::string_view text) {
   return values;
 }
 
-/// Lines of KEY=VALUE, as in a container's env file. Other lines are passed over; the last of equal keys counts.
+/// Reads lines of KEY=VALUE, as in a container's env file. Other lines are skipped; the last of equal keys counts.
 inline text_map parse_key_values(std::string_view text) {
   text_map values;
   for (auto line : split_lines(text)) {
@@ -1449,13 +1450,13 @@ inline text_map parse_key_values(std::string_view text) {
   return values;
 }
 
-/// Takes the words of a netrc file one by one: separated by white space, "quoted" ones may hold some, a backslash takes
-/// the next character as it is.
+/// Splits a netrc file into words. White space separates them; a word in "quotes" may contain white space; a backslash
+/// makes the next character part of the word.
 class netrc_reader {
  public:
   explicit netrc_reader(std::string_view text) : rest_(text) {}
 
-  /// Absent at the end. A quoted word may be empty.
+  /// The next word, or nothing at the end. A quoted word may be empty.
   std::optional<std::string> word() {
     while (!rest_.empty() && is_space(rest_.front())) rest_.remove_prefix(1);
     if (rest_.empty()) return std::nullopt;
@@ -1470,7 +1471,7 @@ class netrc_reader {
     if (in_quotes && !rest_.empty()) rest_.remove_prefix(1);
     return text;
   }
-  /// The same where a keyword is expected: a comment is passed over, to the end of its line.
+  /// The next word where a keyword is expected. Skips comments, which go to the end of their line.
   std::optional<std::string> keyword() {
     for (;;) {
       while (!rest_.empty() && is_space(rest_.front())) rest_.remove_prefix(1);
@@ -1478,7 +1479,7 @@ class netrc_reader {
       skip_line();
     }
   }
-  /// The body of a macro goes on to an empty line.
+  /// Skips the body of a macro, which ends with an empty line.
   void skip_macro() {
     skip_line();
     while (!rest_.empty() && !trim(rest_.substr(0, rest_.find('\n'))).empty()) skip_line();
@@ -1491,7 +1492,8 @@ class netrc_reader {
   std::string_view rest_;
 };
 
-/// Machine to password, "default" for the entry of that name. The last of equal entries counts, with or without password.
+/// Reads the password of each machine; the entry `default` is stored under "default". The last entry of a machine counts,
+/// even if it has no password.
 inline result<text_map> parse_netrc(std::string_view text) {
   text_map passwords;
   std::string* password = nullptr;
@@ -1503,12 +1505,12 @@ inline result<text_map> parse_netrc(std::string_view text) {
     }
     const bool in_entry = *word == "login" || *word == "user" || *word == "account" || *word == "password";
     if (!(in_entry && password) && *word != "machine" && *word != "macdef") {
-      // The word itself is not told: it may be a piece of a password.
+      // The message leaves the word out: it may be a part of a password.
       return error(errc::invalid_argument,
                    "expected machine, default or macdef, then login, account or password");
     }
     auto argument = reader.word();
-    if (!argument) return error(errc::invalid_argument, "it ends after the word " + *word);
+    if (!argument) return error(errc::invalid_argument, "the file ends after the word " + *word);
     if (*word == "machine") password = &(passwords[*argument] = "");
     if (*word == "password") *password = *std::move(argument);
     if (*word == "macdef") reader.skip_macro(), password = nullptr;
@@ -1518,18 +1520,18 @@ inline result<text_map> parse_netrc(std::string_view text) {
 
 // ----------------------------------------------------------------------------------------------------- JSON
 
-// Plain functions, so that a program compiles what nlohmann/json makes of its templates for few types. Each takes any
-// value: an answer of another shape reads as one that has nothing in it.
+// Plain functions, so that nlohmann/json's templates are instantiated for few types. Each accepts any value: a value of
+// another type reads as an empty one.
 
 using json = nlohmann::json;
 
-/// A value that can be told from an error: nearly everything converts to a plain `json`.
+/// A JSON value for result<T>. A plain `json` will not do: nearly every type converts to it, an error, too.
 struct json_document {
   json root;
 };
 
-/// Whether brackets are nested deeper than the service's answers are by far: to build or destroy such a value may take
-/// more stack than there is.
+/// Whether brackets are nested more than 64 levels deep; the service's answers have less than ten. Destroying a value that is
+/// nested without limit could overflow the stack.
 inline bool is_nested_too_deep(std::string_view text) {
   constexpr int limit = 64;
   int depth = 0;
@@ -1550,7 +1552,7 @@ inline bool is_nested_too_deep(std::string_view text) {
   return false;
 }
 
-/// null for text that is not JSON, or nested too deep.
+/// Parses JSON. Returns null for text that is not JSON or is nested too deep.
 inline json parse_json(std::string_view text) {
   json value;
   if (is_nested_too_deep(text)) return value;
@@ -1558,7 +1560,7 @@ inline json parse_json(std::string_view text) {
   if (value.is_discarded()) value = json();
   return value;
 }
-/// On one line, or with that many spaces a level. Bytes that are no UTF-8 become U+FFFD.
+/// Writes JSON on one line, or indented by `indent` spaces per level. Bytes that are not UTF-8 become U+FFFD.
 inline std::string write_json(const json& value, int indent = -1) {
   return value.dump(indent, ' ', false, json::error_handler_t::replace);
 }
@@ -1582,12 +1584,12 @@ inline const json& member(const json& object, std::string_view name) {
   const auto at = members(object).find(std::string(name));
   return at == members(object).end() ? null : at->second;
 }
-/// A string's text, or "".
+/// The text of a string; "" for other values.
 inline std::string text_of(const json& value) {
   const auto* text = value.get_ptr<const json::string_t*>();
   return text ? *text : std::string();
 }
-/// A number of any kind, or nothing's: 0.
+/// The value of a number; 0 for other values.
 inline double number_of(const json& value) {
   if (const auto* fraction = value.get_ptr<const json::number_float_t*>()) return *fraction;
   if (const auto* count = value.get_ptr<const json::number_unsigned_t*>()) return static_cast<double>(*count);
@@ -1600,7 +1602,7 @@ inline bool is_true(const json& value) {
 }
 
 inline json json_object() { return json(json::value_t::object); }
-/// Of an array only.
+/// Appends to `array`, which must be an array.
 inline void append_element(json& array, json element) {
   array.get_ptr<json::array_t*>()->push_back(std::move(element));
 }
@@ -1619,15 +1621,15 @@ inline json json_number(std::int64_t number) {
   *value.get_ptr<json::number_integer_t*>() = number;
   return value;
 }
-/// Of an object only.
+/// Sets a member of `object`, which must be an object.
 inline void set_member(json& object, const std::string& name, json value) {
   (*object.get_ptr<json::object_t*>())[name] = std::move(value);
 }
 
 // ------------------------------------------------------------------------------- the public service's names
 
-/// A deployment of the public service. Its API is at the root of two hosts, and below /api/wandb on a third, which has
-/// the web pages, too. Source: FORGE_HOSTS in wandb/sdk/lib/urls.py.
+/// The hosts of a deployment of the public service. The API is at the root of both API hosts; the web host has the web
+/// pages, and the API below /api/wandb. Source: FORGE_HOSTS in wandb/sdk/lib/urls.py.
 struct forge_deployment {
   std::string_view web_host, api_host, wandb_api_host;
 };
@@ -1646,11 +1648,11 @@ inline const forge_deployment* forge_deployment_of(std::string_view host) {
 
 // ------------------------------------------------------------------------------------------------- run paths
 
-inline std::string replace_all(std::string_view text, std::string_view what, std::string_view with) {
+inline std::string replace_all(std::string_view text, std::string_view part, std::string_view replacement) {
   std::string out;
-  for (auto at = text.find(what); at != text.npos; at = text.find(what)) {
-    out.append(text.substr(0, at)).append(with);
-    text.remove_prefix(at + what.size());
+  for (auto found = text.find(part); found != text.npos; found = text.find(part)) {
+    out.append(text.substr(0, found)).append(replacement);
+    text.remove_prefix(found + part.size());
   }
   return out.append(text);
 }
@@ -1659,7 +1661,7 @@ inline bool is_usable_part(std::string_view part) {
   return !part.empty() && part.find('/') == part.npos && !has_control(part);
 }
 
-/// The forms that the SDK knows, with the parts that the text leaves out empty. Absent for anything else.
+/// Reads the forms that the SDK accepts. Parts that the text leaves out are empty. Returns nothing for other texts.
 inline std::optional<run_path> plain_run_path(std::string_view text) {
   const std::string plain = replace_all(replace_all(text, "/runs/", "/"), "/sweeps/", "/");
   const auto first = plain.find_first_not_of("/ "), last = plain.find_last_not_of("/ ");
@@ -1689,7 +1691,8 @@ inline bool looks_like_host(std::string_view segment) {
   return segment == "localhost" || (segment.find_first_of(".:") != segment.npos && segment.back() != ':');
 }
 
-/// What people paste: [scheme://host[/prefix]/]entity/project/runs/run_id[/tail]. Percent-encoded only where there is a host.
+/// Reads the address of a run: [scheme://host[/prefix]/]entity/project/runs/run_id[/tail]. If the host is there, the parts
+/// are percent-decoded.
 inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_scheme) {
   if (has_scheme) text.remove_prefix(text.find("://") + 3);
   std::vector<std::string_view> segments;
@@ -1705,7 +1708,7 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
     segments.erase(segments.begin(), segments.begin() + (has_prefix ? 2 : 1));
   }
 
-  // The first "runs" behind two other segments: a project may itself be called "runs".
+  // Look for "runs" after entity and project: a project may itself be called "runs".
   std::size_t runs = 2;
   while (has_host && runs < segments.size() && segments[runs] != "runs") ++runs;
   if (runs + 1 >= segments.size() || segments[runs] != "runs") return std::nullopt;
@@ -1720,20 +1723,20 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
   return found;
 }
 
-/// [scheme://host/][prefix/]entity/project/sweeps/ID, with or without a tail.
+/// Whether a path or address is that of a sweep: [scheme://host/][prefix/]entity/project/sweeps/ID[/tail].
 inline bool names_sweep(std::string_view path, bool has_scheme) {
   if (has_scheme) path.remove_prefix(path.find("://") + 3);
   std::vector<std::string_view> segments;
   for (const auto segment : split(path, '/')) {
     if (!trim(segment).empty()) segments.push_back(trim(segment));
   }
-  std::size_t kind = has_scheme ? 3 : 2;  // behind the host, if there is one, entity and project
+  std::size_t kind = has_scheme ? 3 : 2;  // after the host, if there is one, entity and project
   while (kind < segments.size() && segments[kind] != "runs" && segments[kind] != "sweeps") ++kind;
   return kind + 1 < segments.size() && segments[kind] == "sweeps";
 }
 
-/// The run that a run path names, with empty parts where it leaves them out. An empty text leaves out all.
-/// A sweep's path, which the SDK reads as that of a run, is an error.
+/// Reads a run path. Parts that it leaves out are empty; an empty text leaves out all.
+/// @return  errc::invalid_run_path for other texts, and for a sweep's path, which the SDK reads as that of a run.
 inline result<run_path> split_run_path(std::string_view text) {
   if (text.empty()) return run_path{};
   const auto fail = [&](std::string_view why) {
@@ -1747,15 +1750,15 @@ inline result<run_path> split_run_path(std::string_view text) {
   if (names_sweep(path, has_scheme)) {
     return fail("this names a sweep, not a run; expected entity/project/run_id of one of its runs");
   }
-  // The SDK's reading comes first, so that whatever it accepts keeps its meaning.
+  // Try the SDK's forms first: a text that the SDK accepts must have the same meaning here.
   auto found = has_scheme ? std::nullopt : plain_run_path(path);
   if (!found) found = pasted_run_path(path, has_scheme);
   if (found) return *std::move(found);
   return fail(has_scheme ? "this is no run's address, expected https://host/entity/project/runs/run_id"
-                         : "expected entity/project/run_id, project/run_id or run_id, with no part empty");
+                         : "expected entity/project/run_id, project/run_id or run_id, with no empty part");
 }
 
-/// What a run path names, with defaults for what it leaves out.
+/// Reads a run path, and takes the parts that it leaves out from `defaults`.
 inline result<run_path> completed_run_path(std::string_view text, const run_path& defaults) {
   auto found = split_run_path(text);
   if (!found) return found;
@@ -1771,9 +1774,9 @@ struct run_path_part {
   const std::string& value;
 };
 
-/// Whether these parts are there and usable; `text` is what they were read from.
+/// Checks that none of these parts of a run path is missing or malformed. `text`: the run path as given, for the message.
 inline result<void> check_parts(std::string_view text, std::initializer_list<run_path_part> parts) {
-  const auto what = [&] {
+  const auto subject = [&] {
     return text.empty() ? "no run path was given" : "invalid run path " + in_quotes(redacted_address(text));
   };
   std::string missing, variables;
@@ -1782,14 +1785,14 @@ inline result<void> check_parts(std::string_view text, std::initializer_list<run
       missing.append(missing.empty() ? "no " : ", no ").append(name);
       variables.append(variables.empty() ? "" : ", ").append(variable);
     } else if (!is_usable_part(value)) {
-      return error(errc::invalid_run_path, what() + ": the " + name + " " +
+      return error(errc::invalid_run_path, subject() + ": the " + name + " " +
                                                in_quotes(std::string_view(value)) +
                                                " has a slash or control characters");
     }
   }
   if (missing.empty()) return {};
   return error(errc::invalid_run_path,
-               what() + ": " + missing + "; expected entity/project/run_id, or set " + variables);
+               subject() + ": " + missing + "; expected entity/project/run_id, or set " + variables);
 }
 
 }  // namespace detail
@@ -3133,7 +3136,7 @@ inline std::string first_of_environment(std::initializer_list<const char*> names
   return {};
 }
 
-/// The user's home directory; empty where the environment does not tell.
+/// The user's home directory, or an empty path if the environment does not name one.
 inline path home_directory() {
 #ifdef _WIN32
   if (auto profile = first_of_environment({"USERPROFILE"}); !profile.empty()) return from_utf8(profile);
@@ -3143,7 +3146,7 @@ inline path home_directory() {
 #endif
 }
 
-/// A path from a setting: "~" at its start is the home directory.
+/// The path that a setting names. A "~" at its start stands for the home directory.
 inline path expand_home(std::string_view text) {
   const bool from_home = text == "~" || starts_with(text, "~/") ||
                          (path::preferred_separator == '\\' && starts_with(text, "~\\"));
@@ -3152,13 +3155,13 @@ inline path expand_home(std::string_view text) {
   return text.size() <= 2 ? home : home / from_utf8(text.substr(2));
 }
 
-/// <home>/a/b, or empty where there is no home: never a path in the working directory by accident.
+/// A path below the home directory, or an empty path if there is none: never one in the working directory by accident.
 inline path in_home(std::string_view below) {
   const path home = home_directory();
   return home.empty() ? path() : home / from_utf8(below);
 }
 
-/// The SDK's cache: $WANDB_CACHE_DIR, else "wandb" in the platform's own place. Empty where there is none.
+/// The SDK's cache directory: $WANDB_CACHE_DIR, else "wandb" in the platform's cache directory. Empty if there is none.
 inline path wandb_cache_directory() {
   if (const auto chosen = first_of_environment({"WANDB_CACHE_DIR"}); !chosen.empty())
     return expand_home(chosen);
@@ -3175,7 +3178,8 @@ inline path wandb_cache_directory() {
 
 // -------------------------------------------------------------------------------------------- plain checks
 
-/// An API key is 40 characters or more, behind an optional prefix and a dash; or a JWT. Never told in the error's text.
+/// Checks the form of an API key: 40 characters or more, with an optional prefix and a dash in front; or a JWT. The error's
+/// text does not contain the key.
 /// Source: wandb/sdk/lib/wbauth/validation.py.
 inline result<void> check_api_key(std::string_view key) {
   const auto fail = [](const std::string& why) {
@@ -3198,9 +3202,9 @@ inline result<void> check_api_key(std::string_view key) {
   return {};
 }
 
-/// The service's address, without trailing slashes; the API's own where it is named below the web pages' host.
-/// Source: wandb/sdk/lib/wbauth/host_url.py and sdk/lib/urls.py. In addition to these, an address that could not be sent
-/// as it is written is refused, and http for any name of the public service.
+/// Reads a base URL. Trailing slashes are removed, and https://forge.coreweave.com/api/wandb becomes the API's own host.
+/// Refused are also addresses that could not be sent as they are written, and http for any name of the public service.
+/// Source, but for the last sentence: wandb/sdk/lib/wbauth/host_url.py, sdk/lib/urls.py.
 inline result<url> parse_base_url(std::string_view text) {
   const auto fail = [&](std::string_view why) {
     return error(errc::invalid_argument,
@@ -3210,7 +3214,8 @@ inline result<url> parse_base_url(std::string_view text) {
   if (text.find_first_of("?#") != text.npos) return fail("it has a query or a fragment");
   if (text.find(' ') != text.npos) return fail("it has a space");
   auto parsed = url::parse(text);
-  if (!parsed) return error(errc::invalid_argument, std::string("the base URL: ") + parsed.error().what());
+  if (!parsed)
+    return error(errc::invalid_argument, std::string("the base URL is malformed: ") + parsed.error().what());
   while (parsed->target.size() > 1 && parsed->target.back() == '/') parsed->target.pop_back();
   const std::string_view host = parsed->host;
   const auto* deployment = forge_deployment_of(host);
@@ -3232,7 +3237,7 @@ inline result<url> parse_base_url(std::string_view text) {
   return parsed;
 }
 
-/// The base URL under each name that its service has, its own first.
+/// The base URL with each host name of its service; the given one is first.
 inline std::vector<url> names_of(const url& base) {
   std::vector<url> names{base};
   const auto* deployment = forge_deployment_of(base.host);
@@ -3259,9 +3264,9 @@ inline std::string key_page(url base) {
   return without_final_slash(base) + "/authorize";
 }
 
-/// Whether an address is the base URL's or below it: the same origin, or the same service's other one, and a path that is
-/// equal or longer by whole segments. An address with a segment "..", plain or percent-encoded, is not: a server may
-/// take it for one elsewhere.
+/// Whether credentials for the base URL may be sent to an address: its origin is the base URL's, under any name of the
+/// service, and its path is the base URL's or extends it by whole segments. False for a path with a segment "..", plain or
+/// percent-encoded: the server may resolve it to a path outside.
 inline bool under_base(const url& base, const url& candidate) {
   bool is_service = false;
   for (const url& name : names_of(base)) is_service = is_service || name.origin() == candidate.origin();
@@ -3285,7 +3290,8 @@ inline bool is_one_of(std::string_view text, std::initializer_list<const char*> 
   return false;
 }
 
-/// Seconds with an optional fraction, more than zero; else 0. By hand: from_chars for double came late to standard libraries.
+/// Reads seconds with an optional fraction. Returns 0 for other texts. By hand: std::from_chars for double came late to
+/// standard libraries.
 inline std::chrono::milliseconds parse_seconds(std::string_view text) {
   constexpr std::uint64_t max_seconds = 0xffffffff;
   text = trim(text);
@@ -3298,7 +3304,7 @@ inline std::chrono::milliseconds parse_seconds(std::string_view text) {
   return std::chrono::milliseconds(static_cast<std::int64_t>(*seconds * 1000 + *thousandths));
 }
 
-/// A JSON object of strings.
+/// Reads a JSON object of strings.
 inline result<text_map> parse_string_object(std::string_view text) {
   const json parsed = parse_json(text);
   text_map strings;
@@ -3311,14 +3317,14 @@ inline result<text_map> parse_string_object(std::string_view text) {
   return strings;
 }
 
-/// Whether a header field may be sent as it is (RFC 9110, section 5): a line break in it would begin another one.
+/// Whether a header field is well-formed (RFC 9110, section 5). A line break in it would begin another field.
 inline bool is_header(std::string_view name, std::string_view value) {
   return is_token(name) && is_field_value(value);
 }
 
 // ------------------------------------------------------------------------------------------------- proxies
 
-using ip_address = std::string;  // 16 bytes, an IPv4 address as ::ffff:a.b.c.d; empty: none
+using ip_address = std::string;  // 16 bytes, an IPv4 address as ::ffff:a.b.c.d; empty: no address
 
 /// Appends the bytes of "1.2.3.4".
 inline bool parse_ipv4(std::string_view text, std::string& bytes) {
@@ -3331,7 +3337,7 @@ inline bool parse_ipv4(std::string_view text, std::string& bytes) {
   return parts.size() == 4;
 }
 
-/// Appends the bytes of "1:2:ffff" or "1:2:1.2.3.4"; of nothing, none.
+/// Appends the bytes of "1:2:ffff" or "1:2:1.2.3.4"; nothing for an empty text.
 inline bool parse_ipv6_groups(std::string_view text, std::string& bytes) {
   if (text.empty()) return true;
   const auto groups = split(text, ':');
@@ -3349,7 +3355,7 @@ inline bool parse_ipv6_groups(std::string_view text, std::string& bytes) {
 inline constexpr std::string_view ipv4_prefix("\0\0\0\0\0\0\0\0\0\0\xff\xff", 12);
 inline bool is_ipv4(const ip_address& address) { return starts_with(address, ipv4_prefix); }
 
-/// Empty for what is no address.
+/// Reads an IP address. Returns an empty one for other texts.
 inline ip_address parse_ip(std::string_view text) {
   std::string head, tail;
   const auto gap = text.find("::");
@@ -3380,8 +3386,8 @@ inline bool in_network(const ip_address& address, std::string_view network) {
   return true;
 }
 
-/// Whether one entry of NO_PROXY covers a host. "example.com" covers its subdomains too, ".example.com" and
-/// "*.example.com" them alone; an address stands for itself; each may have a port.
+/// Whether an entry of NO_PROXY covers a host. "example.com" covers the host and its subdomains, ".example.com" and
+/// "*.example.com" only the subdomains, an address itself. Each may have a port.
 /// Source: golang.org/x/net/http/httpproxy, which the SDK's core uses.
 inline bool bypasses(std::string_view entry, const url& target) {
   if (entry == "*") return true;
@@ -3409,7 +3415,7 @@ inline bool bypasses(std::string_view entry, const url& target) {
   return name.size() > suffix.size() && equal_ignoring_case(name.substr(name.size() - suffix.size()), suffix);
 }
 
-/// The proxy to ask for an address, or "" for a direct connection.
+/// The URL of the proxy for an address, or "" for a direct connection.
 inline std::string proxy_for(const settings& configuration, const url& target) {
   const auto& proxy = target.scheme == "https" ? configuration.https_proxy : configuration.http_proxy;
   if (proxy.url.empty()) return {};
@@ -3419,19 +3425,19 @@ inline std::string proxy_for(const settings& configuration, const url& target) {
   return proxy.url;
 }
 
-/// A proxy as people write it: "host:port" will do. errc::invalid_argument where it is something else.
+/// Reads the address of an HTTP proxy; the scheme may be left out. errc::invalid_argument for other texts.
 inline result<url> parse_proxy(std::string_view text) {
   auto parsed = url::parse(text.find("://") == text.npos ? "http://" + std::string(text) : std::string(text));
   if (parsed && parsed->scheme == "http") return parsed;
   return error(errc::invalid_argument,
-               "http://[user:password@]host:port is expected");  // the text may hold a password
+               "expected http://[user:password@]host:port");  // not quoted: it may hold a password
 }
 
 // --------------------------------------------------------------------------------------------------- netrc
 
-/// The names under which a netrc file may have the key of a server, the first that is there counts.
-/// Source: wandb/sdk/lib/wbauth/wbnetrc.py, which looks for the host as it is written in the base URL, then for "default",
-/// then for the wandb.ai host. Other spellings and names of the same server are as good.
+/// The machine names under which a netrc file may have the key of a server. The first entry that exists counts.
+/// Source: wandb/sdk/lib/wbauth/wbnetrc.py, which looks for the host as the base URL spells it, then for "default", then for
+/// the service's wandb.ai host. Here other spellings and the service's other names are looked for, too.
 inline std::vector<std::string> netrc_machines(std::string_view written, const url& base) {
   const auto authority = [](std::string_view address) {
     const auto start = address.find("://");
@@ -3454,7 +3460,7 @@ inline std::vector<std::string> netrc_machines(std::string_view written, const u
   return machines;
 }
 
-/// The API key that the netrc file has for a server, or "". A file that cannot be read or understood is a warning.
+/// The API key that the netrc file has for a server, or "". Warns of a file that cannot be read or understood.
 inline std::string api_key_from_netrc(const settings& configuration, const url& base,
                                       std::vector<std::string>& warnings) {
   const path& where = configuration.netrc_file;
@@ -3483,18 +3489,18 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
 
 // ------------------------------------------------------------------------------------ shared access tokens
 
-/// A token that runs out within this time is not used any more.
+/// A token is not used during this time before it expires.
 inline constexpr std::chrono::seconds token_margin{300};
 
 struct access_token {
   std::string value;
   std::chrono::system_clock::time_point expires_at;
-  std::chrono::seconds margin = token_margin;  // less for one that did not live long from the start
+  std::chrono::seconds margin = token_margin;  // shorter for a token with a short life
 
   [[nodiscard]] bool lasts() const { return expires_at - std::chrono::system_clock::now() > margin; }
 };
 
-/// "YYYY-MM-DD HH:MM:SS", UTC, in seconds since 1970.
+/// Converts "YYYY-MM-DD HH:MM:SS" (UTC) to seconds since 1970.
 inline std::optional<std::int64_t> parse_utc(std::string_view text) {
   if (text.size() != 19 || text[4] != '-' || text[7] != '-' || text[10] != ' ' || text[13] != ':' ||
       text[16] != ':') {
@@ -3510,7 +3516,8 @@ inline std::optional<std::int64_t> parse_utc(std::string_view text) {
             second = part[5];
   if (month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60)
     return std::nullopt;
-  const int known_year = std::clamp(year, 1970, 2200);  // a clock that counts nanoseconds ends in 2262
+  const int known_year =
+      std::clamp(year, 1970, 2200);  // system_clock may count nanoseconds: then it ends in 2262
   return days_from_civil(known_year, month, day) * 86400 + hour * 3600 + minute * 60 + second;
 }
 
@@ -3535,8 +3542,8 @@ inline std::vector<std::string> shared_token_keys(std::string_view written, cons
   return keys;
 }
 
-/// The file of access tokens that the SDK shares between processes: {"credentials": {base URL: token}}. It is a cache:
-/// where there is none, or something else, an empty one is as good.
+/// Reads the file of access tokens that the SDK shares between processes: {"credentials": {base URL: token}}. The file is a
+/// cache: a missing or malformed one counts as empty.
 inline result<json_document> read_credentials(const path& where) {
   json_document file;
   if (facts_of(where).found()) {
@@ -3549,9 +3556,8 @@ inline result<json_document> read_credentials(const path& where) {
   return file;
 }
 
-/// The access token kept there for a server; an empty one where there is none, or it runs out soon. `base_url` has no
-/// trailing slash.
-/// Source: core/internal/api/credentials.go, as is the format.
+/// Reads the access token of a server from that file. Returns an empty one if there is none or it expires soon.
+/// `base_url`: without a trailing slash. Source, also of the format: core/internal/api/credentials.go.
 inline access_token read_shared_token(const path& where, const std::string& base_url,
                                       std::chrono::system_clock::time_point now) {
   const auto file = read_credentials(where);
@@ -3566,7 +3572,7 @@ inline access_token read_shared_token(const path& where, const std::string& base
   return {std::move(value), end};
 }
 
-/// Keeps a token there, beside what else is in the file; readable by its owner only, and whole at any time.
+/// Adds a token to that file and keeps its other content. The file is replaced atomically; only its owner can read it.
 inline result<void> write_shared_token(const path& where, const std::string& base_url,
                                        const access_token& token) {
   auto file = read_credentials(where);
@@ -3577,24 +3583,24 @@ inline result<void> write_shared_token(const path& where, const std::string& bas
   json tokens = member(file->root, "credentials");
   set_member(tokens, base_url, std::move(entry));
   set_member(file->root, "credentials", std::move(tokens));
-  std::error_code failure;  // a link to the file stays one
+  std::error_code failure;  // replace the file that a symbolic link leads to, not the link
   const path target = std::filesystem::canonical(where, failure);
   return replace_small_file(failure ? where : target, write_json(file->root, 2), 0600);
 }
 
 // ------------------------------------------------------------------------- where settings come from, in order
 
-/// One setting as it was found, and where.
+/// The value of a setting and where it was found.
 struct found_setting {
   std::string value;
-  std::string source;  ///< for messages
+  std::string source;  ///< for messages: the variable or the key
   bool in_file = false;
 
   explicit operator bool() const { return !value.empty(); }
 };
 
-/// Everything that settings are looked up in. Environment variables come before settings files, and of these the local
-/// one before the global.
+/// Looks settings up: in environment variables first, then in the settings files below WANDB_DIR, below the working
+/// directory and of the user, in this order.
 class settings_sources {
  public:
   explicit settings_sources(settings& target) : target_(target) {
@@ -3602,7 +3608,7 @@ class settings_sources {
     load(config.empty() ? in_home(".config/wandb/settings") : expand_home(config) / "settings");
     const path chosen = expand_home(first_of_environment({"WANDB_DIR"}));
     wandb_directory = wandb_directory_in(chosen);
-    // The SDK reads the file below the working directory alone, and writes the one below WANDB_DIR.
+    // The SDK writes settings below WANDB_DIR, but reads only those below the working directory.
     const path beside = wandb_directory_in({}) / "settings", own = wandb_directory / "settings";
     std::error_code failure;
     if (!std::filesystem::equivalent(beside, own, failure)) load(beside);
@@ -3610,13 +3616,12 @@ class settings_sources {
     load_sagemaker();
   }
 
-  /// Where the SDK keeps a project's runs, its settings and its resume file.
+  /// The directory of a project's runs, settings and resume file.
   path wandb_directory;
-  /// What Amazon SageMaker's training jobs are handed as a key: the last resort.
+  /// The key that Amazon SageMaker hands to training jobs. It is used if there is no other.
   std::string sagemaker_api_key;
 
-  /// The first that is set and not empty: the variables, of which those that are null are passed over, then the key of the
-  /// settings files.
+  /// The value of the first variable that is set and not empty, else of the key in the settings files. Null: no variable.
   found_setting find(const std::array<const char*, 3>& variables, const char* key = nullptr) const {
     for (const char* name : variables) {
       if (auto value = name ? variable(name) : std::nullopt; value && !value->empty())
@@ -3626,15 +3631,15 @@ class settings_sources {
     if (at == files_.end()) return {};
     return {at->second, "the setting " + std::string(key) + " of a settings file", true};
   }
-  /// For names: a variable that is set but empty hides the settings files.
+  /// Looks up a name: here a variable that is set but empty hides the settings files.
   std::string find_name(const char* name, const char* key) const {
     if (auto value = variable(name)) return *std::move(value);
     return find({}, key).value;
   }
-  /// A value that cannot be used: an error where the environment has it, as in the SDK; a warning where a file does.
+  /// Reports a value that cannot be used: as an error if it is from the environment, as in the SDK; else as a warning.
   void reject(const found_setting& setting, const std::string& why) const {
     const std::string text =
-        setting.source + " cannot be used: " + why;  // without the value: it may hold a password
+        setting.source + " cannot be used: " + why;  // the value is left out: it may hold a password
     if (setting.in_file) {
       target_.warnings.push_back(text);
     } else if (!target_.problem) {
@@ -3661,10 +3666,11 @@ class settings_sources {
                                  " is not used: " + values.error().what());
       return;
     }
-    values->merge(files_);  // what was loaded before counts less
+    values->merge(files_);  // files loaded before have lower priority
     files_ = *std::move(values);
   }
-  /// Source: wandb/integration/sagemaker. There, secrets.env goes over the environment; here it only adds to it.
+  /// Reads what SageMaker hands to training jobs. Source: wandb/integration/sagemaker; there secrets.env takes precedence over
+  /// the environment, here the environment does.
   void load_sagemaker() {
     const path hyperparameters = "/opt/ml/input/config/hyperparameters.json";
     const auto training = environment("SM_TRAINING_ENV");
@@ -3678,27 +3684,27 @@ class settings_sources {
       const std::string quoted = text_of(told);
       std::string_view key = trim(quoted);
       while (!key.empty() && key.front() == '"')
-        key.remove_prefix(1);  // parameter searches quote values once more
+        key.remove_prefix(1);  // hyperparameter searches quote the value twice
       while (!key.empty() && key.back() == '"') key.remove_suffix(1);
       sagemaker_api_key = trim(key);
     }
     if (const auto at = secrets_.find("WANDB_API_KEY"); sagemaker_api_key.empty() && at != secrets_.end()) {
       sagemaker_api_key = at->second;
     }
-    secrets_.erase("WANDB_API_KEY");  // comes after netrc, unlike the environment's
+    secrets_.erase("WANDB_API_KEY");  // netrc has priority over this one
   }
 
   settings& target_;
   text_map files_, secrets_;
 };
 
-/// The default run.
-inline void find_run(settings& s, const settings_sources& from) {
-  s.entity = trim(from.find_name("WANDB_ENTITY", "entity"));
-  s.project = trim(from.find_name("WANDB_PROJECT", "project"));
-  s.run_id = trim(from.find({"WANDB_RUN_ID"}, "run_id").value);
-  const path resume_file = from.wandb_directory / "wandb-resume.json";
-  if (!s.run_id.empty() || from.find({"WANDB_RESUME"}, "resume").value != "auto" ||
+/// Finds entity, project and id of the default run.
+inline void find_run(settings& s, const settings_sources& sources) {
+  s.entity = trim(sources.find_name("WANDB_ENTITY", "entity"));
+  s.project = trim(sources.find_name("WANDB_PROJECT", "project"));
+  s.run_id = trim(sources.find({"WANDB_RUN_ID"}, "run_id").value);
+  const path resume_file = sources.wandb_directory / "wandb-resume.json";
+  if (!s.run_id.empty() || sources.find({"WANDB_RESUME"}, "resume").value != "auto" ||
       !facts_of(resume_file).found())
     return;
   const auto text = read_small_file(resume_file, 1 << 20);
@@ -3706,12 +3712,13 @@ inline void find_run(settings& s, const settings_sources& from) {
   if (const json& id = member(resumed, "run_id"); id.is_string()) {
     s.run_id = text_of(id);
   } else {
-    s.warnings.push_back("the resume file " + in_quotes(resume_file) + " names no run and is not used");
+    s.warnings.push_back("the resume file " + in_quotes(resume_file) + " has no run_id and is not used");
   }
 }
 
-/// A key from the environment, else an identity token file, else what netrc or, last, settings files and SageMaker have.
-inline void find_credentials(settings& s, const settings_sources& from) {
+/// Finds the credentials: a key in the environment, else an identity token file, else the key in netrc, else the one of
+/// SageMaker or of the settings files.
+inline void find_credentials(settings& s, const settings_sources& sources) {
   s.netrc_file = expand_home(first_of_environment({"NETRC"}));
   if (s.netrc_file.empty()) {
     const path usual = in_home(".netrc"), windows = in_home("_netrc");
@@ -3719,25 +3726,25 @@ inline void find_credentials(settings& s, const settings_sources& from) {
         !facts_of(usual).found() && (facts_of(windows).found() || path::preferred_separator == '\\');
     s.netrc_file = prefer_windows ? windows : usual;
   }
-  const auto credentials = from.find({"WANDB_CREDENTIALS_FILE"}, "credentials_file");
+  const auto credentials = sources.find({"WANDB_CREDENTIALS_FILE"}, "credentials_file");
   s.credentials_file =
       credentials ? expand_home(credentials.value) : in_home(".config/wandb/credentials.json");
-  s.identity_token_file = from.find({"WANDB_IDENTITY_TOKEN_FILE"}).value;
-  auto key = from.find({"WANDB_API_KEY"});
+  s.identity_token_file = sources.find({"WANDB_IDENTITY_TOKEN_FILE"}).value;
+  auto key = sources.find({"WANDB_API_KEY"});
   key.value = trim(std::exchange(key.value, {}));
   s.api_key = key.value;
   if (key && !s.identity_token_file.empty()) {
-    from.reject(key, "WANDB_IDENTITY_TOKEN_FILE is set too; unset one of them");
+    sources.reject(key, "WANDB_IDENTITY_TOKEN_FILE is set too; unset one of them");
   } else if (const auto checked = check_api_key(s.api_key); key && !checked) {
-    from.reject(key, checked.error().what());
+    sources.reject(key, checked.error().what());
   }
   if (key || !s.identity_token_file.empty()) return;
 
   const std::string last_resort =
-      from.sagemaker_api_key.empty() ? from.find({}, "api_key").value : from.sagemaker_api_key;
+      sources.sagemaker_api_key.empty() ? sources.find({}, "api_key").value : sources.sagemaker_api_key;
   if (last_resort.empty()) return;
   const auto base = parse_base_url(s.base_url);
-  std::vector<std::string> ignored;  // the session looks into netrc again, and tells them
+  std::vector<std::string> ignored;  // the session reads netrc again, and passes its warnings on
   if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = trim(last_resort);
 }
 
@@ -3808,9 +3815,9 @@ inline path system_bundle() {
   return {};
 }
 
-/// SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own, and what the SDK's core reads: each takes the place of the system's
-/// file or directory, the other of which stays. Where neither is set, the variables of Python's requests and of curl
-/// count, which may name a file or a directory and leave nothing else.
+/// Finds the CA certificates. SSL_CERT_FILE and SSL_CERT_DIR are those of OpenSSL and of the SDK's core: one replaces the
+/// system's file, the other the system's directory. If neither is set, the variables of Python's requests and of curl
+/// count: they name a file or a directory, which replaces both.
 inline void find_certificates(settings& s) {
   s.ca_file = from_utf8(first_of_environment({"SSL_CERT_FILE"}));
   s.ca_directory = from_utf8(first_of_environment({"SSL_CERT_DIR"}));
@@ -3831,18 +3838,18 @@ inline void find_certificates(settings& s) {
   }
 }
 
-/// The proxy for one scheme: WANDB__PROXIES, then WANDB_<SCHEME>_PROXY, both whatever NO_PROXY says; then what the
-/// environment has for every program, which never leads to this machine itself through a proxy.
-inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool tls) {
+/// Finds the proxy for one scheme: WANDB__PROXIES, then WANDB_<SCHEME>_PROXY, which both ignore NO_PROXY; then <SCHEME>_PROXY,
+/// which is never used for addresses of this machine itself.
+inline proxy_settings find_proxy(settings& s, const settings_sources& sources, bool tls) {
   found_setting chosen =
-      from.find({tls ? "WANDB_HTTPS_PROXY" : "WANDB_HTTP_PROXY"}, tls ? "https_proxy" : "http_proxy");
-  if (auto legacy = from.find({"WANDB__PROXIES"})) {
+      sources.find({tls ? "WANDB_HTTPS_PROXY" : "WANDB_HTTP_PROXY"}, tls ? "https_proxy" : "http_proxy");
+  if (auto legacy = sources.find({"WANDB__PROXIES"})) {
     if (const auto proxies = parse_string_object(legacy.value)) {
       for (const auto& [scheme, address] : *proxies) {
         if (scheme == (tls ? "https" : "http") && !address.empty()) chosen = {address, legacy.source, false};
       }
     } else {
-      from.reject(legacy, R"(expected a JSON object, like {"https": "http://proxy:3128"})");
+      sources.reject(legacy, R"(expected a JSON object, like {"https": "http://proxy:3128"})");
     }
   }
   std::string bypass;
@@ -3852,7 +3859,7 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
                   : first_of_environment({"HTTP_PROXY", "http_proxy"}),
               name, false};
     if (!tls && chosen && !first_of_environment({"REQUEST_METHOD"}).empty()) {
-      // In a CGI program that variable is the request's Proxy header: https://httpoxy.org
+      // A CGI program gets the header Proxy of a request in this variable: https://httpoxy.org
       s.warnings.push_back("HTTP_PROXY is not used in a CGI program");
       return {};
     }
@@ -3862,9 +3869,9 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
   const auto address = parse_proxy(chosen.value);
   if (!address) {
     const auto base = parse_base_url(s.base_url);
-    // Nothing leads from https to http: there this proxy would never be used.
+    // Redirects from https to http are refused: with an https base URL this proxy is never used, so only warn.
     chosen.in_file = chosen.in_file || (!tls && base && base->scheme == "https");
-    from.reject(chosen, std::string(address.error().what()) + " (no other kinds of proxy are known)");
+    sources.reject(chosen, std::string(address.error().what()) + " (other kinds of proxy are not supported)");
     return {};
   }
   const std::string user = address->user_info.empty() ? "" : address->user_info + "@";
@@ -3875,23 +3882,23 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& from, bool
 
 WANDB_RESTORE_PRIVATE_INLINE settings settings::from_environment() {
   settings s;
-  const detail::settings_sources from(s);
+  const detail::settings_sources sources(s);
   for (const auto& rule : detail::setting_rules) {
-    const auto found = from.find(rule.variables, rule.file_key);
+    const auto found = sources.find(rule.variables, rule.file_key);
     if (!found) continue;
     if (rule.text) {
       s.*rule.text = found.value;
     } else if (!rule.use(s, found.value)) {
-      from.reject(found, rule.expected);
+      sources.reject(found, rule.expected);
     }
   }
-  detail::find_run(s, from);
-  detail::find_credentials(s, from);
+  detail::find_run(s, sources);
+  detail::find_credentials(s, sources);
   detail::find_certificates(s);
   const auto cache = detail::wandb_cache_directory();
   s.cache_dir = cache.empty() ? cache : cache / "restore";
-  s.http_proxy = detail::find_proxy(s, from, false);
-  s.https_proxy = detail::find_proxy(s, from, true);
+  s.http_proxy = detail::find_proxy(s, sources, false);
+  s.https_proxy = detail::find_proxy(s, sources, true);
   return s;
 }
 
@@ -4212,14 +4219,14 @@ inline bool is_redirect(int status) {
   return status == 301 || status == 302 || status == 303 || status == 307 || status == 308;
 }
 
-/// An address under the base URL; `target` begins with a slash.
-inline url join_path(url base, std::string_view target) {
+/// Appends to the path of the base URL. `suffix` begins with a slash.
+inline url join_path(url base, std::string_view suffix) {
   if (base.target == "/") base.target.clear();
-  base.target += target;
+  base.target += suffix;
   return base;
 }
 
-/// Points in time are sums: a time that means "for ever" must not overflow them.
+/// Limits all times to a year: a longer one, meant as "for ever", would overflow when it is added to a point in time.
 inline settings with_bounded_times(settings configuration) {
   constexpr std::chrono::hours year(365 * 24);
   for (auto* time : {&configuration.connect_timeout, &configuration.idle_timeout,
@@ -4229,7 +4236,7 @@ inline settings with_bounded_times(settings configuration) {
   return configuration;
 }
 
-/// Settings, transport and what is learned between calls. Safe to use from several threads.
+/// Settings, transport, credentials, and answers that later calls need again. Safe to use from several threads.
 class session {
  public:
   session(settings configuration, transport_ref transport, cache_policy policy_)
@@ -4238,9 +4245,9 @@ class session {
 
   const settings config;
   const cache_policy policy;
-  const result<url> base;  // the base URL, or what is wrong with it
+  const result<url> base;  // the base URL, or the reason why it cannot be used
 
-  /// Whether the settings are fit for a request; warnings are passed on here.
+  /// Checks that the settings allow a request. Passes their warnings on, once.
   result<void> ready();
 
   /// One exchange, redirects followed (RFC 9110, section 15.4; at most 10, never from https to http). `here` is where to
@@ -4250,17 +4257,17 @@ class session {
   result<answer> send(call& of, http_request request, const std::string& authorization, body_sink& sink,
                       url& here, const std::function<void(const url&)>& redirected = {});
 
-  /// An Authorization value for the base URL; empty where no credentials are to be had.
-  result<std::string> authorization(call& of);
-  /// What a server said, fit for messages: one that repeats what it was sent must not make us repeat it.
+  /// The value of Authorization for the base URL, or "" if there are no credentials.
+  result<std::string> authorization(call& user_call);
+  /// Removes credentials from a server's words, for messages: a server may repeat the request's header in them.
   [[nodiscard]] std::string without_secrets(std::string said, const std::string& authorization) const;
-  /// For messages about refused or missing credentials.
+  /// The part of a message that says which credentials were refused or missing, and what to do.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
-  /// The status that came, in the service's words where it has any.
-  [[nodiscard]] std::string status_text(const answer& got, const url& from,
+  /// The HTTP status for messages, with the service's words if the answer has any.
+  [[nodiscard]] std::string status_text(const answer& got, const url& address,
                                         const std::string& authorization) const;
-  /// An error for a status that is not what was hoped for.
-  [[nodiscard]] error status_error(const std::string& what, const answer& got, const url& from,
+  /// The error for an unexpected HTTP status.
+  [[nodiscard]] error status_error(const std::string& task, const answer& got, const url& address,
                                    const std::string& authorization) const;
 
   void warn(const std::string& text) const {
@@ -4271,29 +4278,29 @@ class session {
     }
   }
 
-  std::atomic<bool> told_of_receipts{false};  // that they cannot be written: once is enough
-  std::mutex mutex;                           // guards what follows
-  std::optional<std::string> default_entity;  // as the server told
+  std::atomic<bool> told_of_receipts{false};  // the warning that receipts cannot be written is given once
+  std::mutex mutex;                           // guards the members below
+  std::optional<std::string> default_entity;  // the account's, once the service was asked
 
  private:
   void add_credentials(http_request& request, bool home, const std::string& authorization) const;
-  std::string error_message(const answer& got, const url& from, const std::string& authorization) const;
-  result<std::string> bearer(call& of);
-  result<access_token> exchange_identity(call& of);
+  std::string error_message(const answer& got, const url& address, const std::string& authorization) const;
+  result<std::string> bearer(call& user_call);
+  result<access_token> exchange_identity(call& user_call);
 
   transport_ref transport_;
   std::atomic<bool> warned_{false};
   std::optional<std::string> netrc_key_;
   access_token token_;
-  bool exchanging_ = false;  // one call is getting a token, the others wait
+  bool exchanging_ = false;  // one call exchanges the identity token, the others wait
   std::condition_variable exchanged_;
 };
 
 inline result<void> session::ready() {
   if (config.offline) {
-    return error(errc::offline, "offline mode (WANDB_MODE), so nothing can be asked of " +
+    return error(errc::offline, "offline mode (WANDB_MODE): no requests to " +
                                     (base ? base->redacted() : "the service") +
-                                    ": restore the file where there is a network first, or leave that mode");
+                                    ". Restore the file where there is a network first, or unset WANDB_MODE");
   }
   if (config.problem) return *config.problem;
   auto fields = config.extra_headers;
@@ -4304,7 +4311,7 @@ inline result<void> session::ready() {
     if (!is_header(field.first, field.second)) {
       return error(errc::invalid_argument,
                    "the settings' value for the header " + in_quotes(field.first) +
-                       " cannot be sent: it has control characters, or the name is none");
+                       " cannot be sent: the value has control characters, or the name is malformed");
     }
   }
   if (!base) return base.error();
@@ -4312,7 +4319,7 @@ inline result<void> session::ready() {
     for (const auto& text : config.warnings) warn(text);
     if (!config.verify_tls && base->scheme == "https") {
       warn("certificates are not checked (WANDB_INSECURE_DISABLE_SSL): "
-           "anybody on the way can read the API key and change the files");
+           "anyone between here and the server can read the API key and change the files");
     }
   }
   return {};
@@ -4369,7 +4376,7 @@ inline result<answer> session::send(call& of, http_request request, const std::s
                                              ": is the base URL right, or does a proxy ask for a login?");
 }
 
-/// The one place where credentials meet a request.
+/// Adds the credentials to a request. `home`: it goes to an address under the base URL; other addresses get none of them.
 inline void session::add_credentials(http_request& request, bool home,
                                      const std::string& authorization) const {
   if (home && !authorization.empty()) add_header(request.headers, "Authorization", authorization);
@@ -4383,14 +4390,13 @@ inline void session::add_credentials(http_request& request, bool home,
   }
 }
 
-inline result<std::string> session::authorization(call& of) {
+inline result<std::string> session::authorization(call& user_call) {
   if (auto good = ready(); !good) return good.error();
   const bool has_key = !trim(config.api_key).empty();
-  if (!config.identity_token_file.empty() && !has_key) return bearer(of);
+  if (!config.identity_token_file.empty() && !has_key) return bearer(user_call);
   std::string key(trim(config.api_key));  // secrets are often mounted with a line break at their end
   if (!has_key) {
-    std::vector<std::string>
-        warnings;  // passed on without the lock: the caller's function may use this client
+    std::vector<std::string> warnings;  // given without the lock: the program's function may use this client
     {
       const std::lock_guard<std::mutex> guard(mutex);
       if (!netrc_key_) netrc_key_ = api_key_from_netrc(config, *base, warnings);
@@ -4407,14 +4413,15 @@ inline result<std::string> session::authorization(call& of) {
   return "Basic " + base64_encode("api:" + key);
 }
 
-/// The token in hand or the shared one, as long as it lasts; otherwise one exchange, for all who wait.
-inline result<std::string> session::bearer(call& of) {
+/// The access token of this session or of the shared file, if it does not expire soon. Otherwise one call exchanges the
+/// identity token, and the others wait for it.
+inline result<std::string> session::bearer(call& user_call) {
   if (!base) return base.error();
   const auto keys = shared_token_keys(config.base_url, *base);
   {
     std::unique_lock<std::mutex> held(mutex);
     while (exchanging_) {
-      if (of.cancelled()) return of.why_cancelled();
+      if (user_call.cancelled()) return user_call.why_cancelled();
       exchanged_.wait_for(held, milliseconds(50));
     }
     for (const auto& key : keys) {
@@ -4424,7 +4431,7 @@ inline result<std::string> session::bearer(call& of) {
     if (token_.lasts()) return "Bearer " + token_.value;
     exchanging_ = true;
   }
-  auto got = exchange_identity(of);
+  auto got = exchange_identity(user_call);
   result<void> kept;
   if (got && !config.credentials_file.empty()) {
     kept = write_shared_token(config.credentials_file, keys.front(), *got);
@@ -4440,13 +4447,13 @@ inline result<std::string> session::bearer(call& of) {
   return "Bearer " + got->value;
 }
 
-/// RFC 7523: a signed statement of identity for an access token.
-inline result<access_token> session::exchange_identity(call& of) {
+/// Exchanges the identity token for an access token (RFC 7523, section 2.1).
+inline result<access_token> session::exchange_identity(call& user_call) {
   const auto identity = read_small_file(from_utf8(config.identity_token_file), 64 * 1024);
-  if (!identity && starts_with(config.identity_token_file, "eyJ")) {  // how a JWT begins: not to be repeated
+  if (!identity && starts_with(trim(config.identity_token_file), "eyJ")) {  // a JWT, which is a secret
     return error(
         errc::invalid_argument,
-        "WANDB_IDENTITY_TOKEN_FILE takes the name of a file that holds the identity token, not the token");
+        "WANDB_IDENTITY_TOKEN_FILE must be the name of a file with the identity token, not the token");
   }
   if (!identity) {
     return error(errc::invalid_argument,
@@ -4462,10 +4469,10 @@ inline result<access_token> session::exchange_identity(call& of) {
   request.body = "grant_type=" + percent_encode("urn:ietf:params:oauth:grant-type:jwt-bearer") +
                  "&assertion=" + percent_encode(trim(*identity));
   const std::string what = "exchanging the identity token at " + base->redacted();
-  for (backoff tries(of);;) {
+  for (backoff tries(user_call);;) {
     collecting_sink body(64 * 1024);
     url here = join_path(*base, "/oidc/token");
-    auto got = send(of, request, {}, body, here);
+    auto got = send(user_call, request, {}, body, here);
     error failure(errc::protocol_violation, what + ": the answer has no access token; is " + config.base_url +
                                                 " the base URL of a W&B server?");
     if (body.overflow) return failure;
@@ -4517,7 +4524,7 @@ inline std::string session::credentials_hint(const std::string& authorization) c
                    page;
 }
 
-/// What a backend says in an error body: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
+/// The messages of an error body, joined: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
 inline std::string backend_message(const json& body) {
   std::string joined;
   const auto add = [&](const json& one) {
@@ -4534,7 +4541,7 @@ inline std::string session::without_secrets(std::string said, const std::string&
     const auto at = text.find(mark);
     return at == text.npos ? std::string() : text.substr(at + 1);
   };
-  constexpr std::size_t shortest = 4;  // what is shorter is no secret, and would tear words apart
+  constexpr std::size_t shortest = 4;  // a shorter value is no secret, and occurs in many words
   const auto hide = [&](const std::string& secret) {
     if (secret.size() >= shortest) said = replace_all(said, secret, "***");
   };
@@ -4549,9 +4556,9 @@ inline std::string session::without_secrets(std::string said, const std::string&
   return said;
 }
 
-/// The service's own words for what is not there, or hidden. A router that knows no such page says "not found", too; as
-/// programs start afresh where a run is missing, that has to be what is meant.
-inline errc what_is_missing(std::string_view said, errc otherwise) {
+/// The code for an error message of the service which says that a run or file does not exist; `otherwise` for others. "not
+/// found" alone is not enough: a web server says so of any page, and programs start afresh where a run is missing.
+inline errc code_of_missing(std::string_view said, errc otherwise) {
   if (!contains_ignoring_case(said, "not found") && !contains_ignoring_case(said, "could not find"))
     return otherwise;
   for (const char* one : {"run", "project", "entity"}) {
@@ -4560,26 +4567,26 @@ inline errc what_is_missing(std::string_view said, errc otherwise) {
   return has_word(said, "file") ? errc::file_not_found : otherwise;
 }
 
-/// Empty for storage, whose bodies may repeat signatures.
-inline std::string session::error_message(const answer& got, const url& from,
+/// The service's words in an answer. Empty for answers of storage, which may contain signatures.
+inline std::string session::error_message(const answer& got, const url& address,
                                           const std::string& authorization) const {
-  if (!base || !under_base(*base, from)) return {};
+  if (!base || !under_base(*base, address)) return {};
   return without_secrets(backend_message(parse_json(got.body)), authorization);
 }
 
-inline std::string session::status_text(const answer& got, const url& from,
+inline std::string session::status_text(const answer& got, const url& address,
                                         const std::string& authorization) const {
-  const auto said = error_message(got, from, authorization);
+  const auto said = error_message(got, address, authorization);
   return "HTTP status " + std::to_string(got.head.status) + (said.empty() ? said : ", " + in_quotes(said));
 }
 
-inline error session::status_error(const std::string& what, const answer& got, const url& from,
+inline error session::status_error(const std::string& task, const answer& got, const url& address,
                                    const std::string& authorization) const {
   const int status = got.head.status;
-  std::string text = what + ": " + status_text(got, from, authorization);
-  if (base && under_base(*base, from)) {
+  std::string text = task + ": " + status_text(got, address, authorization);
+  if (base && under_base(*base, address)) {
     const std::string said = backend_message(parse_json(got.body));
-    const auto missing = what_is_missing(said, errc::http_failure);
+    const auto missing = code_of_missing(said, errc::http_failure);
     const bool forbidden = status == 403 || contains_ignoring_case(said, "permission denied");
     if (status == 401)
       return error(errc::not_authenticated, text + "; " + credentials_hint(authorization), status);
@@ -4588,14 +4595,15 @@ inline error session::status_error(const std::string& what, const answer& got, c
                    text + "; " +
                        (authorization.empty()
                             ? credentials_hint(authorization)
-                            : "this account may not see it: ask its owner, or use another key"),
+                            : "this account may not see it: ask the owner, or use another key"),
                    status);
     }
     if (status == 404 && missing != errc::http_failure) {
       return error(missing,
                    text + "; " +
-                       (authorization.empty() ? credentials_hint(authorization)
-                                              : "check the run path, and that this key may see the run"),
+                       (authorization.empty()
+                            ? credentials_hint(authorization)
+                            : "check the run path, and that the key belongs to the right account"),
                    status);
     }
   }
@@ -4619,10 +4627,10 @@ inline std::string plain_name(std::string_view name) {
   return joined;
 }
 
-/// How many characters have to be inserted, left out or replaced to make one text of the other (Levenshtein).
+/// The number of characters to insert, delete or replace that turns one text into the other (Levenshtein distance).
 inline std::size_t edit_distance(std::string_view a, std::string_view b) {
-  std::vector<std::size_t> row(b.size() +
-                               1);  // distances of the beginning of `a` so far to each beginning of `b`
+  // The distances between the current prefix of `a` and each prefix of `b`.
+  std::vector<std::size_t> row(b.size() + 1);
   for (std::size_t j = 0; j < row.size(); ++j) row[j] = j;
   for (std::size_t i = 0; i < a.size(); ++i) {
     std::size_t diagonal = std::exchange(row[0], i + 1);
@@ -4635,14 +4643,15 @@ inline std::size_t edit_distance(std::string_view a, std::string_view b) {
   return row.back();
 }
 
-/// Up to three of the names that somebody may have meant who wrote `name`, nearest first: of the same spelling but for a few
-/// characters, whatever their case, or of the same last part in another directory.
+/// Up to three names that a user who wrote `name` may have meant, nearest first: names that differ in a few characters (case
+/// does not count), and names with the same last part in another directory.
 inline std::vector<std::string> nearest_names(std::string_view name, const std::vector<std::string>& names) {
-  constexpr std::size_t max_bytes = 512;  // of a name that is looked at: each comparison takes their product
+  constexpr std::size_t max_bytes =
+      512;  // longer names are skipped: a comparison takes the product of both lengths
   const auto last_part = [](std::string_view text) { return text.substr(text.rfind('/') + 1); };
   const std::string wanted = lower(name.substr(0, max_bytes));
   const std::size_t most = (std::max<std::size_t>)(1, wanted.size() / 3);
-  std::vector<std::pair<std::size_t, std::string>> near;
+  std::vector<std::pair<std::size_t, std::string>> similar;
   for (const auto& one : names) {
     if (one.empty() || one.size() > max_bytes) continue;
     const std::string candidate = lower(one);
@@ -4650,54 +4659,55 @@ inline std::vector<std::string> nearest_names(std::string_view name, const std::
     const auto shorter = (std::min)(candidate.size(), wanted.size());
     std::size_t distance = longer - shorter > most ? most + 1 : edit_distance(wanted, candidate);
     if (last_part(candidate) == last_part(wanted)) distance = (std::min<std::size_t>)(distance, 1);
-    if (distance <= most) near.emplace_back(distance, one);
+    if (distance <= most) similar.emplace_back(distance, one);
   }
-  std::sort(near.begin(), near.end());
-  if (near.size() > 3) near.resize(3);
+  std::sort(similar.begin(), similar.end());
+  if (similar.size() > 3) similar.resize(3);
   std::vector<std::string> found;
-  for (auto& one : near) found.push_back(std::move(one.second));
+  for (auto& one : similar) found.push_back(std::move(one.second));
   return found;
 }
 
-/// A file of a run as the service knows it, and where to get it.
+/// A file of a run, and the address to fetch it from.
 struct remote_file {
   file_info info;
-  std::string address;  // absolute; may be signed: never for messages
+  std::string address;  // absolute; its query may be a signature: not for messages
 };
 
-/// The questions that are put to the service over GraphQL, and what their answers mean.
+/// Asks the service over GraphQL, checks its answers and turns them into results.
 class service {
  public:
-  service(session& with, call& of) : session_(with), call_(of) {}
+  service(session& shared_session, call& user_call) : session_(shared_session), call_(user_call) {}
 
-  /// Asks in one request whether the run and the file exist, and for the file's address, size and md5. A name that is not
-  /// the plain spelling of a path ("./a", "d//a") is looked for as it is given, then as the plain one.
+  /// Asks in one request whether the run and the file exist, and for the file's address, size and md5. Of a name such as
+  /// "./a" or "d//a" both spellings are asked for, the given one and the plain one; the given one counts first. If there is
+  /// no such file, one more request finds names to suggest.
   result<remote_file> find_file(const run_path& run, const std::string& name);
   /// All files of a run, one request for each page of 500. Their number is bounded.
   result<std::vector<file_info>> list_files(const run_path& run);
-  /// The entity that a run path without one means; asked for once a session.
+  /// The account's default entity, for run paths without one. The service is asked once per session.
   result<std::string> default_entity();
 
  private:
-  static constexpr std::size_t max_answer = 16 * 1024 * 1024;   // bytes; a page of files is far below that
+  static constexpr std::size_t max_answer = 8 * 1024 * 1024;    // bytes; a page of files has about 1 MiB
   static constexpr std::size_t max_listed = 128 * 1024 * 1024;  // bytes in memory: about half a million files
   static constexpr std::size_t max_pages = 5000;
   static constexpr std::int64_t page_size = 500;  // files
 
   enum class retries { until_timeout, none };
-  result<json_document> ask(const std::string& what, const char* query, json variables,
+  result<json_document> ask(const std::string& task, const char* query, json variables,
                             retries wanted = retries::until_timeout);
-  result<json_document> ask_once(const std::string& what, const std::string& authorization,
+  result<json_document> ask_once(const std::string& task, const std::string& authorization,
                                  const std::string& body);
-  result<json_document> files_page(const std::string& what, const run_path& run, json variables,
+  result<json_document> files_page(const std::string& task, const run_path& run, json variables,
                                    retries wanted = retries::until_timeout);
   std::string hint_for_missing(const run_path& run, const std::string& name);
-  [[nodiscard]] result<void> check_answered(const std::string& what, const char* kind, const json& answered,
+  [[nodiscard]] result<void> check_answered(const std::string& task, const char* kind, const json& answered,
                                             const std::string& asked) const;
-  [[nodiscard]] error wrong_answer(const std::string& what, const char* kind, const std::string& name) const;
+  [[nodiscard]] error wrong_answer(const std::string& task, const char* kind, const std::string& name) const;
   [[nodiscard]] static file_info info_of(const json& node);
-  [[nodiscard]] result<remote_file> file_of(const std::string& what, const json& node) const;
-  [[nodiscard]] result<std::string> address_of(const std::string& what, const json& node) const;
+  [[nodiscard]] result<remote_file> file_of(const std::string& task, const json& node) const;
+  [[nodiscard]] result<std::string> address_of(const std::string& task, const json& node) const;
   [[nodiscard]] std::string host() const {
     const auto& base = session_.base;
     return base ? base->host : "the service";
@@ -4708,7 +4718,7 @@ class service {
   bool anonymous_ = false;
 };
 
-inline result<json_document> service::ask(const std::string& what, const char* query, json variables,
+inline result<json_document> service::ask(const std::string& task, const char* query, json variables,
                                           retries wanted) {
   if (auto good = session_.ready(); !good) return good.error();
   auto authorization = session_.authorization(call_);
@@ -4719,13 +4729,13 @@ inline result<json_document> service::ask(const std::string& what, const char* q
   set_member(question, "variables", std::move(variables));
   const std::string body = write_json(question);
   for (backoff tries(call_);;) {
-    auto data = ask_once(what, *authorization, body);
+    auto data = ask_once(task, *authorization, body);
     if (data || wanted == retries::none) return data;
     if (auto end = tries.wait_after(data.error())) return *end;
   }
 }
 
-inline result<json_document> service::ask_once(const std::string& what, const std::string& authorization,
+inline result<json_document> service::ask_once(const std::string& task, const std::string& authorization,
                                                const std::string& body) {
   http_request request;
   request.method = "POST";
@@ -4742,11 +4752,11 @@ inline result<json_document> service::ask_once(const std::string& what, const st
   auto got = session_.send(call_, std::move(request), authorization, answered, here);
   if (answered.overflow) {
     return error(errc::protocol_violation,
-                 what + ": the answer of " + host() + " is longer than " + readable_bytes(max_answer));
+                 task + ": the answer of " + host() + " is longer than " + readable_bytes(max_answer));
   }
   if (!got) return error(got.error());
   if (got->head.status != 200) {
-    const error failure = session_.status_error(what + " at " + host(), *got, here, authorization);
+    const error failure = session_.status_error(task + " at " + host(), *got, here, authorization);
     if (failure.http_status() != 404 || failure.code() != errc::http_failure) return failure;
     return error(failure.code(),
                  std::string(failure.what()) + "; is " + session_.config.base_url +
@@ -4756,31 +4766,30 @@ inline result<json_document> service::ask_once(const std::string& what, const st
   const json body_read = parse_json(answered.text);
   if (!body_read.is_object()) {
     return error(errc::protocol_violation,
-                 what + ": the answer of " + host() +
-                     " is not what a W&B server sends (no JSON object, or one nested too deep): is " +
-                     session_.config.base_url + " its base URL?",
+                 task + ": the answer of " + host() + " is no JSON object, or one nested too deep: is " +
+                     session_.config.base_url + " the base URL of a W&B server?",
                  200);
   }
   const auto said = backend_message(body_read);
   if (!said.empty() || !member(body_read, "errors").empty()) {
-    const std::string full = what + ": " + host() + " answers " +
-                             (said.empty() ? "with errors that say nothing"
+    const std::string full = task + ": " + host() + " answered " +
+                             (said.empty() ? "with errors that have no message"
                                            : in_quotes(session_.without_secrets(said, authorization)));
     if (contains_ignoring_case(said, "permission denied") || contains_ignoring_case(said, "access denied")) {
       return error(errc::permission_denied,
                    full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
     }
-    const auto code = what_is_missing(said, errc::http_failure);
+    const auto code = code_of_missing(said, errc::http_failure);
     const bool may_be_hidden = anonymous_ && code != errc::http_failure;
     return error(code, full + (may_be_hidden ? "; " + session_.credentials_hint({}) : std::string()), 200);
   }
   return json_document{member(body_read, "data")};
 }
 
-/// `project(...).run(...).files` of the answer.
-inline result<json_document> service::files_page(const std::string& what, const run_path& run, json variables,
+/// Asks for files of a run. Returns `project.run.files` of the answer.
+inline result<json_document> service::files_page(const std::string& task, const run_path& run, json variables,
                                                  retries wanted) {
-  // The names of the variables are the SDK's (RunFiles in wandb/apis/public/files.py).
+  // The variables have the SDK's names (RunFiles in wandb/apis/public/files.py).
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
       "$fileLimit: Int = 50, $fileNames: [String] = [], $pattern: String) { "
@@ -4791,47 +4800,47 @@ inline result<json_document> service::files_page(const std::string& what, const 
   set_member(variables, "project", json_text(run.project));
   set_member(variables, "entity", json_text(run.entity));
   set_member(variables, "name", json_text(run.run_id));
-  auto data = ask(what, query, std::move(variables), wanted);
+  auto data = ask(task, query, std::move(variables), wanted);
   if (!data) return data;
   if (!has_member(data->root, "project")) {
-    return error(errc::protocol_violation, what + ": the answer of " + host() + " has no project in it");
+    return error(errc::protocol_violation, task + ": the answer of " + host() + " has no field \"project\"");
   }
   const json& project = member(data->root, "project");
   const json& found = member(project, "run");
-  if (auto good = check_answered(what, "project", project, run.project); !good) return good.error();
-  if (auto good = check_answered(what, "run", found, run.run_id); !good) return good.error();
+  if (auto good = check_answered(task, "project", project, run.project); !good) return good.error();
+  if (auto good = check_answered(task, "run", found, run.run_id); !good) return good.error();
   const bool no_project = project.is_null();
   if (no_project || (has_member(project, "run") && found.is_null())) {
-    return error(errc::run_not_found, what + ": " + host() + " knows no " +
-                                          (no_project ? "project " + in_quotes(run.entity + "/" + run.project)
-                                                      : "run " + in_quotes(run.str())) +
-                                          " that may be seen " +
-                                          (anonymous_ ? "without a key; " + session_.credentials_hint({})
-                                                      : std::string("with this key; check the run path")));
+    const std::string missing =
+        no_project ? "project " + in_quotes(run.entity + "/" + run.project) : "run " + in_quotes(run.str());
+    return error(errc::run_not_found,
+                 task + ": " + host() + " has no " + missing +
+                     (anonymous_
+                          ? ", or does not show it without a key: " + session_.credentials_hint({})
+                          : std::string(", or this API key may not see it: check the run path, and that "
+                                        "the key belongs to the right account")));
   }
   const json& files = member(found, "files");
   if (!found.is_object() || !member(files, "edges").is_array()) {
-    return error(errc::protocol_violation,
-                 what + ": the answer of " + host() + " has no list of files in it");
+    return error(errc::protocol_violation, task + ": the answer of " + host() + " has no list of files");
   }
   return json_document{files};
 }
 
-/// Refuses an answer about something else than what was asked for: a connection or a cache between the service and this
-/// program may have mixed up two answers. A name that is not told is passed over; one that differs in case alone is the same,
-/// as databases may compare them so.
-inline result<void> service::check_answered(const std::string& what, const char* kind, const json& answered,
+/// Checks that an answer is about the project or run that was asked for: a connection or a cache on the way may have mixed up
+/// two answers. An answer without a name passes, and so does one whose name differs in case alone, as in the database.
+inline result<void> service::check_answered(const std::string& task, const char* kind, const json& answered,
                                             const std::string& asked) const {
   const std::string name = text_of(member(answered, "name"));
   if (name.empty() || equal_ignoring_case(name, asked)) return {};
-  return wrong_answer(what, kind, name);
+  return wrong_answer(task, kind, name);
 }
 
-inline error service::wrong_answer(const std::string& what, const char* kind, const std::string& name) const {
+inline error service::wrong_answer(const std::string& task, const char* kind, const std::string& name) const {
   return error(errc::protocol_violation,
-               what + ": " + host() + " answered about the " + kind + " " +
+               task + ": " + host() + " answered about the " + kind + " " +
                    in_quotes(std::string_view(name)) +
-                   " instead: try again; if it happens again, look at the proxies in between");
+                   " instead: try again; if it happens again, check the proxies on the way");
 }
 
 inline file_info service::info_of(const json& node) {
@@ -4840,49 +4849,51 @@ inline file_info service::info_of(const json& node) {
   info.md5 = normalised_md5(trim(text_of(member(node, "md5"))));
   info.mimetype = text_of(member(node, "mimetype"));
   info.updated_at = text_of(member(node, "updatedAt"));
-  const json& size = member(node, "sizeBytes");  // a number or a string; the SDK reads null as 0
+  const json& size = member(node, "sizeBytes");  // a number, a string or null
   if (const auto* number = size.get_ptr<const json::number_unsigned_t*>()) info.size = *number;
   if (size.is_string()) info.size = to_number(text_of(size));
-  if (info.size == std::uint64_t{0} && info.md5 != md5().finish()) info.size.reset();  // 0 may stand for null
+  if (info.size == std::uint64_t{0} && info.md5 != md5().finish())
+    info.size.reset();  // some servers send 0 for an unknown size
   return info;
 }
 
-inline result<std::string> service::address_of(const std::string& what, const json& node) const {
+inline result<std::string> service::address_of(const std::string& task, const json& node) const {
   std::string address = text_of(member(node, "url"));
   if (address.empty()) address = text_of(member(node, "directUrl"));
   if (address.empty()) {
-    return error(errc::protocol_violation, what + ": the answer of " + host() + " tells no address for it");
+    return error(errc::protocol_violation,
+                 task + ": the answer of " + host() + " has no address for the file");
   }
   const auto end_of_scheme = address.find_first_of(":/?#");
   const bool has_scheme = end_of_scheme != address.npos && address[end_of_scheme] == ':';
   const std::string shown = in_quotes(redacted_address(address));
   if (has_scheme && !starts_with(lower(address), "http")) {
-    return error(errc::protocol_violation, what + ": it is a reference to " + shown +
-                                               ", which is kept elsewhere and not served over HTTP");
+    return error(errc::protocol_violation, task + ": the file is a reference to " + shown +
+                                               ", which is stored elsewhere and not served over HTTP");
   }
   const auto& base = session_.base;
   if (!base) return base.error();
   const auto absolute = base->resolve(address);
-  if (!absolute) return error(errc::protocol_violation, what + ": " + absolute.error().what());
+  if (!absolute) return error(errc::protocol_violation, task + ": " + absolute.error().what());
   if (base->scheme == "https" && absolute->scheme == "http") {
-    return error(errc::protocol_violation, what + ": its address " + shown + " is not https: refused");
+    return error(errc::protocol_violation, task + ": the address " + shown + " is not https: refused");
   }
   return absolute->str();
 }
 
-inline result<remote_file> service::file_of(const std::string& what, const json& node) const {
-  auto address = address_of(what, node);
+inline result<remote_file> service::file_of(const std::string& task, const json& node) const {
+  auto address = address_of(task, node);
   if (!address) return address.error();
   auto info = info_of(node);
   if (info.size && *info.size > std::uint64_t{1} << 62) {
-    return error(errc::protocol_violation,
-                 what + ": " + host() + " tells a size that cannot be: " + std::to_string(*info.size));
+    return error(errc::protocol_violation, task + ": " + host() + " gives an impossible size: " +
+                                               std::to_string(*info.size) + " bytes");
   }
   return remote_file{std::move(info), *std::move(address)};
 }
 
 inline result<remote_file> service::find_file(const run_path& run, const std::string& name) {
-  const std::string what = "looking for " + in_quotes(name) + " in " + run.str();
+  const std::string task = "looking for " + in_quotes(name) + " in " + run.str();
   const std::string plain = plain_name(name);
   const bool has_other_spelling = plain != name;
   json names = json_array_of(json_text(name));
@@ -4890,7 +4901,7 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
   json variables = json_object();
   set_member(variables, "fileNames", std::move(names));
   set_member(variables, "fileLimit", json_number(has_other_spelling ? 2 : 1));
-  auto files = files_page(what, run, std::move(variables));
+  auto files = files_page(task, run, std::move(variables));
   if (!files) return files.error();
   const json *exact = nullptr, *similar = nullptr, *never_uploaded = nullptr, *unrelated = nullptr;
   for (const json& edge : elements(member(files->root, "edges"))) {
@@ -4905,22 +4916,23 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
       (told == name || told.empty() ? exact : similar) = &node;
     }
   }
-  if (const json* found = exact ? exact : similar) return file_of(what, *found);
-  if (unrelated && !never_uploaded) return wrong_answer(what, "file", text_of(member(*unrelated, "name")));
+  if (const json* found = exact ? exact : similar) return file_of(task, *found);
+  if (unrelated && !never_uploaded) return wrong_answer(task, "file", text_of(member(*unrelated, "name")));
   const auto hint = hint_for_missing(run, plain);
   if (never_uploaded) {
-    // The service says the same of every name that it does not know.
+    // The service answers the same about every name that it does not know.
     return error(errc::file_not_found,
-                 what + ": " + host() + " says that it was never uploaded: either the name is wrong (" +
-                     hint + "), or the run is still to upload it: then try again later");
+                 task + ": " + host() +
+                     " says that this file was never uploaded: either the name is wrong (" + hint +
+                     "), or the run has not uploaded it yet: then try again later");
   }
-  return error(errc::file_not_found, what + ": the run has no such file at " + host() + ": " + hint);
+  return error(errc::file_not_found, task + ": the run has no such file at " + host() + ": " + hint);
 }
 
-/// Suggestions for a name that is not there, from the first page of the run's names. Asked once: the answer to the user's
-/// question is known already, and must not wait for this one.
+/// Suggestions for a name that does not exist, from the first page of the run's files. Not retried: the failure is known
+/// already, and its message must not wait for them.
 inline std::string service::hint_for_missing(const run_path& run, const std::string& name) {
-  const std::string list = "`wandb-restore --list` shows the names of its files";
+  const std::string list = "`wandb-restore --list` shows the names of the run's files";
   json variables = json_object();
   set_member(variables, "fileLimit", json_number(page_size));
   const auto files =
@@ -4940,17 +4952,17 @@ inline std::string service::hint_for_missing(const run_path& run, const std::str
            (plain ? " '" + pattern + "'" : "") +
            "` shows the files in it, and each is restored by its own name";
   }
-  const auto near = nearest_names(name, names);
-  if (near.empty()) return list;
+  const auto similar = nearest_names(name, names);
+  if (similar.empty()) return list;
   std::string question = "did you mean ";
-  for (std::size_t i = 0; i < near.size(); ++i) {
-    question += (i == 0 ? "" : i + 1 < near.size() ? ", " : " or ") + in_quotes(near[i]);
+  for (std::size_t i = 0; i < similar.size(); ++i) {
+    question += (i == 0 ? "" : i + 1 < similar.size() ? ", " : " or ") + in_quotes(similar[i]);
   }
   return question + "?";
 }
 
 inline result<std::vector<file_info>> service::list_files(const run_path& run) {
-  const std::string what = "listing the files of " + run.str();
+  const std::string task = "listing the files of " + run.str();
   std::vector<file_info> all;
   std::size_t bytes = 0;
   std::set<std::string> seen;
@@ -4958,7 +4970,7 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
     json variables = json_object();
     set_member(variables, "fileLimit", json_number(page_size));
     if (!cursor.empty()) set_member(variables, "fileCursor", json_text(cursor));
-    auto files = files_page(what, run, std::move(variables));
+    auto files = files_page(task, run, std::move(variables));
     if (!files) return files.error();
     std::string last;
     for (const json& edge : elements(member(files->root, "edges"))) {
@@ -4973,12 +4985,13 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
     if (last.empty()) last = text_of(member(page, "endCursor"));
     if (!is_true(member(page, "hasNextPage")) || last.empty()) return all;
     if (bytes > max_listed || seen.size() >= max_pages) {
-      return error(errc::protocol_violation, what + ": " + host() + " tells of too many files: " +
+      return error(errc::protocol_violation, task + ": " + host() + " lists too many files: " +
                                                  std::to_string(all.size()) + " so far, and more to come");
     }
     if (!seen.insert(last).second) {
-      return error(errc::protocol_violation, what + ": " + host() + " tells the same page again and again");
+      return error(errc::protocol_violation, task + ": " + host() + " sends the same page again and again");
     }
+    bytes += last.size();
     cursor = last;
   }
 }
@@ -4988,14 +5001,14 @@ inline result<std::string> service::default_entity() {
     const std::lock_guard<std::mutex> guard(session_.mutex);
     if (session_.default_entity) return *session_.default_entity;
   }
-  const std::string what = "asking for the account's default entity";
-  auto data = ask(what, "query Viewer { viewer { id entity } }", json_object());
+  const std::string task = "asking for the account's default entity";
+  auto data = ask(task, "query Viewer { viewer { id entity } }", json_object());
   if (!data) return data.error();
   const std::string entity = text_of(member(member(data->root, "viewer"), "entity"));
   if (entity.empty()) {
     return error(errc::invalid_run_path,
-                 what + ": " + host() +
-                     " tells none; set WANDB_ENTITY or name it in the run path (entity/project/run_id)" +
+                 task + ": " + host() +
+                     " names none; set WANDB_ENTITY, or name it in the run path (entity/project/run_id)" +
                      (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()));
   }
   const std::lock_guard<std::mutex> guard(session_.mutex);
@@ -8278,7 +8291,7 @@ WANDB_RESTORE_PRIVATE_INLINE http_transport::http_transport(const settings& conf
     : state_(std::make_shared<state>(configuration)) {}
 
 WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const http_request& request,
-                                                                        body_sink& sink) {
+                                                                           body_sink& sink) {
   const auto route = detail::request_route::of(request);
   if (!route) return route.error();
   const auto message = detail::request_message(request, *route);

@@ -282,7 +282,7 @@ TEST_SUITE("ini") {
   TEST_CASE("errors name the line") {
     const auto parsed = wandb::detail::parse_ini("[default]\n\n# comment\na = 1\nA = 2\n");
     REQUIRE_FALSE(parsed.has_value());
-    CHECK(std::string(parsed.error().what()) == "line 5: the key \"a\" is there twice");
+    CHECK(std::string(parsed.error().what()) == "line 5: the key \"a\" appears twice");
   }
 
   TEST_CASE("KEY=VALUE lines") {
