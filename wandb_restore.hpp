@@ -5136,20 +5136,6 @@ class progress_reporter {
   clock::time_point reported_ = clock::now();
 };
 
-/// Waits in the caller's thread until the transfer is complete or stopped. Calls `tick` about ten times a second, and
-/// stops the transfer when the call is cancelled or the retry clock has expired.
-inline void supervise(call& user_call, transfer_state& state, retry_clock& retries,
-                      const std::function<void()>& tick) {
-  while (!state.wait(milliseconds(100))) {
-    tick();
-    if (user_call.cancelled()) {
-      state.fail(user_call.why_cancelled());
-    } else if (auto expired = retries.expired()) {
-      state.fail(*expired);
-    }
-  }
-}
-
 // ---- which connection fetches which bytes
 
 /// Bytes [begin, end) of a file.
@@ -5800,9 +5786,9 @@ struct content_range {
   }
 };
 
-// ---- one transfer
+// ---- one request for a file
 
-/// What a transfer is about, and what both kinds of transfer need.
+/// What a transfer is about.
 struct transfer_job {
   session& service_session;
   call& user_call;
@@ -5812,6 +5798,7 @@ struct transfer_job {
   const remote_file& remote;
 
   [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
+  /// Whether the md5 of the file is known and to be checked.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
   [[nodiscard]] error failure(errc code, const url& source, const std::string& what) const {
     return error(code, label() + ": " + source.redacted() + " " + what);
@@ -5820,6 +5807,9 @@ struct transfer_job {
     return failure(errc::checksum_mismatch, source,
                    "has " + std::to_string(size) + " bytes, the service says " +
                        std::to_string(*remote.info.size));
+  }
+  [[nodiscard]] error no_thread() const {
+    return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
   }
   /// Asks the service for the file again. errc::protocol_violation if it is another one by now.
   result<remote_file> ask_again(call& asking_call) const {
@@ -5832,23 +5822,16 @@ struct transfer_job {
     }
     return fresh;
   }
-  [[nodiscard]] file_location::renewal renewal() const {
-    return [this](call& asking_call) -> result<url> {
-      auto fresh = ask_again(asking_call);
-      if (!fresh) return fresh.error();
-      return url::parse(fresh->address);
-    };
-  }
 };
 
-/// Why a request for a file did not bring its bytes, and what is to be done about it.
+/// Why a request did not bring all of its bytes, and what cures that.
 struct setback {
   enum class remedy {
     none,     // there was no failure, or it is cured: go on
-    retry,    // as far as the error is transient
-    fewer,    // the server may want fewer connections; otherwise as `retry`
-    whole,    // ranges do not work here: fetch the whole file; a failure if that was done already
-    restart,  // the file is another one by now: from nothing
+    retry,    // try again if the error is transient
+    fewer,    // as retry, but the server may want fewer connections
+    whole,    // ranges do not work here: fetch the whole file
+    restart,  // the file is another one by now: fetch it from nothing
   };
   remedy cure = remedy::none;
   std::optional<error> failure = {};
@@ -5856,52 +5839,258 @@ struct setback {
   explicit operator bool() const { return failure.has_value(); }
 };
 
-/// Interprets a status that is neither 200 nor 206, of a request at a leased address. `source` is where the redirects led.
-inline setback refused(const transfer_job& job, file_location& location, const file_location::lease& lease,
-                       const answer& got, const url& source, bool is_range,
-                       const std::string& authorization) {
+/// Takes the response to one request for a file.
+class response_taker {
+ public:
+  /// A connection to the file's server stands.
+  virtual void connected() {}
+  /// Checks the head of a response of status 200 or 206.
+  virtual setback begin(const http_response& head, const url& source) = 0;
+  /// Takes a piece of the body. Returns false to stop.
+  virtual bool write(std::string_view bytes) = 0;
+
+ protected:
+  response_taker() = default;
+  response_taker(const response_taker&) = delete;
+  response_taker& operator=(const response_taker&) = delete;
+  ~response_taker() = default;
+};
+
+/// Requests a file from wherever it is, with the entity that the first response had. Thread-safe.
+class file_source {
+ public:
+  file_source(const transfer_job& job, const url& service_address)
+      : job_(job), location_(service_address, [this](call& asking_call) -> result<url> {
+          auto fresh = job_.ask_again(asking_call);
+          if (!fresh) return fresh.error();
+          return url::parse(fresh->address);
+        }) {}
+
+  /// What came of a request.
+  struct outcome {
+    setback problem = {};
+    url address = {};        // where the redirects led
+    bool has_ended = false;  // a response of status 200 or 206 came to its end
+  };
+  /// Makes one request for the bytes from `begin` on; up to `end`, or up to the end of the file if `end` is 0. A request
+  /// for the whole file has no Range. `address_found` is called when the redirects have led away from the service.
+  outcome fetch(call& asking_call, byte_range range, std::function<bool()> is_cancelled,
+                response_taker& taker, const std::function<void()>& address_found = {});
+
+  /// Whether a later response may continue an earlier one without an md5 (RFC 9110, section 15.3.7.3).
+  [[nodiscard]] bool is_pinned() const { return !entity_.strong_tag().empty(); }
+  /// The transfer starts over: the next response may be of another entity.
+  void start_over() { entity_.reset(); }
+
+ private:
+  class guard;
+
+  [[nodiscard]] setback refused(const file_location::lease& lease, const answer& got, const url& address,
+                                bool is_range, const std::string& authorization);
+  [[nodiscard]] setback other_entity(call& asking_call, const url& address);
+
+  const transfer_job& job_;
+  file_location location_;
+  entity_pin entity_;
+};
+
+/// Between the session and the taker: notes the address and the entity of a response.
+class file_source::guard final : public body_sink {
+ public:
+  guard(file_source& source, const file_location::lease& lease, const url& address, response_taker& taker)
+      : source_(source), lease_(lease), address_(address), taker_(taker) {}
+
+  void connected() override { taker_.connected(); }
+  bool start(const http_response& head) override {
+    is_other_entity_ = !source_.entity_.accept(head);
+    if (is_other_entity_) return false;
+    problem_ = taker_.begin(head, address_);
+    if (problem_) return false;
+    source_.location_.found(lease_, address_);
+    source_.location_.served(lease_);
+    return true;
+  }
+  bool write(std::string_view bytes) override {
+    has_body_ = true;
+    return taker_.write(bytes);
+  }
+
+  [[nodiscard]] bool is_other_entity() const { return is_other_entity_; }
+  [[nodiscard]] const setback& problem() const { return problem_; }
+  [[nodiscard]] bool has_body() const { return has_body_; }
+
+ private:
+  file_source& source_;
+  const file_location::lease& lease_;
+  const url& address_;
+  response_taker& taker_;
+  bool is_other_entity_ = false, has_body_ = false;
+  setback problem_;
+};
+
+inline file_source::outcome file_source::fetch(call& asking_call, byte_range range,
+                                               std::function<bool()> is_cancelled, response_taker& taker,
+                                               const std::function<void()>& address_found) {
+  using remedy = setback::remedy;
+  const auto lease = location_.acquire(asking_call);
+  if (!lease) {
+    const bool is_other = lease.error().code() == errc::protocol_violation;
+    return {{is_other ? remedy::restart : remedy::retry, lease.error()}};
+  }
+  const auto& base = job_.service_session.base;
+  result<std::string> authorization{std::string()};
+  if (base && under_base(*base, lease->address))
+    authorization = job_.service_session.authorization(asking_call);
+  if (!authorization) {
+    location_.release(*lease);
+    const error& failure = authorization.error();
+    return {{remedy::retry, error::permanent(failure.code(), failure.what(), failure.http_status())}};
+  }
+  http_request request;
+  const bool is_range = range.begin > 0 || range.end > 0;
+  if (is_range) {
+    const std::string last = range.end > 0 ? std::to_string(range.end - 1) : std::string();
+    add_header(request.headers, "Range", "bytes=" + std::to_string(range.begin) + '-' + last);
+    if (const auto tag = entity_.strong_tag(); !tag.empty()) add_header(request.headers, "If-Range", tag);
+  }
+  request.is_cancelled = std::move(is_cancelled);
+  outcome now;
+  now.address = lease->address;
+  guard sink(*this, *lease, now.address, taker);
+  const auto got = job_.service_session.send(
+      job_.user_call, std::move(request), *authorization, sink, now.address, [&](const url& hop) {
+        if (!address_found || (base && under_base(*base, hop))) return;
+        location_.found(*lease, hop);  // other connections need not wait for the response
+        address_found();
+      });
+  if (sink.is_other_entity()) {
+    now.problem = other_entity(asking_call, now.address);
+  } else if (sink.problem()) {
+    now.problem = sink.problem();
+  } else if (!got) {
+    now.problem = {remedy::fewer, got.error()};
+    if (!sink.has_body()) location_.forget(*lease);
+  } else if (got->head.status != 200 && got->head.status != 206) {
+    now.problem = refused(*lease, *got, now.address, is_range, *authorization);
+  } else {
+    now.has_ended = true;
+  }
+  location_.release(*lease);
+  return now;
+}
+
+/// Interprets a status that is neither 200 nor 206.
+inline setback file_source::refused(const file_location::lease& lease, const answer& got, const url& address,
+                                    bool is_range, const std::string& authorization) {
   using remedy = setback::remedy;
   const int status = got.head.status;
-  error failure =
-      job.service_session.status_error(job.label() + ": " + source.redacted(), got, source, authorization);
-  const auto& base = job.service_session.base;
+  error failure = job_.service_session.status_error(job_.label() + ": " + address.redacted(), got, address,
+                                                    authorization);
+  const auto& base = job_.service_session.base;
   const bool is_own =
-      base && under_base(*base, source) && lease.is_resolving && source.str() == lease.address.str();
+      base && under_base(*base, address) && address.str() == lease.address.str() && lease.is_resolving;
   // Some stores answer 400 to an expired signature, and name it in the body. A node that has lost the file answers 404.
-  const bool expired = status == 401 || status == 403 || status == 410 ||
-                       (status == 404 && location.was_served()) ||
-                       (status == 400 && contains_ignoring_case(got.body, "expired"));
-  if (!is_own && expired) {
-    if (location.renew(lease)) return {};
-    const errc code = status == 401 || status == 403 ? errc::permission_denied : errc::http_failure;
-    return {remedy::fewer, error(code,
-                                 std::string(failure.what()) + ", also with " +
-                                     std::to_string(file_location::most_renewals) + " new addresses",
-                                 status)};
+  const bool has_expired = status == 401 || status == 403 || status == 410 ||
+                           (status == 404 && location_.was_served()) ||
+                           (status == 400 && contains_ignoring_case(got.body, "expired"));
+  if (!is_own && has_expired) {
+    if (location_.renew(lease)) return {};
+    return {remedy::fewer,
+            error(status == 401 || status == 403 ? errc::permission_denied : errc::http_failure,
+                  std::string(failure.what()) + ", also with " +
+                      std::to_string(file_location::most_renewals) + " new addresses",
+                  status)};
   }
   if (is_range && (status == 400 || status == 405 || status == 416 || status == 501))
     return {remedy::whole, failure};
   return {failure.is_transient() ? remedy::fewer : remedy::retry, failure};
 }
 
-/// A file of known size and md5: fetched in ranges by several connections, hashed while it arrives.
-class ranged_transfer {
- public:
-  ranged_transfer(const transfer_job& job, partial_file& destination, const url& service_address)
-      : job_(job), file_(destination), table_(destination), location_(service_address, job.renewal()),
-        retries_(job.user_call), reporter_(job.user_call, job.options, job.name),
-        plan_(connections(), destination.size(), table_.missing()), digest_(destination, table_, state_) {}
-  ranged_transfer(const ranged_transfer&) = delete;
-  ranged_transfer& operator=(const ranged_transfer&) = delete;
-  ~ranged_transfer() { end(); }  // also where the caller's on_progress throws
+/// A response had another entity tag. Either the run has replaced the file, or its servers have tags of their own: the
+/// service knows. In the second case the md5 decides; without one, the parts cannot be combined.
+inline setback file_source::other_entity(call& asking_call, const url& address) {
+  using remedy = setback::remedy;
+  const auto same = job_.ask_again(asking_call);
+  if (!same) {
+    const bool is_other = same.error().code() == errc::protocol_violation;
+    return {is_other ? remedy::restart : remedy::retry, same.error()};
+  }
+  if (job_.is_verified()) {
+    entity_.ignore();
+    return {};
+  }
+  return {remedy::whole,
+          job_.failure(errc::connection_failed, address, "has another entity tag than before")};
+}
 
-  /// Fetches and hashes what is missing. Returns the md5 of the whole file.
-  result<std::string> run();
+// ---- transfers
+
+/// What the two kinds of transfer share: the end, the limits, and the reports to the caller.
+class transfer {
+ public:
+  transfer(const transfer&) = delete;
+  transfer& operator=(const transfer&) = delete;
   /// The file is another one than when the transfer began.
   [[nodiscard]] bool is_replaced() const { return is_replaced_; }
 
+ protected:
+  transfer(const transfer_job& job, partial_file& destination, const url& service_address)
+      : job_(job), file_(destination), source_(job, service_address), retries_(job.user_call),
+        reporter_(job.user_call, job.options, job.name) {}
+  ~transfer() = default;
+
+  /// Waits in the caller's thread until the transfer is complete or stopped. Calls `tick` ten times a second. Stops the
+  /// transfer when the call is cancelled or the retry clock has expired.
+  template <class Tick>
+  void supervise(Tick tick) {
+    while (!state_.wait(milliseconds(100))) {
+      if (reporter_.is_due()) tick();
+      if (job_.user_call.cancelled()) {
+        state_.fail(job_.user_call.why_cancelled());
+      } else if (auto expired = retries_.expired()) {
+        state_.fail(*expired);
+      }
+    }
+  }
+  /// Measures the pace of all connections together. `received` counts the bytes of all responses so far.
+  void measure(std::uint64_t received) {
+    const double lately = static_cast<double>(received - received_before_) / reporter_.elapsed();
+    received_before_ = received;
+    pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
+  }
+  /// Tells the retry clock of progress, if `arrived`, the bytes that are here, has grown. Returns the most there were.
+  std::uint64_t advance(std::uint64_t arrived) {
+    if (arrived > arrived_) retries_.progressed(arrived - arrived_);
+    return arrived_ = (std::max)(arrived_, arrived);
+  }
+
+  const transfer_job& job_;
+  partial_file& file_;
+  file_source source_;
+  retry_clock retries_;
+  transfer_state state_;
+  progress_reporter reporter_;
+  std::atomic<bool> is_replaced_{false};
+  std::atomic<double> pace_{0};  // bytes a second that arrive
+
  private:
-  class range_sink;
+  std::uint64_t received_before_ = 0;  // bytes, at the last tick
+  std::uint64_t arrived_ = 0;          // bytes
+};
+
+/// A file of known size and md5: fetched in ranges by several connections, hashed while it arrives.
+class ranged_transfer final : public transfer {
+ public:
+  ranged_transfer(const transfer_job& job, partial_file& destination, const url& service_address)
+      : transfer(job, destination, service_address), table_(destination),
+        plan_(connections(), destination.size(), table_.missing()), digest_(destination, table_, state_) {}
+  ~ranged_transfer() { end(); }  // also where the caller's on_progress throws
+
+  /// Fetches what is missing. Returns the md5 of the whole file.
+  result<std::string> run();
+
+ private:
+  class range_taker;
   static constexpr int patience = 3;  // failures in a row after which the server may want fewer connections
   static constexpr int most_connections = 64;
 
@@ -5911,57 +6100,42 @@ class ranged_transfer {
     const auto wanted = static_cast<std::uint64_t>((std::min)(job_.options.connections, most_connections));
     return static_cast<std::size_t>((std::min)(wanted, missing / range_plan::first_piece));
   }
+  [[nodiscard]] bool is_over() const { return state_.is_stopped() || state_.is_complete(); }
   void start_workers();
   void work(std::size_t connection);
+  void fetch_range(std::size_t connection, std::string& buffer, milliseconds& park_time);
   bool wait_for_range(std::size_t connection);
   setback fetch(std::size_t connection, std::string& buffer);
-  setback judge(std::size_t connection, const result<answer>& got, const range_sink& sink, const url& source);
-  void confirm_entity(call& asking_call);
   result<void> flush(std::size_t connection, std::string& buffer);
   void flush_whole_blocks(std::size_t connection, std::string& buffer);
   void tick(phase now);
   void end();
 
-  const transfer_job& job_;
-  partial_file& file_;
   block_table table_;
-  file_location location_;
-  entity_pin entity_;
-  retry_clock retries_;
-  transfer_state state_;
-  progress_reporter reporter_;
   range_plan plan_;
-  std::atomic<bool> is_replaced_{false};
-  std::atomic<double> pace_{0};        // bytes a second that arrive
-  std::uint64_t received_before_ = 0;  // bytes, at the last tick
-  std::uint64_t arrived_ = 0;          // bytes that on_progress was told of
   clock::time_point touched_ = clock::now();
   digest_follower digest_;
   std::vector<thread> workers_;  // last: joined before anything they use is destroyed
 };
 
-/// Checks a response against what was asked for and stores its bytes.
-class ranged_transfer::range_sink final : public body_sink {
+/// Checks a response against the range that was asked for, and stores its bytes.
+class ranged_transfer::range_taker final : public response_taker {
  public:
   static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
 
-  range_sink(ranged_transfer& transfer, std::size_t connection, byte_range asked, bool is_range,
-             const file_location::lease& lease, const url& source, std::string& buffer)
+  range_taker(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
       : transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]), asked_(asked),
-        promised_end_(asked.end), is_range_(is_range), lease_(lease), source_(source), buffer_(buffer) {}
+        is_range_(asked.size() < transfer.file_.size()), begin_(asked.begin), promised_end_(asked.end),
+        buffer_(buffer) {}
 
   void connected() override { transfer_.plan_.connected(connection_, clock::now()); }
-  bool start(const http_response& head) override {
+  setback begin(const http_response& head, const url& source) override {
     transfer_.plan_.responded(connection_, clock::now());
-    if (cursor_.is_taken_over() || transfer_.state_.is_stopped()) return false;
-    if (!transfer_.entity_.accept(head)) return is_other_entity_ = true, false;
-    if (auto problem = check(head)) {
-      problem_ = std::move(problem);
-      return false;
-    }
-    transfer_.location_.found(lease_, source_);
-    transfer_.location_.served(lease_);
-    return true;
+    const std::string* field = head.header("Content-Range");
+    const auto range = content_range::parse(field != nullptr ? *field : "");
+    // Some stores answer 200 to a range. The Content-Range tells such a part from the whole file.
+    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) return begin_part(range, field, source);
+    return begin_whole(head, source);
   }
   bool write(std::string_view bytes) override {
     cursor_.received += bytes.size();
@@ -5978,82 +6152,65 @@ class ranged_transfer::range_sink final : public body_sink {
       cursor_.position = position + taken;
       if (position + taken < boundary) continue;
       if (auto written = transfer_.flush(connection_, buffer_); !written) {
-        problem_ = setback{setback::remedy::retry, written.error()};
+        disk_problem_ = written.error();
         return false;
       }
     }
     return true;
   }
 
-  /// The response cannot be used.
-  [[nodiscard]] const std::optional<setback>& problem() const { return problem_; }
-  [[nodiscard]] bool is_other_entity() const { return is_other_entity_; }
+  [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
   /// More bytes came than were promised or are still wanted.
   [[nodiscard]] bool is_surplus() const { return is_surplus_; }
-  /// A shorter range than asked for has come whole (RFC 9110, section 15.3.7): the rest can be asked for.
-  [[nodiscard]] bool is_short() const { return cursor_.position == promised_end_ && cursor_.is_wanted(); }
-  /// Bytes of the range that came.
-  [[nodiscard]] std::uint64_t brought() const {
-    const std::uint64_t position = cursor_.position;
-    return position > begin_ ? position - begin_ : 0;
+  /// A shorter range than asked for has come whole (RFC 9110, section 15.3.7), and is long enough to ask for the rest.
+  [[nodiscard]] bool is_short() const {
+    return cursor_.position == promised_end_ && cursor_.position >= begin_ + partial_file::block;
   }
 
  private:
-  [[nodiscard]] setback violation(const std::string& what) const {
-    return {setback::remedy::whole, transfer_.job_.failure(errc::protocol_violation, source_, what)};
-  }
-  [[nodiscard]] std::optional<setback> check(const http_response& head) {
-    const std::string* field = head.header("Content-Range");
-    const auto range = content_range::parse(field != nullptr ? *field : "");
-    // Some stores answer 200 to a range. The Content-Range tells such a part from the whole file.
-    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) return check_part(range, field);
-    return check_whole(head);
+  [[nodiscard]] setback violation(const url& source, const std::string& what) const {
+    return {setback::remedy::whole, transfer_.job_.failure(errc::protocol_violation, source, what)};
   }
   /// RFC 9110, section 15.3.7.
-  [[nodiscard]] std::optional<setback> check_part(const content_range& range, const std::string* field) {
+  [[nodiscard]] setback begin_part(const content_range& range, const std::string* field, const url& source) {
     if (!is_range_ || range.bytes.end == 0)
-      return violation("answers 206 without a range that was asked for");
-    const std::uint64_t size = transfer_.file_.size();
-    if (range.size && *range.size != size)
-      return setback{setback::remedy::whole, transfer_.job_.wrong_size(source_, *range.size)};
-    if (range.bytes.begin != asked_.begin || range.bytes.end > asked_.end) {
-      return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
-    }
+      return violation(source, "answers 206 without a range that was asked for");
+    if (range.size && *range.size != transfer_.file_.size())
+      return {setback::remedy::whole, transfer_.job_.wrong_size(source, *range.size)};
+    if (range.bytes.begin != asked_.begin || range.bytes.end > asked_.end)
+      return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
     promised_end_ = range.bytes.end;
-    return std::nullopt;
+    return {};
   }
-  /// A server that ignores Range sends everything from the start: one connection takes it.
-  [[nodiscard]] std::optional<setback> check_whole(const http_response& head) {
+  /// A server that ignores Range sends everything from the start: this connection takes it.
+  [[nodiscard]] setback begin_whole(const http_response& head, const url& source) {
     const std::uint64_t size = transfer_.file_.size();
     const std::string* field = head.header("Content-Length");
     const auto length = field != nullptr ? to_number(trim(*field)) : std::nullopt;
     if (length && *length != size)
-      return setback{setback::remedy::retry, transfer_.job_.wrong_size(source_, *length)};
+      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *length)};
     if (is_range_) {
       transfer_.plan_.use_whole(connection_);
       buffer_.clear();
       begin_ = 0;
     }
     promised_end_ = size;
-    return std::nullopt;
+    return {};
   }
 
   ranged_transfer& transfer_;
   const std::size_t connection_;
   range_plan::cursor& cursor_;
   const byte_range asked_;
-  std::uint64_t begin_ = asked_.begin;
-  std::uint64_t promised_end_;
   const bool is_range_;
-  const file_location::lease& lease_;
-  const url& source_;
+  std::uint64_t begin_, promised_end_;  // of the response's bytes
   std::string& buffer_;
-  std::optional<setback> problem_;
-  bool is_other_entity_ = false, is_surplus_ = false;
+  std::optional<error> disk_problem_;
+  bool is_surplus_ = false;
 };
 
 inline result<std::string> ranged_transfer::run() {
-  static_assert(range_plan::smallest_share >= range_sink::chunk,
+  static_assert(range_plan::smallest_share >= range_taker::chunk,
                 "a connection's buffer must not reach into the half that another connection takes over");
   const bool is_followed = digest_.start();
   if (table_.is_complete()) {
@@ -6061,9 +6218,9 @@ inline result<std::string> ranged_transfer::run() {
   } else {
     start_workers();
   }
-  supervise(job_.user_call, state_, retries_, [&] { tick(phase::downloading); });
+  supervise([&] { tick(phase::downloading); });
   while (is_followed && state_.is_complete() && !digest_.wait(milliseconds(100))) {
-    tick(phase::verifying);
+    if (reporter_.is_due()) tick(phase::verifying);
     if (job_.user_call.cancelled()) state_.stop();
   }
   end();
@@ -6086,10 +6243,7 @@ inline void ranged_transfer::start_workers() {
   workers_ = std::vector<thread>(plan_.connections());
   for (std::size_t connection = 0; connection < workers_.size(); ++connection) {
     if (workers_[connection].start([this, connection] { work(connection); })) continue;
-    if (connection == 0) {
-      state_.fail(
-          error(errc::disk_failure, job_.label() + ": the system starts no thread (a limit on processes?)"));
-    }
+    if (connection == 0) state_.fail(job_.no_thread());
     break;  // fewer connections
   }
 }
@@ -6101,26 +6255,16 @@ inline void ranged_transfer::end() {
   digest_.join();
 }
 
-/// Measures, reports, and tells the retry clock of progress.
 inline void ranged_transfer::tick(phase now) {
-  if (!reporter_.is_due()) return;
-  const double seconds = reporter_.elapsed();
-  const auto received = plan_.received();
-  const double lately = static_cast<double>(received - received_before_) / seconds;
-  received_before_ = received;
-  pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
-  plan_.measure(seconds);
-  // Buffered bytes count. Where a connection loses them to another, the sum shrinks: it is not reported then.
-  const auto arrived = (std::min)(table_.present() + plan_.buffered(), file_.size());
-  if (arrived > arrived_) {
-    retries_.progressed(arrived - arrived_);
-    arrived_ = arrived;
-  }
+  plan_.measure(reporter_.elapsed());
+  measure(plan_.received());
+  // Buffered bytes count. A connection that loses its range to another loses them: that is not reported.
+  const auto arrived = advance((std::min)(table_.present() + plan_.buffered(), file_.size()));
   if (now == phase::verifying && clock::now() - touched_ > std::chrono::seconds(partial_file::quiet / 6)) {
     touched_ = clock::now();
     file_.touch();
   }
-  reporter_.report(now, now == phase::verifying ? digest_.hashed() : arrived_, file_.size(), pace_);
+  reporter_.report(now, now == phase::verifying ? digest_.hashed() : arrived, file_.size(), pace_);
 }
 
 /// Stores the buffer of a connection, which begins where the stored part of its range ends.
@@ -6142,61 +6286,23 @@ inline void ranged_transfer::flush_whole_blocks(std::size_t connection, std::str
   if (auto flushed = flush(connection, buffer); !flushed) state_.fail(flushed.error());
 }
 
-/// One connection: range after range until every byte is on disk.
+/// One connection: fetches range after range until every byte is on disk.
 inline void ranged_transfer::work(std::size_t connection) {
-  using remedy = setback::remedy;
-  const auto& cursor = plan_[connection];
-  const auto others = [&] { return plan_.received() - cursor.received; };
-  const auto is_over = [&] { return state_.is_stopped() || state_.is_complete(); };
   std::string buffer;
-  buffer.reserve(static_cast<std::size_t>(range_sink::chunk));
-  milliseconds parked_for(5000);
+  buffer.reserve(static_cast<std::size_t>(range_taker::chunk));
+  milliseconds park_time(5000);
   while (wait_for_range(connection)) {
-    backoff tries(job_.user_call, retries_);
-    std::uint64_t others_before = 0;
     buffer.clear();
-    while (cursor.is_wanted() && !is_over()) {
-      const std::uint64_t position = cursor.position, present = table_.present();
-      if (tries.failures() == 0) others_before = others();
-      const setback now = fetch(connection, buffer);
-      if (!now || is_over()) continue;
-      if (now.cure == remedy::whole && plan_.use_whole(connection)) continue;
-      if (now.cure == remedy::restart) is_replaced_ = true;
-      // A try that brought a block or more is followed by the next at once. Waiting is for tries that bring nothing.
-      const bool has_brought = plan_.is_whole() ? table_.present() >= present + partial_file::block
-                                                : cursor.position >= position + partial_file::block;
-      if (has_brought && now.failure->is_transient()) {
-        tries.reset();
-        continue;
-      }
-      const bool is_last_try = !now.failure->is_transient() || tries.failures() + 1 >= patience;
-      if (now.cure == remedy::fewer && is_last_try && others() != others_before && plan_.park(connection)) {
-        // The others get on: the server wants fewer connections. Perhaps not for long.
-        flush_whole_blocks(connection, buffer);
-        plan_.release(connection);
-        if (state_.wait(parked_for)) return;
-        parked_for = (std::min)(parked_for * 2, milliseconds(60000));
-        plan_.unpark(connection);
-        break;
-      }
-      const auto wait = tries.after(*now.failure);
-      if (!wait) {
-        flush_whole_blocks(connection, buffer);
-        return state_.fail(wait.error());
-      }
-      for (const auto until = clock::now() + *wait; cursor.is_wanted() && clock::now() < until;) {
-        if (state_.wait((std::min)(std::chrono::ceil<milliseconds>(until - clock::now()), milliseconds(20))))
-          break;
-      }
-    }
+    fetch_range(connection, buffer, park_time);
     flush_whole_blocks(connection, buffer);
     plan_.release(connection);
+    plan_.unpark(connection);
   }
 }
 
 /// Waits for a range to fetch. Returns false when there is nothing more to do.
 inline bool ranged_transfer::wait_for_range(std::size_t connection) {
-  while (!state_.is_stopped() && !state_.is_complete()) {
+  while (!is_over()) {
     if (table_.is_complete()) {
       plan_.finish();
       state_.complete();
@@ -6210,131 +6316,105 @@ inline bool ranged_transfer::wait_for_range(std::size_t connection) {
   return false;
 }
 
+/// Fetches the connection's range, with as many requests as it takes. Returns early if another connection takes the range
+/// over, or if the server wants fewer connections: then after `park_time`, which grows.
+inline void ranged_transfer::fetch_range(std::size_t connection, std::string& buffer,
+                                         milliseconds& park_time) {
+  using remedy = setback::remedy;
+  const auto& cursor = plan_[connection];
+  const auto received_by_others = [&] { return plan_.received() - cursor.received; };
+  backoff tries(job_.user_call, retries_);
+  std::uint64_t others_before = 0;
+  while (cursor.is_wanted() && !is_over()) {
+    const std::uint64_t position = cursor.position, present = table_.present();
+    if (tries.failures() == 0) others_before = received_by_others();
+    const setback now = fetch(connection, buffer);
+    if (!now || is_over()) continue;
+    if (now.cure == remedy::whole && plan_.use_whole(connection)) continue;
+    if (now.cure == remedy::restart) is_replaced_ = true;
+    // A try that brought a block or more is followed by the next at once. Waiting is for tries that bring nothing.
+    const bool has_brought = plan_.is_whole() ? table_.present() >= present + partial_file::block
+                                              : cursor.position >= position + partial_file::block;
+    if (has_brought && now.failure->is_transient()) {
+      tries.reset();
+      continue;
+    }
+    const bool is_last_try = !now.failure->is_transient() || tries.failures() + 1 >= patience;
+    if (now.cure == remedy::fewer && is_last_try && received_by_others() != others_before &&
+        plan_.park(connection)) {
+      // The other connections get on: the server wants fewer. Perhaps not for long.
+      flush_whole_blocks(connection, buffer);
+      plan_.release(connection);
+      state_.wait(park_time);
+      park_time = (std::min)(park_time * 2, milliseconds(60000));
+      return;
+    }
+    const auto wait = tries.after(*now.failure);
+    if (!wait) {
+      flush_whole_blocks(connection, buffer);
+      return state_.fail(wait.error());
+    }
+    for (const auto until = clock::now() + *wait; cursor.is_wanted() && clock::now() < until;) {
+      if (state_.wait((std::min)(std::chrono::ceil<milliseconds>(until - clock::now()), milliseconds(20))))
+        break;
+    }
+  }
+}
+
 /// Makes one request for the rest of a connection's range.
 inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffer) {
   using remedy = setback::remedy;
   auto& cursor = plan_[connection];
   call inner(job_.user_call, state_.stop_flag());
-  const auto lease = location_.acquire(inner);
-  if (!lease) {
-    const bool is_other = lease.error().code() == errc::protocol_violation;
-    return {is_other ? remedy::restart : remedy::retry, lease.error()};
-  }
-  const auto& base = job_.service_session.base;
-  const auto authorization = base && under_base(*base, lease->address)
-                                 ? job_.service_session.authorization(inner)
-                                 : result<std::string>(std::string());
-  if (!authorization) {
-    location_.release(*lease);
-    return {remedy::retry, error::permanent(authorization.error().code(), authorization.error().what(),
-                                            authorization.error().http_status())};
-  }
   const byte_range asked = plan_.request(connection, clock::now());
-  if (asked.size() == 0) {
-    location_.release(*lease);
-    return {};
-  }
+  if (asked.size() == 0) return {};      // another connection has taken the range over
   if (asked.begin == 0) buffer.clear();  // the whole file, perhaps again
-  const bool is_range = asked.size() < file_.size();
-  http_request request;
-  if (is_range) {
-    add_header(request.headers, "Range",
-               "bytes=" + std::to_string(asked.begin) + '-' + std::to_string(asked.end - 1));
-    if (const auto tag = entity_.strong_tag(); !tag.empty()) add_header(request.headers, "If-Range", tag);
-  }
-  request.is_cancelled = [&] { return state_.is_stopped() || cursor.is_taken_over(); };
-  url source = lease->address;
-  range_sink sink(*this, connection, asked, is_range, *lease, source, buffer);
-  const auto got = job_.service_session.send(
-      job_.user_call, std::move(request), *authorization, sink, source, [&](const url& hop) {
-        if (base && under_base(*base, hop)) return;
-        location_.found(*lease, hop);  // the others need not wait for the response
-        plan_.address_found(connection, clock::now());
-      });
+  range_taker taker(*this, connection, asked, buffer);
+  const auto now = source_.fetch(
+      inner, asked.size() < file_.size() ? asked : byte_range(),
+      [&] { return state_.is_stopped() || cursor.is_taken_over(); }, taker,
+      [&] { plan_.address_found(connection, clock::now()); });
   plan_.ended(connection);
-  setback now = judge(connection, got, sink, source);
-  if (got && got->head.status != 200 && got->head.status != 206 && !now) {
-    now = refused(job_, location_, *lease, *got, source, is_range, *authorization);
-  } else if (now && now.failure->code() == errc::connection_failed && sink.brought() == 0) {
-    location_.forget(*lease);
-  }
-  location_.release(*lease);
-  if (sink.is_other_entity()) confirm_entity(inner);
-  return now;
-}
-
-/// Interprets the end of a request whose response, if any, was of status 200 or 206.
-inline setback ranged_transfer::judge(std::size_t connection, const result<answer>& got,
-                                      const range_sink& sink, const url& source) {
-  using remedy = setback::remedy;
-  const auto& cursor = plan_[connection];
-  if (state_.is_stopped() || sink.is_other_entity()) return {};
-  if (sink.problem()) return *sink.problem();
-  if (cursor.is_taken_over()) return {};
-  if (sink.is_surplus()) {
-    return {remedy::whole, job_.failure(errc::protocol_violation, source, "sends more than it promised")};
-  }
-  if (!got) return {remedy::fewer, got.error()};
-  if (got->head.status != 200 && got->head.status != 206) return {};
-  if (!cursor.is_wanted() || (sink.is_short() && sink.brought() >= partial_file::block)) return {};
+  if (state_.is_stopped() || cursor.is_taken_over()) return {};
+  if (taker.disk_problem()) return {remedy::retry, *taker.disk_problem()};
+  if (taker.is_surplus())
+    return {remedy::whole,
+            job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
+  if (now.problem || !now.has_ended || !cursor.is_wanted() || taker.is_short()) return now.problem;
   return {remedy::retry,
-          job_.failure(errc::connection_failed, source,
+          job_.failure(errc::connection_failed, now.address,
                        "ended " + std::to_string(cursor.end - cursor.position) + " bytes early")};
 }
 
-/// A response had another entity tag. Either the run has replaced the file, or its servers have tags of their own: the service
-/// knows. In the second case the md5 decides.
-inline void ranged_transfer::confirm_entity(call& asking_call) {
-  const auto same = job_.ask_again(asking_call);
-  if (same) return entity_.ignore();
-  if (same.error().code() == errc::protocol_violation) is_replaced_ = true;
-  state_.fail(same.error());
-}
-
-/// A file whose size or md5 is not known: fetched by one connection, since ranges cannot be verified together. It is hashed
-/// as it arrives where the md5 is known.
-class stream_transfer {
+/// A file whose size or md5 is not known: fetched by one connection, because ranges cannot be verified together. It is
+/// hashed as it arrives if the md5 is known.
+class stream_transfer final : public transfer {
  public:
   stream_transfer(const transfer_job& job, partial_file& destination, const url& service_address)
-      : job_(job), file_(destination), location_(service_address, job.renewal()), retries_(job.user_call),
-        reporter_(job.user_call, job.options, job.name), total_(job.remote.info.size) {}
-  stream_transfer(const stream_transfer&) = delete;
-  stream_transfer& operator=(const stream_transfer&) = delete;
+      : transfer(job, destination, service_address), total_(job.remote.info.size) {}
   ~stream_transfer() { end(); }
 
-  /// Fetches the file. Returns its md5, or "" where nothing would be compared with it.
+  /// Fetches the file. Returns its md5, or "" if there is none to compare it with.
   result<std::string> run();
-  [[nodiscard]] bool is_replaced() const { return is_replaced_; }
 
  private:
-  class stream_sink;
+  class stream_taker;
 
   void work();
   setback fetch();
-  void tick();
   void start_over();
-  /// Whether the bytes that are here are the whole file, as far as the md5 can tell.
+  [[nodiscard]] setback shorter(const url& source) const {
+    return {setback::remedy::restart,
+            job_.failure(errc::protocol_violation, source, "became shorter while it was being fetched")};
+  }
+  /// Whether the md5 proves that the bytes that are here are the whole file.
   [[nodiscard]] bool is_proved() const {
     return job_.is_verified() && md5(hash_).finish() == job_.remote.info.md5;
   }
-  /// Whether a later response may continue an earlier one (RFC 9110, section 15.3.7.3).
-  [[nodiscard]] bool is_combinable() const { return job_.is_verified() || !entity_.strong_tag().empty(); }
   void end() {
     state_.stop();
     worker_.join();
   }
-
-  const transfer_job& job_;
-  partial_file& file_;
-  file_location location_;
-  entity_pin entity_;
-  retry_clock retries_;
-  transfer_state state_;
-  progress_reporter reporter_;
-  bool is_replaced_ = false;
-  double pace_ = 0;                    // bytes a second that arrive
-  std::uint64_t received_before_ = 0;  // bytes, at the last tick
-  std::uint64_t arrived_ = 0;          // bytes that on_progress was told of
 
   std::atomic<std::uint64_t> received_{0};  // bytes of all responses
   std::atomic<std::uint64_t> position_{0};  // the next byte to arrive
@@ -6345,21 +6425,31 @@ class stream_transfer {
 };
 
 /// Checks a response and appends its bytes to the file.
-class stream_transfer::stream_sink final : public body_sink {
+class stream_transfer::stream_taker final : public response_taker {
  public:
-  stream_sink(stream_transfer& transfer, bool is_range, const file_location::lease& lease, const url& source)
-      : transfer_(transfer), is_range_(is_range), lease_(lease), source_(source) {}
+  stream_taker(stream_transfer& transfer, bool is_range) : transfer_(transfer), is_range_(is_range) {}
 
-  bool start(const http_response& head) override {
-    if (transfer_.state_.is_stopped()) return false;
-    if (!transfer_.entity_.accept(head)) return is_other_entity_ = true, false;
-    if (auto problem = check(head)) {
-      problem_ = std::move(problem);
-      return false;
+  setback begin(const http_response& head, const url& source) override {
+    const std::string* field = head.header("Content-Range");
+    const auto range = content_range::parse(field != nullptr ? *field : "");
+    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) {
+      if (!is_range_ || range.bytes.end == 0)
+        return violation(source, "answers 206 without a range that was asked for");
+      if (range.bytes.begin != transfer_.position_)
+        return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
+      if (!range.size) return violation(source, "does not say how long the file is");
+      return check_total(range.size, source);
     }
-    transfer_.location_.found(lease_, source_);
-    transfer_.location_.served(lease_);
-    return true;
+    if (transfer_.position_ > 0) {
+      // The whole file again. With an md5 the bytes that are here count; without one the new response does.
+      if (transfer_.job_.is_verified()) {
+        skipped_ = transfer_.position_;
+      } else {
+        transfer_.start_over();
+      }
+    }
+    const std::string* length = head.header("Content-Length");
+    return check_total(length != nullptr ? to_number(trim(*length)) : std::nullopt, source);
   }
   bool write(std::string_view bytes) override {
     transfer_.received_ += bytes.size();
@@ -6371,7 +6461,7 @@ class stream_transfer::stream_sink final : public body_sink {
     if (transfer_.state_.is_stopped()) return false;
     if (transfer_.total_ && bytes.size() > *transfer_.total_ - position) return is_surplus_ = true, false;
     if (auto written = transfer_.file_.write(position, bytes); !written) {
-      problem_ = setback{setback::remedy::retry, written.error()};
+      disk_problem_ = written.error();
       return false;
     }
     if (transfer_.job_.is_verified()) transfer_.hash_.update(bytes);
@@ -6379,66 +6469,38 @@ class stream_transfer::stream_sink final : public body_sink {
     return true;
   }
 
-  [[nodiscard]] const std::optional<setback>& problem() const { return problem_; }
-  [[nodiscard]] bool is_other_entity() const { return is_other_entity_; }
+  [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
+  /// More bytes came than were promised.
   [[nodiscard]] bool is_surplus() const { return is_surplus_; }
   /// The response ended before it reached the bytes that are here already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
 
  private:
-  [[nodiscard]] setback violation(const std::string& what) const {
-    return {setback::remedy::retry, transfer_.job_.failure(errc::protocol_violation, source_, what)};
+  [[nodiscard]] setback violation(const url& source, const std::string& what) const {
+    return {setback::remedy::retry, transfer_.job_.failure(errc::protocol_violation, source, what)};
   }
-  [[nodiscard]] std::optional<setback> check(const http_response& head) {
-    const std::string* field = head.header("Content-Range");
-    const auto range = content_range::parse(field != nullptr ? *field : "");
-    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) {
-      if (!is_range_ || range.bytes.end == 0)
-        return violation("answers 206 without a range that was asked for");
-      if (range.bytes.begin != transfer_.position_) {
-        return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
-      }
-      if (!range.size) return violation("does not say how long the file is");
-      return check_total(range.size);
-    }
-    if (transfer_.position_ > 0) {
-      // The whole file again. With an md5 the bytes that are here count; without one the new response does.
-      if (transfer_.job_.is_verified()) {
-        skipped_ = transfer_.position_;
-      } else {
-        transfer_.start_over();
-      }
-    }
-    const std::string* length = head.header("Content-Length");
-    return check_total(length != nullptr ? to_number(trim(*length)) : std::nullopt);
-  }
-  [[nodiscard]] std::optional<setback> check_total(std::optional<std::uint64_t> told) {
-    if (!told) return std::nullopt;
+  [[nodiscard]] setback check_total(std::optional<std::uint64_t> told, const url& source) {
+    if (!told) return {};
     if (transfer_.job_.remote.info.size && *told != *transfer_.job_.remote.info.size)
-      return setback{setback::remedy::retry, transfer_.job_.wrong_size(source_, *told)};
-    if (*told < transfer_.position_) {
-      return setback{setback::remedy::restart,
-                     transfer_.job_.failure(errc::protocol_violation, source_,
-                                            "became shorter while it was being fetched")};
-    }
+      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *told)};
+    if (*told < transfer_.position_) return transfer_.shorter(source);
     transfer_.total_ = told;
-    return std::nullopt;
+    return {};
   }
 
   stream_transfer& transfer_;
   const bool is_range_;
-  const file_location::lease& lease_;
-  const url& source_;
   std::uint64_t skipped_ = 0;  // bytes that are here already, and come again
-  std::optional<setback> problem_;
-  bool is_other_entity_ = false, is_surplus_ = false;
+  std::optional<error> disk_problem_;
+  bool is_surplus_ = false;
 };
 
 inline result<std::string> stream_transfer::run() {
-  if (!worker_.start([this] { work(); })) {
-    return error(errc::disk_failure, job_.label() + ": the system starts no thread (a limit on processes?)");
-  }
-  supervise(job_.user_call, state_, retries_, [&] { tick(); });
+  if (!worker_.start([this] { work(); })) return job_.no_thread();
+  supervise([&] {
+    measure(received_);
+    reporter_.report(phase::downloading, advance(position_), job_.remote.info.size, pace_);
+  });
   end();
   if (auto failure = state_.failure()) return *failure;
   file_.set_size(position_);
@@ -6447,44 +6509,29 @@ inline result<std::string> stream_transfer::run() {
   return job_.is_verified() ? hash_.finish() : std::string();
 }
 
-inline void stream_transfer::tick() {
-  if (!reporter_.is_due()) return;
-  const std::uint64_t received = received_, position = position_;
-  const double lately = static_cast<double>(received - received_before_) / reporter_.elapsed();
-  received_before_ = received;
-  pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
-  if (position > arrived_) {
-    retries_.progressed(position - arrived_);
-    arrived_ = position;
-  }
-  reporter_.report(phase::downloading, arrived_, job_.remote.info.size, pace_);
-}
-
 inline void stream_transfer::start_over() {
   position_ = 0;
   hash_ = md5();
   total_ = job_.remote.info.size;
-  entity_.reset();
+  source_.start_over();
 }
 
 inline void stream_transfer::work() {
   using remedy = setback::remedy;
   backoff tries(job_.user_call, retries_);
   std::uint64_t furthest = 0;  // of all tries
-  while (!state_.is_stopped()) {
+  while (!state_.is_stopped() && !state_.is_complete()) {
     const setback now = fetch();
-    if (state_.is_stopped()) return;
-    if (now.cure == remedy::none) {
-      if (state_.is_complete()) return;
-      continue;
-    }
+    if (!now || state_.is_stopped()) continue;
     is_replaced_ = now.cure == remedy::restart;
-    // All bytes may have come although the response did not end as it should. Only the md5 can tell.
-    if (now.failure->is_transient() && is_proved()) return state_.complete();
-    if (now.failure->is_transient() && position_ >= furthest + partial_file::block) {
-      furthest = position_;
-      tries.reset();  // a try that brought bytes is followed by the next at once
-      continue;
+    if (now.failure->is_transient()) {
+      // All bytes may have come although the response did not end as it should. Only the md5 can tell.
+      if (is_proved()) return state_.complete();
+      if (position_ >= furthest + partial_file::block) {
+        furthest = position_;
+        tries.reset();  // a try that brought bytes is followed by the next at once
+        continue;
+      }
     }
     const auto wait = tries.after(*now.failure);
     if (!wait) return state_.fail(wait.error());
@@ -6496,67 +6543,31 @@ inline void stream_transfer::work() {
 inline setback stream_transfer::fetch() {
   using remedy = setback::remedy;
   call inner(job_.user_call, state_.stop_flag());
-  const auto lease = location_.acquire(inner);
-  if (!lease) {
-    const bool is_other = lease.error().code() == errc::protocol_violation;
-    return {is_other ? remedy::restart : remedy::retry, lease.error()};
+  const bool is_combinable = job_.is_verified() || source_.is_pinned();
+  if (position_ > 0 && (!is_combinable || (total_ && position_ >= *total_))) start_over();
+  stream_taker taker(*this, position_ > 0);
+  auto now = source_.fetch(
+      inner, {position_, 0}, [&] { return state_.is_stopped(); }, taker);
+  if (taker.disk_problem()) return {remedy::retry, *taker.disk_problem()};
+  if (taker.is_surplus())
+    return {remedy::retry,
+            job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
+  if (now.problem.cure == remedy::whole) {
+    start_over();
+    if (!now.problem.failure->is_transient()) return {};
   }
-  const auto& base = job_.service_session.base;
-  const auto authorization = base && under_base(*base, lease->address)
-                                 ? job_.service_session.authorization(inner)
-                                 : result<std::string>(std::string());
-  if (!authorization) {
-    location_.release(*lease);
-    return {remedy::retry, error::permanent(authorization.error().code(), authorization.error().what(),
-                                            authorization.error().http_status())};
+  if (now.problem || !now.has_ended) return now.problem;
+  if (taker.is_shorter()) return shorter(now.address);
+  if (total_ && position_ < *total_) {
+    return {remedy::retry, job_.failure(errc::connection_failed, now.address,
+                                        "ended " + std::to_string(*total_ - position_) + " bytes early")};
   }
-  if (position_ > 0 && (!is_combinable() || (total_ && position_ >= *total_))) start_over();
-  const bool is_range = position_ > 0;
-  http_request request;
-  if (is_range) {
-    add_header(request.headers, "Range", "bytes=" + std::to_string(position_) + '-');
-    if (const auto tag = entity_.strong_tag(); !tag.empty()) add_header(request.headers, "If-Range", tag);
-  }
-  request.is_cancelled = [&] { return state_.is_stopped(); };
-  url source = lease->address;
-  stream_sink sink(*this, is_range, *lease, source);
-  const auto got =
-      job_.service_session.send(job_.user_call, std::move(request), *authorization, sink, source, {});
-  setback now;
-  if (sink.is_other_entity()) {
-    // With an md5, tags that differ from server to server do not matter. Without one, the parts cannot be combined.
-    if (job_.is_verified()) {
-      entity_.ignore();
-    } else {
-      start_over();
-    }
-    now = {remedy::retry,
-           job_.failure(errc::connection_failed, source, "changed while it was being fetched")};
-  } else if (sink.problem()) {
-    now = *sink.problem();
-  } else if (sink.is_surplus()) {
-    now = {remedy::retry, job_.failure(errc::protocol_violation, source, "sends more than it promised")};
-  } else if (!got) {
-    now = {remedy::retry, got.error()};
-  } else if (got->head.status != 200 && got->head.status != 206) {
-    now = refused(job_, location_, *lease, *got, source, is_range, *authorization);
-    if (now.cure == remedy::whole) start_over(), now = {};
-  } else if (sink.is_shorter()) {
-    now = {remedy::restart,
-           job_.failure(errc::protocol_violation, source, "became shorter while it was being fetched")};
-  } else if (total_ && position_ < *total_) {
-    now = {remedy::retry, job_.failure(errc::connection_failed, source,
-                                       "ended " + std::to_string(*total_ - position_) + " bytes early")};
-  } else {
-    state_.complete();
-  }
-  if (now && now.failure->code() == errc::connection_failed && position_ == 0) location_.forget(*lease);
-  location_.release(*lease);
-  return now;
+  state_.complete();
+  return {};
 }
 
-/// Brings the content of a file into a partial file and checks it. One object for one try: from the blocks that are present,
-/// or from nothing.
+/// Brings the content of a file into a partial file and checks it. One object makes one try: from the blocks that are
+/// present, or from nothing.
 class download {
  public:
   download(session& service_session, call& user_call, const run_path& run, const std::string& name,
@@ -6574,7 +6585,7 @@ class download {
   }
   /// The file is another one than when the download began: worth another start from nothing.
   [[nodiscard]] bool entity_changed() const { return entity_changed_; }
-  /// All of it arrived, and has another md5.
+  /// All bytes arrived, and have another md5.
   [[nodiscard]] bool content_wrong() const { return content_wrong_; }
 
  private:
@@ -8291,7 +8302,7 @@ WANDB_RESTORE_PRIVATE_INLINE http_transport::http_transport(const settings& conf
     : state_(std::make_shared<state>(configuration)) {}
 
 WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const http_request& request,
-                                                                           body_sink& sink) {
+                                                                        body_sink& sink) {
   const auto route = detail::request_route::of(request);
   if (!route) return route.error();
   const auto message = detail::request_message(request, *route);
