@@ -8291,7 +8291,7 @@ WANDB_RESTORE_PRIVATE_INLINE http_transport::http_transport(const settings& conf
     : state_(std::make_shared<state>(configuration)) {}
 
 WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const http_request& request,
-                                                                           body_sink& sink) {
+                                                                        body_sink& sink) {
   const auto route = detail::request_route::of(request);
   if (!route) return route.error();
   const auto message = detail::request_message(request, *route);
