@@ -27,6 +27,7 @@
 //   download                 byte ranges, connections, verification
 //   restoring                one call, from the name to the open stream
 //   http_transport           the default transport: sockets, TLS, HTTP/1.1
+//   httplib_transport        cpp-httplib as a transport, with WANDB_RESTORE_HTTPLIB
 #ifndef WANDB_RESTORE_HPP
 #define WANDB_RESTORE_HPP
 
@@ -8391,6 +8392,11 @@ bool is_refused_certificate(Code code, long) {
 inline constexpr const char* added_fields[] = {"Accept",       "Accept-Encoding", "User-Agent",
                                                "Content-Type", "Expect",          "Proxy-Authorization"};
 
+inline bool is_added_field(std::string_view name) {
+  return std::any_of(std::begin(added_fields), std::end(added_fields),
+                     [&](const char* added) { return equal_ignoring_case(name, added); });
+}
+
 /// Has the client send no field of that list that is empty, so that an empty one stands for none. Returns false if it
 /// sends them (before 0.15).
 template <class Client>
@@ -8398,10 +8404,8 @@ auto leave_out_empty_fields(Client& client, int) -> decltype(client.set_header_w
   client.set_header_writer([](httplib::Stream& stream, httplib::Headers& fields) {
     std::string text;
     for (const auto& [name, value] : fields) {
-      const bool is_left_out =
-          value.empty() && std::any_of(std::begin(added_fields), std::end(added_fields),
-                                       [&](const char* added) { return equal_ignoring_case(name, added); });
-      if (!is_left_out) text.append(name).append(": ").append(value).append("\r\n");
+      if (!value.empty() || !is_added_field(name))
+        text.append(name).append(": ").append(value).append("\r\n");
     }
     text += "\r\n";
     return stream.write(text.data(), text.size());
@@ -8491,31 +8495,36 @@ class httplib_connection {
  public:
   httplib_connection(const request_route& route, const std::filesystem::path& ca_file,
                      const std::filesystem::path& ca_directory, bool verify)
-      : key_(route.key()), client_(route.server.origin()) {
-    client_.set_keep_alive(true);
-    client_.set_follow_location(false);
-    client_.set_decompress(false);
-    client_.set_tcp_nodelay(true);
-    keep_target(client_, 0);
-    lift_body_limit(client_, 0);
-    leaves_out_empty_fields_ = leave_out_empty_fields(client_, 0);
-    client_.set_socket_options([this](auto socket) { remember(static_cast<socket_handle>(socket)); });
-    if (route.has_proxy()) client_.set_proxy(route.proxy.host, route.proxy.port);
+      : key_(route.key()), client_(std::make_unique<httplib::Client>(route.server.origin())) {
+    client_->set_keep_alive(true);
+    client_->set_follow_location(false);
+    client_->set_decompress(false);
+    client_->set_tcp_nodelay(true);
+    keep_target(*client_, 0);
+    lift_body_limit(*client_, 0);
+    leaves_out_empty_fields_ = leave_out_empty_fields(*client_, 0);
+    client_->set_socket_options([this](auto socket) { remember(static_cast<socket_handle>(socket)); });
+    if (route.has_proxy()) client_->set_proxy(route.proxy.host, route.proxy.port);
 #ifdef CPPHTTPLIB_OPENSSL_SUPPORT
-    client_.enable_server_certificate_verification(verify);
+    client_->enable_server_certificate_verification(verify);
     if (!ca_file.empty() || !ca_directory.empty())
-      client_.set_ca_cert_path(utf8(ca_file), utf8(ca_directory));
+      client_->set_ca_cert_path(utf8(ca_file), utf8(ca_directory));
 #else
     static_cast<void>(ca_file), static_cast<void>(ca_directory), static_cast<void>(verify);
 #endif
   }
-  ~httplib_connection() { forget(); }
+  ~httplib_connection() {
+    forget();
+    if (process_ != this_process())
+      static_cast<void>(client_.release());  // its end would end the parent's connection
+  }
   httplib_connection(const httplib_connection&) = delete;
   httplib_connection& operator=(const httplib_connection&) = delete;
 
   const std::string& key() const { return key_; }
-  /// Open, and the peer sent nothing that was not asked for.
+  /// Opened by this process, still open, and the peer sent nothing that was not asked for.
   bool is_reusable() {
+    if (process_ != this_process()) return false;
 #ifndef _WIN32
     pollfd entry{};
     entry.fd = socket_;
@@ -8534,9 +8543,9 @@ class httplib_connection {
     request.content_receiver = [&](const char* data, std::size_t size, auto, auto) {
       return current.sink.write({data, size}) || current.fail(errc::cancelled, "stopped by the receiver");
     };
-    client_.set_connection_timeout(current.request.connect_timeout);
-    client_.set_read_timeout(current.request.idle_timeout);
-    client_.set_write_timeout(current.request.idle_timeout);
+    client_->set_connection_timeout(current.request.connect_timeout);
+    client_->set_read_timeout(current.request.idle_timeout);
+    client_->set_write_timeout(current.request.idle_timeout);
 
     httplib::Response response;
     auto code = httplib::Error::Success;
@@ -8545,7 +8554,7 @@ class httplib_connection {
       const sigpipe_guard no_signal;
       cancellation_watcher cancellation(current.request, [this] { interrupt(); });
       if (!cancellation.start()) return current.fail_permanently("a thread could not be started");
-      is_done = client_.send(request, response, code);
+      is_done = client_->send(request, response, code);
     }
     if (!is_done) return explain(current, code);
     if (current.has_head) return true;
@@ -8581,9 +8590,9 @@ class httplib_connection {
         starts_with(credentials, "Basic ") ? base64_decode(credentials.substr(6)) : std::nullopt;
     const auto colon = basic ? basic->find(':') : std::string::npos;
     if (colon != std::string::npos) {
-      client_.set_proxy_basic_auth(basic->substr(0, colon), basic->substr(colon + 1));
+      client_->set_proxy_basic_auth(basic->substr(0, colon), basic->substr(colon + 1));
     } else if (starts_with(credentials, "Bearer ")) {
-      client_.set_proxy_bearer_token_auth(credentials.substr(7));
+      client_->set_proxy_bearer_token_auth(credentials.substr(7));
     } else {
       return current.fail(errc::invalid_argument,
                           "cpp-httplib takes Basic and Bearer credentials for a proxy only");
@@ -8634,7 +8643,7 @@ class httplib_connection {
 #ifdef _WIN32
   void remember(socket_handle) {}
   void forget() {}
-  void interrupt() { client_.stop(); }
+  void interrupt() { client_->stop(); }
 #else
   // While it connects, cpp-httplib holds the lock that stop() waits for. A descriptor of our own for the same socket can be
   // shut down at any time, and never belongs to another file.
@@ -8657,7 +8666,8 @@ class httplib_connection {
 #endif
 
   const std::string key_;
-  httplib::Client client_;
+  const std::uint64_t process_ = this_process();
+  std::unique_ptr<httplib::Client> client_;
   bool leaves_out_empty_fields_ = false;
 };
 

@@ -18,6 +18,7 @@ struct httplib_transport {
 
 }  // namespace
 
+#define TRANSPORT_CONFORMANCE_SUITE "conformance_httplib"
 #define TRANSPORTS_UNDER_TEST httplib_transport
 #include "transport_conformance.hpp"
 

@@ -52,18 +52,20 @@ struct libcurl {
 #define LOCAL_TRANSPORTS_UNDER_TEST memory
 #include "transport_conformance.hpp"
 
-TEST_CASE("README.md has the promises that transports cannot keep") {
-  std::string expected = "| transport | promise | why not |\n| --- | --- | --- |\n";
-  for (const auto& [name, limits] : {std::pair("`httplib_transport`", conformance::limits_of_httplib()),
-                                     std::pair("libcurl's", conformance::limits_of_libcurl())}) {
-    for (const auto& [promise, reason] : limits)
-      expected += std::string("| ") + name + " | " + promise + " | " + reason + " |\n";
+TEST_SUITE("conformance") {
+  TEST_CASE("README.md has the promises that transports cannot keep") {
+    std::string expected = "| transport | promise | why not |\n| --- | --- | --- |\n";
+    for (const auto& [name, limits] : {std::pair("`httplib_transport`", conformance::limits_of_httplib()),
+                                       std::pair("libcurl's", conformance::limits_of_libcurl())}) {
+      for (const auto& [promise, reason] : limits)
+        expected += std::string("| ") + name + " | " + promise + " | " + reason + " |\n";
+    }
+    const auto top = std::filesystem::path(__FILE__).parent_path().parent_path();
+    const std::string text = support::read_file(top / "README.md");
+    const auto begin = text.find(expected);
+    REQUIRE(begin != std::string::npos);
+    CHECK(text.substr(begin + expected.size(), 1) == "\n");  // no row more
   }
-  const auto top = std::filesystem::path(__FILE__).parent_path().parent_path();
-  const std::string text = support::read_file(top / "README.md");
-  const auto begin = text.find(expected);
-  REQUIRE(begin != std::string::npos);
-  CHECK(text.substr(begin + expected.size(), 1) == "\n");  // no row more
 }
 
 #endif  // _WIN32

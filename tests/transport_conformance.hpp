@@ -60,6 +60,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#ifndef TRANSPORT_CONFORMANCE_SUITE
+#define TRANSPORT_CONFORMANCE_SUITE "conformance"  // doctest's name for all of the cases
+#endif
 #ifdef LOCAL_TRANSPORTS_UNDER_TEST
 #define ALL_TRANSPORTS_UNDER_TEST TRANSPORTS_UNDER_TEST, LOCAL_TRANSPORTS_UNDER_TEST
 #else
@@ -354,7 +357,7 @@ class sigpipe_counter {
   sigset_t mask_before_{};
 };
 
-TEST_SUITE_BEGIN("conformance");
+TEST_SUITE_BEGIN(TRANSPORT_CONFORMANCE_SUITE);
 
 // -------------------------------------------------------------------------------------------------- head, body, sink
 
@@ -743,9 +746,9 @@ PROMISE("header values are handed on as they stand") {
       {"X-High", {"\xe9\xff"}},
       {"X-None", {"x"}},
       {"Location", {"http://h/%2B%2f+?s=%2B&t=a+b"}}};
-  for (const auto& [name, values] : expected) {
-    CAPTURE(std::string(name));
-    CHECK(values_of(answer.headers, name) == values);
+  for (const auto& field : expected) {
+    CAPTURE(std::string(field.first));
+    CHECK(values_of(answer.headers, field.first) == field.second);
   }
 }
 
@@ -1347,11 +1350,11 @@ PROMISE("the environment names no proxy") {
 TEST_CASE_TEMPLATE("each promise that a transport cannot keep is one of the suite", Subject,
                    ALL_TRANSPORTS_UNDER_TEST) {
   std::set<std::string> named;
-  for (const auto& [name, reason] : Subject::cannot_keep()) {
-    CAPTURE(name);
-    CHECK(promises().count(name) == 1);
-    CHECK(named.insert(name).second);
-    CHECK(!reason.empty());
+  for (const auto& limit : Subject::cannot_keep()) {
+    CAPTURE(limit.first);
+    CHECK(promises().count(limit.first) == 1);
+    CHECK(named.insert(limit.first).second);
+    CHECK(!limit.second.empty());
   }
 }
 
