@@ -912,8 +912,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <sys/statvfs.h>
 #include <unistd.h>
 #ifdef __linux__
-#include <sys/ioctl.h>  // a clone of a file
-#include <sys/vfs.h>    // fstatfs
+#include <sys/vfs.h>  // fstatfs
 #endif
 #ifdef __APPLE__
 #include <sys/sysctl.h>
@@ -1815,17 +1814,15 @@ namespace detail {
 
 using path = std::filesystem::path;
 
-#ifdef _WIN32
-inline int last_os_error() { return static_cast<int>(GetLastError()); }
-#else
-inline int last_os_error() { return errno; }
-#endif
-/// The user has no permission, whatever state the file is in.
-inline bool is_refusal(int code) {
-  const auto condition = std::system_category().default_error_condition(code);
-  return condition == std::errc::permission_denied || condition == std::errc::operation_not_permitted;
-}
 inline std::string system_text(int code) { return std::system_category().message(code); }
+inline std::error_condition system_condition(int code) {
+  return std::system_category().default_error_condition(code);
+}
+/// The user lacks a permission: the file itself may be in good order.
+inline bool is_refusal(int code) {
+  return system_condition(code) == std::errc::permission_denied ||
+         system_condition(code) == std::errc::operation_not_permitted;
+}
 
 /// What the caller can do about a failure of the disk, for messages; empty where nothing general helps.
 inline const char* disk_remedy(const std::error_condition& why) {
@@ -1839,55 +1836,33 @@ inline const char* disk_remedy(const std::error_condition& why) {
   return "";
 }
 
-inline error disk_error(std::string_view what, const path& where, int code = last_os_error()) {
-  return error(errc::disk_failure, "cannot " + std::string(what) + " " + in_quotes(where) + ": " +
-                                       system_text(code) +
-                                       disk_remedy(std::system_category().default_error_condition(code)));
+/// "cannot <doing> "<where>": <the system's text><remedy>". `code` is the system's error code.
+inline error disk_error(std::string_view doing, const path& where, int code) {
+  return error(errc::disk_failure, "cannot " + std::string(doing) + " " + in_quotes(where) + ": " +
+                                       system_text(code) + disk_remedy(system_condition(code)));
 }
 
-// A header cannot set _FILE_OFFSET_BITS in time, so files over 2 GiB on 32-bit machines need glibc's explicit names.
-#ifdef __GLIBC__
-#define WANDB_RESTORE_PRIVATE_LARGE(name) name##64
-#else
-#define WANDB_RESTORE_PRIVATE_LARGE(name) name
-#endif
-
-/// What a directory entry is. Symbolic links are followed.
+/// What a directory entry, or an open file, is.
 struct file_facts {
   bool is_directory = false;
-  bool is_file = false;         // neither that nor a device, pipe or socket
-  std::uint64_t size = 0;       // bytes
-  std::uint64_t allocated = 0;  // bytes that have room on the disk already
-  std::int64_t modified = 0;    // nanoseconds since 1970
-  std::int64_t changed = 0;     // the same, of size, links, permissions too; 0 where the system has none
+  bool is_file = false;                 // an ordinary file: no directory, link, device, pipe or socket
+  std::uint64_t size = 0;               // bytes
+  std::uint64_t allocated = 0;          // bytes that have room on the disk already
+  std::int64_t modified = 0;            // nanoseconds since 1970
+  std::int64_t changed = 0;             // the same, of links and permissions too; 0 where the system has none
   std::uint64_t device = 0, inode = 0;  // 0 where the system has none
+  std::uint64_t links = 1;              // names
+  std::uint64_t user = 0;               // who owns it; 0 where the system has no such numbers
   unsigned mode = 0;                    // permission bits
 
+  /// The same file with, as far as times tell, the same content.
   friend bool operator==(const file_facts& a, const file_facts& b) {
     return a.size == b.size && a.modified == b.modified && a.device == b.device && a.inode == b.inode;
   }
+  [[nodiscard]] bool is_same_file(const file_facts& other) const {
+    return device == other.device && inode == other.inode;
+  }
 };
-
-#ifndef _WIN32
-inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entry) {
-#ifdef __APPLE__
-  const auto modified = entry.st_mtimespec, changed = entry.st_ctimespec;
-#else
-  const auto modified = entry.st_mtim, changed = entry.st_ctim;
-#endif
-  file_facts facts;
-  facts.is_directory = S_ISDIR(entry.st_mode);
-  facts.is_file = S_ISREG(entry.st_mode);
-  facts.size = static_cast<std::uint64_t>(entry.st_size);
-  facts.allocated = static_cast<std::uint64_t>(entry.st_blocks) * 512;
-  facts.modified = static_cast<std::int64_t>(modified.tv_sec) * 1000000000 + modified.tv_nsec;
-  facts.changed = static_cast<std::int64_t>(changed.tv_sec) * 1000000000 + changed.tv_nsec;
-  facts.device = static_cast<std::uint64_t>(entry.st_dev);
-  facts.inode = static_cast<std::uint64_t>(entry.st_ino);
-  facts.mode = entry.st_mode & 07777;
-  return facts;
-}
-#endif
 
 /// What a look at a path came to: facts, the certainty that nothing is there, or the reason why the system could not tell.
 /// These are three outcomes: a file that cannot be looked at must not count as missing, or it would be replaced.
@@ -1914,43 +1889,206 @@ class look_result {
   int code_ = 0;
 };
 
+/// How a file is opened. No file that is written to is reached through a symbolic link, and none is waited for.
+enum class file_mode {
+  read,       // follows links
+  keep_name,  // read, follows links, never blocks; on Windows the file keeps its name for as long as it is open
+  neighbour,  // read; never blocks: another user may have put a pipe there
+  update,     // read and write
+  create,     // a new file; fails if the name is taken
+};
+
+// ---- what the systems call differently. Each system has one block with the same functions; codes are the system's, 0 is
+// ---- success.
+
+using process_id = std::uint64_t;
+
 #ifdef _WIN32
+
+using file_handle = HANDLE;
+inline file_handle no_file() { return INVALID_HANDLE_VALUE; }
+inline int last_os_error() { return static_cast<int>(GetLastError()); }
+constexpr int no_space_code = ERROR_DISK_FULL;
+constexpr int name_taken_code = ERROR_FILE_EXISTS;
+
 inline bool look_result::absent() const {
   return code_ == ERROR_FILE_NOT_FOUND || code_ == ERROR_PATH_NOT_FOUND;
 }
 
+inline std::uint64_t joined(DWORD high, DWORD low) { return static_cast<std::uint64_t>(high) << 32 | low; }
+/// FILETIME counts 100 ns since 1601.
+inline std::int64_t nanoseconds_since_1970(const FILETIME& time) {
+  return (static_cast<std::int64_t>(joined(time.dwHighDateTime, time.dwLowDateTime)) - 116444736000000000) *
+         100;
+}
+
+inline int open_file(file_handle& opened, const path& where, file_mode mode, unsigned permissions) {
+  (void)permissions;
+  const bool writes = mode == file_mode::update || mode == file_mode::create;
+  const DWORD others_may_rename = mode == file_mode::keep_name ? 0 : FILE_SHARE_DELETE;
+  const bool follows = mode == file_mode::read || mode == file_mode::keep_name;
+  opened = CreateFileW(where.c_str(), writes ? GENERIC_READ | GENERIC_WRITE : GENERIC_READ,
+                       FILE_SHARE_READ | FILE_SHARE_WRITE | others_may_rename, nullptr,
+                       mode == file_mode::create ? CREATE_NEW : OPEN_EXISTING,
+                       FILE_ATTRIBUTE_NORMAL | (follows ? 0 : FILE_FLAG_OPEN_REPARSE_POINT), nullptr);
+  if (opened == no_file()) return last_os_error();
+  if (mode == file_mode::create) {  // sparse: else the first write far into it would write zeros all the way
+    constexpr DWORD set_sparse = 0x900c4;  // FSCTL_SET_SPARSE
+    DWORD ignored = 0;
+    DeviceIoControl(opened, set_sparse, nullptr, 0, nullptr, 0, &ignored, nullptr);
+  }
+  return 0;
+}
+inline void close_file(file_handle opened) { CloseHandle(opened); }
+
+inline OVERLAPPED file_offset(std::uint64_t offset) {
+  OVERLAPPED at{};
+  at.Offset = static_cast<DWORD>(offset);
+  at.OffsetHigh = static_cast<DWORD>(offset >> 32);
+  return at;
+}
+inline int write_some(file_handle opened, std::uint64_t offset, std::string_view bytes, std::size_t& count) {
+  OVERLAPPED at = file_offset(offset);
+  DWORD written = 0;
+  const auto wanted = static_cast<DWORD>((std::min<std::size_t>)(bytes.size(), 1u << 30));
+  if (!WriteFile(opened, bytes.data(), wanted, &written, &at)) return last_os_error();
+  count = written;
+  return 0;
+}
+inline int read_some(file_handle opened, std::uint64_t offset, char* into, std::size_t size,
+                     std::size_t& count) {
+  OVERLAPPED at = file_offset(offset);
+  DWORD got = 0;
+  const auto wanted = static_cast<DWORD>((std::min<std::size_t>)(size, 1u << 30));
+  if (!ReadFile(opened, into, wanted, &got, &at) && GetLastError() != ERROR_HANDLE_EOF)
+    return last_os_error();
+  count = got;
+  return 0;
+}
+inline int resize_file(file_handle opened, std::uint64_t size) {
+  FILE_END_OF_FILE_INFO end;
+  end.EndOfFile.QuadPart = static_cast<LONGLONG>(size);
+  return SetFileInformationByHandle(opened, FileEndOfFileInfo, &end, sizeof end) ? 0 : last_os_error();
+}
+inline int sync_file(file_handle opened) { return FlushFileBuffers(opened) ? 0 : last_os_error(); }
+inline int reserve_room(file_handle, std::uint64_t) { return 0; }
+inline std::uint64_t clone_bytes(file_handle, file_handle, std::uint64_t, std::uint64_t) { return 0; }
+inline int set_modified(file_handle opened, std::chrono::nanoseconds since_1970) {
+  const auto ticks = static_cast<std::uint64_t>(since_1970.count() / 100 + 116444736000000000);
+  FILETIME time;
+  time.dwLowDateTime = static_cast<DWORD>(ticks);
+  time.dwHighDateTime = static_cast<DWORD>(ticks >> 32);
+  return SetFileTime(opened, nullptr, nullptr, &time) ? 0 : last_os_error();
+}
+inline void set_modified_now(file_handle opened) {
+  (void)set_modified(opened, std::chrono::system_clock::now().time_since_epoch());
+}
+inline void set_permissions(file_handle, unsigned) {}
+inline look_result facts_of(file_handle opened) {
+  LARGE_INTEGER size;
+  FILETIME written;
+  if (!GetFileSizeEx(opened, &size) || !GetFileTime(opened, nullptr, nullptr, &written))
+    return look_result::failed(last_os_error());
+  file_facts facts;
+  facts.is_file = GetFileType(opened) == FILE_TYPE_DISK;
+  facts.size = static_cast<std::uint64_t>(size.QuadPart);
+  facts.modified = nanoseconds_since_1970(written);
+  return facts;
+}
 inline look_result facts_of(const path& where) {
   WIN32_FILE_ATTRIBUTE_DATA entry;
   if (!GetFileAttributesExW(where.c_str(), GetFileExInfoStandard, &entry))
     return look_result::failed(last_os_error());
-  const auto join = [](DWORD high, DWORD low) { return static_cast<std::uint64_t>(high) << 32 | low; };
   file_facts facts;
   facts.is_directory = (entry.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
   facts.is_file = (entry.dwFileAttributes & (FILE_ATTRIBUTE_DIRECTORY | FILE_ATTRIBUTE_DEVICE)) == 0;
-  facts.size = join(entry.nFileSizeHigh, entry.nFileSizeLow);
-  // FILETIME counts 100 ns since 1601.
-  facts.modified = (static_cast<std::int64_t>(
-                        join(entry.ftLastWriteTime.dwHighDateTime, entry.ftLastWriteTime.dwLowDateTime)) -
-                    116444736000000000) *
-                   100;
+  facts.size = joined(entry.nFileSizeHigh, entry.nFileSizeLow);
+  facts.modified = nanoseconds_since_1970(entry.ftLastWriteTime);
   return facts;
 }
-#else
-inline bool look_result::absent() const { return code_ == ENOENT || code_ == ENOTDIR; }
-
-/// Follows symbolic links.
-inline look_result facts_of(const path& where) {
-  struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
-  int failed = 0;
-  do {
-    failed = WANDB_RESTORE_PRIVATE_LARGE(stat)(where.c_str(), &entry);
-  } while (failed != 0 && errno == EINTR);
-  if (failed != 0) return look_result::failed(errno);
-  return facts_of(entry);
+inline look_result facts_of_entry(const path& where) { return facts_of(where); }
+inline std::uint64_t own_user() { return 0; }
+[[nodiscard]] inline int rename_over(const path& source, const path& destination) {
+  constexpr DWORD how = MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH;
+  return MoveFileExW(source.c_str(), destination.c_str(), how) ? 0 : last_os_error();
 }
+inline void sync_directory(const path&) {}
+inline const char* why_not_replaceable(const path&) { return nullptr; }
+inline std::size_t longest_name(const path&) { return 255; }
+/// In the system's own characters.
+inline std::size_t name_length(std::string_view name) { return from_utf8(name).native().size(); }
+inline std::optional<std::uint64_t> free_space(const path& directory) {
+  std::error_code failure;
+  const auto space = std::filesystem::space(directory.empty() ? path(".") : directory, failure);
+  return failure ? std::nullopt : std::optional<std::uint64_t>(space.available);
+}
+inline std::optional<std::uint64_t> file_size_limit() { return std::nullopt; }
+
+/// `opened` has to be of file_mode::keep_name: nothing else can get its name before the stream is open.
+inline result<std::ifstream> stream_on(file_handle, const path& where) {
+  std::ifstream stream(where, std::ios::binary);
+  if (!stream) return disk_error("open", where, last_os_error());
+  return stream;
+}
+
+/// The file goes when its last handle is closed, also that of a process that was killed: there is never an old one.
+inline int open_lock_file(file_handle& opened, const path& where, bool& existed) {
+  existed = true;
+  opened = CreateFileW(where.c_str(), GENERIC_READ | GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
+                       FILE_ATTRIBUTE_HIDDEN | FILE_FLAG_DELETE_ON_CLOSE, nullptr);
+  return opened == no_file() ? last_os_error() : 0;
+}
+inline bool is_lock_busy(int code) { return code == ERROR_SHARING_VIOLATION; }
+inline int lock_file(file_handle) { return 0; }  // nobody else can have it open
+inline bool are_locks_effective(file_handle, const path&) { return true; }
+
+inline process_id own_process() { return GetCurrentProcessId(); }
+inline std::optional<std::uint64_t> process_start(process_id id) {
+  HANDLE process = OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, FALSE, static_cast<DWORD>(id));
+  if (process == nullptr) {
+    return GetLastError() == ERROR_INVALID_PARAMETER ? std::nullopt : std::optional<std::uint64_t>(0);
+  }
+  FILETIME created{}, exited{}, kernel{}, user{};
+  DWORD status = 0;
+  const bool known = GetProcessTimes(process, &created, &exited, &kernel, &user) != 0;
+  const bool over = GetExitCodeProcess(process, &status) && status != STILL_ACTIVE;
+  CloseHandle(process);
+  if (over) return std::nullopt;
+  return known ? joined(created.dwHighDateTime, created.dwLowDateTime) : 0;
+}
+inline std::string process_realm() {
+  std::array<char, 256> name{};
+  DWORD size = static_cast<DWORD>(name.size());
+  return GetComputerNameA(name.data(), &size) ? hex64(name_hash({name.data(), size})) : std::string();
+}
+
+#else  // POSIX
+
+using file_handle = int;
+constexpr file_handle no_file() { return -1; }
+inline int last_os_error() { return errno; }
+constexpr int no_space_code = ENOSPC;
+constexpr int name_taken_code = EEXIST;
+
+// A header cannot set _FILE_OFFSET_BITS in time, so files over 2 GiB on 32-bit machines need glibc's explicit names.
+#ifdef __GLIBC__
+#define WANDB_RESTORE_PRIVATE_LARGE(name) name##64
+#else
+#define WANDB_RESTORE_PRIVATE_LARGE(name) name
 #endif
 
-#ifndef _WIN32
+inline bool look_result::absent() const { return code_ == ENOENT || code_ == ENOTDIR; }
+
+/// Calls again what a signal interrupted. 0, or the system's error code.
+template <class Call>
+int uninterrupted(const Call& call) {
+  int outcome = 0;
+  do {
+    outcome = call();
+  } while (outcome == -1 && errno == EINTR);
+  return outcome == -1 ? errno : 0;
+}
+
 /// Moves a new descriptor above 2, close-on-exec. A program that runs with descriptors 0 to 2 closed would otherwise print
 /// into the file that got one of these numbers. Returns the descriptor to use; negative, with errno set, after a failure.
 inline int above_standard_streams(int descriptor) {
@@ -1984,207 +2122,357 @@ class standard_streams_guard {
  private:
   std::array<int, 3> held_{{-1, -1, -1}};
 };
+
+inline int open_file(file_handle& opened, const path& where, file_mode mode, unsigned permissions) {
+  constexpr int careful = O_NOFOLLOW | O_NONBLOCK;
+  const int flags = mode == file_mode::read ? O_RDONLY
+                    : mode == file_mode::keep_name ? O_RDONLY | O_NONBLOCK
+                    : mode == file_mode::neighbour ? O_RDONLY | careful
+                    : mode == file_mode::update ? O_RDWR | careful
+                                                : O_RDWR | O_CREAT | O_EXCL;
+  return uninterrupted([&] {
+    return opened = above_standard_streams(
+               WANDB_RESTORE_PRIVATE_LARGE(open)(where.c_str(), flags | O_CLOEXEC, permissions));
+  });
+}
+inline void close_file(file_handle opened) { ::close(opened); }
+
+inline int write_some(file_handle opened, std::uint64_t offset, std::string_view bytes, std::size_t& count) {
+  const auto written = WANDB_RESTORE_PRIVATE_LARGE(pwrite)(opened, bytes.data(), bytes.size(),
+                                                           static_cast<std::int64_t>(offset));
+  count = written > 0 ? static_cast<std::size_t>(written) : 0;
+  return written < 0 ? errno : 0;
+}
+inline int read_some(file_handle opened, std::uint64_t offset, char* into, std::size_t size,
+                     std::size_t& count) {
+  const auto got = WANDB_RESTORE_PRIVATE_LARGE(pread)(opened, into, size, static_cast<std::int64_t>(offset));
+  count = got > 0 ? static_cast<std::size_t>(got) : 0;
+  return got < 0 ? errno : 0;
+}
+inline int resize_file(file_handle opened, std::uint64_t size) {
+  return uninterrupted(
+      [&] { return WANDB_RESTORE_PRIVATE_LARGE(ftruncate)(opened, static_cast<std::int64_t>(size)); });
+}
+inline int set_modified(file_handle opened, std::chrono::nanoseconds since_1970) {
+  struct timespec times[2]{};
+  times[0].tv_nsec = UTIME_OMIT;
+  times[1].tv_sec = static_cast<decltype(times[1].tv_sec)>(since_1970.count() / 1000000000);
+  times[1].tv_nsec = static_cast<decltype(times[1].tv_nsec)>(since_1970.count() % 1000000000);
+  return ::futimens(opened, times) == 0 ? 0 : errno;
+}
+/// By the file system's own clock.
+inline void set_modified_now(file_handle opened) {
+  struct timespec times[2]{};
+  times[0].tv_nsec = UTIME_OMIT;
+  times[1].tv_nsec = UTIME_NOW;
+  (void)::futimens(opened, times);
+}
+inline void set_permissions(file_handle opened, unsigned mode) {
+  (void)::fchmod(opened, static_cast<mode_t>(mode));
+}
+
+inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entry) {
+#ifdef __APPLE__
+  const auto modified = entry.st_mtimespec, changed = entry.st_ctimespec;
+#else
+  const auto modified = entry.st_mtim, changed = entry.st_ctim;
 #endif
+  file_facts facts;
+  facts.is_directory = S_ISDIR(entry.st_mode);
+  facts.is_file = S_ISREG(entry.st_mode);
+  facts.size = static_cast<std::uint64_t>(entry.st_size);
+  facts.allocated = static_cast<std::uint64_t>(entry.st_blocks) * 512;
+  facts.modified = static_cast<std::int64_t>(modified.tv_sec) * 1000000000 + modified.tv_nsec;
+  facts.changed = static_cast<std::int64_t>(changed.tv_sec) * 1000000000 + changed.tv_nsec;
+  facts.device = static_cast<std::uint64_t>(entry.st_dev);
+  facts.inode = static_cast<std::uint64_t>(entry.st_ino);
+  facts.links = static_cast<std::uint64_t>(entry.st_nlink);
+  facts.user = static_cast<std::uint64_t>(entry.st_uid);
+  facts.mode = entry.st_mode & 07777;
+  return facts;
+}
+inline look_result facts_of(file_handle opened) {
+  struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
+  const int code = uninterrupted([&] { return WANDB_RESTORE_PRIVATE_LARGE(fstat)(opened, &entry); });
+  return code == 0 ? look_result(facts_of(entry)) : look_result::failed(code);
+}
+/// Follows symbolic links.
+inline look_result facts_of(const path& where) {
+  struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
+  const int code = uninterrupted([&] { return WANDB_RESTORE_PRIVATE_LARGE(stat)(where.c_str(), &entry); });
+  return code == 0 ? look_result(facts_of(entry)) : look_result::failed(code);
+}
+/// Of the directory entry itself: a link is a link.
+inline look_result facts_of_entry(const path& where) {
+  struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
+  const int code = uninterrupted([&] { return WANDB_RESTORE_PRIVATE_LARGE(lstat)(where.c_str(), &entry); });
+  return code == 0 ? look_result(facts_of(entry)) : look_result::failed(code);
+}
+inline std::uint64_t own_user() { return static_cast<std::uint64_t>(::geteuid()); }
+
+/// Replaces `destination` in one step.
+[[nodiscard]] inline int rename_over(const path& source, const path& destination) {
+  return uninterrupted([&] { return ::rename(source.c_str(), destination.c_str()); });
+}
+/// A rename is on stable storage once its directory is.
+inline void sync_directory(const path& directory) {
+  file_handle opened = no_file();
+  if (open_file(opened, directory.empty() ? path(".") : directory, file_mode::read, 0) != 0) return;
+  (void)uninterrupted(
+      [&] { return ::fsync(opened); });  // some file systems refuse this: nothing better to do then
+  close_file(opened);
+}
+
+/// In bytes, of a name in that directory.
+inline std::size_t longest_name(const path& directory) {
+  const long limit = ::pathconf(directory.empty() ? "." : directory.c_str(), _PC_NAME_MAX);
+  return limit > 0 ? static_cast<std::size_t>(limit) : 255;
+}
+inline std::size_t name_length(std::string_view name) { return name.size(); }
+
+/// Bytes that an ordinary user may still write there; absent where the system does not tell.
+inline std::optional<std::uint64_t> free_space(const path& directory) {
+#ifdef __GLIBC__
+  struct statvfs64 volume;
+  const int code = ::statvfs64(directory.empty() ? "." : directory.c_str(), &volume);
+#else
+  struct statvfs volume;
+  const int code = ::statvfs(directory.empty() ? "." : directory.c_str(), &volume);
+#endif
+  if (code != 0 || volume.f_blocks == 0) return std::nullopt;  // some remote file systems say 0 of everything
+  return static_cast<std::uint64_t>(volume.f_bavail) * volume.f_frsize;
+}
+/// A process that writes beyond this many bytes is killed by SIGXFSZ.
+inline std::optional<std::uint64_t> file_size_limit() {
+  struct rlimit limit {};
+  if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return std::nullopt;
+  return static_cast<std::uint64_t>(limit.rlim_cur);
+}
+
+/// A stream on the very file that `opened` has open, whatever its name leads to by now. An ifstream can only be opened by
+/// name, so the name has to be one that cannot lead elsewhere: /proc/self/fd/N (Linux) and /dev/fd/N (macOS, and others
+/// that mount it) name the open file itself. Where neither is mounted, the stream is opened by the file's name, between
+/// two looks that both have to find that file. (The descriptor keeps the inode's number from being used again, and a
+/// rename away and back changes the time of its last status change.) An error if the name leads to another file.
+inline result<std::ifstream> stream_on(file_handle opened, const path& where) {
+  const auto facts = facts_of(opened);
+  if (!facts.found()) return disk_error("look at", where, facts.failure());
+  const standard_streams_guard guard;
+  for (const char* folder : {"/proc/self/fd/", "/dev/fd/"}) {
+    const path link = folder + std::to_string(opened);
+    const auto linked = facts_of(link);
+    if (!linked.found() || !linked->is_same_file(*facts)) continue;
+    std::ifstream stream(link, std::ios::binary);
+    if (stream) return stream;
+  }
+  const auto is_named_so = [&] {
+    const auto named = facts_of(where);
+    return named.found() && named->is_same_file(*facts) && named->changed == facts->changed;
+  };
+  if (is_named_so()) {
+    std::ifstream stream(where, std::ios::binary);
+    if (!stream) return disk_error("open", where, errno);
+    if (is_named_so()) return stream;
+  }
+  return error(errc::disk_failure,
+               "cannot open " + in_quotes(where) + ": it was replaced at that moment; try again");
+}
+
+/// Opens the lock file, or makes it, readable by this user alone: others could hold it for ever. `existed`: some process
+/// left it, or has it. Another user's file is refused as if permission were denied.
+inline int open_lock_file(file_handle& opened, const path& where, bool& existed) {
+  existed = false;
+  int code = open_file(opened, where, file_mode::create, 0600);
+  if (code != EEXIST) return code;
+  existed = true;
+  code = open_file(opened, where, file_mode::update, 0);
+  if (code != 0) return code == ENOENT ? EAGAIN : code;  // its holder has just removed it
+  const auto facts = facts_of(opened);
+  if (facts.found() && facts->is_file && facts->links <= 1 && facts->user == own_user()) return 0;
+  close_file(std::exchange(opened, no_file()));
+  return EACCES;
+}
+inline bool is_lock_busy(int code) { return code == EAGAIN; }
+#if defined(F_OFD_SETLK)
+constexpr int set_lock_command = F_OFD_SETLK, get_lock_command = F_OFD_GETLK;
+#elif defined(__GLIBC__)
+constexpr int set_lock_command = F_SETLK64, get_lock_command = F_GETLK64;
+#else
+constexpr int set_lock_command = F_SETLK, get_lock_command = F_GETLK;
+#endif
+inline struct WANDB_RESTORE_PRIVATE_LARGE(flock) whole_file_lock() {
+  struct WANDB_RESTORE_PRIVATE_LARGE(flock) whole {};
+  whole.l_type = F_WRLCK;
+  whole.l_whence = SEEK_SET;
+  return whole;
+}
+/// 0: held. EAGAIN: another process holds it.
+inline int lock_file(file_handle opened) {
+  auto whole = whole_file_lock();
+  const int code = uninterrupted([&] { return ::fcntl(opened, set_lock_command, &whole); });
+  return code == EACCES ? EAGAIN : code;
+}
+/// Whether the lock that this process holds keeps out others on this machine: some file systems accept locks and ignore
+/// them. Only open-file-description locks can be seen from the process that holds them.
+inline bool are_locks_effective(file_handle, const path& where) {
+#if defined(F_OFD_SETLK)
+  file_handle second = no_file();
+  if (open_file(second, where, file_mode::update, 0) != 0) return false;
+  auto whole = whole_file_lock();
+  const bool seen = ::fcntl(second, get_lock_command, &whole) == 0 && whole.l_type != F_UNLCK;
+  close_file(second);
+  return seen;
+#else
+  (void)where;
+  return false;
+#endif
+}
+
+inline process_id own_process() { return static_cast<process_id>(::getpid()); }
+
+// What POSIX systems do differently.
+
+#if defined(__linux__)
+
+inline int sync_file(file_handle opened) {
+  return uninterrupted([&] { return ::fdatasync(opened); });
+}
+/// Takes room for `size` bytes, without writing any. Of no effect, and 0, where the file system cannot do that.
+inline int reserve_room(file_handle opened, std::uint64_t size) {
+  // Memory-backed files would pay for each page before the first byte arrives; their free space is known exactly.
+  constexpr long tmpfs = 0x01021994;
+  struct WANDB_RESTORE_PRIVATE_LARGE(statfs) volume;
+  if (WANDB_RESTORE_PRIVATE_LARGE(fstatfs)(opened, &volume) == 0 && static_cast<long>(volume.f_type) == tmpfs)
+    return 0;
+  if (size == 0) return 0;
+  const int code = uninterrupted(
+      [&] { return WANDB_RESTORE_PRIVATE_LARGE(fallocate)(opened, 0, 0, static_cast<std::int64_t>(size)); });
+  return code == ENOSPC || code == EDQUOT || code == EFBIG ? code : 0;
+}
+/// Copies bytes inside the kernel; file systems that can share blocks do. Returns how many; 0: copy them by hand.
+inline std::uint64_t clone_bytes(file_handle source, file_handle destination, std::uint64_t offset,
+                                 std::uint64_t size) {
+#if defined(__GLIBC__)
+#if __GLIBC_PREREQ(2, 27)
+  auto read_from = static_cast<off64_t>(offset), write_to = read_from;
+  const auto count =
+      ::copy_file_range(source, &read_from, destination, &write_to, static_cast<std::size_t>(size), 0);
+  return count > 0 ? static_cast<std::uint64_t>(count) : 0;
+#endif
+#endif
+  return (void)source, (void)destination, (void)offset, (void)size, std::uint64_t{0};
+}
+/// Why a rename over this file would fail although its directory can be written; null if nothing is known against it.
+inline const char* why_not_replaceable(const path& where) {
+#if defined(STATX_ATTR_MOUNT_ROOT) && defined(STATX_ATTR_IMMUTABLE)
+  struct statx entry {};
+  if (::statx(AT_FDCWD, where.c_str(), AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, 0, &entry) != 0) return nullptr;
+  if ((entry.stx_attributes & STATX_ATTR_MOUNT_ROOT) != 0)
+    return "something is mounted on it (a container's volume?)";
+  if ((entry.stx_attributes & STATX_ATTR_IMMUTABLE) != 0)
+    return "it is immutable (chattr -i makes it changeable)";
+#else
+  (void)where;
+#endif
+  return nullptr;
+}
+
+#else
+
+inline int sync_file(file_handle opened) {
+#ifdef F_FULLFSYNC  // macOS: fsync leaves the bytes in the drive's cache
+  if (uninterrupted([&] { return ::fcntl(opened, F_FULLFSYNC); }) == 0) return 0;
+#endif
+  return uninterrupted([&] { return ::fsync(opened); });
+}
+inline int reserve_room(file_handle, std::uint64_t) { return 0; }
+inline std::uint64_t clone_bytes(file_handle, file_handle, std::uint64_t, std::uint64_t) { return 0; }
+inline const char* why_not_replaceable(const path&) { return nullptr; }
+
+#endif
+
+#endif  // POSIX
+
+// ---- files, on top of that
 
 /// An open file, read and written at offsets; different offsets from several threads at once.
 class file {
  public:
-#ifdef _WIN32
-  using handle = HANDLE;
-  static handle none() { return INVALID_HANDLE_VALUE; }
-#else
-  using handle = int;
-  static constexpr handle none() { return -1; }
-#endif
-  enum class mode {
-    read,
-    keep_name,  // read; never blocks, and on Windows the file keeps its name for as long as it is open
-    update,     // read and write what is there
-    create,     // a new file; fails where there is one
-    lock,  // made where it is missing; on Windows nobody else can open it then, and it goes when it is closed
-  };
+  using mode = file_mode;
 
   file() = default;
-  file(file&& other) noexcept : handle_(std::exchange(other.handle_, none())) {}
+  file(file&& other) noexcept : handle_(std::exchange(other.handle_, no_file())) {}
   file& operator=(file&& other) noexcept {
     std::swap(handle_, other.handle_);
     return *this;
   }
   ~file() { close(); }
 
-  [[nodiscard]] bool is_open() const { return handle_ != none(); }
+  [[nodiscard]] bool is_open() const { return handle_ != no_file(); }
   void close() {
-    if (!is_open()) return;
-#ifdef _WIN32
-    CloseHandle(handle_);
-#else
-    ::close(handle_);
-#endif
-    handle_ = none();
+    if (is_open()) close_file(std::exchange(handle_, no_file()));
   }
-
-  /// 0, or the system's error code.
+  /// 0, or the system's error code. `permissions` are those of a new file, less what the process masks out (umask).
   [[nodiscard]] int open(const path& where, mode how, unsigned permissions = 0666) {
     close();
-#ifdef _WIN32
-    (void)permissions;
-    const bool exclusive = how == mode::lock;
-    const DWORD others_may_rename = how == mode::keep_name ? 0 : FILE_SHARE_DELETE;
-    handle_ = CreateFileW(
-        where.c_str(),
-        how == mode::read || how == mode::keep_name ? GENERIC_READ : GENERIC_READ | GENERIC_WRITE,
-        exclusive ? 0 : FILE_SHARE_READ | FILE_SHARE_WRITE | others_may_rename, nullptr,
-        how == mode::create ? CREATE_NEW
-        : exclusive         ? OPEN_ALWAYS
-                            : OPEN_EXISTING,
-        exclusive ? FILE_ATTRIBUTE_HIDDEN | FILE_FLAG_DELETE_ON_CLOSE : FILE_ATTRIBUTE_NORMAL, nullptr);
-    if (!is_open()) return last_os_error();
-    if (how == mode::create) {  // sparse: else the first write far into it would write zeros all the way
-      constexpr DWORD set_sparse = 0x900c4;  // FSCTL_SET_SPARSE
-      DWORD ignored = 0;
-      DeviceIoControl(handle_, set_sparse, nullptr, 0, nullptr, 0, &ignored, nullptr);
-    }
-    return 0;
-#else
-    const int flags = how == mode::read ? O_RDONLY
-                      : how == mode::keep_name ? O_RDONLY | O_NONBLOCK
-                      : how == mode::update ? O_RDWR
-                      : how == mode::create ? O_RDWR | O_CREAT | O_EXCL
-                                            : O_RDWR | O_CREAT;
-    do {
-      handle_ = WANDB_RESTORE_PRIVATE_LARGE(open)(where.c_str(), flags | O_CLOEXEC, permissions);
-    } while (!is_open() && errno == EINTR);
-    handle_ = above_standard_streams(handle_);
-    return is_open() ? 0 : errno;
-#endif
+    return open_file(handle_, where, how, permissions);
+  }
+  /// Opens a lock file; see open_lock_file.
+  [[nodiscard]] int open_lock(const path& where, bool& existed) {
+    close();
+    return open_lock_file(handle_, where, existed);
   }
 
   /// Writes all of it; 0, or the system's error code.
   [[nodiscard]] int write_at(std::uint64_t offset, std::string_view bytes) const {
     while (!bytes.empty()) {
-#ifdef _WIN32
-      OVERLAPPED at{};
-      at.Offset = static_cast<DWORD>(offset);
-      at.OffsetHigh = static_cast<DWORD>(offset >> 32);
-      DWORD count = 0;
-      if (!WriteFile(handle_, bytes.data(),
-                     static_cast<DWORD>((std::min<std::size_t>)(bytes.size(), 1u << 30)), &count, &at)) {
-        return last_os_error();
-      }
-#else
-      const auto count = WANDB_RESTORE_PRIVATE_LARGE(pwrite)(handle_, bytes.data(), bytes.size(),
-                                                             static_cast<std::int64_t>(offset));
-      if (count < 0 && errno == EINTR) continue;
-      if (count < 0) return errno;
-#endif
-      if (count == 0) return no_space();
-      offset += static_cast<std::uint64_t>(count);
-      bytes.remove_prefix(static_cast<std::size_t>(count));
+      std::size_t count = 0;
+      const int code = write_some(handle_, offset, bytes, count);
+      if (code != 0 && system_condition(code) == std::errc::interrupted) continue;
+      if (code != 0) return code;
+      if (count == 0) return no_space_code;
+      offset += count;
+      bytes.remove_prefix(count);
     }
     return 0;
   }
-
   /// Reads up to `size` bytes; fewer only at the end of the file. Negative: the system's error code.
   [[nodiscard]] std::int64_t read_at(std::uint64_t offset, char* into, std::size_t size) const {
     std::size_t done = 0;
     while (done < size) {
-#ifdef _WIN32
-      OVERLAPPED at{};
-      at.Offset = static_cast<DWORD>(offset + done);
-      at.OffsetHigh = static_cast<DWORD>((offset + done) >> 32);
-      DWORD count = 0;
-      if (!ReadFile(handle_, into + done, static_cast<DWORD>((std::min<std::size_t>)(size - done, 1u << 30)),
-                    &count, &at) &&
-          GetLastError() != ERROR_HANDLE_EOF) {
-        return -last_os_error();
-      }
-#else
-      const auto count = WANDB_RESTORE_PRIVATE_LARGE(pread)(handle_, into + done, size - done,
-                                                            static_cast<std::int64_t>(offset + done));
-      if (count < 0 && errno == EINTR) continue;
-      if (count < 0) return -errno;
-#endif
+      std::size_t count = 0;
+      const int code = read_some(handle_, offset + done, into + done, size - done, count);
+      if (code != 0 && system_condition(code) == std::errc::interrupted) continue;
+      if (code != 0) return -code;
       if (count == 0) break;
-      done += static_cast<std::size_t>(count);
+      done += count;
     }
     return static_cast<std::int64_t>(done);
   }
-
-  [[nodiscard]] int resize(std::uint64_t size) const {
-#ifdef _WIN32
-    FILE_END_OF_FILE_INFO end;
-    end.EndOfFile.QuadPart = static_cast<LONGLONG>(size);
-    return SetFileInformationByHandle(handle_, FileEndOfFileInfo, &end, sizeof end) ? 0 : last_os_error();
-#else
-    return WANDB_RESTORE_PRIVATE_LARGE(ftruncate)(handle_, static_cast<std::int64_t>(size)) == 0 ? 0 : errno;
-#endif
-  }
-
+  [[nodiscard]] int resize(std::uint64_t size) const { return resize_file(handle_, size); }
   /// Content on stable storage; 0, or the system's error code.
-  [[nodiscard]] int sync() const {
-#ifdef _WIN32
-    return FlushFileBuffers(handle_) ? 0 : last_os_error();
-#elif defined(__APPLE__)
-    return ::fcntl(handle_, F_FULLFSYNC) == 0 || ::fsync(handle_) == 0 ? 0 : errno;
-#else
-    return ::fdatasync(handle_) == 0 ? 0 : errno;
-#endif
+  [[nodiscard]] int sync() const { return sync_file(handle_); }
+  /// Takes room for `size` bytes, where the file system can.
+  [[nodiscard]] int reserve(std::uint64_t size) const { return reserve_room(handle_, size); }
+  [[nodiscard]] look_result facts() const { return facts_of(handle_); }
+  /// Whether it is what its name leads to, which a neighbour may have changed.
+  [[nodiscard]] bool is_named(const path& where) const {
+    const auto own = facts(), named = facts_of_entry(where);
+    return own.found() && named.found() && named->is_same_file(*own);
   }
-
-  /// Room for `size` bytes, without writing any. Where the file system cannot do it this does nothing and returns 0.
-  [[nodiscard]] int reserve(std::uint64_t size) const {
-#ifdef __linux__
-    // Memory-backed files would pay for each page before the first byte arrives; their free space is known exactly.
-    constexpr long tmpfs = 0x01021994;
-    struct WANDB_RESTORE_PRIVATE_LARGE(statfs) volume;
-    if (WANDB_RESTORE_PRIVATE_LARGE(fstatfs)(handle_, &volume) == 0 &&
-        static_cast<long>(volume.f_type) == tmpfs)
-      return 0;
-    if (size > 0 &&
-        WANDB_RESTORE_PRIVATE_LARGE(fallocate)(handle_, 0, 0, static_cast<std::int64_t>(size)) != 0) {
-      return errno == ENOSPC || errno == EDQUOT || errno == EFBIG ? errno : 0;
-    }
-#else
-    (void)size;
-#endif
-    return 0;
-  }
-
-  [[nodiscard]] look_result facts() const {
-#ifdef _WIN32
-    LARGE_INTEGER size;
-    FILETIME written;
-    if (!GetFileSizeEx(handle_, &size) || !GetFileTime(handle_, nullptr, nullptr, &written))
-      return look_result::failed(last_os_error());
-    file_facts facts;
-    facts.is_file = GetFileType(handle_) == FILE_TYPE_DISK;
-    facts.size = static_cast<std::uint64_t>(size.QuadPart);
-    facts.modified = (static_cast<std::int64_t>(static_cast<std::uint64_t>(written.dwHighDateTime) << 32 |
-                                                written.dwLowDateTime) -
-                      116444736000000000) *
-                     100;
-    return facts;
-#else
-    struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
-    if (WANDB_RESTORE_PRIVATE_LARGE(fstat)(handle_, &entry) != 0) return look_result::failed(errno);
-    return facts_of(entry);
-#endif
-  }
-
-  [[nodiscard]] handle native() const { return handle_; }
+  [[nodiscard]] file_handle native() const { return handle_; }
 
  private:
-  static int no_space() {
-#ifdef _WIN32
-    return ERROR_DISK_FULL;
-#else
-    return ENOSPC;
-#endif
-  }
-  handle handle_ = none();
+  file_handle handle_ = no_file();
 };
 
-/// Bytes to read files into, at the start of a page: reading from the page cache to odd places can take three times as long.
+/// A stream at offset 0 on the file that `opened` has open. `opened` is of file::mode::keep_name, or of a mode that writes.
+inline result<std::ifstream> stream_on(const file& opened, const path& where) {
+  return stream_on(opened.native(), where);
+}
+
+/// A buffer for reading files that begins at a page: reading from the page cache to other places can take three times as
+/// long.
 class page_buffer {
  public:
   static constexpr std::size_t size = 256 * 1024;
@@ -2197,67 +2485,10 @@ class page_buffer {
   std::string bytes_ = std::string(size + page, '\0');
 };
 
-/// Moves a file over another in one step. 0, or the system's error code.
-[[nodiscard]] inline int rename_over(const path& from, const path& to) {
-#ifdef _WIN32
-  return MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH)
-             ? 0
-             : last_os_error();
-#else
-  return ::rename(from.c_str(), to.c_str()) == 0 ? 0 : errno;
-#endif
-}
-
-/// A stream on the very file that `opened` has open, whatever its name leads to by now. An ifstream can only be opened by
-/// name, so the name has to be one that cannot lead elsewhere:
-/// - POSIX: /proc/self/fd/N (Linux) and /dev/fd/N (macOS, and others that mount it) name the open file itself.
-/// - Where neither is mounted: by its name, between two looks that both have to find that file. (The descriptor keeps the
-///   inode's number from being used again, and a rename away and back changes the time of its last status change.)
-/// - Windows: `opened` is of mode::keep_name, so nothing else can get that name before the stream is open.
-/// An error if the name leads to another file, or the file may not be read.
-inline result<std::ifstream> stream_on(const file& opened, const path& where) {
-#ifdef _WIN32
-  (void)opened;
-  std::ifstream stream(where, std::ios::binary);
-  if (!stream) return disk_error("open", where);
-  return stream;
-#else
-  const auto facts = opened.facts();
-  if (!facts.found()) return disk_error("look at", where, facts.failure());
-  const standard_streams_guard guard;
-  for (const char* folder : {"/proc/self/fd/", "/dev/fd/"}) {
-    const path link = folder + std::to_string(opened.native());
-    const auto linked = facts_of(link);
-    if (!linked.found() || linked->device != facts->device || linked->inode != facts->inode) continue;
-    std::ifstream stream(link, std::ios::binary);
-    if (stream) return stream;
-  }
-  const auto is_the_same = [&] {
-    const auto named = facts_of(where);
-    return named.found() && named->device == facts->device && named->inode == facts->inode &&
-           named->changed == facts->changed;
-  };
-  if (is_the_same()) {
-    std::ifstream stream(where, std::ios::binary);
-    if (!stream) return disk_error("open", where, errno);
-    if (is_the_same()) return stream;
-  }
-  return error(errc::disk_failure,
-               "cannot open " + in_quotes(where) + ": it was replaced at that moment; try again");
-#endif
-}
-
-/// A rename is on stable storage once its directory is.
-inline void sync_directory(const path& directory) {
-#ifndef _WIN32
-  file opened;
-  if (opened.open(directory.empty() ? path(".") : directory, file::mode::read) == 0)
-    ::fsync(
-        opened
-            .native());  // some file systems refuse this for directories; there is nothing better to do then
-#else
-  (void)directory;
-#endif
+inline path absolute_path(const path& where) {
+  std::error_code failure;
+  const path whole = std::filesystem::absolute(where, failure);
+  return (failure ? where : whole).lexically_normal();
 }
 
 inline void remove_quietly(const path& where) {
@@ -2274,15 +2505,13 @@ inline result<void> make_directories(const path& directory) {
                                        failure.message() + disk_remedy(failure.default_error_condition()));
 }
 
-/// The whole of a file of at most `limit` bytes. errc::disk_failure for a longer or unreadable one.
-inline result<std::string> read_small_file(const path& where, std::size_t limit) {
-  file in;
-  if (const int code = in.open(where, file::mode::read)) return disk_error("open", where, code);
+/// The whole of an open file of at most `limit` bytes. errc::disk_failure for a longer or unreadable one.
+inline result<std::string> read_small_file(const file& opened, const path& where, std::size_t limit) {
   std::string text;
   for (std::size_t held = 0;
        held == text.size() && held <= limit;) {  // the size is not asked for: /proc says 0
     text.resize((std::min)(limit + 1, held + 4096));
-    const auto count = in.read_at(held, text.data() + held, text.size() - held);
+    const auto count = opened.read_at(held, text.data() + held, text.size() - held);
     if (count < 0) return disk_error("read", where, static_cast<int>(-count));
     held += static_cast<std::size_t>(count);
     if (held < text.size()) {
@@ -2296,29 +2525,10 @@ inline result<std::string> read_small_file(const path& where, std::size_t limit)
   }
   return text;
 }
-
-/// Bytes that an ordinary user may still write there; absent where the system does not tell.
-inline std::optional<std::uint64_t> free_space(const path& directory) {
-#if defined(__GLIBC__)
-  struct statvfs64 volume;
-  if (::statvfs64(directory.empty() ? "." : directory.c_str(), &volume) != 0) return std::nullopt;
-  if (volume.f_blocks == 0) return std::nullopt;  // some file systems of remote stores say 0 of everything
-  return static_cast<std::uint64_t>(volume.f_bavail) * volume.f_frsize;
-#else
-  std::error_code failure;
-  const auto space = std::filesystem::space(directory.empty() ? path(".") : directory, failure);
-  return failure ? std::nullopt : std::optional<std::uint64_t>(space.available);
-#endif
-}
-
-using process_id = std::uint64_t;
-
-inline process_id own_process() {
-#ifdef _WIN32
-  return GetCurrentProcessId();
-#else
-  return static_cast<process_id>(::getpid());
-#endif
+inline result<std::string> read_small_file(const path& where, std::size_t limit) {
+  file opened;
+  if (const int code = opened.open(where, file::mode::read)) return disk_error("open", where, code);
+  return read_small_file(opened, where, limit);
 }
 
 /// Differs from call to call and from process to process: for names, and to spread retries; never for secrets.
@@ -2335,16 +2545,19 @@ inline std::uint64_t some_number() {
   return name_hash(text);
 }
 
-/// Puts a small file in its place in one step, whole or not at all.
-inline result<void> replace_small_file(const path& where, std::string_view text,
-                                       unsigned permissions = 0666) {
+/// Whether a power cut may cost the new content of a small file. It never leaves a mixture of old and new.
+enum class durability { lasting, best_effort };
+
+/// Replaces a small file atomically: readers see the old content or the new. A link in its place is replaced, not followed.
+inline result<void> replace_small_file(const path& where, std::string_view text, unsigned permissions = 0666,
+                                       durability wanted = durability::lasting) {
   if (auto made = make_directories(where.parent_path()); !made) return made;
   path beside = where;
   beside += ".new-" + hex64(some_number());
   file out;
   int code = out.open(beside, file::mode::create, permissions);
   if (code == 0) code = out.write_at(0, text);
-  if (code == 0) code = out.sync();
+  if (code == 0 && wanted == durability::lasting) code = out.sync();
   out.close();
   if (code == 0) code = rename_over(beside, where);
   if (code == 0) return {};
@@ -2354,22 +2567,12 @@ inline result<void> replace_small_file(const path& where, std::string_view text,
 
 // ---- who is who: processes that own partial files
 
-/// When that process started, in the system's own unit; absent where there is no such process (a zombie counts as gone),
-/// 0 where the system does not tell.
+#ifndef _WIN32
+#if defined(__linux__)
+
+/// When that process started, in the system's own unit; absent if there is no such process (a zombie counts as gone), 0 if
+/// the system does not tell.
 inline std::optional<std::uint64_t> process_start(process_id id) {
-#if defined(_WIN32)
-  HANDLE process = OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, FALSE, static_cast<DWORD>(id));
-  if (process == nullptr) {
-    return GetLastError() == ERROR_INVALID_PARAMETER ? std::nullopt : std::optional<std::uint64_t>(0);
-  }
-  FILETIME created{}, exited{}, kernel{}, user{};
-  DWORD status = 0;
-  const bool known = GetProcessTimes(process, &created, &exited, &kernel, &user) != 0;
-  const bool over = GetExitCodeProcess(process, &status) && status != STILL_ACTIVE;
-  CloseHandle(process);
-  if (over) return std::nullopt;
-  return known ? static_cast<std::uint64_t>(created.dwHighDateTime) << 32 | created.dwLowDateTime : 0;
-#elif defined(__linux__)
   const auto text = read_small_file("/proc/" + std::to_string(id) + "/stat", 4096);
   if (!text)
     return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt
@@ -2381,7 +2584,20 @@ inline std::optional<std::uint64_t> process_start(process_id id) {
   if (fields.size() < 20) return 0;
   if ((fields[0] == "Z" && to_number(fields[17]).value_or(0) <= 1) || fields[0] == "X") return std::nullopt;
   return to_number(fields[19]).value_or(0);
+}
+/// Where the process ids of this process mean something: boot and pid namespace, hashed, eight hex digits each. Empty if
+/// that is unknown.
+inline std::string process_realm() {
+  const auto boot = read_small_file("/proc/sys/kernel/random/boot_id", 64);
+  std::error_code failure;
+  const path space = std::filesystem::read_symlink("/proc/self/ns/pid", failure);
+  if (!boot || failure) return {};
+  return hex64(name_hash(*boot)).substr(0, 8) + hex64(name_hash(space.native())).substr(0, 8);
+}
+
 #elif defined(__APPLE__)
+
+inline std::optional<std::uint64_t> process_start(process_id id) {
   struct kinfo_proc process {};
   std::size_t size = sizeof process;
   int query[] = {CTL_KERN, KERN_PROC, KERN_PROC_PID, static_cast<int>(id)};
@@ -2389,35 +2605,27 @@ inline std::optional<std::uint64_t> process_start(process_id id) {
   if (size == 0 || process.kp_proc.p_stat == SZOMB) return std::nullopt;
   return static_cast<std::uint64_t>(process.kp_proc.p_starttime.tv_sec) * 1000000 +
          static_cast<std::uint64_t>(process.kp_proc.p_starttime.tv_usec);
-#else
-  return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt
-                                                                  : std::optional<std::uint64_t>(0);
-#endif
 }
-
-/// Where process ids of this process mean something: host, boot and pid namespace, hashed. Empty where that is unknown.
 inline std::string process_realm() {
-#if defined(_WIN32)
-  std::array<char, 256> name{};
-  DWORD size = static_cast<DWORD>(name.size());
-  return GetComputerNameA(name.data(), &size) ? hex64(name_hash({name.data(), size})) : std::string();
-#elif defined(__linux__)
-  const auto boot = read_small_file("/proc/sys/kernel/random/boot_id", 64);
-  std::error_code failure;
-  const path space = std::filesystem::read_symlink("/proc/self/ns/pid", failure);
-  return boot && !failure ? hex64(name_hash(*boot + space.native())) : std::string();
-#elif defined(__APPLE__)
   std::array<char, 64> boot{};
   std::size_t size = boot.size();
   return ::sysctlbyname("kern.bootsessionuuid", boot.data(), &size, nullptr, 0) == 0
              ? hex64(name_hash({boot.data(), size}))
              : std::string();
-#else
-  return {};
-#endif
 }
 
-/// Names the writer of a partial file: "<realm>.<process>.<start>.<serial>"; a writer that is done calls itself "free".
+#else
+
+inline std::optional<std::uint64_t> process_start(process_id id) {
+  return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt
+                                                                  : std::optional<std::uint64_t>(0);
+}
+inline std::string process_realm() { return {}; }
+
+#endif
+#endif
+
+/// Names the writer of a partial file or the holder of a lock: "<realm>.<process>.<start>.<serial>".
 struct owner {
   std::string realm;
   process_id process = 0;  // 0: nobody
@@ -2427,14 +2635,14 @@ struct owner {
   static owner self() {
     static std::atomic<std::uint64_t> next{0};
     // The serial also tells apart what two copies of this header in one process write: it is unique by its address.
-    const auto salt = name_hash(std::to_string(reinterpret_cast<std::uintptr_t>(&next)));
-    return {process_realm(), own_process(), process_start(own_process()).value_or(0), (salt << 20) + next++};
+    const auto salt = name_hash(std::to_string(reinterpret_cast<std::uintptr_t>(&next))) & 0xffff;
+    return {process_realm(), own_process(), process_start(own_process()).value_or(0), (salt << 24) + next++};
   }
   [[nodiscard]] std::string str() const {
     return (realm.empty() ? "unknown" : realm) + '.' + std::to_string(process) + '.' + std::to_string(start) +
            '.' + std::to_string(serial);
   }
-  /// Nobody where the text is of another spelling.
+  /// Nobody if the text is of another spelling.
   static owner parse(std::string_view text) {
     const auto parts = split(text, '.');
     if (parts.size() != 4) return {};
@@ -2445,15 +2653,23 @@ struct owner {
   }
   /// Of this host, boot and pid namespace: it can be asked.
   [[nodiscard]] bool is_here() const { return !realm.empty() && realm == process_realm(); }
+  /// Of this host and boot, if in another pid namespace (a container): locks that work keep the two apart.
+  [[nodiscard]] bool is_of_this_boot() const {
+    const std::string here = process_realm();
+    return here.size() == 16 && realm.size() == 16 && realm.compare(0, 8, here, 0, 8) == 0;
+  }
   /// Not merely silent: gone for certain.
-  [[nodiscard]] bool provably_dead() const {
-    if (!is_here()) return false;
+  [[nodiscard]] bool is_provably_dead() const {
+    if (process == 0 || !is_here()) return false;
     const auto now = process_start(process);
     return !now || (*now != 0 && start != 0 && *now != start);
   }
 };
 
-// ---- partial files
+// ---- places, and the hidden files beside them
+
+/// Beginning of the names of all hidden files. Files of a run that are called so are refused.
+constexpr std::string_view hidden_prefix = ".wandb-restore-";
 
 /// The place a file is restored to, and the names of the hidden files beside it.
 struct place {
@@ -2462,46 +2678,183 @@ struct place {
   std::string tag;  // tells hidden files of different targets apart
 
   explicit place(path where) : target(std::move(where)), directory(target.parent_path()) {
-    tag = ".wandb-restore-" + hex64(name_hash(utf8(target.filename())));
+    tag = std::string(hidden_prefix) + hex64(name_hash(utf8(target.filename())));
   }
   [[nodiscard]] path lock() const { return directory / (tag + ".lock"); }
+  /// What a writer left for the next one. There is one of each target; its record says of which content it is.
+  [[nodiscard]] path released() const { return directory / (tag + ".part"); }
+  /// What a writer is at work on, or was when it was killed.
   [[nodiscard]] path partial(const std::string& md5, const std::string& writer) const {
-    return directory / (tag + '-' + (md5.empty() ? "unknown" : md5) + '-' + writer + ".part");
+    return directory / (tag + '-' + key(md5) + '-' + writer + ".part");
+  }
+  /// Half of an md5 is enough to find a candidate; the record holds the whole.
+  static std::string key(const std::string& md5) { return md5.empty() ? "unknown" : md5.substr(0, 16); }
+};
+
+/// An error, before a byte is fetched, if the finished file could not be put in its place.
+inline result<void> check_replaceable(const place& at) {
+  const auto old = facts_of_entry(at.target);
+  if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
+  if (old.absent()) return {};
+  const auto refuse = [&](const std::string& why) {
+    return error(errc::disk_failure,
+                 "cannot replace " + in_quotes(at.target) + ": " + why + "; set another root");
+  };
+  if (const char* why = why_not_replaceable(at.target)) return refuse(why);
+  // In a directory with the sticky bit, only the owners of file and directory, and root, may replace a file.
+  const auto directory = facts_of(at.directory.empty() ? path(".") : at.directory);
+  if (directory.found() && (directory->mode & 01000u) != 0 && own_user() != 0 && old->user != own_user() &&
+      directory->user != own_user()) {
+    return refuse("it is another user's, in a directory where only owners may replace files");
+  }
+  return {};
+}
+
+// ---- locks: a courtesy that spares duplicate work; correctness never rests on them
+
+/// Keeps other threads and, where the file system's locks work, other processes away from a place. Never blocks. The
+/// holder writes its name into the lock file: a process that was forked from it would hold the lock beyond its end.
+class place_lock {
+ public:
+  enum class outcome { held, busy, unavailable };
+
+  explicit place_lock(const place& at) : where_(at.lock()), key_(utf8(absolute_path(at.target))) {}
+  place_lock(const place_lock&) = delete;
+  place_lock& operator=(const place_lock&) = delete;
+  ~place_lock() {
+    if (outcome_ == outcome::held && !leave_)
+      remove_quietly(where_);  // while it is still held: see is_named below
+    out_.close();
+    if (outcome_ != outcome::busy) {
+      const std::lock_guard<std::mutex> guard(mutex());
+      threads().erase(key_);
+    }
+  }
+
+  outcome try_acquire() {
+    if (outcome_ != outcome::busy) return outcome_;
+    {
+      const std::lock_guard<std::mutex> guard(mutex());
+      if (!threads().insert(key_).second) return outcome::busy;
+    }
+    outcome_ = try_file();
+    if (outcome_ == outcome::busy) {
+      const std::lock_guard<std::mutex> guard(mutex());
+      threads().erase(key_);
+    }
+    return outcome_;
+  }
+  /// It is held, and nobody had left a lock file: no process was killed here since the last one ended well.
+  [[nodiscard]] bool is_first() const { return outcome_ == outcome::held && !existed_; }
+  /// It is held, and known to keep out every process of this machine that asks for it.
+  [[nodiscard]] bool is_effective() const {
+    return outcome_ == outcome::held && are_locks_effective(out_.native(), where_);
+  }
+  /// Leaves the lock file, so that the next call looks for what else was left.
+  void leave_file() { leave_ = true; }
+  void remove_file() { leave_ = false; }
+  /// Removes the lock file of a holder that is gone for certain, though a process that was forked from it still has the
+  /// lock. True if it did: try_acquire makes a new one.
+  bool take_from_dead() const {
+    file held;
+    if (held.open(where_, file::mode::neighbour) != 0) return false;
+    const auto text = read_small_file(held, where_, 256);
+    if (!text || !owner::parse(*text).is_provably_dead() || !held.is_named(where_)) return false;
+    std::error_code failure;
+    return std::filesystem::remove(where_, failure);
+  }
+  /// Nanoseconds since 1970 by the file system's own clock, as far as that can be told.
+  [[nodiscard]] std::int64_t now() const {
+    if (out_.is_open()) set_modified_now(out_.native());
+    const auto facts = out_.is_open() ? out_.facts() : look_result::failed(no_space_code);
+    if (facts.found()) return facts->modified;
+    const auto now = std::chrono::system_clock::now().time_since_epoch();
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+  }
+
+ private:
+  static std::mutex& mutex() {
+    static std::mutex one;
+    return one;
+  }
+  static std::set<std::string>& threads() {
+    static std::set<std::string> one;
+    return one;
+  }
+  outcome try_file() {
+    int code = out_.open_lock(where_, existed_);
+    if (code != 0) return is_lock_busy(code) ? outcome::busy : outcome::unavailable;
+    code = lock_file(out_.native());
+    if (code != 0) {
+      out_.close();
+      if (is_lock_busy(code)) return outcome::busy;
+      remove_quietly(where_);  // nobody can hold it
+      return outcome::unavailable;
+    }
+    // The holder before may have removed the file between our open and our lock: then the next try makes a new one.
+    if (!out_.is_named(where_)) {
+      out_.close();
+      return outcome::busy;
+    }
+    const std::string name = owner::self().str();
+    (void)out_.resize(0);
+    (void)out_.write_at(0, name);
+    return outcome::held;
+  }
+
+  path where_;
+  std::string key_;
+  file out_;
+  outcome outcome_ = outcome::busy;
+  bool existed_ = false, leave_ = false;
+};
+
+// ---- partial files
+
+/// A hidden partial file found beside a target. Whoever can write to the directory may have put it there.
+struct found_partial {
+  path where;
+  std::string key;  // place::key of its content; empty: only the record tells
+  owner writer;     // nobody: released, or not of this spelling
+  bool released = false;
+  file_facts facts;  // of the entry: a link is a link
+
+  /// Nobody writes to it any more, for certain.
+  [[nodiscard]] bool abandoned() const { return released || writer.is_provably_dead(); }
+  [[nodiscard]] bool is_silent(std::int64_t now, std::chrono::nanoseconds time) const {
+    return now - facts.modified > time.count();
   }
 };
 
-/// A hidden partial file found beside a target.
-struct found_partial {
-  path where;
-  std::string md5;
-  owner writer;  // nobody: released, or not of this spelling
-  bool released = false;
-  file_facts facts;
-  bool taken = false;  // by this writer, which may only read it
-
-  /// Nobody writes to it any more, for certain.
-  [[nodiscard]] bool abandoned() const { return released || writer.provably_dead(); }
-};
-
+/// Reads the directory.
 inline std::vector<found_partial> find_partials(const place& at) {
   std::vector<found_partial> found;
   std::error_code failure;
   std::filesystem::directory_iterator entry(at.directory.empty() ? path(".") : at.directory, failure), end;
   for (; !failure && entry != end; entry.increment(failure)) {
-    const std::string name = utf8(entry->path().filename());
+    const path where = at.directory / entry->path().filename();
+    const std::string name = utf8(where.filename());
     constexpr std::string_view suffix = ".part";
-    if (!starts_with(name, at.tag + '-') || name.size() < at.tag.size() + suffix.size() + 2 ||
+    if (!starts_with(name, at.tag) || name.size() < at.tag.size() + suffix.size() ||
         name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) {
       continue;
     }
-    const std::string_view middle =
-        std::string_view(name).substr(at.tag.size() + 1, name.size() - at.tag.size() - 1 - suffix.size());
-    const auto dash = middle.find('-');
-    const auto facts = facts_of(at.directory / entry->path().filename());
-    if (dash == std::string_view::npos || !facts.found()) continue;
-    const std::string_view writer = middle.substr(dash + 1);
-    found.push_back({at.directory / entry->path().filename(), std::string(middle.substr(0, dash)),
-                     owner::parse(writer), starts_with(writer, "free"), *facts});
+    found_partial one;
+    one.where = where;
+    std::string_view middle = name;
+    middle = middle.substr(at.tag.size(), name.size() - at.tag.size() - suffix.size());
+    if (middle.empty()) {
+      one.released = true;
+    } else {
+      const auto dash = middle.find('-', 1);
+      if (middle[0] != '-' || dash == std::string_view::npos || dash + 1 == middle.size()) continue;
+      one.key = middle.substr(1, dash - 1);
+      one.writer = owner::parse(middle.substr(dash + 1));
+    }
+    const auto facts = facts_of_entry(where);
+    if (!facts.found()) continue;
+    one.facts = *facts;
+    found.push_back(std::move(one));
   }
   return found;
 }
@@ -2518,20 +2871,21 @@ class partial_file {
   static constexpr std::uint64_t quiet =
       60;  // seconds after which a writer that cannot be asked counts as gone
 
-  /// Goes on from what an earlier writer left of this content, or starts a new file. `size` is in bytes. What has to be
-  /// copied for that ends where the watcher says so.
+  /// Goes on from what earlier writers left of this content, or starts a new file. `size` is in bytes. A file that is this
+  /// user's own and has no writer is taken over; of others' the recorded blocks are copied, until the watcher says false.
+  /// `lock`, if given, is the place's.
   static result<std::unique_ptr<partial_file>> open(const place& at, const std::string& md5,
-                                                    std::uint64_t size, const watcher& go_on = {});
-  /// Starts a new file: a new inode, whatever there is.
+                                                    std::uint64_t size, const watcher& go_on = {},
+                                                    const place_lock* lock = nullptr);
+  /// Starts a new file: a new inode, whatever there is. It has at most the permissions of the file that it will replace.
   static result<std::unique_ptr<partial_file>> create(const place& at, const std::string& md5,
                                                       std::uint64_t size);
   partial_file(const partial_file&) = delete;
   partial_file& operator=(const partial_file&) = delete;
   /// Removes the file unless it was released or published.
   ~partial_file() {
-    if (where_.empty()) return;
     out_.close();
-    remove_quietly(where_);
+    if (is_claimed_) remove_quietly(where_);
   }
 
   [[nodiscard]] const file& content() const { return out_; }
@@ -2556,40 +2910,45 @@ class partial_file {
     return write(record_offset() + header_size + begin, std::string_view(bits_).substr(begin, end - begin));
   }
   /// Shows others, who wait for signs of work, that there is some although nothing is written.
-  void touch() const {
-    if (!bits_.empty()) (void)write(record_offset() + header_size, std::string_view(bits_).substr(0, 1));
-  }
+  void touch() const { set_modified_now(out_.native()); }
   /// Content of unknown length: the size is known only at its end.
   void set_size(std::uint64_t size) { size_ = size; }
 
-  /// An error where the disk has no room for the rest; otherwise the room is taken, where the file system can.
+  /// An error if the disk has no room for the rest; otherwise the room is taken, where the file system can.
   result<void> reserve() const;
-  /// An error where this process may not write files of so many bytes.
+  /// An error if this process may not write files of so many bytes.
   static result<void> check_limit(std::uint64_t whole);
-  /// An error where a directory's disk has no room for so many bytes more.
+  /// An error if a directory's disk has no room for so many bytes more.
   static result<void> check_room(const path& directory, std::uint64_t missing);
 
   /// It holds a part of something that another try can recognise.
   [[nodiscard]] bool is_worth_keeping(const std::string& md5) const {
-    return !md5.empty() && bits_.find_first_not_of('\0') != std::string::npos;
+    return !md5.empty() && !is_unreliable_ && bits_.find_first_not_of('\0') != std::string::npos;
   }
   /// Keeps the file for whoever restores this content next. Of no effect once it was published.
   void release(const place& at, const std::string& md5) {
+    if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && !has_better_successor(at)) {
+      if (is_finished_) write_record();
+      is_claimed_ = !(out_.is_named(where_) && rename_over(where_, at.released()) == 0);
+    }
     out_.close();
-    if (where_.empty() || !is_worth_keeping(md5)) return;
-    if (rename_over(where_, at.partial(md5, "free-" + owner::self().str())) == 0) where_.clear();
   }
-  /// Puts the finished content in the target's place and returns a stream on it, opened on this very inode.
+
+  /// Cuts the record off and brings the content to stable storage. May take long, and cannot be interrupted.
+  result<void> finish();
+  /// Puts the content in the target's place, after finish() where that was not called, and returns a stream on this very
+  /// file.
   result<std::ifstream> publish(const place& at);
-  /// Of the published file itself, whatever its name leads to by now.
+  /// Facts of the published file, whatever its name leads to by now.
   [[nodiscard]] const std::optional<file_facts>& published() const { return published_; }
 
  private:
-  static constexpr std::string_view magic = "wandb-restore 1\n";
-  static constexpr std::size_t header_size = 32;
+  static constexpr std::string_view magic = "wandb-restore 2\n";
+  static constexpr std::size_t header_size = 64;
 
-  partial_file(file out, path where, std::uint64_t size)
-      : out_(std::move(out)), where_(std::move(where)), size_(size), bits_(byte_of(blocks() + 7), '\0') {}
+  partial_file(file out, path where, const std::string& md5, std::uint64_t size)
+      : out_(std::move(out)), where_(std::move(where)), md5_(md5), size_(size),
+        bits_(byte_of(blocks() + 7), '\0') {}
   static std::size_t byte_of(std::uint64_t index) { return static_cast<std::size_t>(index / 8); }
   /// Bytes of content and record.
   [[nodiscard]] std::uint64_t whole() const { return record_offset() + header_size + bits_.size(); }
@@ -2597,16 +2956,13 @@ class partial_file {
   [[nodiscard]] std::string header() const {
     std::string text(magic);
     for (int shift = 0; shift < 64; shift += 8) text += static_cast<char>(size_ >> shift & 0xff);
-    return text.append(header_size - text.size(), '\0');
+    text += md5_;
+    text.resize(header_size, '\0');
+    return text;
   }
-  /// Takes over the record that the file holds; false where there is none for this size. A file of exactly the content's
-  /// size was finished: its record was cut off already, and only the rename did not come. All of it counts as present.
+  void write_record() const { (void)out_.write_at(record_offset(), header() + bits_); }
+  /// Takes over the record that the file holds; false if there is none of this content.
   bool load_record() {
-    const auto facts = out_.facts();
-    if (facts.found() && facts->size == size_) {
-      bits_.assign(bits_.size(), '\xff');
-      return true;
-    }
     std::string text(header_size, '\0');
     if (out_.read_at(record_offset(), text.data(), text.size()) != static_cast<std::int64_t>(text.size()) ||
         text != header()) {
@@ -2615,24 +2971,57 @@ class partial_file {
     return out_.read_at(record_offset() + header_size, bits_.data(), bits_.size()) ==
            static_cast<std::int64_t>(bits_.size());
   }
+  [[nodiscard]] std::uint64_t recorded() const {
+    std::uint64_t count = 0;
+    for (std::uint64_t i = 0; i < blocks(); ++i) count += has(i) ? 1u : 0u;
+    return count;
+  }
+  /// Opens what was found and reads its record; null if it holds nothing of this content. It is writable only if it is
+  /// this user's own, with one name: what another can change later must not be published.
+  static std::unique_ptr<partial_file> inspect(const found_partial& candidate, const std::string& md5,
+                                               std::uint64_t size);
+  /// Makes a candidate that was inspected, and has no writer, this object's alone. False if another was faster.
+  bool claim(const place& at);
   /// Copies what another partial file says is present; what cannot be copied is fetched again.
-  void adopt(const path& other, const watcher& go_on);
+  void adopt(const partial_file& source, const watcher& go_on);
+  /// Another writer has released more of the same content meanwhile.
+  [[nodiscard]] bool has_better_successor(const place& at) const {
+    found_partial released;
+    released.where = at.released();
+    released.facts = *facts_of_entry(released.where);
+    const auto kept = inspect(released, md5_, size_);
+    return kept && kept->recorded() > recorded();
+  }
 
   file out_;
   path where_;
+  std::string md5_;  // of the content; empty: nothing identifies it
   std::uint64_t size_;
   std::string bits_;
+  bool is_claimed_ = false;     // the entry is this object's alone, and goes with it
+  bool is_own_ = true;          // this user's file, to be written to
+  bool is_finished_ = false;    // no record; the content is on stable storage
+  bool is_unreliable_ = false;  // a sync failed: the kernel may have dropped pages
   std::optional<file_facts> published_;
 };
+
+/// Permissions for a new file that will replace `old`: never more than the old file's, but its own user can go on with it.
+inline unsigned permissions_beside(const look_result& old) {
+  return old.found() ? (old->mode & 0666u) | 0600u : 0666u;
+}
 
 inline result<std::unique_ptr<partial_file>> partial_file::create(const place& at, const std::string& md5,
                                                                   std::uint64_t size) {
   // Before anything is made of a size that the service tells.
   if (auto room = check_room(at.directory, size); !room) return room.error();
+  const auto old = facts_of(at.target);
+  if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
   const path where = at.partial(md5, owner::self().str());
   file out;
-  if (const int code = out.open(where, file::mode::create)) return disk_error("create", where, code);
-  std::unique_ptr<partial_file> made(new partial_file(std::move(out), where, size));
+  if (const int code = out.open(where, file::mode::create, permissions_beside(old)))
+    return disk_error("create", where, code);
+  std::unique_ptr<partial_file> made(new partial_file(std::move(out), where, md5, size));
+  made->is_claimed_ = true;
   if (auto allowed = check_limit(made->whole()); !allowed) return allowed.error();
   if (size > 0) {
     if (auto done = made->write(made->record_offset(), made->header() + made->bits_); !done)
@@ -2641,94 +3030,134 @@ inline result<std::unique_ptr<partial_file>> partial_file::create(const place& a
   return made;
 }
 
+inline std::unique_ptr<partial_file> partial_file::inspect(const found_partial& candidate,
+                                                           const std::string& md5, std::uint64_t size) {
+  if (!candidate.facts.is_file || (!candidate.key.empty() && candidate.key != place::key(md5)))
+    return nullptr;
+  file out;
+  bool is_own = out.open(candidate.where, file::mode::update) == 0;
+  if (!is_own && out.open(candidate.where, file::mode::neighbour) != 0) return nullptr;
+  const auto facts = out.facts();
+  if (!facts.found() || !facts->is_file || facts->size < size) return nullptr;
+  is_own = is_own && facts->user == own_user() && facts->links == 1;
+  std::unique_ptr<partial_file> made(new partial_file(std::move(out), candidate.where, md5, size));
+  made->is_own_ = is_own;
+  if (!candidate.key.empty() && facts->size == size) {
+    // Its writer was killed between cutting off the record and the rename: all of the content counts as present.
+    made->bits_.assign(made->bits_.size(), '\xff');
+    return made;
+  }
+  return made->load_record() ? std::move(made) : nullptr;
+}
+
+inline bool partial_file::claim(const place& at) {
+  const path own = at.partial(md5_, owner::self().str());
+  if (rename_over(where_, own) != 0) return false;
+  const auto opened = out_.facts();
+  if (!out_.is_named(own) || !opened.found() ||
+      opened->links != 1) {  // something else was put there meanwhile
+    remove_quietly(own);
+    return false;
+  }
+  where_ = own;
+  is_claimed_ = true;
+  if (const auto old = facts_of(at.target); old.found()) {
+    set_permissions(out_.native(), opened->mode & permissions_beside(old));
+  }
+  if (opened->size == size_) write_record();
+  return true;
+}
+
 inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at, const std::string& md5,
-                                                                std::uint64_t size, const watcher& go_on) {
-  if (md5.empty()) return create(at, md5, size);
-  std::vector<found_partial> candidates;  // the fullest first
-  for (auto& one : find_partials(at)) {
-    if (one.md5 != md5) continue;
-    auto where = candidates.begin();
-    while (where != candidates.end() && where->facts.allocated >= one.facts.allocated) ++where;
-    candidates.insert(where, std::move(one));
-  }
+                                                                std::uint64_t size, const watcher& go_on,
+                                                                const place_lock* lock) {
+  if (md5.empty() || size == 0) return create(at, md5, size);
+  struct source {
+    found_partial found;
+    std::unique_ptr<partial_file> content;
+  };
+  std::vector<source> sources;  // the fullest first
+  const found_partial* unasked = nullptr;
+  auto candidates = find_partials(at);
   for (auto& one : candidates) {
-    if (!one.abandoned()) continue;
-    const path mine = at.partial(md5, owner::self().str());
-    if (rename_over(one.where, mine) != 0) continue;  // another claimant was faster
-    file out;
-    if (out.open(mine, file::mode::update) != 0) {  // another user's
-      one.where = mine;
-      one.taken = true;
+    auto content = inspect(one, md5, size);
+    if (!content) {
+      // A torn record, or one of another size, goes with its writer; other content may be wanted by somebody.
+      if (one.abandoned() && one.key == place::key(md5)) remove_quietly(one.where);
       continue;
     }
-    if (one.facts.size < size) {  // no record of so long a content
-      remove_quietly(mine);
-      continue;
+    if (!one.abandoned()) unasked = &one;
+    auto position = sources.begin();
+    while (position != sources.end() && position->content->recorded() >= content->recorded()) ++position;
+    content->out_.close();  // there may be more of them than a process may have open
+    sources.insert(position, {std::move(one), std::move(content)});
+  }
+  std::unique_ptr<partial_file> made;
+  for (auto& one : sources) {
+    if (made || !one.content->is_own_ || !one.found.abandoned()) continue;
+    auto content = inspect(one.found, md5, size);
+    if (content && content->is_own_ && content->claim(at)) {
+      made = std::move(content);
+      one.content.reset();
     }
-    std::unique_ptr<partial_file> claimed(new partial_file(std::move(out), mine, size));
-    if (!claimed->load_record()) continue;  // a foreign or torn file goes with its owner
-    if (one.facts.size == size)
-      (void)claimed->write(claimed->record_offset(), claimed->header() + claimed->bits_);
-    return claimed;
   }
-  auto made = create(at, md5, size);
-  if (!made && !candidates.empty()) {
-    return error(made.error().code(),
-                 std::string(made.error().what()) + "; also, " + in_quotes(candidates.front().where) +
-                     " holds a part of it for a process that cannot be asked whether it lives: "
-                     "remove it if none is at work");
+  if (!made) {
+    auto created = create(at, md5, size);
+    if (!created && unasked != nullptr && created.error().code() == errc::disk_failure &&
+        !check_room(at.directory, size)) {
+      return error(created.error().code(),
+                   std::string(created.error().what()) + "; also, " + in_quotes(unasked->where) +
+                       " holds a part of it for a process that may be at work: remove it if none is");
+    }
+    if (!created) return created;
+    made = *std::move(created);
   }
-  if (!made) return made;
-  const auto now = (*made)->out_.facts();  // the file system's own clock
-  for (const auto& one : candidates) {
-    const bool is_quiet = !one.abandoned() && now.found() &&
-                          now->modified - one.facts.modified > static_cast<std::int64_t>(quiet) * 1000000000;
-    if (one.taken || is_quiet) (*made)->adopt(one.where, go_on);
-    if (one.taken) remove_quietly(one.where);
+  made->touch();
+  const auto now = made->out_.facts();  // the file system's own clock
+  for (const auto& one : sources) {
+    if (!one.content) continue;
+    const bool is_abandoned = one.found.abandoned();
+    // A live process of this machine would hold the lock, or have lost it by its silence. It may come back: copy.
+    const bool is_locked_out = lock != nullptr && !one.found.writer.is_here() &&
+                               one.found.writer.is_of_this_boot() && lock->is_effective();
+    const bool is_silent = now.found() && !one.found.writer.is_here() &&
+                           one.found.is_silent(now->modified, std::chrono::seconds(quiet));
+    if (!is_abandoned && !is_locked_out && !is_silent) continue;
+    if (const auto content = inspect(one.found, md5, size)) made->adopt(*content, go_on);
+    if (is_abandoned || is_locked_out) remove_quietly(one.found.where);
   }
   return made;
 }
 
-inline void partial_file::adopt(const path& other, const watcher& go_on) {
-  file in;
-  if (in.open(other, file::mode::read) != 0) return;
-  partial_file theirs(std::move(in), {}, size_);
-  if (!theirs.load_record()) return;
-#ifdef __linux__
-  // FICLONE of <linux/fs.h>, which is not included for its macros with common names.
-  const bool empty = bits_.find_first_not_of('\0') == std::string::npos;
-  if (empty && ::ioctl(out_.native(), _IOW(0x94, 9, int), theirs.out_.native()) == 0) {
-    // The clone may be newer than the record that was read: what it holds is at least what that record says.
-    if (load_record()) return;
-    bits_ = theirs.bits_;
-    (void)write(record_offset(), header() + bits_);
-    return;
-  }
-#endif
+inline void partial_file::adopt(const partial_file& source, const watcher& go_on) {
   page_buffer buffer;
-  for (std::uint64_t i = 0; i < blocks(); ++i) {
-    if (has(i) || !theirs.has(i)) continue;
-    if (go_on && !go_on(i * block)) return;
-    const auto wanted = static_cast<std::size_t>((std::min)(block, size_ - i * block));
-    if (theirs.out_.read_at(i * block, buffer.data(), wanted) != static_cast<std::int64_t>(wanted)) return;
-    if (!write(i * block, {buffer.data(), wanted}) || !record(i, i + 1)) return;
+  constexpr std::uint64_t most = 16;  // blocks copied between two calls of the watcher
+  for (std::uint64_t first = 0, last = 0; first < blocks(); first = last) {
+    last = first + 1;
+    if (has(first) || !source.has(first)) continue;
+    while (last < blocks() && last - first < most && !has(last) && source.has(last)) ++last;
+    if (go_on && !go_on(first * block)) return;
+    const auto end = (std::min)(last * block, size_);
+    auto offset = first * block;
+    for (std::uint64_t count = 1; offset < end && count > 0; offset += count)
+      count = clone_bytes(source.out_.native(), out_.native(), offset, end - offset);
+    while (offset < end) {
+      const auto wanted =
+          static_cast<std::size_t>((std::min<std::uint64_t>)(page_buffer::size, end - offset));
+      if (source.out_.read_at(offset, buffer.data(), wanted) != static_cast<std::int64_t>(wanted)) return;
+      if (!write(offset, {buffer.data(), wanted})) return;
+      offset += wanted;
+    }
+    if (!record(first, last)) return;
   }
 }
 
-/// A process that writes beyond its limit is killed by SIGXFSZ: better told before.
 inline result<void> partial_file::check_limit(std::uint64_t whole) {
-#ifndef _WIN32
-  struct rlimit limit {};
-  if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return {};
-  if (whole > static_cast<std::uint64_t>(limit.rlim_cur)) {
-    return error(errc::disk_failure, "this process may not write files of " + std::to_string(whole) +
-                                         " bytes, at most " + std::to_string(limit.rlim_cur) +
-                                         ": raise the limit (ulimit -f)");
-  }
-#else
-  (void)whole;
-#endif
-  return {};
+  const auto limit = file_size_limit();
+  if (!limit || whole <= *limit) return {};
+  return error(errc::disk_failure, "this process may not write files of " + std::to_string(whole) +
+                                       " bytes, at most " + std::to_string(*limit) +
+                                       ": raise the limit (ulimit -f)");
 }
 
 inline result<void> partial_file::check_room(const path& directory, std::uint64_t missing) {
@@ -2744,10 +3173,8 @@ inline result<void> partial_file::reserve() const {
   const auto facts = out_.facts();
   if (auto allowed = check_limit(whole()); !allowed) return allowed;
   std::uint64_t present =
-      facts.found() ? facts->allocated : 0;  // less than what was written where it is compressed
-  std::uint64_t written = 0;
-  for (std::uint64_t i = 0; i < blocks(); ++i) written += has(i) ? block : 0;
-  present = (std::max)(present, written);
+      facts.found() ? facts->allocated : 0;  // less than what was written if it is compressed
+  present = (std::max)(present, recorded() * block);
   const std::uint64_t missing = present < whole() ? whole() - present : 0;
   const path directory = where_.parent_path();
   if (auto room = check_room(directory, missing); !room) return room;
@@ -2759,149 +3186,85 @@ inline result<void> partial_file::reserve() const {
                                        "; free some (or raise the quota), or set root to another disk");
 }
 
+inline result<void> partial_file::finish() {
+  if (const int code = out_.resize(size_)) return disk_error("shorten", where_, code);
+  if (const int code = out_.sync()) {
+    is_unreliable_ = true;
+    return disk_error("sync", where_, code);
+  }
+  is_finished_ = true;
+  return {};
+}
+
 inline result<std::ifstream> partial_file::publish(const place& at) {
   const auto old = facts_of(at.target);
-  if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
-  if (old.found() && !old->is_file) {
-    return error(errc::disk_failure,
-                 "cannot put a file in the place of " + in_quotes(at.target) + ", which is no ordinary file");
-  }
-  // With the record still in place, so that nothing is lost where this takes its time and is killed.
-  if (const int code = out_.sync()) return disk_error("sync", where_, code);
-  if (const int code = out_.resize(size_)) return disk_error("shorten", where_, code);
-  // From here on the record is gone: where the rest fails it is written again, so that the next try can go on.
-  const auto failed = [&](const char* doing, const path& what, int code) {
-    if (out_.is_open() || out_.open(where_, file::mode::update) == 0) {
-      (void)out_.write_at(record_offset(), header() + bits_);
-    }
-    return disk_error(doing, what, code);
+  // Without its record the file could not be released: the next try would have to find it by its writer's end.
+  const auto failed = [&](const error& failure) {
+    if (out_.is_open() || out_.open(where_, file::mode::update) == 0) write_record();
+    return failure;
   };
-  if (const int code = out_.sync()) return failed("sync", where_, code);
+  if (old.failure() != 0) return failed(disk_error("look at", at.target, old.failure()));
+  if (old.found() && !old->is_file) {
+    return failed(error(errc::disk_failure, "cannot put a file in the place of " + in_quotes(at.target) +
+                                                ", which is no ordinary file"));
+  }
+  if (!is_finished_) {
+    if (auto done = finish(); !done) return is_unreliable_ ? done.error() : failed(done.error());
+  }
+  // The old file's permissions stay, if it was this user's own.
+  if (old.found() && old->user == own_user()) set_permissions(out_.native(), old->mode & 0777);
+  // The file's time is set to before now, by more than any file system's clock ticks: a change that comes later, however
+  // soon, gives it another time, and the receipt no longer fits.
+  using namespace std::chrono;
+  (void)set_modified(out_.native(), system_clock::now().time_since_epoch() - seconds(3));
+  const auto facts = out_.facts();
 #ifdef _WIN32
   out_.close();  // a stream that is open would forbid the rename here
   if (const int code = rename_over(where_, at.target)) {
-    const error failure = failed("rename a finished file to", at.target, code);
+    const error failure = failed(disk_error("rename a finished file to", at.target, code));
     if (code != ERROR_ACCESS_DENIED && code != ERROR_SHARING_VIOLATION) return failure;
     return error(failure.code(), "cannot replace " + in_quotes(at.target) + ": " + system_text(code) +
                                      "; close what has it open, such as a stream of an earlier restore");
   }
-  where_.clear();
-  if (const auto facts = facts_of(at.target); facts.found()) published_ = *facts;
-  std::ifstream stream(at.target, std::ios::binary);
-  if (!stream) return disk_error("open", at.target);
+  is_claimed_ = false;
+  file published;
+  if (const int code = published.open(at.target, file::mode::keep_name))
+    return disk_error("open", at.target, code);
+  auto stream = stream_on(published, at.target);
 #else
   auto stream = stream_on(out_, where_);
-  if (!stream) {
-    (void)failed("open", where_, 0);
-    return stream.error();
+  if (!stream) return failed(stream.error());
+  if (!out_.is_named(where_)) {
+    return error(errc::disk_failure,
+                 in_quotes(where_) +
+                     " was replaced by another file: who else writes to this directory? try again");
   }
-  if (old.found())
-    (void)::fchmod(out_.native(), static_cast<mode_t>(old->mode & 0777));  // the old file's permissions
-  if (const auto facts = out_.facts(); facts.found()) published_ = *facts;
   if (const int code = rename_over(where_, at.target))
-    return failed("rename a finished file to", at.target, code);
-  where_.clear();
+    return failed(disk_error("rename a finished file to", at.target, code));
+  is_claimed_ = false;
   out_.close();
   sync_directory(at.directory);
 #endif
+  if (facts.found()) published_ = *facts;
   return stream;
 }
 
-/// Removes hidden files that nobody uses any more. `now` is the file system's own clock, in nanoseconds: an owner that
-/// cannot be asked, on another host, and wrote nothing for a day, is taken for gone.
-inline void clean_up(const place& at, std::int64_t now) {
-  constexpr std::int64_t day = 86400 * std::int64_t{1000000000};
+/// Removes hidden files that nobody uses any more, if nothing was written to them for `age`. `now` is the file system's own
+/// clock, in nanoseconds: an owner that cannot be asked, on another host, and wrote nothing for an hour, is taken for gone.
+/// True if nothing is left but, maybe, a released file, which is found without reading the directory.
+inline bool clean_up(const place& at, std::int64_t now, std::chrono::nanoseconds age = {}) {
+  bool is_clean = true;
   for (const auto& one : find_partials(at)) {
-    if (one.abandoned() || (!one.writer.is_here() && now - one.facts.modified > day))
+    const bool is_over = age.count() == 0 || one.is_silent(now, age);
+    const bool is_lost = !one.writer.is_here() && one.is_silent(now, std::chrono::hours(1));
+    if ((one.abandoned() && is_over) || is_lost) {
       remove_quietly(one.where);
+    } else if (!one.released) {
+      is_clean = false;
+    }
   }
+  return is_clean;
 }
-
-inline path absolute_path(const path& where) {
-  std::error_code failure;
-  const path whole = std::filesystem::absolute(where, failure);
-  return (failure ? where : whole).lexically_normal();
-}
-
-// ---- locks: a courtesy that spares duplicate work; correctness never rests on them
-
-/// Keeps other threads and, where the file system's locks work, other processes away from a place. Never blocks.
-class place_lock {
- public:
-  enum class outcome { held, busy, unavailable };
-
-  explicit place_lock(const place& at) : where_(at.lock()), key_(utf8(absolute_path(at.target))) {}
-  place_lock(const place_lock&) = delete;
-  place_lock& operator=(const place_lock&) = delete;
-  ~place_lock() {
-    if (outcome_ == outcome::held)
-      remove_quietly(where_);  // while it is still held: see the check of the inode
-    out_.close();
-    if (outcome_ != outcome::busy) {
-      const std::lock_guard<std::mutex> guard(mutex());
-      threads().erase(key_);
-    }
-  }
-
-  outcome try_acquire() {
-    if (outcome_ != outcome::busy) return outcome_;
-    {
-      const std::lock_guard<std::mutex> guard(mutex());
-      if (!threads().insert(key_).second) return outcome::busy;
-    }
-    outcome_ = try_file();
-    if (outcome_ == outcome::busy) {
-      const std::lock_guard<std::mutex> guard(mutex());
-      threads().erase(key_);
-    }
-    return outcome_;
-  }
-
- private:
-  static std::mutex& mutex() {
-    static std::mutex one;
-    return one;
-  }
-  static std::set<std::string>& threads() {
-    static std::set<std::string> one;
-    return one;
-  }
-  outcome try_file() {
-#ifdef _WIN32
-    const int code = out_.open(where_, file::mode::lock);
-    return code == 0 ? outcome::held : code == ERROR_SHARING_VIOLATION ? outcome::busy : outcome::unavailable;
-#else
-    if (out_.open(where_, file::mode::lock) != 0) return outcome::unavailable;
-    struct WANDB_RESTORE_PRIVATE_LARGE(flock) whole {};
-    whole.l_type = F_WRLCK;
-    whole.l_whence = SEEK_SET;
-#if defined(F_OFD_SETLK)
-    constexpr int set = F_OFD_SETLK;
-#elif defined(__GLIBC__)
-    constexpr int set = F_SETLK64;
-#else
-    constexpr int set = F_SETLK;
-#endif
-    if (::fcntl(out_.native(), set, &whole) != 0) {
-      const bool busy = errno == EAGAIN || errno == EACCES;
-      out_.close();
-      if (!busy) remove_quietly(where_);  // nobody can hold it
-      return busy ? outcome::busy : outcome::unavailable;
-    }
-    // The holder before may have removed the file between our open and our lock: then the next try makes a new one.
-    const auto mine = out_.facts(), named = facts_of(where_);
-    if (mine.found() && named.found() && mine->inode == named->inode && mine->device == named->device)
-      return outcome::held;
-    out_.close();
-    return outcome::busy;
-#endif
-  }
-
-  path where_;
-  std::string key_;
-  file out_;
-  outcome outcome_ = outcome::busy;
-};
 
 // ---- receipts: what is remembered of a restored file, in the user's cache directory
 
@@ -2915,7 +3278,7 @@ struct receipt {
   explicit operator bool() const { return !run.run_id.empty(); }  // false: there is none
 };
 
-/// The same for whatever leads to a directory: links are common where home and scratch directories are large.
+/// The same path for whatever leads to a directory: links are common where home and scratch directories are large.
 inline path real_path(const path& where) {
   std::error_code failure;
   const path directory = std::filesystem::canonical(absolute_path(where).parent_path(), failure);
@@ -2923,6 +3286,12 @@ inline path real_path(const path& where) {
 }
 inline path receipt_path(const path& cache, const path& real_target) {
   return cache / "receipts" / hex64(name_hash(utf8(real_target)));
+}
+/// Whether a file was changed so lately that another change might give it the same time: the clocks of some file systems
+/// tick every 2 seconds. What is known of its content would not be known to be of the changed one.
+inline bool is_too_fresh(std::int64_t modified) {
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  return modified + 2000000000 > std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
 /// Without a receipt, for want of a cache directory say, the file counts as the user's own.
@@ -2933,13 +3302,19 @@ inline result<void> write_receipt(const path& cache, const path& target, const r
       "path=" + percent_encode(utf8(real), "/") + "\nentity=" + percent_encode(facts.run.entity) +
       "\nproject=" + percent_encode(facts.run.project) + "\nrun_id=" + percent_encode(facts.run.run_id) +
       "\nname=" + percent_encode(facts.name, "/") + "\nsize=" + std::to_string(facts.size) +
-      "\nmodified_ns=" + std::to_string(facts.modified) + "\nmd5=" + facts.md5 + "\nend=yes\n";
-  return replace_small_file(receipt_path(cache, real), record);
+      "\nmodified_ns=" + std::to_string(facts.modified) +
+      "\nmd5=" + (is_too_fresh(facts.modified) ? std::string() : facts.md5) + "\nend=yes\n";
+  return replace_small_file(receipt_path(cache, real), record, 0666, durability::best_effort);
 }
 
-/// What is on record for that very path, if it is of the file as it is now.
+/// What is on record for that very path, if it is of the file as it is now. Another user's word does not count.
 inline receipt receipt_of(const path& cache, const path& real, const file_facts& now) {
-  const auto text = read_small_file(receipt_path(cache, real), 64 * 1024);
+  const path where = receipt_path(cache, real);
+  file opened;
+  if (opened.open(where, file::mode::neighbour) != 0) return {};
+  if (const auto facts = opened.facts(); !facts.found() || !facts->is_file || facts->user != own_user())
+    return {};
+  const auto text = read_small_file(opened, where, 64 * 1024);
   if (!text) return {};
   auto record = parse_key_values(*text);
   const auto field = [&](const char* name) { return percent_decode(record[name]).value_or(std::string()); };
@@ -6661,6 +7036,7 @@ inline result<void> check_name(std::string_view name) {
     }
   }
   if (last.empty() || last == ".") return refuse("it is a directory");
+  if (starts_with(last, hidden_prefix)) return refuse("the library's own hidden files have such names");
   return {};
 }
 
@@ -6845,8 +7221,8 @@ class restoring {
     const bool other_run = from.run_id != run_.run_id || from.project != run_.project ||
                            (!run_.entity.empty() && from.entity != run_.entity);
     // The service may know the file by the plain spelling of the name that was asked for.
-    const bool other_name = !copy_.restored_name.empty() && copy_.restored_name != name_ &&
-                            copy_.restored_name != plain_name(name_);
+    const bool other_name =
+        !copy_.restored_name.empty() && plain_name(copy_.restored_name) != plain_name(name_);
     if (!other_run && !other_name) return {};
     const std::string origin =
         other_name ? "the file " + in_quotes(copy_.restored_name) + " of " + from.str() : from.str();
@@ -6872,7 +7248,24 @@ class restoring {
   result<restored_file> open_local(const std::string& md5) const {
     auto stream = opened_->stream();
     if (!stream) return stream.error();
+    remove_orphans();
     return restored_file(*std::move(stream), {at_.target, copy_.size, md5, source::local, !md5.empty()});
+  }
+
+  /// Removes what processes left that were killed at this place an hour ago or earlier. They leave the lock file, too, so
+  /// that the directory, which may be large, need not be read if there is none.
+  void remove_orphans() const {
+    if (!facts_of_entry(at_.lock()).found()) return;
+    place_lock lock(at_);
+    if (lock.try_acquire() == place_lock::outcome::held) tidy(lock, std::chrono::hours(1));
+  }
+  /// Removes hidden files that are of no more use, and leaves the lock file if others remain.
+  void tidy(place_lock& lock, std::chrono::nanoseconds age) const {
+    if (clean_up(at_, lock.now(), age)) {
+      lock.remove_file();
+    } else {
+      lock.leave_file();
+    }
   }
 
   void remember(const std::string& md5, const std::optional<file_facts>& facts) const {
@@ -6889,12 +7282,15 @@ class restoring {
 
   result<restored_file> fetch(remote_file remote) {
     if (auto made = make_directories(at_.directory); !made) return made.error();
+    if (auto good = check_replaceable(at_); !good) return good.error();
     place_lock lock(at_);
-    if (!wait_for(lock)) return call_.why_cancelled();
+    if (!wait_for_turn(lock, remote.info)) return call_.why_cancelled();
+    if (!lock.is_first()) lock.leave_file();  // until it is known that nothing is left
     // Another call may have put a file there while this one waited: the policy decides about that one, too.
     const auto before = opened_;
     if (auto looked = look(); !looked) return looked.error();
     if (opened_ && !(before && before->facts() == opened_->facts())) {
+      if (!lock.is_first()) tidy(lock, std::chrono::hours(1));
       if (decide(&remote.info) == cache_policy::verdict::keep) {
         if (first_verdict_ == cache_policy::verdict::keep) {  // as a call that began now would be answered
           if (auto good = check_origin(); !good) return good.error();
@@ -6909,8 +7305,10 @@ class restoring {
       const std::string key = options_.verify ? remote.info.md5 : std::string();
       const std::uint64_t size = remote.info.size.value_or(0);
       const watcher copying = [&](std::uint64_t done) { return report(phase::downloading, done, size); };
+      // An answer without a size leaves what is there for the next try.
+      const bool goes_on = !again && remote.info.size && may_find_partials(lock, size);
       auto opened =
-          again ? partial_file::create(at_, key, size) : partial_file::open(at_, key, size, copying);
+          goes_on ? partial_file::open(at_, key, size, copying, &lock) : partial_file::create(at_, key, size);
       if (!opened) return opened.error();
       partial_file& partial = **opened;
       keeper kept{partial, at_, key};
@@ -6924,7 +7322,7 @@ class restoring {
         worthless = changed || transfer.content_wrong();
         return outcome;
       }();
-      if (done) return publish(partial, remote);
+      if (done) return publish(partial, remote, lock);
       const bool wrong = done.error().code() == errc::checksum_mismatch;
       if (!wrong && !changed) {
         return partial.is_worth_keeping(key)
@@ -6957,33 +7355,98 @@ class restoring {
     }
   };
 
-  result<restored_file> publish(partial_file& partial, const remote_file& remote) {
+  result<restored_file> publish(partial_file& partial, const remote_file& remote, place_lock& lock) {
+    if (auto finished = finish(partial); !finished) return finished.error();
+    if (call_.cancelled()) return call_.why_cancelled();
     auto stream = partial.publish(at_);
     if (!stream) return stream.error();
     const bool verified = options_.verify && !remote.info.md5.empty();
     const std::string md5 = verified ? remote.info.md5 : std::string();
     remember(md5, partial.published());
-    if (partial.published()) clean_up(at_, partial.published()->modified);
+    remove_quietly(at_.released());
+    if (may_find_partials(lock, partial.size())) tidy(lock, {});
     return restored_file(*std::move(stream), {at_.target, partial.size(), md5, source::downloaded, verified});
   }
 
+  /// Brings the content to stable storage. That can take many seconds: meanwhile the caller and those that wait are told
+  /// that there is work going on.
+  result<void> finish(partial_file& partial) {
+    constexpr std::uint64_t at_once = 8 * 1024 * 1024;  // bytes
+    if (partial.size() < at_once) return partial.finish();
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::optional<result<void>> outcome;
+    thread syncing;
+    const bool started = syncing.start([&] {
+      auto finished = partial.finish();
+      const std::lock_guard<std::mutex> guard(mutex);
+      outcome = std::move(finished);
+      changed.notify_all();
+    });
+    if (!started) return partial.finish();
+    auto touched = clock::now();
+    std::unique_lock<std::mutex> held(mutex);
+    while (!changed.wait_for(held, milliseconds(100), [&] { return outcome.has_value(); })) {
+      held.unlock();
+      report(phase::verifying, partial.size(), partial.size());
+      if (clock::now() - touched > std::chrono::seconds(partial_file::quiet / 6)) {
+        touched = clock::now();
+        partial.touch();
+      }
+      held.lock();
+    }
+    return *std::move(outcome);
+  }
+
+  /// Whether other writers may have left something beside the target. Whoever was killed left its lock file; a large file
+  /// is worth a look in any case. The file that a writer released can be found without reading the directory.
+  [[nodiscard]] bool may_find_partials(const place_lock& lock, std::uint64_t size) const {
+    constexpr std::uint64_t large = 64 * 1024 * 1024;  // bytes
+    return !lock.is_first() || size >= large || facts_of_entry(at_.released()).found();
+  }
+
+  /// A process that cannot be asked, on another host or in another container, is at work on a large file, or was killed
+  /// less than a minute ago: to wait for its next sign of life is cheaper than to fetch everything again.
+  [[nodiscard]] bool is_another_at_work(const place_lock& lock, const file_info& remote) const {
+    constexpr std::uint64_t large = 16 * 1024 * 1024;  // bytes
+    if (lock.is_first() || !options_.verify || remote.md5.empty() || remote.size.value_or(0) < large)
+      return false;
+    const auto now = lock.now();
+    for (const auto& one : find_partials(at_)) {
+      const bool counts = one.key == place::key(remote.md5) && one.writer.process != 0 &&
+                          !one.writer.is_here() && one.facts.is_file && one.facts.user == own_user();
+      if (!counts || one.is_silent(now, std::chrono::seconds(partial_file::quiet))) continue;
+      if (!(one.writer.is_of_this_boot() && lock.is_effective())) return true;
+    }
+    return false;
+  }
+
   /// Another downloader of this target is given time as long as it makes progress. False if cancelled.
-  bool wait_for(place_lock& lock) {
+  bool wait_for_turn(place_lock& lock, const file_info& remote) {
     std::uint64_t before = 0;
     const auto began = clock::now();
-    for (auto since = began; lock.try_acquire() == place_lock::outcome::busy;) {
-      std::uint64_t now = 0;  // changes with the time of any partial file
-      for (const auto& one : find_partials(at_)) now += static_cast<std::uint64_t>(one.facts.modified);
-      if (now != before) since = clock::now();
-      before = now;
-      if (clock::now() - since > std::chrono::seconds(partial_file::quiet))
+    auto since = began, next_look = began;
+    for (bool is_busy = true;;) {
+      const bool is_locked = lock.try_acquire() == place_lock::outcome::busy;
+      if (is_locked && lock.take_from_dead()) continue;
+      if (const auto now = clock::now(); now >= next_look || !is_locked) {  // reading a directory may be dear
+        next_look = now + std::chrono::seconds(2);
+        std::uint64_t times = 0;  // changes with the time of any partial file of this user
+        if (is_locked)
+          for (const auto& one : find_partials(at_))
+            if (one.facts.user == own_user()) times += static_cast<std::uint64_t>(one.facts.modified);
+        if (times != before) since = now;
+        before = times;
+        is_busy = is_locked || is_another_at_work(lock, remote);
+      }
+      if (!is_busy) return true;
+      if (is_locked && clock::now() - since > std::chrono::seconds(partial_file::quiet))
         return true;  // it has lost its turn
       if (!report(phase::downloading, 0, {})) return false;
       // A thousand that wait must not wear out the file system: the longer it takes, the less often one looks.
       const auto waited = std::chrono::duration_cast<milliseconds>(clock::now() - began);
       if (!call_.sleep(std::clamp(waited / 10, milliseconds(50), milliseconds(1000)))) return false;
     }
-    return true;
   }
 
   session& session_;
@@ -7034,6 +7497,14 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
   if (const auto facts = facts_of(there); facts.found() && !facts->is_directory) {
     return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) +
                                              ": " + in_quotes(there) + " is not a directory");
+  }
+  for (const auto part : split(name, '/')) {
+    if (const auto limit = longest_name(there); name_length(part) > limit) {
+      return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": " +
+                                               std::to_string(name_length(part)) +
+                                               " characters are more than a name in " + in_quotes(there) +
+                                               " may have (" + std::to_string(limit) + ")");
+    }
   }
   call of(with.config, options.cancel);
   const std::string inside(name);

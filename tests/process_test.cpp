@@ -336,6 +336,94 @@ TEST_SUITE("processes: killed") {
   }
 }
 
+/// What a killed process left, as if it were of a process elsewhere that cannot be asked, silent for so long.
+fs::path leave_from(world& it, const std::string& realm, std::chrono::seconds silence) {
+  it.options.connections = 1;
+  it.server.add_fault(target(place::storage).nth(1), act::stall(12 * MiB));
+  {
+    child one(it, "model.h5");
+    REQUIRE(one.wait_for_bytes(11 * MiB) > 0);
+  }
+  for (const auto& entry : fs::directory_iterator(it.options.root)) {
+    if (entry.path().extension() != ".part") continue;
+    std::string name = entry.path().filename().string();
+    const auto begin = name.rfind('-') + 1, end = name.find('.', begin);
+    const std::string own = name.substr(begin, end - begin);
+    REQUIRE(own.size() == 16);
+    const fs::path moved =
+        entry.path().parent_path() /
+        name.replace(begin, own.size(), realm.empty() ? own.substr(0, 8) + "00000000" : realm);
+    fs::rename(entry.path(), moved);
+    fs::last_write_time(moved, fs::file_time_type::clock::now() - silence);
+    it.server.clear_log();
+    return moved;
+  }
+  FAIL("no partial file was left");
+  return {};
+}
+
+TEST_SUITE("processes: gone elsewhere") {
+  TEST_CASE(
+      "on another host, silent for almost a minute: waited for, not fetched again; cleaned up when kept") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    const fs::path left = leave_from(it, "0000000000000000", 58s);
+    const auto began = std::chrono::steady_clock::now();
+    auto got = it.restore("model.h5");
+    CHECK(std::chrono::steady_clock::now() - began > 1s);
+    REQUIRE(got.has_value());
+    CHECK(holds(it.at("model.h5"), *what));
+    CHECK(it.storage_bytes() <= large_size - 11 * MiB);
+    CHECK(fs::exists(left));  // it might still come back
+    fs::last_write_time(left, fs::file_time_type::clock::now() - 2h);
+    got = it.restore("model.h5");
+    REQUIRE(got.has_value());
+    CHECK(got->source() == wandb::source::local);
+    CHECK(it.hidden() == 0);
+  }
+
+  TEST_CASE("in another container of this machine: gone on from at once, and nothing is left") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    leave_from(it, "", 0s);
+    const auto began = std::chrono::steady_clock::now();
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(std::chrono::steady_clock::now() - began < 20s);
+    CHECK(it.storage_bytes() <= large_size - 11 * MiB);
+  }
+
+  TEST_CASE("an answer without a size, or one that fails, leaves what there is for the next try") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.options.connections = 1;
+    it.server.add_fault(target(place::storage).nth(1), act::stall(12 * MiB));
+    {
+      std::atomic<bool> cancel{false};
+      it.options.cancel = &cancel;
+      it.options.on_progress = [&](const wandb::progress& now) {
+        if (now.bytes_done >= 11 * MiB) cancel = true;
+        return true;
+      };
+      it.check_failed(it.restore("model.h5"), errc::cancelled);
+      it.options.cancel = nullptr;
+      it.options.on_progress = {};
+    }
+    CHECK(it.hidden() == 1);
+    stand_in::file_attributes unknown;
+    unknown.size_as = stand_in::size_form::absent;
+    it.server.add_file(it.run, "model.h5", what, unknown);
+    it.server.clear_faults();
+    it.server.add_fault(target(place::storage), act::status(404));
+    CHECK_FALSE(it.restore("model.h5").has_value());
+    CHECK(it.hidden() == 1);
+    it.server.clear_faults();
+    it.server.add_file(it.run, "model.h5", what, {});
+    it.server.clear_log();
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage_bytes() <= large_size - 11 * MiB);
+  }
+}
+
 TEST_SUITE("processes: many at once") {
   TEST_CASE("with locks that work storage sends the file once") {
     world it;
@@ -493,6 +581,13 @@ TEST_SUITE("processes: what they meet") {
         {"reserving is not known there", {{"FAULT_ALLOCATE", "EOPNOTSUPP"}}, false, nullptr},
         {"nothing is known of free space", {{"FAULT_FREE", "unknown"}}, false, nullptr},
         {"writes that take half of what they are given", {{"FAULT_WRITE", "short"}}, false, nullptr},
+        {"interrupted writes", {{"FAULT_WRITE", "EINTR"}}, false, nullptr},
+        {"an interrupted sync", {{"FAULT_SYNC", "EINTR"}}, false, nullptr},
+        {"an interrupted cut", {{"FAULT_TRUNCATE", "EINTR"}}, false, nullptr},
+        {"an interrupted rename", {{"FAULT_RENAME", "EINTR"}}, false, nullptr},
+        {"an interrupted lock", {{"FAULT_LOCK", "EINTR"}}, false, nullptr},
+        {"an interrupted look", {{"FAULT_LOOK", "EINTR"}}, false, nullptr},
+        {"an interrupted open", {{"FAULT_OPEN", "EINTR"}}, false, nullptr},
     };
     for (const auto& row : rows) {
       CAPTURE(std::string(row.name));
@@ -535,6 +630,60 @@ TEST_SUITE("processes: what they meet") {
     it.server.clear_log();
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
     CHECK(it.storage_bytes() == 0);
+  }
+
+  TEST_CASE("a sync that failed: nothing of that file counts as being on disk, and it is fetched again") {
+    const auto library = shim();
+    if (!library) return;
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_SYNC", "EIO"}}).join() ==
+          status_of(errc::disk_failure));
+    CHECK(it.hidden() == 0);
+    it.server.clear_log();
+    it.options.connections = 1;
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage_bytes() == large_size);
+  }
+
+  TEST_CASE("one sync of the content and one of the directory") {
+    const auto library = shim();
+    if (!library) return;
+    for (const auto size : {small_size, large_size}) {
+      world it;
+      it.add("model.h5", size);
+      const fs::path synced = it.directory / "synced";
+      CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_SYNCED", synced.string()}}).join() ==
+            downloaded);
+      CHECK(support::read_file(synced) == "fd");
+    }
+  }
+
+  TEST_CASE("a small file that nobody tried before, and one that is kept: the directory is not read") {
+    const auto library = shim();
+    if (!library) return;
+    world it;
+    const auto what = it.add("model.h5", small_size);
+    const child::variables faults{{"LD_PRELOAD", *library}, {"FAULT_DIRECTORY", it.options.root.string()}};
+    CHECK(child(it, "model.h5", faults).join() == downloaded);
+    CHECK(child(it, "model.h5", faults).join() == local);
+    // The fault is there: whoever is killed leaves something to look for.
+    it.options.replace = true;
+    CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_RENAME", "kill"}}).join() == -SIGKILL);
+    CHECK(child(it, "model.h5", faults).join() == -SIGKILL);
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+  }
+
+  TEST_CASE("a lock file that cannot be removed does no harm, and the next call removes it") {
+    const auto library = shim();
+    if (!library) return;
+    world it;
+    const auto what = it.add("model.h5", small_size);
+    CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_UNLINK", "EACCES"}}).join() == downloaded);
+    CHECK(it.hidden() == 1);
+    CHECK(child(it, "model.h5").join() == local);
+    CHECK(it.hidden() == 0);
+    CHECK(holds(it.at("model.h5"), *what));
   }
 
   TEST_CASE("killed just before the finished file becomes visible: nothing of it is fetched again") {

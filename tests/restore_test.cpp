@@ -479,6 +479,8 @@ TEST_SUITE("restore: names and roots") {
         "/"sv,
         "a/..\\b"sv,
         "./.."sv,
+        ".wandb-restore-0123456789abcdef.part"sv,
+        "a/.wandb-restore-x"sv,
     };
     fixture f;
     auto client = f.client();
@@ -487,6 +489,20 @@ TEST_SUITE("restore: names and roots") {
       const auto failure = f.failure(client.try_restore(name, f.options()), errc::invalid_argument);
       CHECK(contains(failure.what(), "cannot restore"));
       CHECK_FALSE(contains(failure.what(), std::string_view("\0", 1)));
+    }
+    CHECK(f.asked() == "graphql 0, files 0, storage 0");
+    CHECK(fs::is_empty(f.root()));
+  }
+
+  TEST_CASE("a name that the file system does not take is refused, without a request and without a directory "
+            "made") {
+    fixture f;
+    auto client = f.client();
+    for (const std::string& name :
+         {std::string(256, 'n'), "a/" + std::string(1000, 'n'), std::string(300, 'n') + "/a"}) {
+      CAPTURE(name);
+      check_names(f.failure(client.try_restore(name, f.options()), errc::invalid_argument), {"255"});
+      (void)f.failure(client.try_restore(name, f.path, false, f.root() / "none"), errc::invalid_argument);
     }
     CHECK(f.asked() == "graphql 0, files 0, storage 0");
     CHECK(fs::is_empty(f.root()));
@@ -799,9 +815,16 @@ TEST_SUITE("restore: replace and refresh") {
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.root() / "a.txt", new_text);
     auto client = f.client();
-    auto file = f.success(client.try_restore("a.txt", f.with(cache_policy::refresh())));
-    check_file(file, new_text, wandb::source::local, true);
-    CHECK(f.asked() == "graphql 1, files 0, storage 0");
+    const auto refresh = [&] {
+      auto file = f.success(client.try_restore("a.txt", f.with(cache_policy::refresh())));
+      check_file(file, new_text, wandb::source::local, true);
+    };
+    refresh();
+    auto fresh = client.restore("a.txt", f.path);  // it might be changed again within the tick of a clock
+    check_file(fresh, new_text, wandb::source::local, false);
+    fs::last_write_time(f.root() / "a.txt", fs::last_write_time(f.root() / "a.txt") - 10s);
+    refresh();
+    CHECK(f.asked() == "graphql 2, files 0, storage 0");
     auto kept = client.restore("a.txt", f.path);
     check_file(kept, new_text, wandb::source::local, true);
   }

@@ -6,17 +6,23 @@
  *   FAULT_ALLOCATE=ERROR                 fallocate fails
  *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th one on; or writes half of what it got
  *   FAULT_SYNC=ERROR | kill              fsync and fdatasync fail, or the process is killed in fdatasync
+ *   FAULT_SYNCED=PATH                    each fsync and fdatasync adds a letter to that file: d of a directory, f of
+ *                                        another file
+ *   FAULT_TRUNCATE=ERROR                 ftruncate fails
+ *   FAULT_UNLINK=ERROR                   names that end in .lock cannot be removed
+ *   FAULT_DIRECTORY=PATH                 the process is killed when it reads that directory
  *   FAULT_RENAME=ERROR | kill            rename fails where the new name does not begin with a dot, or the
  *                                        process is killed in it
  *   FAULT_LOOK=ERROR                     the first stat of a file named model.h5 fails
  *   FAULT_OPEN=ERROR                     the first open of a file named model.h5 fails
  *
  * ERROR is ENOSPC, EDQUOT, EIO, EACCES, EROFS, EOPNOTSUPP, ENOLCK, ENOSYS, ESTALE,
- * EINTR or EMFILE.
+ * EINTR or EMFILE. EINTR interrupts every other call: the next one goes through.
  */
 #define _GNU_SOURCE
 #undef _TIME_BITS /* programs call the functions by both names, whatever this build is set to */
 #undef _FILE_OFFSET_BITS
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -27,6 +33,7 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/types.h>
+#include <unistd.h>
 
 static int number_of(const char* name) {
   static const struct {
@@ -40,12 +47,17 @@ static int number_of(const char* name) {
   return EINVAL;
 }
 
-/* Sets errno and returns 1 where the variable says that the call fails. */
+/* Sets errno and returns 1 where this call fails in that way. */
+static int strikes(const char* error) {
+  static int interrupted = 0;
+  errno = number_of(error);
+  return errno != EINTR || __atomic_fetch_add(&interrupted, 1, __ATOMIC_SEQ_CST) % 2 == 0;
+}
+
+/* The same, if the variable says so. */
 static int fails(const char* variable) {
   const char* value = getenv(variable);
-  if (!value) return 0;
-  errno = number_of(value);
-  return 1;
+  return value != NULL && strikes(value);
 }
 
 /* The same, for the first call with a path that ends in /model.h5. */
@@ -88,8 +100,7 @@ static int lock_answer(int command, int* answer) {
       command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK || command == F_OFD_SETLKW;
   if (!value || !locks) return 0;
   *answer = strcmp(value, "none") == 0 ? 0 : -1;
-  if (*answer) errno = number_of(value);
-  return 1;
+  return *answer == 0 || strikes(value);
 }
 
 #define FCNTL(name)                                                                                          \
@@ -162,8 +173,7 @@ static int write_fails(size_t* count) {
   }
   const char* from = strchr(value, '@');
   if (__atomic_add_fetch(&writes, 1, __ATOMIC_SEQ_CST) < (from ? atoi(from + 1) : 1)) return 0;
-  errno = number_of(value);
-  return 1;
+  return strikes(value);
 }
 
 #define PWRITE(name, offset_type)                                                                            \
@@ -177,15 +187,64 @@ PWRITE(pwrite, off_t)
 PWRITE(pwrite64, off64_t)
 #endif
 
+static void note_sync(int fd) {
+  const char* path = getenv("FAULT_SYNCED");
+  if (!path) return;
+  struct stat facts;
+  const int file = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  if (fstat(fd, &facts) != 0 || write(file, S_ISDIR(facts.st_mode) ? "d" : "f", 1) != 1) abort();
+  close(file);
+}
+
 int fsync(int fd) {
+  note_sync(fd);
   if (fails("FAULT_SYNC")) return -1;
   return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
 }
 int fdatasync(int fd) {
+  note_sync(fd);
   const char* value = getenv("FAULT_SYNC");
   if (value && strcmp(value, "kill") == 0) raise(SIGKILL);
   if (fails("FAULT_SYNC")) return -1;
   return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(fd);
+}
+
+#define FTRUNCATE(name, offset_type)                                                                         \
+  int name(int fd, offset_type size) {                                                                       \
+    if (fails("FAULT_TRUNCATE")) return -1;                                                                  \
+    return ((int (*)(int, offset_type))dlsym(RTLD_NEXT, #name))(fd, size);                                   \
+  }
+FTRUNCATE(ftruncate, off_t)
+#ifdef __GLIBC__
+FTRUNCATE(ftruncate64, off64_t)
+#endif
+
+#define UNLINK(name)                                                                                         \
+  int name(const char* path) {                                                                               \
+    const size_t length = strlen(path);                                                                      \
+    if (length > 5 && strcmp(path + length - 5, ".lock") == 0 && fails("FAULT_UNLINK")) return -1;           \
+    return ((int (*)(const char*))dlsym(RTLD_NEXT, #name))(path);                                            \
+  }
+UNLINK(unlink)
+UNLINK(remove)
+
+static void check_directory(const struct stat* opened) {
+  const char* forbidden = getenv("FAULT_DIRECTORY");
+  struct stat named;
+  if (forbidden && stat(forbidden, &named) == 0 && named.st_dev == opened->st_dev &&
+      named.st_ino == opened->st_ino) {
+    raise(SIGKILL);
+  }
+}
+DIR* opendir(const char* path) {
+  struct stat opened;
+  if (stat(path, &opened) == 0) check_directory(&opened);
+  return ((DIR * (*)(const char*)) dlsym(RTLD_NEXT, "opendir"))(path);
+}
+DIR* fdopendir(int fd) {
+  struct stat opened;
+  if (fstat(fd, &opened) == 0) check_directory(&opened);
+  return ((DIR * (*)(int)) dlsym(RTLD_NEXT, "fdopendir"))(fd);
 }
 
 int rename(const char* from, const char* to) {
