@@ -27,7 +27,7 @@
 //   download                 byte ranges, connections, verification
 //   restoring                one call, from the name to the open stream
 //   http_transport           the default transport: sockets, TLS, HTTP/1.1
-//   httplib_transport        cpp-httplib as a transport, with WANDB_RESTORE_HTTPLIB
+//   httplib_transport        cpp-httplib as a transport, if WANDB_RESTORE_HTTPLIB is defined
 #ifndef WANDB_RESTORE_HPP
 #define WANDB_RESTORE_HPP
 
