@@ -3294,6 +3294,28 @@ inline bool is_too_fresh(std::int64_t modified) {
   return modified + 2000000000 > std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
+/// Removes receipts of files that are gone from a directory that is still there, and what a killed process left of a receipt
+/// it was writing, if they are older than a day.
+inline void sweep_receipts(const path& directory) {
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  const auto old = std::chrono::duration_cast<std::chrono::nanoseconds>(now - std::chrono::hours(24)).count();
+  std::error_code failure;
+  std::filesystem::directory_iterator entry(directory, failure), end;
+  for (; !failure && entry != end; entry.increment(failure)) {
+    const path where = entry->path();
+    const auto facts = facts_of_entry(where);
+    if (!facts.found() || facts->modified > old) continue;
+    bool is_useless = utf8(where.filename()).find(".new-") != std::string::npos;
+    if (!is_useless && facts->is_file) {
+      auto record = parse_key_values(read_small_file(where, 64 * 1024).value_or(std::string()));
+      const path target = from_utf8(percent_decode(record["path"]).value_or(std::string()));
+      is_useless =
+          !target.empty() && facts_of(target.parent_path())->is_directory && facts_of_entry(target).absent();
+    }
+    if (is_useless) remove_quietly(where);
+  }
+}
+
 /// Without a receipt, for want of a cache directory say, the file counts as the user's own.
 inline result<void> write_receipt(const path& cache, const path& target, const receipt& facts) {
   if (cache.empty()) return {};
@@ -3304,7 +3326,9 @@ inline result<void> write_receipt(const path& cache, const path& target, const r
       "\nname=" + percent_encode(facts.name, "/") + "\nsize=" + std::to_string(facts.size) +
       "\nmodified_ns=" + std::to_string(facts.modified) +
       "\nmd5=" + (is_too_fresh(facts.modified) ? std::string() : facts.md5) + "\nend=yes\n";
-  return replace_small_file(receipt_path(cache, real), record, 0666, durability::best_effort);
+  const path where = receipt_path(cache, real);
+  if (some_number() % 64 == 0) sweep_receipts(where.parent_path());
+  return replace_small_file(where, record, 0666, durability::best_effort);
 }
 
 /// What is on record for that very path, if it is of the file as it is now. Another user's word does not count.
@@ -7421,27 +7445,31 @@ class restoring {
     return false;
   }
 
-  /// Another downloader of this target is given time as long as it makes progress. False if cancelled.
+  /// The sum of the times of this user's partial files: changes when one of their writers shows a sign of life.
+  [[nodiscard]] std::uint64_t signs_of_life() const {
+    std::uint64_t times = 0;
+    for (const auto& one : find_partials(at_))
+      if (one.facts.user == own_user()) times += static_cast<std::uint64_t>(one.facts.modified);
+    return times;
+  }
+
+  /// Waits while another downloader of this target makes progress. False if cancelled.
   bool wait_for_turn(place_lock& lock, const file_info& remote) {
-    std::uint64_t before = 0;
+    constexpr auto between_looks = std::chrono::seconds(2);  // reading a directory may be dear
     const auto began = clock::now();
-    auto since = began, next_look = began;
-    for (bool is_busy = true;;) {
+    auto last_sign = began, next_look = began;
+    for (std::uint64_t signs = 0;;) {
       const bool is_locked = lock.try_acquire() == place_lock::outcome::busy;
       if (is_locked && lock.take_from_dead()) continue;
-      if (const auto now = clock::now(); now >= next_look || !is_locked) {  // reading a directory may be dear
-        next_look = now + std::chrono::seconds(2);
-        std::uint64_t times = 0;  // changes with the time of any partial file of this user
-        if (is_locked)
-          for (const auto& one : find_partials(at_))
-            if (one.facts.user == own_user()) times += static_cast<std::uint64_t>(one.facts.modified);
-        if (times != before) since = now;
-        before = times;
-        is_busy = is_locked || is_another_at_work(lock, remote);
+      if (!is_locked && !is_another_at_work(lock, remote)) return true;
+      if (is_locked && clock::now() >= next_look) {
+        next_look = clock::now() + between_looks;
+        const auto now = signs_of_life();
+        if (now != signs) last_sign = clock::now();
+        signs = now;
       }
-      if (!is_busy) return true;
-      if (is_locked && clock::now() - since > std::chrono::seconds(partial_file::quiet))
-        return true;  // it has lost its turn
+      // A holder that shows no sign of life has lost its turn.
+      if (is_locked && clock::now() - last_sign > std::chrono::seconds(partial_file::quiet)) return true;
       if (!report(phase::downloading, 0, {})) return false;
       // A thousand that wait must not wear out the file system: the longer it takes, the less often one looks.
       const auto waited = std::chrono::duration_cast<milliseconds>(clock::now() - began);
