@@ -2938,7 +2938,8 @@ class partial_file {
   result<void> finish();
   /// Puts the content in the target's place, after finish() where that was not called, and returns a stream on this very
   /// file.
-  result<std::ifstream> publish(const place& at);
+  /// `announce` is told of the facts that the published file will have, just before it is in place.
+  result<std::ifstream> publish(const place& at, const std::function<void(const file_facts&)>& announce = {});
   /// Facts of the published file, whatever its name leads to by now.
   [[nodiscard]] const std::optional<file_facts>& published() const { return published_; }
 
@@ -3196,7 +3197,8 @@ inline result<void> partial_file::finish() {
   return {};
 }
 
-inline result<std::ifstream> partial_file::publish(const place& at) {
+inline result<std::ifstream> partial_file::publish(const place& at,
+                                                   const std::function<void(const file_facts&)>& announce) {
   const auto old = facts_of(at.target);
   // Without its record the file could not be released: the next try would have to find it by its writer's end.
   const auto failed = [&](const error& failure) {
@@ -3218,6 +3220,7 @@ inline result<std::ifstream> partial_file::publish(const place& at) {
   using namespace std::chrono;
   (void)set_modified(out_.native(), system_clock::now().time_since_epoch() - seconds(3));
   const auto facts = out_.facts();
+  if (facts.found() && announce) announce(*facts);
 #ifdef _WIN32
   out_.close();  // a stream that is open would forbid the rename here
   if (const int code = rename_over(where_, at.target)) {
@@ -3316,41 +3319,57 @@ inline void sweep_receipts(const path& directory) {
   }
 }
 
-/// Without a receipt, for want of a cache directory say, the file counts as the user's own.
-inline result<void> write_receipt(const path& cache, const path& target, const receipt& facts) {
-  if (cache.empty()) return {};
-  const path real = real_path(target);
-  const std::string record =
-      "path=" + percent_encode(utf8(real), "/") + "\nentity=" + percent_encode(facts.run.entity) +
-      "\nproject=" + percent_encode(facts.run.project) + "\nrun_id=" + percent_encode(facts.run.run_id) +
-      "\nname=" + percent_encode(facts.name, "/") + "\nsize=" + std::to_string(facts.size) +
-      "\nmodified_ns=" + std::to_string(facts.modified) +
-      "\nmd5=" + (is_too_fresh(facts.modified) ? std::string() : facts.md5) + "\nend=yes\n";
-  const path where = receipt_path(cache, real);
-  if (some_number() % 64 == 0) sweep_receipts(where.parent_path());
-  return replace_small_file(where, record, 0666, durability::best_effort);
-}
-
-/// What is on record for that very path, if it is of the file as it is now. Another user's word does not count.
-inline receipt receipt_of(const path& cache, const path& real, const file_facts& now) {
-  const path where = receipt_path(cache, real);
+/// Reads the receipts that are kept for a path. Those that another user wrote do not count.
+inline std::string receipts_at(const path& where) {
   file opened;
   if (opened.open(where, file::mode::neighbour) != 0) return {};
   if (const auto facts = opened.facts(); !facts.found() || !facts->is_file || facts->user != own_user())
     return {};
-  const auto text = read_small_file(opened, where, 64 * 1024);
-  if (!text) return {};
-  auto record = parse_key_values(*text);
-  const auto field = [&](const char* name) { return percent_decode(record[name]).value_or(std::string()); };
-  if (record["end"] != "yes" || field("path") != utf8(real) || to_number(record["size"]) != now.size ||
-      record["modified_ns"] != std::to_string(now.modified)) {
-    return {};
+  return read_small_file(opened, where, 64 * 1024).value_or(std::string());
+}
+
+inline constexpr std::string_view end_of_receipt = "end=yes\n";
+
+/// Writes the receipt of a file that is about to be put in place. The receipt of the file that is there until then is kept
+/// behind it, so that a call in between recognises either. Without a cache directory none is written: the file counts as the
+/// user's own.
+inline result<void> write_receipt(const path& cache, const path& target, const receipt& facts) {
+  if (cache.empty()) return {};
+  const path real = real_path(target);
+  std::string record =
+      "path=" + percent_encode(utf8(real), "/") + "\nentity=" + percent_encode(facts.run.entity) +
+      "\nproject=" + percent_encode(facts.run.project) + "\nrun_id=" + percent_encode(facts.run.run_id) +
+      "\nname=" + percent_encode(facts.name, "/") + "\nsize=" + std::to_string(facts.size) +
+      "\nmodified_ns=" + std::to_string(facts.modified) +
+      "\nmd5=" + (is_too_fresh(facts.modified) ? std::string() : facts.md5) + '\n';
+  record += end_of_receipt;
+  const path where = receipt_path(cache, real);
+  const std::string before = receipts_at(where);
+  if (const auto end = before.find(end_of_receipt); end != before.npos)
+    record += before.substr(0, end + end_of_receipt.size());
+  if (some_number() % 64 == 0) sweep_receipts(where.parent_path());
+  return replace_small_file(where, record, 0666, durability::best_effort);
+}
+
+/// Finds the receipt for that very path that is of the file as it is now.
+inline receipt receipt_of(const path& cache, const path& real, const file_facts& now) {
+  const std::string text = receipts_at(receipt_path(cache, real));
+  std::string_view rest = text;
+  for (auto end = rest.find(end_of_receipt); end != rest.npos; end = rest.find(end_of_receipt)) {
+    auto record = parse_key_values(rest.substr(0, end));
+    rest.remove_prefix(end + end_of_receipt.size());
+    const auto field = [&](const char* name) { return percent_decode(record[name]).value_or(std::string()); };
+    if (field("path") != utf8(real) || to_number(record["size"]) != now.size ||
+        record["modified_ns"] != std::to_string(now.modified)) {
+      continue;
+    }
+    return {{field("entity"), field("project"), field("run_id")},
+            field("name"),
+            now.size,
+            now.modified,
+            field("md5")};
   }
-  return {{field("entity"), field("project"), field("run_id")},
-          field("name"),
-          now.size,
-          now.modified,
-          field("md5")};
+  return {};
 }
 
 /// The receipt for a file, if there is one and the file has not changed since.
@@ -7382,11 +7401,11 @@ class restoring {
   result<restored_file> publish(partial_file& partial, const remote_file& remote, place_lock& lock) {
     if (auto finished = finish(partial); !finished) return finished.error();
     if (call_.cancelled()) return call_.why_cancelled();
-    auto stream = partial.publish(at_);
-    if (!stream) return stream.error();
     const bool verified = options_.verify && !remote.info.md5.empty();
     const std::string md5 = verified ? remote.info.md5 : std::string();
-    remember(md5, partial.published());
+    // The receipt is there before the file: a call in between must not take another run's file for the user's own.
+    auto stream = partial.publish(at_, [&](const file_facts& facts) { remember(md5, facts); });
+    if (!stream) return stream.error();
     remove_quietly(at_.released());
     if (may_find_partials(lock, partial.size())) tidy(lock, {});
     return restored_file(*std::move(stream), {at_.target, partial.size(), md5, source::downloaded, verified});
