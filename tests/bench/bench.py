@@ -130,6 +130,10 @@ class Bench:
 
     def rounds(self, case, contenders, count=None):
         """Each contender takes its turn, again and again. The median time of each."""
+        before = self.arguments.before
+        if before:
+            contenders = {"ours": contenders["ours"], "before": lambda ours=contenders["ours"]: self.with_programs(before, ours),
+                          **contenders}
         runs = {name: [] for name in contenders}
         for number in range(count or self.arguments.rounds):
             for name, contender in contenders.items():
@@ -139,7 +143,18 @@ class Bench:
                     print("  %-10s %-28s %8.3f s   CPU %6.2f s   %6.1f MiB" %
                           (case, name, taken["seconds"], taken["user"] + taken["system"], taken["peak_kib"] / 1024), flush=True)
         self.raw.setdefault(case, {}).update(runs)
-        return {name: median(one["seconds"] for one in all_) for name, all_ in runs.items()}
+        times = {name: median(one["seconds"] for one in all_) for name, all_ in runs.items()}
+        if before:
+            self.row(case, "ours %s, before %s" % (report.seconds(times["ours"]), report.seconds(times["before"])),
+                     "%.2f" % (times["ours"] / times.pop("before")), "(for information)", None)
+        return times
+
+    def with_programs(self, folder, contender):
+        own, self.programs = self.programs, Path(folder).resolve()
+        try:
+            return contender()
+        finally:
+            self.programs = own
 
     def compare(self, case, size, times, over, target, at_most=True, what="times the time of", note=""):
         """A row: how ours compares with one other."""
@@ -444,6 +459,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(CASES))
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--before")
     parser.add_argument("--out", default="build-bench")
     parser.add_argument("--work", default="/dev/shm" if os.path.isdir("/dev/shm") else None)
     parser.add_argument("--programs", help=argparse.SUPPRESS)

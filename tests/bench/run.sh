@@ -7,6 +7,7 @@
 #   --rounds  how often each contender takes its turn, 3 unless given; medians count
 #   --only    some of: capped far slow-peer link loopback small memory keep refresh kills herd
 #   --kills   how many processes the case `kills` kills, 100 unless given
+#   --before  a folder with the programs of another version (its build-bench), which take their turns beside these
 #   --out     where results.md, results.svg and results.json go, build-bench unless given
 #   --work    where files are served from and restored to, /dev/shm unless given; about six times SIZE is needed
 #
