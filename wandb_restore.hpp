@@ -3530,7 +3530,7 @@ namespace detail {
 
 // ------------------------------------------------------------------------------------------ the environment
 
-/// The value of an environment variable, in UTF-8 on Windows. An empty one counts as set.
+/// The value of an environment variable, in UTF-8 on Windows. An empty value counts as set.
 inline std::optional<std::string> environment(const char* name) {
 #ifdef _WIN32
   const wchar_t* wide = _wgetenv(std::wstring(name, name + std::strlen(name)).c_str());
@@ -3565,7 +3565,7 @@ inline path home_directory() {
 #endif
 }
 
-/// The path that a setting names. A "~" at its start stands for the home directory.
+/// Converts the text of a setting to a path. Replaces a leading "~" by the home directory.
 inline path expand_home(std::string_view text) {
   const bool from_home = text == "~" || starts_with(text, "~/") ||
                          (path::preferred_separator == '\\' && starts_with(text, "~\\"));
@@ -3574,10 +3574,10 @@ inline path expand_home(std::string_view text) {
   return text.size() <= 2 ? home : home / from_utf8(text.substr(2));
 }
 
-/// A path below the home directory, or an empty path if there is none: never one in the working directory by accident.
-inline path in_home(std::string_view below) {
+/// A path below the home directory. Empty without a home directory: a relative path would be one in the working directory.
+inline path in_home(std::string_view relative) {
   const path home = home_directory();
-  return home.empty() ? path() : home / from_utf8(below);
+  return home.empty() ? path() : home / from_utf8(relative);
 }
 
 /// The SDK's cache directory: $WANDB_CACHE_DIR, else "wandb" in the platform's cache directory. Empty if there is none.
@@ -3621,15 +3621,15 @@ inline result<void> check_api_key(std::string_view key) {
   return {};
 }
 
-/// Reads a base URL. Trailing slashes are removed, and https://forge.coreweave.com/api/wandb becomes the API's own host.
-/// Refused are also addresses that could not be sent as they are written, and http for any name of the public service.
-/// Source, but for the last sentence: wandb/sdk/lib/wbauth/host_url.py, sdk/lib/urls.py.
+/// Parses a base URL. Removes trailing slashes, and replaces https://forge.coreweave.com/api/wandb by the API's own host.
+/// Source: wandb/sdk/lib/wbauth/host_url.py, sdk/lib/urls.py. Beyond the source, it refuses URLs that could not be sent
+/// unchanged, and http for every host of the public service.
 inline result<url> parse_base_url(std::string_view text) {
   const auto fail = [&](std::string_view why) {
     return error(errc::invalid_argument,
                  "cannot use the base URL " + in_quotes(redacted_address(text)) + ": " + std::string(why));
   };
-  if (text.find('@') != text.npos) return fail("it has an @, and a user name or password has no place in it");
+  if (text.find('@') != text.npos) return fail("it has an @, but must not contain a user name or password");
   if (text.find_first_of("?#") != text.npos) return fail("it has a query or a fragment");
   if (text.find(' ') != text.npos) return fail("it has a space");
   auto parsed = url::parse(text);
@@ -3656,7 +3656,7 @@ inline result<url> parse_base_url(std::string_view text) {
   return parsed;
 }
 
-/// The base URL with each host name of its service; the given one is first.
+/// The base URL under each host name of its service, the given host first.
 inline std::vector<url> names_of(const url& base) {
   std::vector<url> names{base};
   const auto* deployment = forge_deployment_of(base.host);
@@ -3709,8 +3709,8 @@ inline bool is_one_of(std::string_view text, std::initializer_list<const char*> 
   return false;
 }
 
-/// Reads seconds with an optional fraction. Returns 0 for other texts. By hand: std::from_chars for double came late to
-/// standard libraries.
+/// Parses seconds with an optional fraction. Returns 0 for other texts. Not all standard libraries have std::from_chars for
+/// double.
 inline std::chrono::milliseconds parse_seconds(std::string_view text) {
   constexpr std::uint64_t max_seconds = 0xffffffff;
   text = trim(text);
@@ -3723,7 +3723,7 @@ inline std::chrono::milliseconds parse_seconds(std::string_view text) {
   return std::chrono::milliseconds(static_cast<std::int64_t>(*seconds * 1000 + *thousandths));
 }
 
-/// Reads a JSON object of strings.
+/// Parses a JSON object whose values are strings. errc::invalid_argument for other texts.
 inline result<text_map> parse_string_object(std::string_view text) {
   const json parsed = parse_json(text);
   text_map strings;
@@ -3736,16 +3736,16 @@ inline result<text_map> parse_string_object(std::string_view text) {
   return strings;
 }
 
-/// Whether a header field is well-formed (RFC 9110, section 5). A line break in it would begin another field.
+/// Whether a header field is well-formed (RFC 9110, section 5). A line break in the value would begin another field.
 inline bool is_header(std::string_view name, std::string_view value) {
   return is_token(name) && is_field_value(value);
 }
 
 // ------------------------------------------------------------------------------------------------- proxies
 
-using ip_address = std::string;  // 16 bytes, an IPv4 address as ::ffff:a.b.c.d; empty: no address
+using ip_address = std::string;  // 16 bytes; IPv4 as ::ffff:a.b.c.d; empty: no address
 
-/// Appends the bytes of "1.2.3.4".
+/// Parses "1.2.3.4" and appends its bytes. Returns false for other texts.
 inline bool parse_ipv4(std::string_view text, std::string& bytes) {
   const auto parts = split(text, '.');
   for (const auto part : parts) {
@@ -3756,7 +3756,7 @@ inline bool parse_ipv4(std::string_view text, std::string& bytes) {
   return parts.size() == 4;
 }
 
-/// Appends the bytes of "1:2:ffff" or "1:2:1.2.3.4"; nothing for an empty text.
+/// Parses "1:2:ffff", "1:2:1.2.3.4" or "" and appends the bytes. Returns false for other texts.
 inline bool parse_ipv6_groups(std::string_view text, std::string& bytes) {
   if (text.empty()) return true;
   const auto groups = split(text, ':');
@@ -3774,7 +3774,7 @@ inline bool parse_ipv6_groups(std::string_view text, std::string& bytes) {
 inline constexpr std::string_view ipv4_prefix("\0\0\0\0\0\0\0\0\0\0\xff\xff", 12);
 inline bool is_ipv4(const ip_address& address) { return starts_with(address, ipv4_prefix); }
 
-/// Reads an IP address. Returns an empty one for other texts.
+/// Parses an IP address. Returns an empty one for other texts.
 inline ip_address parse_ip(std::string_view text) {
   std::string head, tail;
   const auto gap = text.find("::");
@@ -3806,7 +3806,7 @@ inline bool in_network(const ip_address& address, std::string_view network) {
 }
 
 /// Whether an entry of NO_PROXY covers a host. "example.com" covers the host and its subdomains, ".example.com" and
-/// "*.example.com" only the subdomains, an address itself. Each may have a port.
+/// "*.example.com" only the subdomains, an IP address only itself. Each may be followed by a port.
 /// Source: golang.org/x/net/http/httpproxy, which the SDK's core uses.
 inline bool bypasses(std::string_view entry, const url& target) {
   if (entry == "*") return true;
@@ -3834,7 +3834,7 @@ inline bool bypasses(std::string_view entry, const url& target) {
   return name.size() > suffix.size() && equal_ignoring_case(name.substr(name.size() - suffix.size()), suffix);
 }
 
-/// The URL of the proxy for an address, or "" for a direct connection.
+/// The URL of the proxy for requests to `target`, or "" for a direct connection.
 inline std::string proxy_for(const settings& configuration, const url& target) {
   const auto& proxy = target.scheme == "https" ? configuration.https_proxy : configuration.http_proxy;
   if (proxy.url.empty()) return {};
@@ -3844,20 +3844,20 @@ inline std::string proxy_for(const settings& configuration, const url& target) {
   return proxy.url;
 }
 
-/// Reads the address of an HTTP proxy; the scheme may be left out. errc::invalid_argument for other texts.
+/// Parses the URL of an HTTP proxy; the scheme may be left out. errc::invalid_argument for other texts.
 inline result<url> parse_proxy(std::string_view text) {
   auto parsed = url::parse(text.find("://") == text.npos ? "http://" + std::string(text) : std::string(text));
   if (parsed && parsed->scheme == "http") return parsed;
   return error(errc::invalid_argument,
-               "expected http://[user:password@]host:port");  // not quoted: it may hold a password
+               "expected http://[user:password@]host:port");  // the text is not shown: it may hold a password
 }
 
 // --------------------------------------------------------------------------------------------------- netrc
 
-/// The machine names under which a netrc file may have the key of a server. The first entry that exists counts.
-/// Source: wandb/sdk/lib/wbauth/wbnetrc.py, which looks for the host as the base URL spells it, then for "default", then for
-/// the service's wandb.ai host. Here other spellings and the service's other names are looked for, too.
-inline std::vector<std::string> netrc_machines(std::string_view written, const url& base) {
+/// The machine names to look up in a netrc file, by priority. `base_text`: the base URL as the user wrote it.
+/// Source: wandb/sdk/lib/wbauth/wbnetrc.py, which looks up the host as written, then "default", then the service's wandb.ai
+/// host. Beyond the source, other spellings and the service's other hosts are looked up, too.
+inline std::vector<std::string> netrc_machines(std::string_view base_text, const url& base) {
   const auto authority = [](std::string_view address) {
     const auto start = address.find("://");
     if (start != address.npos) address.remove_prefix(start + 3);
@@ -3866,12 +3866,12 @@ inline std::vector<std::string> netrc_machines(std::string_view written, const u
   std::vector<std::string> machines{authority(base.origin()), "default"};
   const auto* deployment = forge_deployment_of(base.host);
   if (deployment == nullptr) {
-    machines.insert(machines.begin(), authority(written));
+    machines.insert(machines.begin(), authority(base_text));
     return machines;
   }
-  if (url::parse(written).value_or(base).host == base.host)
-    machines.insert(machines.begin(), authority(written));
-  for (url name : names_of(base)) {
+  if (url::parse(base_text).value_or(base).host == base.host)
+    machines.insert(machines.begin(), authority(base_text));
+  for (const url& name : names_of(base)) {
     machines.push_back(authority(name.origin()));
     machines.push_back(name.host);
   }
@@ -3879,19 +3879,19 @@ inline std::vector<std::string> netrc_machines(std::string_view written, const u
   return machines;
 }
 
-/// The API key that the netrc file has for a server, or "". Warns of a file that cannot be read or understood.
+/// The API key in the netrc file for a server, or "". Appends a warning if the file cannot be read or parsed.
 inline std::string api_key_from_netrc(const settings& configuration, const url& base,
                                       std::vector<std::string>& warnings) {
-  const path& where = configuration.netrc_file;
-  if (where.empty() || !facts_of(where).found()) return {};
-  const auto text = read_small_file(where, 1 << 20);
+  const path& file = configuration.netrc_file;
+  if (file.empty() || !facts_of(file).found()) return {};
+  const auto text = read_small_file(file, 1 << 20);
   if (!text) {
     warnings.push_back(text.error().what());
     return {};
   }
   const auto passwords = parse_netrc(*text);
   if (!passwords) {
-    warnings.push_back("the netrc file " + in_quotes(where) + " is not used: " + passwords.error().what());
+    warnings.push_back("the netrc file " + in_quotes(file) + " is not used: " + passwords.error().what());
     return {};
   }
   auto found = passwords->end();
@@ -3900,7 +3900,7 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
   }
   if (found == passwords->end()) return {};
   if (trim(found->second).empty()) {
-    warnings.push_back("the netrc file " + in_quotes(where) + " has no password for " +
+    warnings.push_back("the netrc file " + in_quotes(file) + " has no password for " +
                        in_quotes(std::string_view(found->first)));
   }
   return std::string(trim(found->second));
@@ -3908,7 +3908,7 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
 
 // ------------------------------------------------------------------------------------ shared access tokens
 
-/// A token is not used during this time before it expires.
+/// A token that expires within this time is not used.
 inline constexpr std::chrono::seconds token_margin{300};
 
 struct access_token {
@@ -3935,8 +3935,7 @@ inline std::optional<std::int64_t> parse_utc(std::string_view text) {
             second = part[5];
   if (month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60)
     return std::nullopt;
-  const int known_year =
-      std::clamp(year, 1970, 2200);  // system_clock may count nanoseconds: then it ends in 2262
+  const int known_year = std::clamp(year, 1970, 2200);  // a system_clock in nanoseconds ends in 2262
   return days_from_civil(known_year, month, day) * 86400 + hour * 3600 + minute * 60 + second;
 }
 
@@ -3952,10 +3951,11 @@ inline std::string format_utc(std::chrono::system_clock::time_point time) {
   return std::string(text.data(), std::strftime(text.data(), text.size(), "%Y-%m-%d %H:%M:%S", &parts));
 }
 
-/// The keys of a server in the file of shared tokens: its base URL as the SDK writes it, then the service's other names.
-inline std::vector<std::string> shared_token_keys(std::string_view written, const url& base) {
-  while (!written.empty() && written.back() == '/') written.remove_suffix(1);
-  if (forge_deployment_of(base.host) == nullptr) return {std::string(written)};
+/// The keys of a server in the file of shared tokens, by priority. `base_text`: the base URL as the user wrote it, which is
+/// the SDK's key. For the public service: the base URL under each of its host names.
+inline std::vector<std::string> shared_token_keys(std::string_view base_text, const url& base) {
+  while (!base_text.empty() && base_text.back() == '/') base_text.remove_suffix(1);
+  if (forge_deployment_of(base.host) == nullptr) return {std::string(base_text)};
   std::vector<std::string> keys;
   for (const url& name : names_of(base)) keys.push_back(without_final_slash(name));
   return keys;
@@ -3963,10 +3963,10 @@ inline std::vector<std::string> shared_token_keys(std::string_view written, cons
 
 /// Reads the file of access tokens that the SDK shares between processes: {"credentials": {base URL: token}}. The file is a
 /// cache: a missing or malformed one counts as empty.
-inline result<json_document> read_credentials(const path& where) {
+inline result<json_document> read_credentials(const path& credentials_file) {
   json_document file;
-  if (facts_of(where).found()) {
-    const auto text = read_small_file(where, 1 << 20);
+  if (facts_of(credentials_file).found()) {
+    const auto text = read_small_file(credentials_file, 1 << 20);
     if (!text) return text.error();
     file.root = parse_json(*text);
   }
@@ -3975,26 +3975,25 @@ inline result<json_document> read_credentials(const path& where) {
   return file;
 }
 
-/// Reads the access token of a server from that file. Returns an empty one if there is none or it expires soon.
+/// Reads a server's access token from that file. Returns an empty one if there is none or it expires within token_margin.
 /// `base_url`: without a trailing slash. Source, also of the format: core/internal/api/credentials.go.
-inline access_token read_shared_token(const path& where, const std::string& base_url,
+inline access_token read_shared_token(const path& credentials_file, const std::string& base_url,
                                       std::chrono::system_clock::time_point now) {
-  const auto file = read_credentials(where);
+  const auto file = read_credentials(credentials_file);
   if (!file) return {};
   const json& entry = member(member(file->root, "credentials"), base_url);
   const auto expires_at = parse_utc(text_of(member(entry, "expires_at")));
   auto value = text_of(member(entry, "access_token"));
-  if (value.empty() || has_control(value)) return {};
-  if (!expires_at) return {};
+  if (!expires_at || value.empty() || has_control(value)) return {};
   const std::chrono::system_clock::time_point end{std::chrono::seconds(*expires_at)};
   if (end - now <= token_margin) return {};
   return {std::move(value), end};
 }
 
-/// Adds a token to that file and keeps its other content. The file is replaced atomically; only its owner can read it.
-inline result<void> write_shared_token(const path& where, const std::string& base_url,
+/// Adds a token to that file and keeps its other content. Replaces the file atomically; only its owner can read it.
+inline result<void> write_shared_token(const path& credentials_file, const std::string& base_url,
                                        const access_token& token) {
-  auto file = read_credentials(where);
+  auto file = read_credentials(credentials_file);
   if (!file) return file.error();
   json entry = json_object();
   set_member(entry, "expires_at", json_text(format_utc(token.expires_at)));
@@ -4002,45 +4001,44 @@ inline result<void> write_shared_token(const path& where, const std::string& bas
   json tokens = member(file->root, "credentials");
   set_member(tokens, base_url, std::move(entry));
   set_member(file->root, "credentials", std::move(tokens));
-  std::error_code failure;  // replace the file that a symbolic link leads to, not the link
-  const path target = std::filesystem::canonical(where, failure);
-  return replace_small_file(failure ? where : target, write_json(file->root, 2), 0600);
+  std::error_code failure;  // replace the target of a symbolic link, not the link
+  const path target = std::filesystem::canonical(credentials_file, failure);
+  return replace_small_file(failure ? credentials_file : target, write_json(file->root, 2), 0600);
 }
 
-// ------------------------------------------------------------------------- where settings come from, in order
+// --------------------------------------------------------------------- the sources of settings, by priority
 
 /// The value of a setting and where it was found.
 struct found_setting {
   std::string value;
-  std::string source;  ///< for messages: the variable or the key
+  std::string source;  ///< the variable or the key, for messages
   bool in_file = false;
 
   explicit operator bool() const { return !value.empty(); }
 };
 
-/// Looks settings up: in environment variables first, then in the settings files below WANDB_DIR, below the working
-/// directory and of the user, in this order.
+/// Looks up settings in environment variables, then in the settings files of WANDB_DIR, of the working directory and of the
+/// user, in this order.
 class settings_sources {
  public:
   explicit settings_sources(settings& target) : target_(target) {
     const auto config = first_of_environment({"WANDB_CONFIG_DIR"});
     load(config.empty() ? in_home(".config/wandb/settings") : expand_home(config) / "settings");
-    const path chosen = expand_home(first_of_environment({"WANDB_DIR"}));
-    wandb_directory = wandb_directory_in(chosen);
+    wandb_directory = wandb_directory_in(expand_home(first_of_environment({"WANDB_DIR"})));
     // The SDK writes settings below WANDB_DIR, but reads only those below the working directory.
-    const path beside = wandb_directory_in({}) / "settings", own = wandb_directory / "settings";
+    const path sdk_file = wandb_directory_in({}) / "settings", own_file = wandb_directory / "settings";
     std::error_code failure;
-    if (!std::filesystem::equivalent(beside, own, failure)) load(beside);
-    load(own);
+    if (!std::filesystem::equivalent(sdk_file, own_file, failure)) load(sdk_file);
+    load(own_file);
     load_sagemaker();
   }
 
   /// The directory of a project's runs, settings and resume file.
   path wandb_directory;
-  /// The key that Amazon SageMaker hands to training jobs. It is used if there is no other.
+  /// The key that Amazon SageMaker passes to training jobs. Used only if there is no other key.
   std::string sagemaker_api_key;
 
-  /// The value of the first variable that is set and not empty, else of the key in the settings files. Null: no variable.
+  /// The value of the first variable that is set and not empty, else of the key in the settings files. Skips null names.
   found_setting find(const std::array<const char*, 3>& variables, const char* key = nullptr) const {
     for (const char* name : variables) {
       if (auto value = name ? variable(name) : std::nullopt; value && !value->empty())
@@ -4050,15 +4048,15 @@ class settings_sources {
     if (at == files_.end()) return {};
     return {at->second, "the setting " + std::string(key) + " of a settings file", true};
   }
-  /// Looks up a name: here a variable that is set but empty hides the settings files.
+  /// As find, for the entity and the project: a variable that is set but empty hides the settings files.
   std::string find_name(const char* name, const char* key) const {
     if (auto value = variable(name)) return *std::move(value);
     return find({}, key).value;
   }
-  /// Reports a value that cannot be used: as an error if it is from the environment, as in the SDK; else as a warning.
+  /// Reports a value that cannot be used: as an error if it comes from the environment, as in the SDK; else as a warning.
   void reject(const found_setting& setting, const std::string& why) const {
     const std::string text =
-        setting.source + " cannot be used: " + why;  // the value is left out: it may hold a password
+        setting.source + " cannot be used: " + why;  // without the value: it may be secret
     if (setting.in_file) {
       target_.warnings.push_back(text);
     } else if (!target_.problem) {
@@ -4076,20 +4074,20 @@ class settings_sources {
     const auto at = secrets_.find(name);
     return at == secrets_.end() ? std::nullopt : std::optional(at->second);
   }
-  void load(const path& where) {
-    if (where.empty() || !facts_of(where).found()) return;
-    const auto text = read_small_file(where, 1 << 20);
+  void load(const path& file) {
+    if (file.empty() || !facts_of(file).found()) return;
+    const auto text = read_small_file(file, 1 << 20);
     auto values = text ? parse_ini(*text) : result<text_map>(text.error());
     if (!values) {
-      target_.warnings.push_back("the settings file " + in_quotes(where) +
+      target_.warnings.push_back("the settings file " + in_quotes(file) +
                                  " is not used: " + values.error().what());
       return;
     }
-    values->merge(files_);  // files loaded before have lower priority
+    values->merge(files_);  // files loaded earlier have lower priority
     files_ = *std::move(values);
   }
-  /// Reads what SageMaker hands to training jobs. Source: wandb/integration/sagemaker; there secrets.env takes precedence over
-  /// the environment, here the environment does.
+  /// Reads the settings that SageMaker passes to training jobs. Source: wandb/integration/sagemaker. Unlike there, the
+  /// environment has priority over secrets.env.
   void load_sagemaker() {
     const path hyperparameters = "/opt/ml/input/config/hyperparameters.json";
     const auto training = environment("SM_TRAINING_ENV");
@@ -4098,9 +4096,9 @@ class settings_sources {
     const auto file_text = read_small_file(hyperparameters, 1 << 20);
     for (const std::string& text : {file_text ? *file_text : std::string(), training.value_or("")}) {
       const json parsed = parse_json(text);
-      const json& told = member(parsed, "wandb_api_key");
-      if (!told.is_string()) continue;
-      const std::string quoted = text_of(told);
+      const json& entry = member(parsed, "wandb_api_key");
+      if (!entry.is_string()) continue;
+      const std::string quoted = text_of(entry);
       std::string_view key = trim(quoted);
       while (!key.empty() && key.front() == '"')
         key.remove_prefix(1);  // hyperparameter searches quote the value twice
@@ -4110,7 +4108,7 @@ class settings_sources {
     if (const auto at = secrets_.find("WANDB_API_KEY"); sagemaker_api_key.empty() && at != secrets_.end()) {
       sagemaker_api_key = at->second;
     }
-    secrets_.erase("WANDB_API_KEY");  // netrc has priority over this one
+    secrets_.erase("WANDB_API_KEY");  // hide it from `find`: netrc has priority over it
   }
 
   settings& target_;
@@ -4135,15 +4133,15 @@ inline void find_run(settings& s, const settings_sources& sources) {
   }
 }
 
-/// Finds the credentials: a key in the environment, else an identity token file, else the key in netrc, else the one of
-/// SageMaker or of the settings files.
+/// Finds the credentials, by priority: a key in the environment, an identity token file, the key in netrc, the key of
+/// SageMaker, the key in the settings files.
 inline void find_credentials(settings& s, const settings_sources& sources) {
   s.netrc_file = expand_home(first_of_environment({"NETRC"}));
   if (s.netrc_file.empty()) {
-    const path usual = in_home(".netrc"), windows = in_home("_netrc");
+    const path dotted = in_home(".netrc"), windows = in_home("_netrc");
     const bool prefer_windows =
-        !facts_of(usual).found() && (facts_of(windows).found() || path::preferred_separator == '\\');
-    s.netrc_file = prefer_windows ? windows : usual;
+        !facts_of(dotted).found() && (facts_of(windows).found() || path::preferred_separator == '\\');
+    s.netrc_file = prefer_windows ? windows : dotted;
   }
   const auto credentials = sources.find({"WANDB_CREDENTIALS_FILE"}, "credentials_file");
   s.credentials_file =
@@ -4163,7 +4161,7 @@ inline void find_credentials(settings& s, const settings_sources& sources) {
       sources.sagemaker_api_key.empty() ? sources.find({}, "api_key").value : sources.sagemaker_api_key;
   if (last_resort.empty()) return;
   const auto base = parse_base_url(s.base_url);
-  std::vector<std::string> ignored;  // the session reads netrc again, and passes its warnings on
+  std::vector<std::string> ignored;  // the session reads netrc again and reports them
   if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = trim(last_resort);
 }
 
@@ -4190,19 +4188,19 @@ inline bool use_extra_headers(settings& target, const std::string& object) {
   target.extra_headers = std::move(headers);
   return strings.has_value();
 }
-inline bool use_insecure(settings& target, const std::string& truth) {
-  target.verify_tls = !is_one_of(truth, {"y", "yes", "t", "true", "on", "1"});
-  return !target.verify_tls || is_one_of(truth, {"n", "no", "f", "false", "off", "0"});
+inline bool use_insecure(settings& target, const std::string& value) {
+  target.verify_tls = !is_one_of(value, {"y", "yes", "t", "true", "on", "1"});
+  return !target.verify_tls || is_one_of(value, {"n", "no", "f", "false", "off", "0"});
 }
 
-/// How a setting is found: in the first of the variables that is set and not empty, else under the key of the settings
-/// files. README.md has the same table for users. Settings that depend on others have functions of their own below.
+/// A setting and its sources: the first variable that is set and not empty, else the key in the settings files. README.md
+/// has the same table for users. Settings that depend on others have functions of their own.
 struct setting_rule {
   std::array<const char*, 3> variables;
   const char* file_key;
-  std::string settings::*text;  // the field that takes the value unchanged; null: `use` takes it
+  std::string settings::*text;  // the field that stores the value unchanged; null: `use` is called
   bool (*use)(settings& target, const std::string& value) = nullptr;
-  const char* expected = "";  // told if `use` refuses the value
+  const char* expected = "";  // for the message if `use` refuses the value
 };
 inline constexpr setting_rule setting_rules[] = {
     {{"WANDB_BASE_URL"}, "base_url", &settings::base_url},
@@ -4222,8 +4220,8 @@ inline constexpr setting_rule setting_rules[] = {
     {{"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl", nullptr, use_insecure, "expected true or false"},
 };
 
-/// The file that holds the certificates of all authorities that the system trusts; empty if it has none. On some systems the
-/// directory of certificates is of no use without it, for it has no links by hash.
+/// The system's CA bundle, or an empty path if there is none. On some systems OpenSSL finds no certificate in the system's
+/// directory, because the directory has no hash links.
 /// Source: Go, crypto/x509/root_linux.go and root_bsd.go.
 inline path system_bundle() {
   for (const char* const file : {"/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
@@ -4234,16 +4232,15 @@ inline path system_bundle() {
   return {};
 }
 
-/// Finds the CA certificates. SSL_CERT_FILE and SSL_CERT_DIR are those of OpenSSL and of the SDK's core: one replaces the
-/// system's file, the other the system's directory. If neither is set, the variables of Python's requests and of curl
-/// count: they name a file or a directory, which replaces both.
+/// Finds the CA certificates. SSL_CERT_FILE and SSL_CERT_DIR are those of OpenSSL and of the SDK's core; if only one is set,
+/// the system's directory is added, and to SSL_CERT_DIR the system's bundle, too. If neither is set, REQUESTS_CA_BUNDLE or
+/// CURL_CA_BUNDLE names a file or a directory that replaces the system's certificates.
 inline void find_certificates(settings& s) {
   s.ca_file = from_utf8(first_of_environment({"SSL_CERT_FILE"}));
   s.ca_directory = from_utf8(first_of_environment({"SSL_CERT_DIR"}));
   if (s.ca_file.empty() != s.ca_directory.empty()) {
     for (const char* const directory : {"/etc/ssl/certs", "/etc/pki/tls/certs"}) {
-      const auto facts = facts_of(directory);
-      if (!facts->is_directory) continue;
+      if (!facts_of(directory)->is_directory) continue;
       if (!s.ca_directory.empty()) s.ca_directory += ":";
       s.ca_directory += directory;
       break;
@@ -4252,13 +4249,12 @@ inline void find_certificates(settings& s) {
   if (s.ca_file.empty() && !s.ca_directory.empty()) s.ca_file = system_bundle();
   const path bundle = expand_home(first_of_environment({"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}));
   if (s.ca_file.empty() && s.ca_directory.empty()) {
-    const auto facts = facts_of(bundle);
-    (facts->is_directory ? s.ca_directory : s.ca_file) = bundle;
+    (facts_of(bundle)->is_directory ? s.ca_directory : s.ca_file) = bundle;
   }
 }
 
 /// Finds the proxy for one scheme: WANDB__PROXIES, then WANDB_<SCHEME>_PROXY, which both ignore NO_PROXY; then <SCHEME>_PROXY,
-/// which is never used for addresses of this machine itself.
+/// which is never used for loopback addresses.
 inline proxy_settings find_proxy(settings& s, const settings_sources& sources, bool tls) {
   found_setting chosen =
       sources.find({tls ? "WANDB_HTTPS_PROXY" : "WANDB_HTTP_PROXY"}, tls ? "https_proxy" : "http_proxy");
@@ -4278,7 +4274,7 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& sources, b
                   : first_of_environment({"HTTP_PROXY", "http_proxy"}),
               name, false};
     if (!tls && chosen && !first_of_environment({"REQUEST_METHOD"}).empty()) {
-      // A CGI program gets the header Proxy of a request in this variable: https://httpoxy.org
+      // In a CGI program this variable holds the Proxy header of the client's request: https://httpoxy.org
       s.warnings.push_back("HTTP_PROXY is not used in a CGI program");
       return {};
     }
