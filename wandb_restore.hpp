@@ -5033,7 +5033,7 @@ inline error session::status_error(const std::string& task, const answer& got, c
 
 namespace detail {
 
-/// The plain spelling of a name: a path without "." and empty segments.
+/// Removes "." and empty segments from a name.
 inline std::string plain_name(std::string_view name) {
   std::string joined;
   for (const auto part : split(name, '/')) {
@@ -5042,7 +5042,7 @@ inline std::string plain_name(std::string_view name) {
   return joined;
 }
 
-/// The number of characters to insert, delete or replace that turns one text into the other (Levenshtein distance).
+/// The Levenshtein distance of two texts, in bytes.
 inline std::size_t edit_distance(std::string_view a, std::string_view b) {
   // The distances between the current prefix of `a` and each prefix of `b`.
   std::vector<std::size_t> row(b.size() + 1);
@@ -5058,54 +5058,53 @@ inline std::size_t edit_distance(std::string_view a, std::string_view b) {
   return row.back();
 }
 
-/// Up to three names that a user who wrote `name` may have meant, nearest first: names that differ in a few characters (case
-/// does not count), and names with the same last part in another directory.
+/// Up to three of `names` that a user who wrote `name` may have meant, nearest first: names that differ in a few characters,
+/// ignoring case, and names with the same last part in another directory.
 inline std::vector<std::string> nearest_names(std::string_view name, const std::vector<std::string>& names) {
-  constexpr std::size_t max_bytes =
-      512;  // longer names are skipped: a comparison takes the product of both lengths
+  constexpr std::size_t max_bytes = 512;  // edit_distance takes quadratic time
   const auto last_part = [](std::string_view text) { return text.substr(text.rfind('/') + 1); };
   const std::string wanted = lower(name.substr(0, max_bytes));
-  const std::size_t most = (std::max<std::size_t>)(1, wanted.size() / 3);
+  const std::size_t limit = (std::max<std::size_t>)(1, wanted.size() / 3);
   std::vector<std::pair<std::size_t, std::string>> similar;
-  for (const auto& one : names) {
-    if (one.empty() || one.size() > max_bytes) continue;
-    const std::string candidate = lower(one);
+  for (const auto& existing : names) {
+    if (existing.empty() || existing.size() > max_bytes) continue;
+    const std::string candidate = lower(existing);
     const auto longer = (std::max)(candidate.size(), wanted.size());
     const auto shorter = (std::min)(candidate.size(), wanted.size());
-    std::size_t distance = longer - shorter > most ? most + 1 : edit_distance(wanted, candidate);
+    std::size_t distance = longer - shorter > limit ? limit + 1 : edit_distance(wanted, candidate);
     if (last_part(candidate) == last_part(wanted)) distance = (std::min<std::size_t>)(distance, 1);
-    if (distance <= most) similar.emplace_back(distance, one);
+    if (distance <= limit) similar.emplace_back(distance, existing);
   }
   std::sort(similar.begin(), similar.end());
   if (similar.size() > 3) similar.resize(3);
   std::vector<std::string> found;
-  for (auto& one : similar) found.push_back(std::move(one.second));
+  for (auto& [distance, existing] : similar) found.push_back(std::move(existing));
   return found;
 }
 
-/// A file of a run, and the address to fetch it from.
+/// A file of a run, and the URL to download it from.
 struct remote_file {
   file_info info;
-  std::string address;  // absolute; its query may be a signature: not for messages
+  std::string address;  // absolute; keep it out of messages: its query may be a signature
 };
 
-/// Asks the service over GraphQL, checks its answers and turns them into results.
+/// Sends GraphQL queries to the service and checks the answers.
 class service {
  public:
   service(session& shared_session, call& user_call) : session_(shared_session), call_(user_call) {}
 
-  /// Asks in one request whether the run and the file exist, and for the file's address, size and md5. Of a name such as
-  /// "./a" or "d//a" both spellings are asked for, the given one and the plain one; the given one counts first. If there is
-  /// no such file, one more request finds names to suggest.
+  /// Requests a file's URL, size and md5. For a name such as "./a" or "d//a" the same request asks for the given name and
+  /// for its plain_name; the given name has priority. If there is no such file, one more request finds names to suggest.
   result<remote_file> find_file(const run_path& run, const std::string& name);
-  /// All files of a run, one request for each page of 500. Their number is bounded.
+  /// Lists all files of a run, with one request for each page of 500. A list beyond max_listed or max_pages is an error.
   result<std::vector<file_info>> list_files(const run_path& run);
-  /// The account's default entity, for run paths without one. The service is asked once per session.
+  /// The account's default entity, for run paths without one. The session remembers the answer.
   result<std::string> default_entity();
 
  private:
-  static constexpr std::size_t max_answer = 8 * 1024 * 1024;    // bytes; a page of files has about 1 MiB
-  static constexpr std::size_t max_listed = 128 * 1024 * 1024;  // bytes in memory: about half a million files
+  static constexpr std::size_t max_answer = 8 * 1024 * 1024;  // bytes; a page of files takes about 1 MiB
+  static constexpr std::size_t max_listed =
+      128 * 1024 * 1024;  // bytes in memory, for about half a million files
   static constexpr std::size_t max_pages = 5000;
   static constexpr std::int64_t page_size = 500;  // files
 
@@ -5118,7 +5117,7 @@ class service {
                                    retries wanted = retries::until_timeout);
   std::string hint_for_missing(const run_path& run, const std::string& name);
   [[nodiscard]] result<void> check_answered(const std::string& task, const char* kind, const json& answered,
-                                            const std::string& asked) const;
+                                            const std::string& requested) const;
   [[nodiscard]] error wrong_answer(const std::string& task, const char* kind, const std::string& name) const;
   [[nodiscard]] static file_info info_of(const json& node);
   [[nodiscard]] result<remote_file> file_of(const std::string& task, const json& node) const;
@@ -5162,46 +5161,47 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   if (!session_.config.user_email.empty())
     add_header(request.headers, "X-WANDB-USER-EMAIL", session_.config.user_email);
 
-  collecting_sink answered(max_answer);
-  url here = join_path(*session_.base, "/graphql");
-  auto got = session_.send(call_, std::move(request), authorization, answered, here);
-  if (answered.overflow) {
+  collecting_sink collected(max_answer);
+  url address = join_path(*session_.base, "/graphql");
+  auto response = session_.send(call_, std::move(request), authorization, collected, address);
+  if (collected.overflow) {
     return error(errc::protocol_violation,
                  task + ": the answer of " + host() + " is longer than " + readable_bytes(max_answer));
   }
-  if (!got) return error(got.error());
-  if (got->head.status != 200) {
-    const error failure = session_.status_error(task + " at " + host(), *got, here, authorization);
+  if (!response) return error(response.error());
+  if (response->head.status != 200) {
+    const error failure = session_.status_error(task + " at " + host(), *response, address, authorization);
     if (failure.http_status() != 404 || failure.code() != errc::http_failure) return failure;
     return error(failure.code(),
                  std::string(failure.what()) + "; is " + session_.config.base_url +
                      " the base URL of a W&B server?",
                  404);
   }
-  const json body_read = parse_json(answered.text);
-  if (!body_read.is_object()) {
+  const json parsed = parse_json(collected.text);
+  if (!parsed.is_object()) {
     return error(errc::protocol_violation,
-                 task + ": the answer of " + host() + " is no JSON object, or one nested too deep: is " +
+                 task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply: is " +
                      session_.config.base_url + " the base URL of a W&B server?",
                  200);
   }
-  const auto said = backend_message(body_read);
-  if (!said.empty() || !member(body_read, "errors").empty()) {
+  const auto message = backend_message(parsed);
+  if (!message.empty() || !member(parsed, "errors").empty()) {
     const std::string full = task + ": " + host() + " answered " +
-                             (said.empty() ? "with errors that have no message"
-                                           : in_quotes(session_.without_secrets(said, authorization)));
-    if (contains_ignoring_case(said, "permission denied") || contains_ignoring_case(said, "access denied")) {
+                             (message.empty() ? "with errors that have no message"
+                                              : in_quotes(session_.without_secrets(message, authorization)));
+    if (contains_ignoring_case(message, "permission denied") ||
+        contains_ignoring_case(message, "access denied")) {
       return error(errc::permission_denied,
                    full + (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()), 200);
     }
-    const auto code = code_of_missing(said, errc::http_failure);
+    const auto code = code_of_missing(message, errc::http_failure);
     const bool may_be_hidden = anonymous_ && code != errc::http_failure;
     return error(code, full + (may_be_hidden ? "; " + session_.credentials_hint({}) : std::string()), 200);
   }
-  return json_document{member(body_read, "data")};
+  return json_document{member(parsed, "data")};
 }
 
-/// Asks for files of a run. Returns `project.run.files` of the answer.
+/// Requests a page of a run's files. Returns the member `project.run.files` of the answer.
 inline result<json_document> service::files_page(const std::string& task, const run_path& run, json variables,
                                                  retries wanted) {
   // The variables have the SDK's names (RunFiles in wandb/apis/public/files.py).
@@ -5242,12 +5242,12 @@ inline result<json_document> service::files_page(const std::string& task, const 
   return json_document{files};
 }
 
-/// Checks that an answer is about the project or run that was asked for: a connection or a cache on the way may have mixed up
-/// two answers. An answer without a name passes, and so does one whose name differs in case alone, as in the database.
+/// Checks that an answer describes the requested project or run: a proxy or cache may mix up two answers. A missing name
+/// passes; so does one that differs only in case, because the service's database ignores case.
 inline result<void> service::check_answered(const std::string& task, const char* kind, const json& answered,
-                                            const std::string& asked) const {
+                                            const std::string& requested) const {
   const std::string name = text_of(member(answered, "name"));
-  if (name.empty() || equal_ignoring_case(name, asked)) return {};
+  if (name.empty() || equal_ignoring_case(name, requested)) return {};
   return wrong_answer(task, kind, name);
 }
 
@@ -5322,20 +5322,20 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
   for (const json& edge : elements(member(files->root, "edges"))) {
     const json& node = member(edge, "node");
     if (!node.is_object()) continue;
-    const auto told = text_of(member(node, "name"));
-    if (!told.empty() && told != name && told != plain) {
+    const auto node_name = text_of(member(node, "name"));
+    if (!node_name.empty() && node_name != name && node_name != plain) {
       unrelated = &node;
     } else if (text_of(member(node, "md5")) == "0") {
       never_uploaded = &node;
     } else {
-      (told == name || told.empty() ? exact : similar) = &node;
+      (node_name == name || node_name.empty() ? exact : similar) = &node;
     }
   }
   if (const json* found = exact ? exact : similar) return file_of(task, *found);
   if (unrelated && !never_uploaded) return wrong_answer(task, "file", text_of(member(*unrelated, "name")));
   const auto hint = hint_for_missing(run, plain);
   if (never_uploaded) {
-    // The service answers the same about every name that it does not know.
+    // The service gives this answer for every unknown name.
     return error(errc::file_not_found,
                  task + ": " + host() +
                      " says that this file was never uploaded: either the name is wrong (" + hint +
@@ -5344,23 +5344,23 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
   return error(errc::file_not_found, task + ": the run has no such file at " + host() + ": " + hint);
 }
 
-/// Suggestions for a name that does not exist, from the first page of the run's files. Not retried: the failure is known
-/// already, and its message must not wait for them.
+/// Suggests names instead of a missing one, from the first page of the run's files. Does not retry: that would delay the
+/// error message.
 inline std::string service::hint_for_missing(const run_path& run, const std::string& name) {
-  const std::string list = "`wandb-restore --list` shows the names of the run's files";
+  const std::string advice = "`wandb-restore --list` shows the names of the run's files";
   json variables = json_object();
   set_member(variables, "fileLimit", json_number(page_size));
   const auto files =
       files_page("looking for names like " + in_quotes(name), run, std::move(variables), retries::none);
-  if (!files) return list;
+  if (!files) return advice;
   std::vector<std::string> names;
   for (const json& edge : elements(member(files->root, "edges"))) {
     const json& node = member(edge, "node");
     if (text_of(member(node, "md5")) != "0") names.push_back(text_of(member(node, "name")));
   }
   if (names.empty()) return "the run has no files";
-  for (const auto& one : names) {
-    if (!starts_with(one, name + "/")) continue;
+  for (const auto& existing : names) {
+    if (!starts_with(existing, name + "/")) continue;
     const std::string pattern = name + "/*";
     const bool plain = pattern.find('\'') == pattern.npos && !has_control(pattern);
     return in_quotes(name) + " is a directory of the run: `wandb-restore --list" +
@@ -5368,7 +5368,7 @@ inline std::string service::hint_for_missing(const run_path& run, const std::str
            "` shows the files in it, and each is restored by its own name";
   }
   const auto similar = nearest_names(name, names);
-  if (similar.empty()) return list;
+  if (similar.empty()) return advice;
   std::string question = "did you mean ";
   for (std::size_t i = 0; i < similar.size(); ++i) {
     question += (i == 0 ? "" : i + 1 < similar.size() ? ", " : " or ") + in_quotes(similar[i]);
@@ -5423,7 +5423,7 @@ inline result<std::string> service::default_entity() {
   if (entity.empty()) {
     return error(errc::invalid_run_path,
                  task + ": " + host() +
-                     " names none; set WANDB_ENTITY, or name it in the run path (entity/project/run_id)" +
+                     " reports none; set WANDB_ENTITY, or give entity/project/run_id as the run path" +
                      (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()));
   }
   const std::lock_guard<std::mutex> guard(session_.mutex);
