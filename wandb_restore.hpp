@@ -7042,18 +7042,18 @@ WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::refresh() {
 
 namespace detail {
 
-/// Whether Windows takes it for the name of a file or directory as it stands: no stream behind a colon, no device, nothing
-/// that it would strip.
-inline bool is_windows_name(std::string_view piece) {
-  if (piece == "." || piece.empty()) return true;
-  if (piece.find_first_of("<>:\"|?*") != piece.npos || has_control(piece)) return false;
-  if (piece.back() == '.' || piece.back() == ' ') return false;
-  const std::string stem = lower(trim(piece.substr(0, piece.find('.'))));
+/// Whether Windows can use a path segment unchanged as the name of a file or directory: no reserved character, no device
+/// name, no dot or space at its end.
+inline bool is_windows_name(std::string_view segment) {
+  if (segment == "." || segment.empty()) return true;
+  if (segment.find_first_of("<>:\"|?*") != segment.npos || has_control(segment)) return false;
+  if (segment.back() == '.' || segment.back() == ' ') return false;
+  const std::string stem = lower(trim(segment.substr(0, segment.find('.'))));
   if (stem == "con" || stem == "prn" || stem == "aux" || stem == "nul") return false;
   return !(stem.size() == 4 && (starts_with(stem, "com") || starts_with(stem, "lpt")) && is_digit(stem[3]));
 }
 
-/// Refuses what would leave root, under the rules of any system (the SDK's wandb/sdk/lib/paths.py).
+/// Refuses names that lead outside root on any operating system. Source: wandb/sdk/lib/paths.py.
 inline result<void> check_name(std::string_view name) {
   const auto refuse = [&](const char* why) {
     return error(errc::invalid_argument,
@@ -7061,7 +7061,7 @@ inline result<void> check_name(std::string_view name) {
                      "; a name is a path inside the run, such as \"model.h5\" or \"ckpt/best.h5\"");
   };
   if (name.empty()) return refuse("the name is empty");
-  if (name.find('\0') != std::string_view::npos) return refuse("the name has a NUL in it");
+  if (name.find('\0') != std::string_view::npos) return refuse("the name contains a NUL character");
   if (name.front() == '/' || name.front() == '\\') return refuse("it is absolute");
   if (name.size() > 1 && name[1] == ':') return refuse("it names a drive");
   std::string_view last;
@@ -7070,16 +7070,17 @@ inline result<void> check_name(std::string_view name) {
     for (const auto piece : split(part, '\\')) {
       if (piece == "..") return refuse("it leaves the directory");
 #ifdef _WIN32
-      if (!is_windows_name(piece)) return refuse("Windows has no files of such a name");
+      if (!is_windows_name(piece)) return refuse("Windows does not allow this name");
 #endif
     }
   }
   if (last.empty() || last == ".") return refuse("it is a directory");
-  if (starts_with(last, hidden_prefix)) return refuse("the library's own hidden files have such names");
+  if (starts_with(last, hidden_prefix))
+    return refuse("names with this prefix are reserved for the library's hidden files");
   return {};
 }
 
-/// The run that is meant, as far as that is known without a request: the entity may be missing, the server tells it.
+/// Completes a run path from the settings. The entity may remain empty: the service knows the default one.
 inline result<run_path> run_of(const settings& configuration, std::string_view text) {
   const std::string current = text.empty() ? configuration.run_id : std::string();
   auto run = completed_run_path(text, {configuration.entity, configuration.project, current});
@@ -7091,21 +7092,21 @@ inline result<run_path> run_of(const settings& configuration, std::string_view t
   return run;
 }
 
-inline result<void> check_times(const settings& configuration, const std::string& what) {
+inline result<void> check_times(const settings& configuration, const std::string& task) {
   for (const auto time :
        {configuration.connect_timeout, configuration.idle_timeout, configuration.retry_timeout}) {
     if (time.count() <= 0)
-      return error(errc::invalid_argument, what + ": connect, idle and retry timeouts must be more than 0");
+      return error(errc::invalid_argument, task + ": connect, idle and retry timeouts must be more than 0");
   }
   return {};
 }
 
-/// A run of which the entity may be unknown, for messages.
+/// A run, for messages. Its entity may be empty.
 inline std::string shown(const run_path& run) {
   return run.entity.empty() ? run.project + '/' + run.run_id + " (of the default entity)" : run.str();
 }
 
-/// The same failure in other words.
+/// A copy of a failure with another text.
 inline error with_text(const error& failure, const std::string& text) {
   error whole(failure.code(), text, failure.http_status());
   if (!failure.is_transient()) whole = error::permanent(failure.code(), text, failure.http_status());
@@ -7113,52 +7114,51 @@ inline error with_text(const error& failure, const std::string& text) {
   return whole;
 }
 
-/// The failure of a call with what the call was about in front, unless the text names that itself.
-inline error in_context(const error& failure, const std::string& doing,
+/// Puts the task in front of a failure's text, unless the text contains all of `names`.
+inline error in_context(const error& failure, const std::string& task,
                         std::initializer_list<std::string> names) {
   const std::string_view text = failure.what();
   if (std::all_of(names.begin(), names.end(), [&](const auto& name) { return text.find(name) != text.npos; }))
     return failure;
-  return with_text(failure, doing + ": " + failure.what());
+  return with_text(failure, task + ": " + failure.what());
 }
 
-/// A local copy, opened before it is looked at: its facts, its md5 and its stream are those of one file, whatever is put in
-/// its place meanwhile.
+/// An open local copy. Facts, md5 and stream are those of the opened file, even if another process replaces it meanwhile.
 class opened_copy {
  public:
-  /// Opens an ordinary file. Never blocks. Null if there is none; errc::disk_failure for what is no ordinary file.
-  static result<std::shared_ptr<opened_copy>> open(const path& where, std::string_view name) {
+  /// Opens a regular file without blocking. Null if there is none; errc::disk_failure for a directory, device or pipe.
+  static result<std::shared_ptr<opened_copy>> open(const path& location, std::string_view name) {
     std::shared_ptr<opened_copy> copy;
-    const auto named = facts_of(where);  // opening a device or a pipe can have effects: look first
+    const auto named = facts_of(location);  // before opening it: to open a device or a pipe can have effects
     if (named.absent()) return copy;
-    if (!named.found()) return disk_error("look at the local copy", where, named.failure());
-    copy = std::make_shared<opened_copy>(where);
+    if (!named.found()) return disk_error("look at the local copy", location, named.failure());
+    copy = std::make_shared<opened_copy>(location);
     copy->facts_ = *named;
     if (named->is_file) {
-      const int code = copy->open_code_ = copy->file_.open(where, file::mode::keep_name);
+      const int code = copy->open_code_ = copy->file_.open(location, file::mode::keep_name);
       if (look_result::failed(code).absent()) return std::shared_ptr<opened_copy>();  // removed just now
-      // A file that may not be read can still be replaced; of any other failure the file itself may be the cause.
-      if (code != 0 && !is_refusal(code)) return disk_error("open the local copy", where, code);
+      // A file without read permission can still be replaced.
+      if (code != 0 && !is_refusal(code)) return disk_error("open the local copy", location, code);
       if (code == 0) {
         const auto facts = copy->file_.facts();
-        if (!facts.found()) return disk_error("look at the local copy", where, facts.failure());
+        if (!facts.found()) return disk_error("look at the local copy", location, facts.failure());
         copy->facts_ = *facts;
       }
     }
     if (!copy->facts_.is_file) {
       return error(errc::disk_failure,
-                   "cannot restore " + in_quotes(name) + ": " + in_quotes(where) +
-                       (copy->facts_.is_directory ? " is a directory" : " is no ordinary file") +
+                   "cannot restore " + in_quotes(name) + ": " + in_quotes(location) +
+                       (copy->facts_.is_directory ? " is a directory" : " is not a regular file") +
                        "; set another root, or move it away");
     }
     return copy;
   }
-  explicit opened_copy(path where) : where_(std::move(where)) {}
+  explicit opened_copy(path location) : location_(std::move(location)) {}
 
   [[nodiscard]] const file_facts& facts() const { return facts_; }
-  /// Is told of how far md5() is, and may end it.
+  /// md5() reports the bytes hashed to the watcher, which may stop it.
   void watch(watcher go_on) { go_on_ = std::move(go_on); }
-  /// In hex; empty if the file cannot be read, has changed since it was opened, or the watcher ended it.
+  /// In hex; empty if the file cannot be read, has changed since it was opened, or the watcher stopped md5().
   [[nodiscard]] std::string md5() const {
     if (!file_.is_open()) return {};
     std::string digest = md5_of_file(file_, go_on_);
@@ -7166,40 +7166,41 @@ class opened_copy {
     return now.found() && *now == facts_ ? digest : std::string();
   }
   [[nodiscard]] result<std::ifstream> stream() const {
-    if (file_.is_open()) return stream_on(file_, where_);
-    return error(errc::disk_failure, "cannot open the local copy " + in_quotes(where_) + ": " +
+    if (file_.is_open()) return stream_on(file_, location_);
+    return error(errc::disk_failure, "cannot open the local copy " + in_quotes(location_) + ": " +
                                          system_text(open_code_) + "; make it readable, or replace it");
   }
 
  private:
-  path where_;
+  path location_;
   file file_;
-  int open_code_ = 0;  // why it is not open
+  int open_code_ = 0;  // the system's error code if file_ is not open
   file_facts facts_;
   watcher go_on_;
 };
 
-/// One restore, from name to stream.
+/// One call of restore.
 class restoring {
  public:
-  restoring(session& with, call& of, const restore_options& options, std::string name, run_path run, place at)
-      : session_(with), call_(of), options_(options), name_(std::move(name)), run_(std::move(run)),
-        at_(std::move(at)),
-        policy_(options.replace ? cache_policy::replace() : options.cache.value_or(with.policy)) {}
+  restoring(session& current, call& user_call, const restore_options& options, std::string name, run_path run,
+            place destination)
+      : session_(current), call_(user_call), options_(options), name_(std::move(name)), run_(std::move(run)),
+        place_(std::move(destination)),
+        policy_(options.replace ? cache_policy::replace() : options.cache.value_or(current.policy)) {}
 
   result<restored_file> operator()() {
-    if (auto looked = look(); !looked) return looked.error();
+    if (auto opened = open_copy(); !opened) return opened.error();
     const auto verdict = decide(nullptr);
     if (call_.cancelled()) return call_.why_cancelled();
     if (verdict == cache_policy::verdict::keep) return use_local(nullptr);
 
-    service asked(session_, call_);
+    service api(session_, call_);
     if (run_.entity.empty()) {
-      auto entity = asked.default_entity();
+      auto entity = api.default_entity();
       if (!entity) return entity.error();
       run_.entity = *std::move(entity);
     }
-    auto remote = asked.find_file(run_, name_);
+    auto remote = api.find_file(run_, name_);
     if (!remote) return remote.error();
     if (!remote->info.name.empty()) name_ = remote->info.name;
     if (verdict == cache_policy::verdict::ask && decide(&remote->info) == cache_policy::verdict::keep)
@@ -7209,19 +7210,19 @@ class restoring {
   }
 
  private:
-  /// Tells the caller how far it is, about ten times a second. False when the call is to end.
-  bool report(phase now, std::uint64_t done, std::optional<std::uint64_t> total) {
+  /// Reports progress to the caller, at most about ten times a second. Returns false if the call is cancelled.
+  bool report(phase activity, std::uint64_t done, std::optional<std::uint64_t> total) {
     const auto time = clock::now();
     if (time - reported_ >= milliseconds(90)) {
       reported_ = time;
-      if (options_.on_progress && !options_.on_progress({name_, now, done, total, 0})) call_.stop();
+      if (options_.on_progress && !options_.on_progress({name_, activity, done, total, 0})) call_.stop();
     }
     return !call_.cancelled();
   }
 
-  /// Opens the local copy, as it is now, and gathers what is known of it.
-  result<void> look() {
-    auto opened = opened_copy::open(at_.target, name_);
+  /// Opens the local copy, if there is one, and reads its receipt.
+  result<void> open_copy() {
+    auto opened = opened_copy::open(place_.target, name_);
     if (!opened) return opened.error();
     opened_ = *std::move(opened);
     copy_ = local_copy();
@@ -7231,11 +7232,11 @@ class restoring {
     opened_->watch(
         [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); });
     copy_.opened_ = opened_;
-    copy_.path = at_.target;
+    copy_.path = place_.target;
     copy_.size = facts.size;
     copy_.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
         std::chrono::nanoseconds(facts.modified));
-    if (const auto known = read_receipt(session_.config.cache_dir, at_.target, facts)) {
+    if (const auto known = read_receipt(session_.config.cache_dir, place_.target, facts)) {
       copy_.restored_from = known.run;
       copy_.restored_name = known.name;
       copy_.receipt_md5 = known.md5;
@@ -7243,8 +7244,8 @@ class restoring {
     return {};
   }
 
-  /// The policy's verdict on the copy that look() found. `remote` is null until the service was asked; a policy that asks
-  /// for the service's facts and still cannot tell means fetch.
+  /// Applies the policy to the opened copy. `remote` is null before the request to the service; after it, `ask` means
+  /// `fetch`.
   cache_policy::verdict decide(const file_info* remote) {
     using verdict = cache_policy::verdict;
     if (!opened_) return verdict::fetch;
@@ -7253,26 +7254,27 @@ class restoring {
     return policy_(copy_, remote) == verdict::keep ? verdict::keep : verdict::fetch;
   }
 
-  /// errc::local_conflict if the receipt says that the copy is of another run, or another file of the run.
+  /// Returns errc::local_conflict if the receipt names another run, or another file of the run.
   [[nodiscard]] result<void> check_origin() const {
     if (!copy_.restored_from) return {};
-    const run_path& from = *copy_.restored_from;
-    const bool other_run = from.run_id != run_.run_id || from.project != run_.project ||
-                           (!run_.entity.empty() && from.entity != run_.entity);
-    // The service may know the file by the plain spelling of the name that was asked for.
+    const run_path& source_run = *copy_.restored_from;
+    const bool other_run = source_run.run_id != run_.run_id || source_run.project != run_.project ||
+                           (!run_.entity.empty() && source_run.entity != run_.entity);
+    // The receipt may hold the plain spelling of the requested name.
     const bool other_name =
         !copy_.restored_name.empty() && plain_name(copy_.restored_name) != plain_name(name_);
     if (!other_run && !other_name) return {};
-    const std::string origin =
-        other_name ? "the file " + in_quotes(copy_.restored_name) + " of " + from.str() : from.str();
+    const std::string origin = other_name
+                                   ? "the file " + in_quotes(copy_.restored_name) + " of " + source_run.str()
+                                   : source_run.str();
     const std::string wanted = other_name ? in_quotes(name_) + " of " + shown(run_) : shown(run_);
-    return error(errc::local_conflict, in_quotes(at_.target) + " was restored from " + origin + ", but " +
+    return error(errc::local_conflict, in_quotes(place_.target) + " was restored from " + origin + ", but " +
                                            wanted +
                                            " is asked for: replace or refresh it, or set another root");
   }
 
-  /// Returns the local copy. If the service was asked and has the same content, the copy is the asked run's file,
-  /// wherever it came from; otherwise its receipt must not say that it is another.
+  /// Returns the local copy. A copy with the service's md5 is the requested file, whatever its receipt says. Any other copy
+  /// must pass check_origin().
   result<restored_file> use_local(const file_info* remote) {
     if (remote != nullptr && !remote->md5.empty() && copy_.md5() == remote->md5) {
       remember(remote->md5, opened_->facts());
@@ -7280,27 +7282,27 @@ class restoring {
     }
     if (call_.cancelled()) return call_.why_cancelled();
     if (auto good = check_origin(); !good) return good.error();
-    // A receipt without a name may be another file's of the run: what it verified does not count for this one.
+    // A receipt without a name may belong to another file of the run: its md5 does not verify this one.
     return open_local(copy_.restored_name.empty() ? std::string() : copy_.receipt_md5);
   }
-  /// `md5`: what the content was verified against; empty if it was not.
+  /// `md5`: the verified md5 of the content; empty if it was not verified.
   result<restored_file> open_local(const std::string& md5) const {
     auto stream = opened_->stream();
     if (!stream) return stream.error();
     remove_orphans();
-    return restored_file(*std::move(stream), {at_.target, copy_.size, md5, source::local, !md5.empty()});
+    return restored_file(*std::move(stream), {place_.target, copy_.size, md5, source::local, !md5.empty()});
   }
 
-  /// Removes what processes left that were killed at this place an hour ago or earlier. They leave the lock file, too, so
-  /// that the directory, which may be large, need not be read if there is none.
+  /// Removes hidden files of processes that were killed an hour ago or earlier. A killed process also leaves its lock file:
+  /// without one there is no need to read the directory, which may be large.
   void remove_orphans() const {
-    if (!facts_of_entry(at_.lock()).found()) return;
-    place_lock lock(at_);
+    if (!facts_of_entry(place_.lock()).found()) return;
+    place_lock lock(place_);
     if (lock.try_acquire() == place_lock::outcome::held) tidy(lock, std::chrono::hours(1));
   }
-  /// Removes hidden files that are of no more use, and leaves the lock file if others remain.
+  /// Removes abandoned hidden files that are older than `age`. Keeps the lock file if any hidden file remains.
   void tidy(place_lock& lock, std::chrono::nanoseconds age) const {
-    if (clean_up(at_, lock.now(), age)) {
+    if (clean_up(place_, lock.now(), age)) {
       lock.remove_file();
     } else {
       lock.leave_file();
@@ -7309,29 +7311,28 @@ class restoring {
 
   void remember(const std::string& md5, const std::optional<file_facts>& facts) const {
     if (!facts) return;
-    const auto written = write_receipt(session_.config.cache_dir, at_.target,
+    const auto written = write_receipt(session_.config.cache_dir, place_.target,
                                        {run_, name_, facts->size, facts->modified, md5});
     if (!written && !session_.told_of_receipts.exchange(true)) {
       session_.warn(
-          std::string("where files come from cannot be remembered, so that another run's are not told "
-                      "apart: ") +
-          written.error().what() + "; WANDB_CACHE_DIR may name another directory");
+          std::string("receipts cannot be written, so files of other runs will not be recognised: ") +
+          written.error().what() + "; set WANDB_CACHE_DIR to another directory");
     }
   }
 
   result<restored_file> fetch(remote_file remote) {
-    if (auto made = make_directories(at_.directory); !made) return made.error();
-    if (auto good = check_replaceable(at_); !good) return good.error();
-    place_lock lock(at_);
+    if (auto made = make_directories(place_.directory); !made) return made.error();
+    if (auto good = check_replaceable(place_); !good) return good.error();
+    place_lock lock(place_);
     if (!wait_for_turn(lock, remote.info)) return call_.why_cancelled();
-    if (!lock.is_first()) lock.leave_file();  // until it is known that nothing is left
-    // Another call may have put a file there while this one waited: the policy decides about that one, too.
+    if (!lock.is_first()) lock.leave_file();  // until tidy() has found that no hidden file remains
+    // Another call may have restored the file meanwhile: apply the policy to the new copy, too.
     const auto before = opened_;
-    if (auto looked = look(); !looked) return looked.error();
+    if (auto opened = open_copy(); !opened) return opened.error();
     if (opened_ && !(before && before->facts() == opened_->facts())) {
       if (!lock.is_first()) tidy(lock, std::chrono::hours(1));
       if (decide(&remote.info) == cache_policy::verdict::keep) {
-        if (first_verdict_ == cache_policy::verdict::keep) {  // as a call that began now would be answered
+        if (first_verdict_ == cache_policy::verdict::keep) {  // a call that started now would check this, too
           if (auto good = check_origin(); !good) return good.error();
         }
         return use_local(&remote.info);
@@ -7340,57 +7341,56 @@ class restoring {
       if (call_.cancelled()) return call_.why_cancelled();
     }
     for (bool again = false;; again = true) {
-      // What no md5 will prove is not gone on from.
+      // Without an md5 to verify the whole file, no partial file is resumed.
       const std::string key = options_.verify ? remote.info.md5 : std::string();
       const std::uint64_t size = remote.info.size.value_or(0);
       const watcher copying = [&](std::uint64_t done) { return report(phase::downloading, done, size); };
-      // An answer without a size leaves what is there for the next try.
-      const bool goes_on = !again && remote.info.size && may_find_partials(lock, size);
-      auto opened =
-          goes_on ? partial_file::open(at_, key, size, copying, &lock) : partial_file::create(at_, key, size);
+      // Without a size, existing partial files are left for a later call.
+      const bool resumes = !again && remote.info.size && may_find_partials(lock, size);
+      auto opened = resumes ? partial_file::open(place_, key, size, copying, &lock)
+                            : partial_file::create(place_, key, size);
       if (!opened) return opened.error();
       partial_file& partial = **opened;
-      keeper kept{partial, at_, key};
+      releaser on_exit{partial, place_, key};
       if (auto room = partial.reserve(); !room) return room.error();
 
       bool changed = false, worthless = false;
-      auto done = [&] {
+      auto outcome = [&] {
         download transfer(session_, call_, run_, name_, remote, options_);
-        auto outcome = transfer.run(partial);
+        auto downloaded = transfer.run(partial);
         changed = transfer.entity_changed();
         worthless = changed || transfer.content_wrong();
-        return outcome;
+        return downloaded;
       }();
-      if (done) return publish(partial, remote, lock);
-      const bool wrong = done.error().code() == errc::checksum_mismatch;
+      if (outcome) return publish(partial, remote, lock);
+      const error& failure = outcome.error();
+      const bool wrong = failure.code() == errc::checksum_mismatch;
       if (!wrong && !changed) {
-        return partial.is_worth_keeping(key)
-                   ? with_text(done.error(), std::string(done.error().what()) +
-                                                 "; what has arrived is kept for the next try")
-                   : done.error();
+        if (!partial.is_worth_keeping(key)) return failure;
+        return with_text(failure,
+                         failure.what() + std::string("; the next call resumes from the bytes that arrived"));
       }
-      kept.wanted = !worthless;
+      on_exit.keep = !worthless;
       if (again) {
         return error(
-            done.error().code(),
-            std::string(done.error().what()) +
+            failure.code(),
+            std::string(failure.what()) +
                 (wrong ? " (fetched twice; the run may be writing it: try again later)" : " (twice)"));
       }
-      auto fresh =
-          service(session_, call_).find_file(run_, name_);  // what is right may be another content by now
+      auto fresh = service(session_, call_).find_file(run_, name_);  // the run may have a new version
       if (!fresh) return fresh.error();
       remote = *std::move(fresh);
     }
   }
 
-  /// What has arrived is kept for the next try, however this one ends: the caller's on_progress may throw, too.
-  struct keeper {
+  /// Releases the partial file for the next call at the end of this one, also if on_progress throws.
+  struct releaser {
     partial_file& partial;
-    const place& at;
+    const place& destination;
     std::string md5;
-    bool wanted = true;
-    ~keeper() {
-      if (wanted) partial.release(at, md5);
+    bool keep = true;
+    ~releaser() {
+      if (keep) partial.release(destination, md5);
     }
   };
 
@@ -7399,19 +7399,20 @@ class restoring {
     if (call_.cancelled()) return call_.why_cancelled();
     const bool verified = options_.verify && !remote.info.md5.empty();
     const std::string md5 = verified ? remote.info.md5 : std::string();
-    // The receipt is there before the file: a call in between must not take another run's file for the user's own.
-    auto stream = partial.publish(at_, [&](const file_facts& facts) { remember(md5, facts); });
+    // Write the receipt first: a call in between must not take another run's file for the user's own.
+    auto stream = partial.publish(place_, [&](const file_facts& facts) { remember(md5, facts); });
     if (!stream) return stream.error();
-    remove_quietly(at_.released());
+    remove_quietly(place_.released());
     if (may_find_partials(lock, partial.size())) tidy(lock, {});
-    return restored_file(*std::move(stream), {at_.target, partial.size(), md5, source::downloaded, verified});
+    return restored_file(*std::move(stream),
+                         {place_.target, partial.size(), md5, source::downloaded, verified});
   }
 
-  /// Brings the content to stable storage. That can take many seconds: meanwhile the caller and those that wait are told
-  /// that there is work going on.
+  /// Writes the content to stable storage. That can take many seconds: meanwhile it reports progress to the caller, and
+  /// touches the file as a sign of life for processes that wait.
   result<void> finish(partial_file& partial) {
-    constexpr std::uint64_t at_once = 8 * 1024 * 1024;  // bytes
-    if (partial.size() < at_once) return partial.finish();
+    constexpr std::uint64_t large = 8 * 1024 * 1024;  // bytes
+    if (partial.size() < large) return partial.finish();
     std::mutex mutex;
     std::condition_variable changed;
     std::optional<result<void>> outcome;
@@ -7437,56 +7438,56 @@ class restoring {
     return *std::move(outcome);
   }
 
-  /// Whether other writers may have left something beside the target. Whoever was killed left its lock file; a large file
-  /// is worth a look in any case. The file that a writer released can be found without reading the directory.
+  /// Whether to read the directory for partial files. A killed writer leaves its lock file, and the name of a released
+  /// partial file is known. For a large file the directory is always read.
   [[nodiscard]] bool may_find_partials(const place_lock& lock, std::uint64_t size) const {
     constexpr std::uint64_t large = 64 * 1024 * 1024;  // bytes
-    return !lock.is_first() || size >= large || facts_of_entry(at_.released()).found();
+    return !lock.is_first() || size >= large || facts_of_entry(place_.released()).found();
   }
 
-  /// A process that cannot be asked, on another host or in another container, is at work on a large file, or was killed
-  /// less than a minute ago: to wait for its next sign of life is cheaper than to fetch everything again.
+  /// Whether a process on another host or in another container seems to download the same large file: it wrote within
+  /// partial_file::quiet. To wait for its next sign of life is cheaper than to download everything again.
   [[nodiscard]] bool is_another_at_work(const place_lock& lock, const file_info& remote) const {
     constexpr std::uint64_t large = 16 * 1024 * 1024;  // bytes
     if (lock.is_first() || !options_.verify || remote.md5.empty() || remote.size.value_or(0) < large)
       return false;
     const auto now = lock.now();
-    for (const auto& one : find_partials(at_)) {
-      const bool counts = one.key == place::key(remote.md5) && one.writer.process != 0 &&
-                          !one.writer.is_here() && one.facts.is_file && one.facts.user == own_user();
-      if (!counts || one.is_silent(now, std::chrono::seconds(partial_file::quiet))) continue;
-      if (!(one.writer.is_of_this_boot() && lock.is_effective())) return true;
+    for (const auto& found : find_partials(place_)) {
+      const bool is_remote = found.key == place::key(remote.md5) && found.writer.process != 0 &&
+                             !found.writer.is_here() && found.facts.is_file && found.facts.user == own_user();
+      if (!is_remote || found.is_silent(now, std::chrono::seconds(partial_file::quiet))) continue;
+      if (!(found.writer.is_of_this_boot() && lock.is_effective())) return true;
     }
     return false;
   }
 
-  /// The sum of the times of this user's partial files: changes when one of their writers shows a sign of life.
+  /// The sum of the modification times of this user's partial files. It changes when a writer shows a sign of life.
   [[nodiscard]] std::uint64_t signs_of_life() const {
     std::uint64_t times = 0;
-    for (const auto& one : find_partials(at_))
-      if (one.facts.user == own_user()) times += static_cast<std::uint64_t>(one.facts.modified);
+    for (const auto& found : find_partials(place_))
+      if (found.facts.user == own_user()) times += static_cast<std::uint64_t>(found.facts.modified);
     return times;
   }
 
-  /// Waits while another downloader of this target makes progress. False if cancelled.
+  /// Waits while another process or thread downloads this target and shows signs of life. Returns false if cancelled.
   bool wait_for_turn(place_lock& lock, const file_info& remote) {
-    constexpr auto between_looks = std::chrono::seconds(2);  // reading a directory may be dear
+    constexpr auto scan_interval = std::chrono::seconds(2);  // reading a directory can be slow
     const auto began = clock::now();
-    auto last_sign = began, next_look = began;
+    auto last_sign = began, next_scan = began;
     for (std::uint64_t signs = 0;;) {
       const bool is_locked = lock.try_acquire() == place_lock::outcome::busy;
       if (is_locked && lock.take_from_dead()) continue;
       if (!is_locked && !is_another_at_work(lock, remote)) return true;
-      if (is_locked && clock::now() >= next_look) {
-        next_look = clock::now() + between_looks;
+      if (is_locked && clock::now() >= next_scan) {
+        next_scan = clock::now() + scan_interval;
         const auto now = signs_of_life();
         if (now != signs) last_sign = clock::now();
         signs = now;
       }
-      // A holder that shows no sign of life has lost its turn.
+      // Do not wait for a holder without a sign of life.
       if (is_locked && clock::now() - last_sign > std::chrono::seconds(partial_file::quiet)) return true;
       if (!report(phase::downloading, 0, {})) return false;
-      // A thousand that wait must not wear out the file system: the longer it takes, the less often one looks.
+      // Poll less often the longer the wait, so that many waiting processes do not overload the file system.
       const auto waited = std::chrono::duration_cast<milliseconds>(clock::now() - began);
       if (!call_.sleep(std::clamp(waited / 10, milliseconds(50), milliseconds(1000)))) return false;
     }
@@ -7497,12 +7498,12 @@ class restoring {
   const restore_options& options_;
   std::string name_;
   run_path run_;
-  place at_;
+  place place_;
   const cache_policy policy_;
   clock::time_point reported_ = clock::now();
   std::shared_ptr<opened_copy> opened_;                 // null: there is no local copy
   local_copy copy_;                                     // of opened_
-  std::optional<cache_policy::verdict> first_verdict_;  // on copy_, before the service was asked
+  std::optional<cache_policy::verdict> first_verdict_;  // on copy_, before the request to the service
 };
 
 }  // namespace detail
@@ -7523,7 +7524,7 @@ open_session(settings configuration, transport_ref transport, cache_policy polic
   return std::make_shared<session>(std::move(configuration), transport, std::move(policy));
 }
 
-WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::string_view name,
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
                                                            const restore_options& options) {
   if (auto good = check_name(name); !good) return good.error();
   if (options.connections < 1) {
@@ -7531,30 +7532,31 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& with, std::s
                                              ": connections must be at least 1, not " +
                                              std::to_string(options.connections));
   }
-  if (auto good = check_times(with.config, "cannot restore " + in_quotes(name)); !good) return good.error();
-  auto run = run_of(with.config, options.run_path);
+  if (auto good = check_times(current.config, "cannot restore " + in_quotes(name)); !good)
+    return good.error();
+  auto run = run_of(current.config, options.run_path);
   if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
-  const path root = options.root.empty() ? with.config.run_dir : options.root;
-  path there = root;
-  while (there.has_relative_path() && facts_of(there).absent()) there = there.parent_path();
-  if (const auto facts = facts_of(there); facts.found() && !facts->is_directory) {
+  const path root = options.root.empty() ? current.config.run_dir : options.root;
+  path existing = root;  // its deepest ancestor that exists
+  while (existing.has_relative_path() && facts_of(existing).absent()) existing = existing.parent_path();
+  if (const auto facts = facts_of(existing); facts.found() && !facts->is_directory) {
     return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) +
-                                             ": " + in_quotes(there) + " is not a directory");
+                                             ": " + in_quotes(existing) + " is not a directory");
   }
   for (const auto part : split(name, '/')) {
-    if (const auto limit = longest_name(there); name_length(part) > limit) {
+    if (const auto limit = longest_name(existing); name_length(part) > limit) {
       return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": " +
                                                std::to_string(name_length(part)) +
-                                               " characters are more than a name in " + in_quotes(there) +
+                                               " characters are more than a name in " + in_quotes(existing) +
                                                " may have (" + std::to_string(limit) + ")");
     }
   }
-  call of(with.config, options.cancel);
-  const std::string inside(name);
-  auto restored = restoring(with, of, options, inside, *run, place(root / from_utf8(name)))();
+  call user_call(current.config, options.cancel);
+  auto restored =
+      restoring(current, user_call, options, std::string(name), *run, place(root / from_utf8(name)))();
   if (restored) return restored;
-  return in_context(restored.error(), "restoring " + in_quotes(inside) + " from " + shown(*run),
-                    {in_quotes(inside), run->project + '/' + run->run_id});
+  return in_context(restored.error(), "restoring " + in_quotes(name) + " from " + shown(*run),
+                    {in_quotes(name), run->project + '/' + run->run_id});
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
@@ -7567,8 +7569,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
   return restore(current, name, options);
 }
 
-/// A run path as text, "" for the current run if all parts are empty. Refuses an object whose text means another run:
-/// one without run id, with a gap, or with a separator inside a part.
+/// A run path as text; "", which means the current run, if all parts are empty. Refuses an object that cannot be read back
+/// from its text: without run id, with a gap, or with a separator inside a part.
 inline result<std::string> text_of(const run_path& run) {
   if (run == run_path{}) return std::string();
   const std::string text = run.str();
@@ -7588,20 +7590,20 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
   return restore(current, name, std::string_view(*text), replace, std::move(root));
 }
 
-WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& with,
+WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,
                                                                        const restore_options& options) {
-  if (auto good = check_times(with.config, "cannot list the files of a run"); !good) return good.error();
-  auto run = run_of(with.config, options.run_path);
+  if (auto good = check_times(current.config, "cannot list the files of a run"); !good) return good.error();
+  auto run = run_of(current.config, options.run_path);
   if (!run) return run.error();
-  call of(with.config, options.cancel);
+  call user_call(current.config, options.cancel);
   auto listed = [&]() -> result<std::vector<file_info>> {
-    service asked(with, of);
+    service api(current, user_call);
     if (run->entity.empty()) {
-      auto entity = asked.default_entity();
+      auto entity = api.default_entity();
       if (!entity) return entity.error();
       run->entity = *std::move(entity);
     }
-    return asked.list_files(*run);
+    return api.list_files(*run);
   }();
   if (listed) return listed;
   return in_context(listed.error(), "listing the files of " + shown(*run),

@@ -597,7 +597,7 @@ TEST_SUITE("restore: names and roots") {
     for (const char* name : {"pipe", "zero"}) {
       for (const bool replace : {false, true}) {
         check_names(f.failure(client.try_restore(name, f.path, replace), errc::disk_failure),
-                    {name, "no ordinary file"});
+                    {name, "not a regular file"});
       }
     }
     CHECK(fs::is_fifo(f.root() / "pipe"));
@@ -613,7 +613,7 @@ TEST_SUITE("restore: names and roots") {
     (void)f.success(client.try_restore("a.txt", f.path));
     (void)f.success(client.try_restore("a.txt", f.path, true));
     REQUIRE(f.warnings().size() == 1);
-    CHECK(f.warnings()[0].find("cannot be remembered") != std::string::npos);
+    CHECK(f.warnings()[0].find("receipts cannot be written") != std::string::npos);
     CHECK(f.warnings()[0].find("WANDB_CACHE_DIR") != std::string::npos);
   }
 
