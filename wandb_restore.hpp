@@ -7628,22 +7628,22 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
 
 // ======================================================================================= http_transport
 //
-// HTTP/1.1 over TCP and TLS. From the bottom up: sockets, connecting to a host, the channel (TCP, with TLS on top for https),
-// heads, bodies, one connection, and the pool that keeps idle connections.
+// HTTP/1.1 over TCP and TLS. From the bottom up: sockets, connecting to a host, the channel (TCP, and TLS for https), heads,
+// bodies, one connection, and the pool of idle connections.
 
 namespace detail {
 
 // ---- the route of a request, and the state of one exchange
 
-/// The server that a request is for, and the proxy in front of it, if any.
+/// The server of a request, and the proxy on the way to it, if any.
 struct request_route {
   url server;
-  url proxy;                        ///< an empty host: no proxy
+  url proxy;                        ///< without a host: no proxy
   std::string proxy_authorization;  ///< value of Proxy-Authorization for that proxy
 
   bool is_secure() const { return server.scheme == "https"; }
   bool has_proxy() const { return !proxy.host.empty(); }
-  /// A proxy gets plain requests whole, with the absolute address; for https it makes a tunnel (CONNECT).
+  /// The request itself goes to the proxy, with an absolute URL. For https the proxy makes a tunnel instead (CONNECT).
   bool sends_to_proxy() const { return has_proxy() && !is_secure(); }
   /// The host and port to connect to.
   const url& first_hop() const { return has_proxy() ? proxy : server; }
@@ -7652,7 +7652,7 @@ struct request_route {
     const bool is_ipv6 = address.host.find(':') != std::string::npos;
     return (is_ipv6 ? '[' + address.host + ']' : address.host) + ':' + std::to_string(address.port);
   }
-  /// Equal for requests that may share a connection.
+  /// Requests with equal keys may share a connection.
   std::string key() const {
     return server.origin() + '\n' + (has_proxy() ? proxy.origin() : "") + '\n' + proxy_authorization;
   }
@@ -7677,13 +7677,13 @@ struct request_route {
   }
 };
 
-/// One exchange: the request, where the response goes, and what has come of it so far.
+/// One exchange: the request, the sink for its response, and the state so far.
 struct exchange {
   const http_request& request;
   body_sink& sink;
   const request_route& route;
   http_response head = {};
-  bool was_answered = false;  ///< at least one byte of a response has come
+  bool was_answered = false;  ///< at least one byte was received
   bool has_head = false;
   std::optional<wandb::error> failure = {};
 
@@ -7702,7 +7702,7 @@ struct exchange {
     return fail(error::permanent(errc::connection_failed, label() + text, status));
   }
   bool is_cancelled() { return request.cancelled() && !fail(errc::cancelled, "cancelled"); }
-  /// Records the refusal of a proxy, which answered with `status`. Returns false.
+  /// Records that the proxy refused the request with `status`. Returns false.
   bool fail_at_proxy(int status) {
     const std::string text = "the proxy " + route.proxy.origin() + " answered " + std::to_string(status) +
                              (status == 407 ? " (check the user and password in the proxy's address)" : "");
@@ -7711,7 +7711,7 @@ struct exchange {
   }
 };
 
-// ---- sockets, as the operating systems have them
+// ---- sockets: one block of the same functions for each operating system
 
 #ifdef _WIN32
 
@@ -7761,8 +7761,8 @@ inline bool would_block(int code) {
   return code == EAGAIN || code == EWOULDBLOCK || code == EINPROGRESS || code == EINTR;
 }
 inline std::string resolver_text(int code) { return gai_strerror(code); }
-/// A number that a child never shares with its parent. The process id alone does not do: a child that begins a pid
-/// namespace is number 1 in it, and so may its parent be in its own.
+/// Identifies this process: never equal in a child and its parent. Process ids can be equal, if each process is the first of
+/// a pid namespace.
 inline std::uint64_t this_process() {
   static std::atomic<std::uint32_t> forks{0};
   static const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++forks; });
@@ -7772,8 +7772,7 @@ inline std::uint64_t this_process() {
 
 inline void start_sockets() {}
 inline void close_socket(socket_handle handle) { ::close(handle); }
-/// Non-blocking, closed on exec, without SIGPIPE, and never a standard stream's descriptor: in a program that was started
-/// with one of those closed, what it prints would go to the server.
+/// Opens a socket: non-blocking, close-on-exec, without SIGPIPE.
 inline socket_handle open_socket(int family) {
 #ifdef SOCK_CLOEXEC
   constexpr int type = SOCK_STREAM | SOCK_CLOEXEC;
@@ -7811,7 +7810,7 @@ inline long send_bytes(socket_handle handle, const char* data, std::size_t size)
 
 #endif
 
-/// Milliseconds until `deadline` for poll: at most 100, so that a cancellation is seen soon, and 0 once it has passed.
+/// Milliseconds until `deadline` for poll: at most 100, so that a cancellation is noticed soon; 0 after the deadline.
 inline int poll_timeout(clock::time_point deadline) {
   const auto left = std::chrono::ceil<milliseconds>(deadline - clock::now()).count();
   return static_cast<int>((std::clamp<std::int64_t>)(left, 0, 100));
@@ -7862,10 +7861,10 @@ inline socket_addresses interleave_families(const socket_addresses& addresses) {
   return ordered;
 }
 
-/// How long one address is waited for before the next is tried beside it (RFC 8305, section 8).
+/// The delay between the starts of two attempts (RFC 8305, section 8).
 inline constexpr milliseconds connection_attempt_delay{250};
 
-/// Attempts to connect to the addresses of a host, side by side (RFC 8305, section 5). The first to succeed wins.
+/// Concurrent attempts to connect to the addresses of a host (RFC 8305, section 5). The first to succeed wins.
 class connection_race {
  public:
   connection_race(const socket_addresses& addresses, clock::time_point deadline, const http_request& request)
@@ -7876,7 +7875,7 @@ class connection_race {
     for (const auto& entry : pending_) close_socket(entry.fd);
   }
 
-  /// Blocks. Returns a connected, non-blocking socket, the caller's to close; or no_socket, see `failure`.
+  /// Blocks. Returns a connected, non-blocking socket, which the caller closes. Returns no_socket after a failure.
   socket_handle run() {
     for (auto next_start = clock::now();;) {
       if (started_ < addresses_.size() && (pending_.empty() || clock::now() >= next_start)) {
@@ -7890,8 +7889,8 @@ class connection_race {
       const int ready = poll_sockets(pending_.data(), pending_.size(), poll_timeout(until));
       if (ready > 0) {
         const std::size_t before = pending_.size();
-        if (const socket_handle winner = look(); winner != no_socket) return winner;
-        if (pending_.size() < before) next_start = clock::now();  // a failure starts the next at once
+        if (const socket_handle winner = take_finished(); winner != no_socket) return winner;
+        if (pending_.size() < before) next_start = clock::now();  // a failure starts the next attempt at once
       } else if (ready < 0 && !would_block(socket_error())) {
         return failure_ = "poll: " + system_text(socket_error()), no_socket;
       } else if (clock::now() >= deadline_) {
@@ -7901,7 +7900,7 @@ class connection_race {
   }
   /// The index of the address that won.
   std::size_t winner() const { return winner_; }
-  /// Why no attempt succeeded: the reason of the last one. Empty: the request was cancelled.
+  /// The reason why the last attempt failed. Empty if the request was cancelled.
   const std::string& failure() const { return failure_; }
 
  private:
@@ -7915,7 +7914,7 @@ class connection_race {
     entry.fd = socket;
     entry.events = POLLOUT;
     const int code = ::connect(socket, address.data(), address.size) == 0 ? 0 : socket_error();
-    if (code == 0 || would_block(code)) {  // poll tells a connection that stands already, too
+    if (code == 0 || would_block(code)) {  // poll reports a finished connect, too
       pending_.push_back(entry);
       indices_.push_back(started_ - 1);
       return;
@@ -7924,8 +7923,8 @@ class connection_race {
     close_socket(socket);
   }
 
-  /// Takes the sockets that poll reported out of the race. Returns a connected one, if any.
-  socket_handle look() {
+  /// Removes sockets that poll reported: closes failed ones, and returns the first connected one, or no_socket.
+  socket_handle take_finished() {
     for (std::size_t i = 0; i < pending_.size();) {
       if (pending_[i].revents == 0) {
         ++i;
@@ -7951,13 +7950,13 @@ class connection_race {
   const clock::time_point deadline_;
   const http_request& request_;
   std::size_t started_ = 0, winner_ = 0;
-  std::vector<pollfd> pending_ = {};  // sockets that connect, and the indices of their addresses
+  std::vector<pollfd> pending_ = {};  // connecting sockets; indices_ has the index of each address
   std::vector<std::size_t> indices_ = {};
   std::string failure_ = "it has no address";
 };
 
-/// For each host, the address that answered after others had failed or were silent: later connections try it first. A
-/// host whose first address answers is not remembered, so that the resolver goes on spreading the load over its addresses.
+/// Remembers, for hosts whose first address failed or was silent, the address that connected; later connections try it
+/// first. For other hosts the resolver's order stays, which spreads the load over a host's addresses.
 class address_memory {
  public:
   /// Moves the remembered address to the front, if it is still among the host's.
@@ -7980,15 +7979,15 @@ class address_memory {
  private:
   static constexpr std::size_t max_hosts = 64;
   std::mutex mutex_;
-  std::vector<std::pair<std::string, socket_address>> known_;  // host:port
+  std::vector<std::pair<std::string, socket_address>> known_;  // by "host:port"; the oldest first
 };
 
 struct connect_outcome {
-  socket_handle socket = no_socket;  ///< connected and non-blocking, the caller's to close
+  socket_handle socket = no_socket;  ///< connected and non-blocking; the caller closes it
   std::string failure = {};          ///< why there is no socket; empty: the request was cancelled
 };
 
-/// Connects to a host, given as "host:port" and its addresses in the resolver's order.
+/// Connects to a host. `host` is "host:port"; `resolved` has its addresses in the resolver's order.
 inline connect_outcome connect_to_host(const std::string& host, const socket_addresses& resolved,
                                        clock::time_point deadline, const http_request& request,
                                        address_memory& memory) {
@@ -8003,7 +8002,7 @@ inline connect_outcome connect_to_host(const std::string& host, const socket_add
 
 // ---- the channel: bytes to and from a peer
 
-/// A TCP connection, with TLS on top once that was started, and a buffer of received bytes. Blocks in `wait` alone.
+/// A TCP connection with a buffer of received bytes; with TLS after start_tls(). Only connect() and wait() block.
 class channel {
  public:
   static constexpr std::size_t buffer_bytes = 65536;
@@ -8015,16 +8014,15 @@ class channel {
 
   bool is_open() const { return socket_ != no_socket; }
 
-  /// Until `rest`, failures are recorded in `current`, and its request's limits and cancellation apply.
-  void begin(exchange& current) { exchange_ = &current; }
-  void rest() { exchange_ = nullptr; }
+  /// Until detach(), failures are recorded in `current`, and its request's timeouts and cancellation apply.
+  void attach(exchange& current) { exchange_ = &current; }
+  void detach() { exchange_ = nullptr; }
 
-  static constexpr clock::time_point no_limit = (clock::time_point::max)();
-  /// Names the stage for messages. With a limit, the whole stage has to be over by then; without one, each wait may take
-  /// the request's idle timeout.
-  void enter(const char* stage, clock::time_point limit = no_limit) {
+  static constexpr clock::time_point no_deadline = (clock::time_point::max)();
+  /// Sets the stage, for messages. It must end by the deadline; without one, each wait may take the request's idle timeout.
+  void enter(const char* stage, clock::time_point deadline = no_deadline) {
     stage_ = stage;
-    limit_ = limit;
+    deadline_ = deadline;
   }
 
   bool connect(const url& peer, address_memory& memory) {
@@ -8035,7 +8033,7 @@ class channel {
     }
     enter("connecting", clock::now() + exchange_->request.connect_timeout);
     const std::string host = request_route::authority(peer);
-    const auto connected = connect_to_host(host, addresses, limit_, exchange_->request, memory);
+    const auto connected = connect_to_host(host, addresses, deadline_, exchange_->request, memory);
     if (connected.socket == no_socket) {
       if (connected.failure.empty()) return exchange_->fail(errc::cancelled, "cancelled");
       return fail("cannot connect to " + std::string(exchange_->route.has_proxy() ? "the proxy " : "") +
@@ -8056,8 +8054,8 @@ class channel {
     return true;
   }
 
-  /// The received bytes that were not consumed yet; waits for some if there are none. Empty: the peer has closed the
-  /// connection in good order, or there is a failure.
+  /// The received bytes that are not consumed yet; waits for some if there are none. Empty after an orderly close by the
+  /// peer, or after a failure.
   std::string_view peek() {
     if (begin_ == end_) {
       if (exchange_->is_cancelled()) return {};
@@ -8068,13 +8066,13 @@ class channel {
     }
     return unread();
   }
-  /// The received bytes that were not consumed yet, perhaps none.
+  /// The received bytes that are not consumed yet. Does not wait.
   std::string_view unread() const { return {buffer_.data() + begin_, end_ - begin_}; }
   void consume(std::size_t count) { begin_ += count; }
 
-  /// Reads a line without its end (CRLF or LF) and takes its bytes off `budget`. A line that is longer is a
-  /// protocol_violation: `what` "has more than" `limit`.
-  bool read_line(std::string& line, std::size_t& budget, const char* what, std::size_t limit) {
+  /// Reads a line, drops its end (CRLF or LF), and subtracts its length from `budget`. A longer line is a
+  /// protocol_violation: "<part> has more than <limit>".
+  bool read_line(std::string& line, std::size_t& budget, const char* part, std::size_t limit) {
     line.clear();
     for (bool is_complete = false; !is_complete;) {
       const std::string_view bytes = peek();
@@ -8084,7 +8082,7 @@ class channel {
       const auto count = is_complete ? line_feed + 1 : bytes.size();
       if (count > budget) {
         return exchange_->fail(errc::protocol_violation,
-                               std::string(what) + " has more than " + readable_bytes(limit));
+                               std::string(part) + " has more than " + readable_bytes(limit));
       }
       budget -= count;
       line.append(bytes.substr(0, line_feed));
@@ -8094,7 +8092,7 @@ class channel {
     return true;
   }
 
-  /// Records that the peer has closed the connection too early, unless there is a failure already. Returns false.
+  /// Records that the peer closed the connection too early, unless a failure was recorded before. Returns false.
   bool fail_at_end() {
     const request_route& route = exchange_->route;
     if (exchange_->has_head) return fail("the peer closed the connection before the end of the body");
@@ -8104,12 +8102,12 @@ class channel {
                 (route.is_secure() || route.has_proxy() ? "" : " (if this is a TLS port, use https://)"));
   }
 
-  /// An idle connection can be used again if it is open and the peer sent nothing that was not asked for.
+  /// Whether an idle connection can be reused: it is open, belongs to this process, and has received no unexpected bytes.
   bool is_quiet() {
     if (!is_open() || process_ != this_process() || begin_ != end_) return false;
     char byte;
 #ifndef WANDB_RESTORE_NO_OPENSSL
-    if (tls_) {  // this also reads messages of TLS itself, such as session tickets
+    if (tls_) {  // SSL_peek also processes pending TLS messages, such as session tickets
       ERR_clear_error();
       const int count = SSL_peek(tls_, &byte, 1);
       return count <= 0 && SSL_get_error(tls_, count) == SSL_ERROR_WANT_READ;
@@ -8118,8 +8116,8 @@ class channel {
     return receive_bytes(socket_, &byte, 1, MSG_PEEK) < 0 && would_block(socket_error());
   }
 
-  /// Closes this process's copy of the connection. One that was opened before a fork belongs to the parent, which may
-  /// still use it: TLS says nothing on it.
+  /// Closes the connection. A forked child closes only its descriptor, without close_notify: the parent may still use the
+  /// connection.
   void close() {
 #ifndef WANDB_RESTORE_NO_OPENSSL
     if (tls_) {
@@ -8145,7 +8143,7 @@ class channel {
     BIO* const bio = BIO_new(bio_method());
     if (!tls_ || !bio) {
       BIO_free(bio);
-      return fail("OpenSSL could not begin: out of memory");
+      return fail("OpenSSL could not start: out of memory");
     }
     BIO_set_data(bio, this);
     SSL_set_bio(tls_, bio, bio);
@@ -8154,7 +8152,8 @@ class channel {
     X509_VERIFY_PARAM* const expected = SSL_get0_param(tls_);
     if (X509_VERIFY_PARAM_set1_ip_asc(expected, host.c_str()) != 1) {  // not an IP address: a name
       X509_VERIFY_PARAM_set_hostflags(expected, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
-      void* const name = const_cast<char*>(host.c_str());  // SSL_set_tlsext_host_name casts as C does
+      void* const name =
+          const_cast<char*>(host.c_str());  // the macro SSL_set_tlsext_host_name has an old-style cast
       if (X509_VERIFY_PARAM_set1_host(expected, host.c_str(), host.size()) != 1 ||
           SSL_ctrl(tls_, SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name, name) != 1) {
         return exchange_->fail(errc::invalid_argument, "TLS cannot use the host name " + in_quotes(host));
@@ -8167,30 +8166,31 @@ class channel {
 
  private:
   bool fail(const std::string& text) { return exchange_->fail(errc::connection_failed, text); }
-  /// The connection broke in a system call, or the peer closed it where that is not allowed. Returns -1.
+  /// Records that a system call failed, or that the peer closed the connection at a wrong point. Returns -1.
   long fail_lost() {
     fail(std::string("the connection was lost while ") + stage_ +
          (code_ != 0 ? ": " + system_text(code_) : ""));
     return -1;
   }
 
-  /// Waits until the socket is ready. False: the time is up, or the request was cancelled.
+  /// Waits until the socket is ready. Returns false after a timeout, a cancellation or a failure.
   bool wait(short events) {
-    const auto limit = limit_ != no_limit ? limit_ : clock::now() + exchange_->request.idle_timeout;
+    const auto deadline =
+        deadline_ != no_deadline ? deadline_ : clock::now() + exchange_->request.idle_timeout;
     for (;;) {
       if (exchange_->is_cancelled()) return false;
       pollfd entry{};
       entry.fd = socket_;
       entry.events = events;
-      const int timeout = poll_timeout(limit);
+      const int timeout = poll_timeout(deadline);
       const int count = poll_sockets(&entry, 1, timeout);
-      if (count > 0) return true;  // an error or a hang-up shows in the call that follows
+      if (count > 0) return true;  // the next call reports an error or a hang-up
       if (count < 0 && !would_block(socket_error())) return fail("poll: " + system_text(socket_error()));
       if (timeout == 0) return fail(std::string("timed out while ") + stage_);
     }
   }
 
-  // Receives from the socket and sends to it. They return what the system call returns, and set code_.
+  // Each makes one system call, returns its result and sets code_.
   long receive(char* out, std::size_t size) {
     const long count = receive_bytes(socket_, out, size);
     code_ = count < 0 ? socket_error() : 0;
@@ -8203,7 +8203,7 @@ class channel {
     return count;
   }
 
-  /// Reads at least one byte. 0: the peer has closed the connection in good order; -1: failed.
+  /// Reads at least one byte. Returns 0 after an orderly close by the peer, -1 after a failure.
   long read_some(char* out, std::size_t size) {
 #ifndef WANDB_RESTORE_NO_OPENSSL
     if (tls_) return repeat([&] { return SSL_read(tls_, out, static_cast<int>(size)); });
@@ -8216,7 +8216,7 @@ class channel {
     }
   }
 
-  /// Writes at least one byte. -1: failed.
+  /// Writes at least one byte. Returns -1 after a failure.
   long write_some(std::string_view bytes) {
 #ifndef WANDB_RESTORE_NO_OPENSSL
     if (tls_) {
@@ -8234,7 +8234,7 @@ class channel {
   }
 
 #ifndef WANDB_RESTORE_NO_OPENSSL
-  /// Repeats a call of OpenSSL until it has done something (> 0), the peer has sent close_notify (0), or it failed (-1).
+  /// Repeats an OpenSSL call until it succeeds (returns > 0), the peer has sent close_notify (0), or it fails (-1).
   template <class Call>
   long repeat(Call call) {
     for (;;) {
@@ -8254,7 +8254,7 @@ class channel {
     }
   }
 
-  /// Records why OpenSSL has failed. Returns -1.
+  /// Records why an OpenSSL call failed. Returns -1.
   long fail_tls() {
     const long verdict = SSL_get_verify_result(tls_);
     if (SSL_get_verify_mode(tls_) != SSL_VERIFY_NONE && verdict != X509_V_OK) {
@@ -8287,7 +8287,7 @@ class channel {
     return -1;
   }
 
-  /// Whether the peer would send this alert again (RFC 8446, section 6.2): it concerns versions, certificates or names.
+  /// Whether a retry would get this alert again (RFC 8446, section 6.2): alerts about versions, certificates and names.
   static bool is_permanent_alert(int alert) {
     return (alert >= SSL_AD_BAD_CERTIFICATE && alert <= SSL_AD_ACCESS_DENIED) ||
            alert == SSL_AD_HANDSHAKE_FAILURE || alert == SSL_AD_PROTOCOL_VERSION ||
@@ -8295,7 +8295,7 @@ class channel {
            alert == SSL_AD_CERTIFICATE_REQUIRED;
   }
 
-  // OpenSSL's own socket BIO raises SIGPIPE.
+  // A BIO over receive() and transmit(): OpenSSL's own socket BIO raises SIGPIPE.
   static BIO_METHOD* bio_method() {
     static BIO_METHOD* const method = [] {
       BIO_METHOD* const made =
@@ -8327,23 +8327,23 @@ class channel {
   }
 
   SSL* tls_ = nullptr;
-  bool is_sound_ = false;      ///< OpenSSL has not failed: close_notify may be sent
-  std::string greeting_ = {};  ///< the first bytes that came in the TLS handshake, five at most
+  bool is_sound_ = false;      ///< no OpenSSL call has failed: close_notify may be sent
+  std::string greeting_ = {};  ///< the first bytes received in the TLS handshake, five at most
 #endif
   socket_handle socket_ = no_socket;
-  const std::uint64_t process_ = this_process();  ///< the one that opened the socket
+  const std::uint64_t process_ = this_process();  ///< the process that opened the socket
   exchange* exchange_ = nullptr;
   const char* stage_ = "";
-  clock::time_point limit_ = no_limit;
-  int code_ = 0;            ///< of the last system call
-  bool has_ended_ = false;  ///< the peer's side of the socket
+  clock::time_point deadline_ = no_deadline;
+  int code_ = 0;            ///< error of the last system call, or 0
+  bool has_ended_ = false;  ///< the peer has closed its side
   std::vector<char> buffer_ = std::vector<char>(buffer_bytes);
   std::size_t begin_ = 0, end_ = 0;  ///< the part of the buffer that is not consumed
 };
 
 // ---- heads (RFC 9112, sections 2 to 5)
 
-/// Whether a header that is a list of tokens has this one.
+/// Whether a header field that is a list of tokens contains `token`.
 inline bool has_token(const http_response& head, std::string_view name, std::string_view token) {
   for (const auto& [field, value] : head.headers) {
     if (!equal_ignoring_case(field, name)) continue;
@@ -8354,14 +8354,14 @@ inline bool has_token(const http_response& head, std::string_view name, std::str
   return false;
 }
 
-/// The peer has answered a request over plain TCP as servers do that expect TLS. Returns false.
+/// Records that the peer expects TLS. Returns false.
 inline bool fail_expects_tls(exchange& current, int status = 0) {
   return current.fail_permanently(current.route.has_proxy()
                                       ? "the proxy expects TLS; only plain http:// proxies are supported"
                                       : "the server expects TLS: use https://",
                                   status);
 }
-/// Whether the body of a 400 says so: the texts of nginx, Apache, Go and Tomcat.
+/// Whether the body of a 400 says that the server expects TLS, in the words of nginx, Apache, Go or Tomcat.
 inline bool says_that_tls_is_expected(std::string_view body) {
   for (const char* text : {"HTTP request was sent to HTTPS port", "speaking plain HTTP to an SSL-enabled",
                            "HTTP request to an HTTPS server", "combination of host and port requires TLS"}) {
@@ -8370,7 +8370,7 @@ inline bool says_that_tls_is_expected(std::string_view body) {
   return false;
 }
 
-/// Reads the head of a final response, and skips interim ones.
+/// Reads the head of the final response. Skips interim responses.
 class head_reader {
  public:
   head_reader(channel& peer, exchange& current) : peer_(peer), exchange_(current) {}
@@ -8394,7 +8394,7 @@ class head_reader {
     } while (head.status < 200);
     return true;
   }
-  /// The peer speaks HTTP/1.1 or later: the connection stays open unless one of the two says otherwise.
+  /// The peer speaks HTTP/1.1 or later: the connection stays open unless a header says otherwise.
   bool is_persistent() const { return is_persistent_; }
 
  private:
@@ -8410,11 +8410,11 @@ class head_reader {
     is_persistent_ = line[7] != '0';
     return true;
   }
-  bool fail_malformed(const char* what) {
-    // Of a header only its name is shown: a value may be a signed address or a cookie.
+  bool fail_malformed(const char* part) {
+    // Of a header field, show only the name: the value may be a signed URL or a cookie.
     const std::string_view shown = std::string_view(line_).substr(0, line_.find_first_of(":?="));
     return exchange_.fail(errc::protocol_violation,
-                          std::string(what) + " of the response is malformed: " + in_quotes(shown) +
+                          std::string(part) + " of the response is malformed: " + in_quotes(shown) +
                               "; is that an HTTP server, or does a proxy change its answers?");
   }
 
@@ -8425,21 +8425,21 @@ class head_reader {
   bool is_persistent_ = false;
 };
 
-/// The failure of a request whose method or headers would break out of their lines.
+/// The error for a malformed method or header field: a line break in it would begin another field.
 inline error malformed_header(const request_route& route) {
   return error(errc::invalid_argument, "a header for " + route.server.redacted() +
                                            " is malformed: check extra_headers, username, user_email and "
                                            "user_agent for control characters");
 }
 
-/// Head and body of a request; nothing if a header would break out of its line.
+/// The bytes of a request. Empty if the method or a header field is malformed.
 inline std::optional<std::string> request_message(const http_request& request, const request_route& route) {
   const std::string origin = route.server.origin();
   std::string text =
       request.method + ' ' + (route.sends_to_proxy() ? origin : "") + route.server.target + " HTTP/1.1\r\n";
   const auto add = [&](std::string_view name, std::string_view value) {
     text.append(name).append(": ").append(value).append("\r\n");
-    return is_token(name) && is_field_value(value);
+    return is_header(name, value);
   };
   bool is_clean = is_token(request.method) && add("Host", origin.substr(origin.find("//") + 2));
   for (const auto& [name, value] : request.headers) is_clean = add(name, value) && is_clean;
@@ -8461,7 +8461,7 @@ class body_reader {
  public:
   body_reader(channel& peer, exchange& current) : peer_(peer), exchange_(current) {}
 
-  /// Finds out from the head how the end of the body is known (RFC 9112, section 6.3).
+  /// Determines from the head how the body is delimited (RFC 9112, section 6.3).
   bool find_framing() {
     bool has_length = false;
     const http_response& head = exchange_.head;
@@ -8485,7 +8485,7 @@ class body_reader {
       length_ = 0;
       return true;
     }
-    // With both fields someone on the way may see another end than we do: the connection is not used again.
+    // With both fields, a proxy may see the body end elsewhere: do not reuse the connection.
     is_delimited_ = is_chunked_ != has_length;
     ends_with_connection_ = !is_chunked_ && !has_length;
     return true;
@@ -8504,7 +8504,7 @@ class body_reader {
 
   bool fail(const std::string& text) { return exchange_.fail(errc::protocol_violation, text); }
 
-  /// Passes received bytes to the sink, `limit` at most. Returns their number; 0: the connection has ended, or a failure.
+  /// Passes at most `limit` received bytes to the sink. Returns their number; 0 after a close by the peer or a failure.
   std::uint64_t pass_some(std::uint64_t limit) {
     auto bytes = peer_.peek();
     bytes = bytes.substr(0, static_cast<std::size_t>((std::min<std::uint64_t>)(limit, bytes.size())));
@@ -8531,9 +8531,9 @@ class body_reader {
   /// RFC 9112, section 7.1. Chunk extensions and trailers are skipped.
   bool pass_on_chunks() {
     std::string line;
-    const auto read_line = [&](const char* what) {
+    const auto read_line = [&](const char* part) {
       std::size_t budget = max_line_bytes;
-      return peer_.read_line(line, budget, what, max_line_bytes);
+      return peer_.read_line(line, budget, part, max_line_bytes);
     };
     for (std::uint64_t total = 0;;) {
       if (!read_line("the size line of a chunk")) return false;
@@ -8569,7 +8569,7 @@ class body_reader {
 template <class Connection>
 class idle_connections {
  public:
-  /// Takes a reusable connection out; null if there is none.
+  /// Removes and returns a reusable connection; null if there is none.
   std::unique_ptr<Connection> take(const std::string& key) {
     for (auto index = idle_.size(); index-- > 0;) {
       if (idle_[index]->key() != key) continue;
@@ -8579,7 +8579,7 @@ class idle_connections {
     }
     return nullptr;
   }
-  /// Keeps a connection, in place of the one that has been idle longest if there are many.
+  /// Keeps a connection. Beyond max_idle, closes the one that has been idle longest.
   void give_back(std::unique_ptr<Connection> used) {
     if (idle_.size() == max_idle) idle_.erase(idle_.begin());
     idle_.push_back(std::move(used));
@@ -8588,7 +8588,7 @@ class idle_connections {
 
  private:
   static constexpr std::size_t max_idle = 64;
-  std::vector<std::unique_ptr<Connection>> idle_;  // the one used last at the end
+  std::vector<std::unique_ptr<Connection>> idle_;  // the last used one at the end
 };
 
 #ifndef WANDB_RESTORE_NO_OPENSSL
@@ -8597,22 +8597,22 @@ using tls_context = SSL_CTX;
 using tls_context = void;
 #endif
 
-/// A connection for one route, which carries one exchange after another.
+/// A connection for one route. Carries one exchange at a time.
 class connection {
  public:
   connection(const request_route& route, std::shared_ptr<tls_context> tls)
       : key_(route.key()), tls_(std::move(tls)) {}
 
   const std::string& key() const { return key_; }
-  /// Fit for another exchange, now.
+  /// Whether the connection can carry another exchange now.
   bool is_reusable() { return is_reusable_ && channel_.is_quiet(); }
 
-  /// Makes one exchange; connects first if that was not done. False: see `current.failure`.
+  /// Makes one exchange; connects first if necessary. Returns false if it sets `current.failure`.
   bool perform(exchange& current, const std::string& message, address_memory& memory) {
-    channel_.begin(current);
+    channel_.attach(current);
     is_reusable_ = false;
     const bool done = (channel_.is_open() || open(current, memory)) && transfer(current, message);
-    channel_.rest();
+    channel_.detach();
     return done;
   }
 
@@ -8690,7 +8690,7 @@ inline bool load_system_certificates(SSL_CTX* context) {
 }
 #endif
 
-/// The TLS configuration of all connections of a transport, with its certificates of authorities.
+/// Makes the TLS configuration that the connections of a process share, and loads the CA certificates.
 inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::path& ca_file,
                                                          const std::filesystem::path& ca_directory,
                                                          bool verify) {
@@ -8705,10 +8705,10 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
   if (!context) return error::permanent(errc::connection_failed, "OpenSSL could not be set up");
   SSL_CTX_set_min_proto_version(context.get(), TLS1_2_VERSION);
   SSL_CTX_set_mode(context.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_RELEASE_BUFFERS);
-  // OpenSSL receives as much as there is into its own buffer: one system call for several records.
+  // One system call may receive several TLS records.
   SSL_CTX_set_read_ahead(context.get(), 1);
   SSL_CTX_set_default_read_buffer_len(context.get(), channel::buffer_bytes);
-  // A certificate of an intermediate authority is trusted if a bundle has it, also without the root above it.
+  // Trust an intermediate CA certificate of a bundle, even if the bundle lacks its root.
   X509_VERIFY_PARAM_set_flags(SSL_CTX_get0_param(context.get()), X509_V_FLAG_PARTIAL_CHAIN);
   if (!verify) return context;
 
@@ -8718,12 +8718,10 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
   }
   const std::string directories = utf8(ca_directory);
   const auto parts = split(directories, list_separator);
-  const bool any = std::any_of(parts.begin(), parts.end(), [](std::string_view part) {
-    const auto facts = facts_of(from_utf8(part));
-    return facts->is_directory;
-  });
+  const bool any = std::any_of(parts.begin(), parts.end(),
+                               [](std::string_view part) { return facts_of(from_utf8(part))->is_directory; });
   if (!ca_directory.empty() &&
-      (!any ||  // OpenSSL would only notice in the handshake
+      (!any ||  // OpenSSL would not notice before the handshake
        SSL_CTX_load_verify_locations(context.get(), nullptr, directories.c_str()) != 1)) {
     return unusable("directory", ca_directory);
   }
@@ -8736,13 +8734,13 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
 }
 #endif
 
-/// What the connections of one process share. A child of fork leaves its parent's alone: the parent goes on with those
-/// connections, and a lock or TLS state that another thread was using at that moment stays as it was for ever.
+/// The state that the connections of one process share. A forked child makes its own: the parent still uses its connections,
+/// and a lock that another thread held during the fork stays locked in the child.
 struct connection_pool {
   const std::uint64_t process = this_process();
-  connection_pool* const inherited;  ///< of the parent process, or null
+  connection_pool* const inherited;  ///< the pool of the parent process, or null
   address_memory memory = {};
-  std::mutex mutex = {};  ///< of the members below
+  std::mutex mutex = {};  ///< protects the members below
   std::shared_ptr<tls_context> tls = {};
   idle_connections<connection> idle = {};
 
@@ -8756,7 +8754,7 @@ struct connection_pool {
     const std::lock_guard<std::mutex> lock(mutex);
     idle.give_back(std::move(used));
   }
-  /// Closes idle connections. False: a thread of the parent had the lock at the fork, so that nothing here may be touched.
+  /// Closes idle connections. Returns false if the lock was held during the fork: then the pool must not be touched.
   bool clear() {
     if (!mutex.try_lock()) return false;
     idle.clear();
@@ -8790,13 +8788,13 @@ struct http_transport::state {
     detail::connection_pool* pool = newest;
     if (pool->process == detail::this_process()) return *pool;
     auto own = std::make_unique<detail::connection_pool>(pool);
-    // Threads of a child may come here at once: one of them succeeds, the others use its pool.
+    // Several threads of a child may get here at once: one installs its pool, the others use that.
     if (!newest.compare_exchange_strong(pool, own.get())) return *pool;
     pool->clear();
     return *own.release();
   }
 
-  /// Made by the first exchange that needs it.
+  /// Returns the pool's TLS configuration, which the first https request makes.
   result<std::shared_ptr<detail::tls_context>> shared_tls(detail::connection_pool& pool) {
 #ifndef WANDB_RESTORE_NO_OPENSSL
     const std::lock_guard<std::mutex> lock(pool.mutex);
@@ -8841,10 +8839,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
       if (connection->is_reusable()) pool.give_back(std::move(connection));
       return std::move(current.head);
     }
-    // A peer may close an idle connection just when it is used again: such a request, if it may be made
-    // twice, is sent once more (RFC 9112, section 9.3.1).
-    const bool may_be_repeated = request.method == "GET" || request.method == "HEAD";
-    if (is_fresh || current.was_answered || !may_be_repeated ||
+    // The peer may have closed the idle connection: send an idempotent request again, over a new connection (RFC 9112,
+    // section 9.3.1).
+    const bool is_idempotent = request.method == "GET" || request.method == "HEAD";
+    if (is_fresh || current.was_answered || !is_idempotent ||
         current.failure->code() != errc::connection_failed) {
       return *std::move(current.failure);
     }
