@@ -7779,12 +7779,7 @@ inline socket_handle open_socket(int family) {
 #else
   constexpr int type = SOCK_STREAM;
 #endif
-  socket_handle opened = ::socket(family, type, IPPROTO_TCP);
-  if (opened >= 0 && opened <= 2) {
-    const socket_handle low = opened;
-    opened = ::fcntl(low, F_DUPFD_CLOEXEC, 3);
-    close_socket(low);
-  }
+  const socket_handle opened = above_standard_streams(::socket(family, type, IPPROTO_TCP));
   if (opened == no_socket) return no_socket;
 #ifdef SO_NOSIGPIPE
   const int on = 1;
