@@ -8869,7 +8869,7 @@ namespace wandb {
 inline namespace WANDB_RESTORE_PRIVATE_ABI {
 namespace detail {
 
-// ---- what differs between the versions of cpp-httplib. The first of two functions takes part where its call compiles.
+// ---- differences between the versions of cpp-httplib. The first overload of a pair is chosen where its call compiles.
 
 template <class Client>
 auto keep_target(Client& client, int) -> decltype(client.set_path_encode(false)) {
@@ -8877,7 +8877,7 @@ auto keep_target(Client& client, int) -> decltype(client.set_path_encode(false))
 }
 template <class Client>
 void keep_target(Client& client, long) {
-  client.set_url_encode(false);  // its name before 0.24
+  client.set_url_encode(false);  // the name before 0.24
 }
 
 template <class Client>
@@ -8885,7 +8885,7 @@ auto lift_body_limit(Client& client, int) -> decltype(client.set_payload_max_len
   client.set_payload_max_length(SIZE_MAX);
 }
 template <class Client>
-void lift_body_limit(Client&, long) {}  // there is none
+void lift_body_limit(Client&, long) {}  // this version has no limit
 
 template <class Code>
 auto is_refused_certificate(Code code, int) -> decltype(code == Code::SSLServerHostnameVerification) {
@@ -8896,8 +8896,8 @@ bool is_refused_certificate(Code code, long) {
   return code == Code::SSLServerVerification;
 }
 
-/// Header fields that cpp-httplib adds to a request that has none of that name. Some versions add the credentials for the
-/// proxy to the request in a tunnel, too, and wait for a response to "Expect: 100-continue" before they send a body.
+/// Header fields that cpp-httplib adds to a request without them. Some versions also send the proxy's credentials inside a
+/// tunnel, and wait for a response to "Expect: 100-continue" before they send a body.
 inline constexpr const char* added_fields[] = {"Accept",       "Accept-Encoding", "User-Agent",
                                                "Content-Type", "Expect",          "Proxy-Authorization"};
 
@@ -8906,8 +8906,8 @@ inline bool is_added_field(std::string_view name) {
                      [&](const char* added) { return equal_ignoring_case(name, added); });
 }
 
-/// Has the client send no field of that list that is empty, so that an empty one stands for none. Returns false if it
-/// sends them (before 0.15).
+/// Makes the client leave out those of added_fields that are empty; an empty field thus keeps the client from adding it.
+/// Returns false if the client has no such hook (before 0.15).
 template <class Client>
 auto leave_out_empty_fields(Client& client, int) -> decltype(client.set_header_writer(nullptr), true) {
   client.set_header_writer([](httplib::Stream& stream, httplib::Headers& fields) {
@@ -8926,14 +8926,13 @@ bool leave_out_empty_fields(Client&, long) {
   return false;
 }
 
-// ---- what cpp-httplib leaves to its caller
+// ---- SIGPIPE and cancellation, which cpp-httplib leaves to its caller
 
-/// Blocks SIGPIPE in this thread, which a write to a closed connection raises, for as long as it lives.
+/// Blocks SIGPIPE in this thread during its lifetime: a write to a closed connection would raise it.
 class sigpipe_guard {
 #ifdef _WIN32
  public:
-  sigpipe_guard() {
-  }  // there is no such signal; a defaulted constructor would make the variable an unused one
+  sigpipe_guard() {}  // Windows has no SIGPIPE. "= default" would cause a warning about an unused variable
 #else
  public:
   sigpipe_guard() {
@@ -8960,8 +8959,8 @@ class sigpipe_guard {
 #endif
 };
 
-/// Looks ten times a second whether a request is cancelled, in a thread of its own, and then interrupts the exchange each
-/// time, for cpp-httplib may be between two sockets.
+/// A thread that checks ten times a second whether a request is cancelled, and then interrupts the exchange. Interrupts it at
+/// every check, because cpp-httplib may open another socket.
 class cancellation_watcher {
  public:
   cancellation_watcher(const http_request& request, std::function<void()> interrupt)
@@ -8999,7 +8998,7 @@ class cancellation_watcher {
 
 // ---- connections
 
-/// A client of cpp-httplib for one route, with at most one connection.
+/// An httplib::Client for one route, with at most one connection.
 class httplib_connection {
  public:
   httplib_connection(const request_route& route, const std::filesystem::path& ca_file,
@@ -9024,14 +9023,14 @@ class httplib_connection {
   }
   ~httplib_connection() {
     forget();
-    if (process_ != this_process())
-      static_cast<void>(client_.release());  // its end would end the parent's connection
+    // In a forked child, the client's destructor would shut down the parent's connection.
+    if (process_ != this_process()) static_cast<void>(client_.release());
   }
   httplib_connection(const httplib_connection&) = delete;
   httplib_connection& operator=(const httplib_connection&) = delete;
 
   const std::string& key() const { return key_; }
-  /// Opened by this process, still open, and the peer sent nothing that was not asked for.
+  /// Whether the connection is open, belongs to this process, and has received no unexpected bytes.
   bool is_reusable() {
     if (process_ != this_process()) return false;
 #ifndef _WIN32
@@ -9044,7 +9043,7 @@ class httplib_connection {
 #endif
   }
 
-  /// Makes one exchange; connects first if that was not done. False: see `current.failure`.
+  /// Makes one exchange; connects first if necessary. Returns false if it sets `current.failure`.
   bool perform(exchange& current) {
     httplib::Request request;
     if (!fill(request, current)) return false;
@@ -9067,7 +9066,7 @@ class httplib_connection {
     }
     if (!is_done) return explain(current, code);
     if (current.has_head) return true;
-    // Where there is no body, cpp-httplib does not call the handler of the head. Nor does it where the proxy refuses a tunnel.
+    // cpp-httplib does not call response_handler for a response without a body, or if the proxy refuses a tunnel.
     const bool has_no_body = request.method == "HEAD" || response.status == 204;
     if (current.route.has_proxy() && current.route.is_secure() && (!has_no_body || response.status == 407)) {
       return current.fail_at_proxy(response.status);
@@ -9088,7 +9087,7 @@ class httplib_connection {
     }
     if (!is_clean) return current.fail(malformed_header(route));
     const std::string& credentials = route.proxy_authorization;
-    if (!credentials.empty()) {  // empty in a tunnel: the server behind it does not see them
+    if (!credentials.empty()) {  // empty in a tunnel, to keep them from the server
       request.headers.emplace("Proxy-Authorization", route.sends_to_proxy() ? credentials : "");
     }
     for (const char* name : added_fields) {
@@ -9113,9 +9112,9 @@ class httplib_connection {
     current.head.status = response.status;
     for (const auto& [name, value] : response.headers) current.head.headers.emplace_back(name, value);
     if (response.status < 200) {
-      return current.fail(errc::protocol_violation, "the interim response " +
+      return current.fail(errc::protocol_violation, "cpp-httplib takes the interim response " +
                                                         std::to_string(response.status) +
-                                                        ", which cpp-httplib takes for the response");
+                                                        " for the final one");
     }
     if (response.status == 407 && current.route.sends_to_proxy()) return current.fail_at_proxy(407);
     current.has_head = true;
@@ -9123,15 +9122,15 @@ class httplib_connection {
     return current.sink.start(current.head) || current.fail(errc::cancelled, "stopped by the receiver");
   }
 
-  /// Records why cpp-httplib gave up, unless a handler has done so. Returns false.
+  /// Records why cpp-httplib failed, unless a handler has recorded a failure. Returns false.
   static bool explain(exchange& current, httplib::Error code) {
     using httplib::Error;
     if (current.failure || current.is_cancelled()) return false;
-    const bool is_unreached =
+    const bool not_connected =
         code == Error::Connection || code == Error::ConnectionTimeout || code == Error::BindIPAddress;
-    if (!is_unreached && !current.has_head) current.sink.connected();
+    if (!not_connected && !current.has_head) current.sink.connected();
     const std::string text =
-        std::string(is_unreached ? "cannot connect to " + request_route::authority(current.route.first_hop())
+        std::string(not_connected ? "cannot connect to " + request_route::authority(current.route.first_hop())
                     : current.has_head ? "the body could not be read to its end"
                                        : "no response came") +
         " (cpp-httplib: " + httplib::to_string(code) + ')';
@@ -9154,8 +9153,8 @@ class httplib_connection {
   void forget() {}
   void interrupt() { client_->stop(); }
 #else
-  // While it connects, cpp-httplib holds the lock that stop() waits for. A descriptor of our own for the same socket can be
-  // shut down at any time, and never belongs to another file.
+  // Client::stop() waits for a lock that cpp-httplib holds while it connects. A duplicate of the socket's descriptor can be
+  // shut down at any time, and is not reused for another file.
   void remember(socket_handle socket) {
     forget();
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -9170,7 +9169,7 @@ class httplib_connection {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (socket_ != no_socket) ::shutdown(socket_, SHUT_RDWR);
   }
-  std::mutex mutex_;  // of socket_
+  std::mutex mutex_;  // protects socket_
   socket_handle socket_ = no_socket;
 #endif
 
@@ -9189,7 +9188,7 @@ struct httplib_transport::state {
 
   const std::filesystem::path ca_file, ca_directory;
   const bool verify;
-  std::mutex mutex;  // of idle
+  std::mutex mutex;  // protects idle
   detail::idle_connections<detail::httplib_connection> idle;
 
   std::unique_ptr<detail::httplib_connection> take(const std::string& key) {
