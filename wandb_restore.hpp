@@ -8560,12 +8560,13 @@ class body_reader {
 
 // ---- connections
 
-/// Idle connections of a transport, for one thread at a time.
+/// Idle connections of a transport. Safe to use from several threads at once.
 template <class Connection>
 class idle_connections {
  public:
   /// Removes and returns a reusable connection; null if there is none.
   std::unique_ptr<Connection> take(const std::string& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
     for (auto index = idle_.size(); index-- > 0;) {
       if (idle_[index]->key() != key) continue;
       auto taken = std::move(idle_[index]);
@@ -8576,13 +8577,21 @@ class idle_connections {
   }
   /// Keeps a connection. Beyond max_idle, closes the one that has been idle longest.
   void give_back(std::unique_ptr<Connection> used) {
+    const std::lock_guard<std::mutex> lock(mutex_);
     if (idle_.size() == max_idle) idle_.erase(idle_.begin());
     idle_.push_back(std::move(used));
   }
-  void clear() { idle_.clear(); }
+  /// Closes the connections. Returns false if the lock is held, and does nothing.
+  bool try_clear() {
+    if (!mutex_.try_lock()) return false;
+    idle_.clear();
+    mutex_.unlock();
+    return true;
+  }
 
  private:
   static constexpr std::size_t max_idle = 64;
+  std::mutex mutex_;
   std::vector<std::unique_ptr<Connection>> idle_;  // the last used one at the end
 };
 
@@ -8735,26 +8744,17 @@ struct connection_pool {
   const std::uint64_t process = this_process();
   connection_pool* const inherited;  ///< the pool of the parent process, or null
   address_memory memory = {};
-  std::mutex mutex = {};  ///< protects the members below
+  std::mutex tls_mutex = {};
   std::shared_ptr<tls_context> tls = {};
   idle_connections<connection> idle = {};
 
   explicit connection_pool(connection_pool* parents) : inherited(parents) {}
 
-  std::unique_ptr<connection> take(const std::string& key) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    return idle.take(key);
-  }
-  void give_back(std::unique_ptr<connection> used) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    idle.give_back(std::move(used));
-  }
-  /// Closes idle connections. Returns false if the lock was held during the fork: then the pool must not be touched.
+  /// Closes idle connections. Returns false if a lock was held during the fork: then the pool must not be touched.
   bool clear() {
-    if (!mutex.try_lock()) return false;
-    idle.clear();
-    mutex.unlock();
-    return true;
+    if (!tls_mutex.try_lock()) return false;
+    tls_mutex.unlock();
+    return idle.try_clear();
   }
 };
 
@@ -8792,7 +8792,7 @@ struct http_transport::state {
   /// Returns the pool's TLS configuration, which the first https request makes.
   result<std::shared_ptr<detail::tls_context>> shared_tls(detail::connection_pool& pool) {
 #ifndef WANDB_RESTORE_NO_OPENSSL
-    const std::lock_guard<std::mutex> lock(pool.mutex);
+    const std::lock_guard<std::mutex> lock(pool.tls_mutex);
     if (!pool.tls) {
       auto made = detail::make_tls_context(ca_file, ca_directory, verify);
       if (!made) return made;
@@ -8825,13 +8825,13 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
     tls = *std::move(shared);
   }
 
-  auto connection = pool.take(route->key());
+  auto connection = pool.idle.take(route->key());
   for (;;) {
     const bool is_fresh = !connection;
     if (is_fresh) connection = std::make_unique<detail::connection>(*route, tls);
     detail::exchange current{request, sink, *route};
     if (connection->perform(current, *message, pool.memory)) {
-      if (connection->is_reusable()) pool.give_back(std::move(connection));
+      if (connection->is_reusable()) pool.idle.give_back(std::move(connection));
       return std::move(current.head);
     }
     // The peer may have closed the idle connection: send an idempotent request again, over a new connection (RFC 9112,
@@ -9188,17 +9188,7 @@ struct httplib_transport::state {
 
   const std::filesystem::path ca_file, ca_directory;
   const bool verify;
-  std::mutex mutex;  // protects idle
   detail::idle_connections<detail::httplib_connection> idle;
-
-  std::unique_ptr<detail::httplib_connection> take(const std::string& key) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    return idle.take(key);
-  }
-  void give_back(std::unique_ptr<detail::httplib_connection> used) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    idle.give_back(std::move(used));
-  }
 };
 
 WANDB_RESTORE_PRIVATE_INLINE httplib_transport::httplib_transport() : httplib_transport(settings{}) {}
@@ -9216,13 +9206,13 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const
 #endif
   detail::exchange current{request, sink, *route};
   if (current.is_cancelled()) return *std::move(current.failure);
-  auto connection = state_->take(route->key());
+  auto connection = state_->idle.take(route->key());
   if (!connection) {
     connection = std::make_unique<detail::httplib_connection>(*route, state_->ca_file, state_->ca_directory,
                                                               state_->verify);
   }
   if (!connection->perform(current)) return *std::move(current.failure);
-  if (connection->is_reusable()) state_->give_back(std::move(connection));
+  if (connection->is_reusable()) state_->idle.give_back(std::move(connection));
   return std::move(current.head);
 }
 
