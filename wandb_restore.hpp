@@ -8744,7 +8744,7 @@ struct connection_pool {
   const std::uint64_t process = this_process();
   connection_pool* const inherited;  ///< the pool of the parent process, or null
   address_memory memory = {};
-  std::mutex tls_mutex = {};
+  std::mutex tls_mutex = {};  ///< protects `tls`
   std::shared_ptr<tls_context> tls = {};
   idle_connections<connection> idle = {};
 
