@@ -7309,10 +7309,9 @@ class restoring {
     }
   }
 
-  void remember(const std::string& md5, const std::optional<file_facts>& facts) const {
-    if (!facts) return;
+  void remember(const std::string& md5, const file_facts& facts) const {
     const auto written = write_receipt(session_.config.cache_dir, place_.target,
-                                       {run_, name_, facts->size, facts->modified, md5});
+                                       {run_, name_, facts.size, facts.modified, md5});
     if (!written && !session_.told_of_receipts.exchange(true)) {
       session_.warn(
           std::string("receipts cannot be written, so files of other runs will not be recognised: ") +
