@@ -128,7 +128,7 @@ class exchange {
   end ended = end::none;  // why a callback ended the exchange, if one did
   wandb::http_response response;
 
-  /// Passes the head to the sink.
+  /// Returns whether the final response's head has arrived.
   bool started() const { return started_; }
 
   static std::size_t on_header(char* data, std::size_t, std::size_t size, void* self) {
