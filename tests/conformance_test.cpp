@@ -53,10 +53,10 @@ struct libcurl {
 #include "transport_conformance.hpp"
 
 TEST_SUITE("conformance") {
-  TEST_CASE("README.md has the promises that transports cannot keep") {
+  TEST_CASE("README.md lists the promises that transports cannot keep") {
     std::string expected = "| transport | promise | why not |\n| --- | --- | --- |\n";
     for (const auto& [name, limits] : {std::pair("`httplib_transport`", conformance::limits_of_httplib()),
-                                       std::pair("libcurl's", conformance::limits_of_libcurl())}) {
+                                       std::pair("libcurl", conformance::limits_of_libcurl())}) {
       for (const auto& [promise, reason] : limits)
         expected += std::string("| ") + name + " | " + promise + " | " + reason + " |\n";
     }

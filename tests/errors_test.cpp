@@ -367,7 +367,7 @@ const std::vector<row>& table() {
 }  // namespace
 
 TEST_SUITE("errors") {
-  TEST_CASE("each failure has its code and a text that helps, and leaves the old file as it was") {
+  TEST_CASE("each failure has its code and a helpful text, and leaves the old file unchanged") {
     for (const row& r : table()) {
       CAPTURE(std::string(r.what));
       fixture f;
@@ -392,7 +392,7 @@ TEST_SUITE("errors") {
     }
   }
 
-  TEST_CASE("a failure where nothing was before leaves nothing behind under the name") {
+  TEST_CASE("a failure without an old file leaves no file of that name") {
     for (const row& r : table()) {
       if (r.code == errc::local_conflict || r.code == errc::disk_failure ||
           std::string(r.what) == "a root below a file")
@@ -409,7 +409,7 @@ TEST_SUITE("errors") {
     }
   }
 
-  TEST_CASE("every code is reached by the table, and has a name") {
+  TEST_CASE("the table reaches every code, and every code has a name") {
     std::set<errc> reached;
     for (const row& r : table()) reached.insert(r.code);
     std::set<std::string> words;
@@ -424,7 +424,7 @@ TEST_SUITE("errors") {
     CHECK(std::string(wandb::to_string(static_cast<errc>(0))) == "unknown");
   }
 
-  TEST_CASE("a failure is no end: the same client goes on once the reason is gone") {
+  TEST_CASE("after a failure the same client restores again once the reason is gone") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto s = f.settings();

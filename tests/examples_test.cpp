@@ -32,7 +32,7 @@ TEST_SUITE("examples") {
                    "```cpp\n" + read_file(top / "examples" / "quickstart.cpp") + "```\n"));
   }
 
-  TEST_CASE("resume_training: goes on from a checkpoint, starts fresh only where there is none") {
+  TEST_CASE("resume_training: resumes from a checkpoint, starts fresh only if there is none") {
     fixture f;
     f.environment.insert(
         {{"WANDB_ENTITY", f.run.entity}, {"WANDB_PROJECT", f.run.project}, {"WANDB_RUN_ID", f.run.id}});
@@ -53,7 +53,7 @@ TEST_SUITE("examples") {
     CHECK(result.out == "resuming after epoch 7, loss 0.5\nepoch 8, loss 0.25\nepoch 9, loss 0.125\n");
   }
 
-  TEST_CASE("progress_and_cancel: stops in time, and a second call goes on from there") {
+  TEST_CASE("progress_and_cancel: stops in time, and a second call resumes") {
     fixture f;
     const auto content = stand_in::generated(3'000'000);
     f.server.add_file(f.run, "model.h5", content);
@@ -72,7 +72,7 @@ TEST_SUITE("examples") {
     CHECK(f.server.counted().of(stand_in::request_kind::storage).body_bytes < 3'000'000);
   }
 
-  TEST_CASE("cache_policy: young copies are trusted, old ones compared, own files left alone") {
+  TEST_CASE("cache_policy: young copies are kept, old ones compared, the user's files kept") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "first");
     const auto restore = [&](const char* max_age) {
@@ -93,7 +93,7 @@ TEST_SUITE("examples") {
     CHECK(read_file(f.work() / "a.txt") == "edited by hand");
   }
 
-  TEST_CASE("memory_transport: without network") {
+  TEST_CASE("memory_transport: works without a network") {
     fixture f;
     const outcome result = f.start("memory_transport", {});
     CHECK(result.status == 0);
@@ -127,7 +127,7 @@ TEST_SUITE("examples") {
     f.server.add_file(f.run, "small.txt", "twelve bytes");
     f.server.add_file(f.run, "large.h5", content);
 
-    SUBCASE("one exchange each, kept alive") {
+    SUBCASE("requests reuse their connection") {
       const outcome result = f.start("libcurl_transport", {"small.txt", f.run_path()});
       CHECK(result.status == 0);
       CHECK(contains(result.out, "small.txt: 12 bytes over libcurl, verified\n"));
@@ -154,7 +154,7 @@ TEST_SUITE("examples") {
       CHECK(result.status == 0);
       CHECK(f.server.counted().of(stand_in::request_kind::proxy).requests >= 2);
     }
-    SUBCASE("a certificate that nobody vouches for") {
+    SUBCASE("a certificate of an unknown authority") {
       stand_in::server().write_ca(f.directory.path() / "ca.pem");  // another authority
       const outcome result = f.start("libcurl_transport", {"small.txt", f.run_path()});
       CHECK(result.status == 1);

@@ -238,7 +238,8 @@ std::uint64_t bytes_in_partials(const fs::path& folder, const stand_in::content&
 }
 
 TEST_SUITE("processes: killed") {
-  TEST_CASE("at random moments: the next one ends with the right file, and fetches little again") {
+  TEST_CASE(
+      "killed at random moments: the next process restores the right file, and fetches few bytes again") {
     std::mt19937_64 random(1);
     std::uint64_t on_disk = 0, fetched = 0;  // by all rounds
     for (int round = 0; round < 8; ++round) {
@@ -271,7 +272,7 @@ TEST_SUITE("processes: killed") {
     CHECK(fetched <= 8 * large_size - on_disk * 9 / 10);  // what was just being written is not recorded yet
   }
 
-  TEST_CASE("again and again: it ends all the same") {
+  TEST_CASE("killed again and again: the restore still succeeds") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.server.set_rate(0, 32 * MiB);
@@ -288,7 +289,7 @@ TEST_SUITE("processes: killed") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("an old file stays whole until the new one is") {
+  TEST_CASE("an old file stays complete until the new one replaces it") {
     world it;
     const auto what = it.add("model.h5", large_size);
     support::write_file(it.at("model.h5"), "old");
@@ -303,7 +304,7 @@ TEST_SUITE("processes: killed") {
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
   }
 
-  TEST_CASE("what is left of another content is cleaned up") {
+  TEST_CASE("partial files of another content are removed") {
     world it;
     it.add("model.h5", large_size);
     it.options.connections = 1;
@@ -317,7 +318,7 @@ TEST_SUITE("processes: killed") {
     it.check_restored(it.restore("model.h5"), "model.h5", *later);
   }
 
-  TEST_CASE("one that waits takes over where it stopped") {
+  TEST_CASE("a waiting process resumes the killed one's download") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;
@@ -362,9 +363,9 @@ fs::path leave_from(world& it, const std::string& realm, std::chrono::seconds si
   return {};
 }
 
-TEST_SUITE("processes: gone elsewhere") {
-  TEST_CASE(
-      "on another host, silent for almost a minute: waited for, not fetched again; cleaned up when kept") {
+TEST_SUITE("processes: on other machines") {
+  TEST_CASE("blocks of another host's partial file are copied after a minute's silence; an hour later it is "
+            "removed") {
     world it;
     const auto what = it.add("model.h5", large_size);
     const fs::path left = leave_from(it, "0000000000000000", 58s);
@@ -382,7 +383,8 @@ TEST_SUITE("processes: gone elsewhere") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("in another container of this machine: gone on from at once, and nothing is left") {
+  TEST_CASE(
+      "blocks of a partial file of another container of this machine are reused at once, and it is removed") {
     world it;
     const auto what = it.add("model.h5", large_size);
     leave_from(it, "", 0s);
@@ -392,7 +394,7 @@ TEST_SUITE("processes: gone elsewhere") {
     CHECK(it.storage_bytes() <= large_size - 11 * MiB);
   }
 
-  TEST_CASE("an answer without a size, or one that fails, leaves what there is for the next try") {
+  TEST_CASE("a failed query, or an answer without a size, leaves partial files for the next call") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;
@@ -425,7 +427,7 @@ TEST_SUITE("processes: gone elsewhere") {
 }
 
 TEST_SUITE("processes: many at once") {
-  TEST_CASE("with locks that work storage sends the file once") {
+  TEST_CASE("with working locks storage sends the file once") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;  // see above
@@ -448,7 +450,7 @@ TEST_SUITE("processes: many at once") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("with locks that lock nothing, and with locks that fail, each ends with the right file") {
+  TEST_CASE("with ineffective or failing locks every process gets the right file") {
     const auto library = shim();
     if (!library) return;
     for (const char* locks : {"none", "ENOLCK", "ENOSYS"}) {
@@ -482,7 +484,7 @@ TEST_SUITE("processes: many at once") {
     }
   }
 
-  TEST_CASE("a limit on the size of files is told, with what to do, and not run into") {
+  TEST_CASE("a limit on file sizes is reported with a remedy, before the download") {
     world it;
     it.add("model.h5", 9 * MiB);
     rlimit before{};
@@ -498,7 +500,7 @@ TEST_SUITE("processes: many at once") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("without locks, some of them killed: the others end with the right file") {
+  TEST_CASE("without locks, if some processes are killed, the others get the right file") {
     const auto library = shim();
     if (!library) return;
     world it;
@@ -523,7 +525,7 @@ TEST_SUITE("processes: many at once") {
   }
 }
 
-TEST_SUITE("processes: what they meet") {
+TEST_SUITE("processes: signals, streams and disks") {
   TEST_CASE("SIGPIPE does not end a program that has its default handler") {
     world it;
     const auto what = it.add("model.h5", large_size);
@@ -536,14 +538,14 @@ TEST_SUITE("processes: what they meet") {
     CHECK(holds(it.at("model.h5"), *what));
   }
 
-  TEST_CASE("a program without standard streams that prints progress does not print into its files") {
+  TEST_CASE("output of a program without standard streams does not go into its files") {
     world it;
     CHECK(child(it, "model.h5", {{"CHILD_CLOSED", "1"}}).join() == downloaded);
     CHECK((support::read_file(it.at("model.h5")) == memory_transport::content()));
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("a directory that may not be written to: disk_failure that names it, and no byte is fetched") {
+  TEST_CASE("an unwritable directory is disk_failure with its name, before the download") {
     world it;
     it.add("model.h5", small_size);
     fs::create_directories(it.options.root);
@@ -556,7 +558,8 @@ TEST_SUITE("processes: what they meet") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("disks that fail") {
+  TEST_CASE(
+      "disk errors are disk_failure and leave the old file; short and interrupted operations are repeated") {
     const auto library = shim();
     if (!library) return;
     struct failing {
@@ -619,8 +622,7 @@ TEST_SUITE("processes: what they meet") {
     }
   }
 
-  TEST_CASE(
-      "killed while the finished content is brought to stable storage: nothing of it is fetched again") {
+  TEST_CASE("killed during the sync of finished content: no byte is fetched again") {
     const auto library = shim();
     if (!library) return;
     world it;
@@ -632,7 +634,7 @@ TEST_SUITE("processes: what they meet") {
     CHECK(it.storage_bytes() == 0);
   }
 
-  TEST_CASE("a sync that failed: nothing of that file counts as being on disk, and it is fetched again") {
+  TEST_CASE("after a failed sync the file is downloaded again") {
     const auto library = shim();
     if (!library) return;
     world it;
@@ -659,7 +661,7 @@ TEST_SUITE("processes: what they meet") {
     }
   }
 
-  TEST_CASE("a small file that nobody tried before, and one that is kept: the directory is not read") {
+  TEST_CASE("a new small file and a kept file do not read the directory") {
     const auto library = shim();
     if (!library) return;
     world it;
@@ -686,7 +688,7 @@ TEST_SUITE("processes: what they meet") {
     CHECK(holds(it.at("model.h5"), *what));
   }
 
-  TEST_CASE("killed just before the finished file becomes visible: nothing of it is fetched again") {
+  TEST_CASE("killed before the rename: no byte is fetched again") {
     const auto library = shim();
     if (!library) return;
     world it;
@@ -699,7 +701,7 @@ TEST_SUITE("processes: what they meet") {
     CHECK(it.storage_bytes() == 0);
   }
 
-  TEST_CASE("a local file that cannot be looked at, or opened, is not taken for missing") {
+  TEST_CASE("an unreadable local file is not taken for missing") {
     const auto library = shim();
     if (!library) return;
     struct row {
@@ -728,7 +730,7 @@ TEST_SUITE("processes: what they meet") {
     }
   }
 
-  TEST_CASE("how much is missing is told exactly") {
+  TEST_CASE("the error tells the exact number of missing bytes") {
     const auto library = shim();
     if (!library) return;
     world it;

@@ -89,7 +89,7 @@ TEST_SUITE("proxy") {
     }
   }
 
-  TEST_CASE("this machine itself is never reached through the environment's proxies") {
+  TEST_CASE("the environment's proxies are not used for this machine") {
     // [checked against Go's golang.org/x/net/http/httpproxy]
     const rule rows[] = {
         {"", "https://localhost:8080", false},
@@ -134,7 +134,7 @@ TEST_SUITE("proxy") {
     CHECK_FALSE(configuration.problem.has_value());
   }
 
-  TEST_CASE("W&B's own variables ignore NO_PROXY, and lead even to this machine") {
+  TEST_CASE("W&B's own variables ignore NO_PROXY, also for this machine") {
     const scoped_environment proxies{{"WANDB_HTTP_PROXY", "http://own:1/"},
                                      {"HTTP_PROXY", "http://all:1"},
                                      {"HTTPS_PROXY", "http://all:2"},
@@ -156,7 +156,7 @@ TEST_SUITE("proxy") {
     CHECK(configuration.http_proxy.url == "http://own:2");
   }
 
-  TEST_CASE("in a CGI program HTTP_PROXY may be the visitor's") {
+  TEST_CASE("in a CGI program HTTP_PROXY is ignored") {
     const scoped_environment cgi{
         {"REQUEST_METHOD", "GET"}, {"HTTP_PROXY", "http://evil:1"}, {"HTTPS_PROXY", "http://p:1"}};
     const auto configuration = wandb::settings::from_environment();
@@ -166,7 +166,7 @@ TEST_SUITE("proxy") {
     CHECK(configuration.warnings[0] == "HTTP_PROXY is not used in a CGI program");
   }
 
-  TEST_CASE("a proxy of another kind is a problem, told without its password") {
+  TEST_CASE("a proxy of another kind is a problem, reported without its password") {
     for (const char* text : {"socks5://u:secret@p:1", "https://u:secret@p", "http://u:secret@",
                              "http://p:99999", "http://p\n"}) {
       CAPTURE(text);
