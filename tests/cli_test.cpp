@@ -1,5 +1,4 @@
-// The command-line example, started as a shell would, against the stand-in: output, exit status, signals,
-// terminal.
+// The command-line program against the stand-in, started as a shell would: output, exit status, signals, terminal.
 //
 // SPDX-License-Identifier: MIT
 #ifndef _WIN32
@@ -34,13 +33,13 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-/// Arguments that go on from `first` with the fixture's run.
+/// Returns `first` followed by the fixture's --run-path.
 std::vector<std::string> with_run(const fixture& f, std::vector<std::string> first) {
   first.insert(first.end(), {"--run-path", f.run_path()});
   return first;
 }
 
-/// What went to standard error is one or more messages, and nothing else.
+/// Checks that standard error has one or more messages, and nothing else.
 void check_messages(const std::string& err) {
   CHECK(err.rfind("wandb-restore: ", 0) == 0);
   CHECK(err.back() == '\n');
@@ -352,7 +351,7 @@ TEST_SUITE("command line") {
         check_messages(result.err);
         CHECK(read_file(f.work() / "a.txt") == "old");
 
-        words.push_back("--quiet");  // no warnings, no progress; errors all the same
+        words.push_back("--quiet");  // suppresses warnings and progress, but not errors
         const outcome quiet = f.start(program, words);
         CHECK(quiet.status == r.status);
         check_messages(quiet.err);
@@ -452,8 +451,8 @@ TEST_SUITE("command line") {
   // ---- on a terminal
 
   struct screen {
-    std::vector<std::string> frames;  // what was drawn at the beginning of a line, one after another
-    std::string last;                 // after all
+    std::vector<std::string> frames;  // successive contents of the line
+    std::string last;                 // the last content
   };
 
   screen watch(const std::string& err) {
@@ -527,7 +526,7 @@ TEST_SUITE("command line") {
       std::string drawn = result.err.substr(begin, end == result.err.npos ? end : end - begin);
       const auto whole = drawn.size();
       drawn.erase(drawn.find_last_not_of(' ') + 1);
-      if (drawn.size() < 30) CHECK(whole < 30);  // not padded to the width before: that would wrap
+      if (drawn.size() < 30) CHECK(whole < 30);  // not padded to the earlier width, which would wrap
     }
     CHECK(seen.frames[seen.frames.size() - 3].size() < 30);
   }
@@ -557,7 +556,7 @@ TEST_SUITE("command line") {
     setup how = f.how();
     how.tty = &tty;
     child running(example(program), with_run(f, {"model.h5", "--connections", "1"}), how);
-    REQUIRE(running.read_until([](const std::string& err) {  // a good part has arrived
+    REQUIRE(running.read_until([](const std::string& err) {  // a part of the file has arrived
       const auto percent = err.rfind('%');
       return percent != std::string::npos && percent >= 2 && err[percent - 2] >= '1' &&
              err[percent - 2] <= '9';

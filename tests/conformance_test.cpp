@@ -64,7 +64,7 @@ TEST_SUITE("conformance") {
     const std::string text = support::read_file(top / "README.md");
     const auto begin = text.find(expected);
     REQUIRE(begin != std::string::npos);
-    CHECK(text.substr(begin + expected.size(), 1) == "\n");  // no row more
+    CHECK(text.substr(begin + expected.size(), 1) == "\n");  // no further rows
   }
 }
 

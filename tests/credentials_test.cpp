@@ -1,4 +1,4 @@
-// Who asks, how that is proved, and to whom: keys, access tokens, extra headers, proxies and certificates in whole restores.
+// Authentication in whole restores: keys, access tokens, extra headers, proxies and certificates.
 #include "restore_fixture.hpp"
 
 #include <ctime>
@@ -19,7 +19,7 @@ namespace {
 
 const std::string text = "the bytes of the file";
 
-/// The Authorization of every request of a kind: one text where all agree, as they have to.
+/// Returns the Authorization of all requests of a kind. Checks that they agree.
 std::optional<std::string> authorization(const fixture& f, request_kind kind) {
   std::optional<std::string> seen;
   bool first = true;
@@ -157,7 +157,7 @@ TEST_SUITE("credentials: keys") {
       (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path, true));
       CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
     }
-    s.api_key = " \n";  // none: then netrc counts
+    s.api_key = " \n";  // empty after trimming: netrc is used
     (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path, true));
     CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
     f.server.add_fault(place::graphql,
@@ -172,7 +172,8 @@ TEST_SUITE("credentials: keys") {
          {std::string("short"), std::string(39, 's'), std::string(39, 's') + '*',
           "s\r\nX-Evil: " + std::string(40, 's'), std::string(20, 's') + ' ' + std::string(20, 's')}) {
       for (const bool in_netrc : {false, true}) {
-        if (in_netrc && key.find_first_of(" \r\n") != key.npos) continue;  // cannot be written there
+        if (in_netrc && key.find_first_of(" \r\n") != key.npos)
+          continue;  // cannot be written in a netrc file
         CAPTURE(key);
         f.secrets.push_back(key);
         auto s = f.public_settings();
@@ -255,7 +256,7 @@ TEST_SUITE("credentials: keys") {
 }
 
 TEST_SUITE("credentials: the service's two names") {
-  /// A stand-in that is reached under the service's names, through its proxy, and calls itself by one of them.
+  /// Options for a stand-in that a proxy reaches under the service's names.
   stand_in::options named(const std::string& own_name) {
     stand_in::options how;
     how.proxy = true;
@@ -354,7 +355,7 @@ TEST_SUITE("credentials: the service's two names") {
 TEST_SUITE("credentials: identity tokens") {
   const char* const jwt = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJ3b3JrZXIifQ.c2lnbmF0dXJl_-";
 
-  /// A stand-in that takes the token, and settings that have it in a file.
+  /// A stand-in that accepts an identity token, and settings with its file.
   class federated : public fixture {
    public:
     explicit federated(std::int64_t token_seconds = 3600, stand_in::options how = {})
@@ -408,7 +409,7 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(f.exchanges() == 1);
     (void)f.success(wandb::client<>(f.settings()).try_restore("a.txt", f.path, true));
     CHECK(f.exchanges() == 1);
-    (void)authorization(f, request_kind::graphql);  // the same in each
+    (void)authorization(f, request_kind::graphql);  // checks that all requests agree
   }
 
   TEST_CASE("threads share one exchange") {
@@ -780,7 +781,7 @@ TEST_SUITE("credentials: recipients") {
   }
 
   TEST_CASE("storage on another port of the service's host gets no key, also in retries") {
-    fixture f;  // whose storage is one
+    fixture f;  // its storage has another port than its service
     f.server.add_file(f.run, "a.txt", text);
     f.server.add_fault(target(place::storage).nth(1), act::status(503));
     f.server.add_fault(target(place::storage).nth(2), act::cut(3));
@@ -861,8 +862,9 @@ TEST_SUITE("credentials: proxies") {
 
   TEST_CASE("the environment's proxy variables and NO_PROXY apply to service and storage") {
     struct row {
-      std::vector<std::pair<const char*, const char*>> variables;  ///< PROXY stands for the proxy's address
-      bool service, storage;                                       ///< through the proxy
+      std::vector<std::pair<const char*, const char*>>
+          variables;          ///< PROXY is replaced by the proxy's address
+      bool service, storage;  ///< through the proxy
     };
     const std::vector<row> table = {
         {{{"HTTPS_PROXY", "PROXY"}}, true, true},
@@ -906,7 +908,7 @@ TEST_SUITE("credentials: proxies") {
       auto s = wandb::settings::from_environment();
       s.connect_timeout = s.retry_timeout = 300ms;
       auto outcome = wandb::client<>(s).try_restore("a.txt", f.path, false, f.root());
-      // Without the proxy nobody knows the host: then a failure is what shows that none was used.
+      // Only the proxy can resolve the host: a failure shows that the proxy was not used.
       if (r.service && r.storage) {
         (void)f.success(std::move(outcome));
       } else {
@@ -940,7 +942,7 @@ TEST_SUITE("credentials: proxies") {
 
 TEST_SUITE("credentials: certificates") {
 #ifndef WANDB_RESTORE_NO_OPENSSL
-  /// The CA as OpenSSL looks for it in a directory: under the hash of its name.
+  /// Puts the CA into a directory as OpenSSL searches it: under the hash of its name.
   fs::path hashed_directory(const fixture& f) {
     const fs::path directory = f.directory / "certificates";
     fs::create_directories(directory);

@@ -1,5 +1,5 @@
-// The forms that a caller writes with braces: designated initialisers from C++20 on, empty braces in any version. Where the
-// compiler has no C++20 the same promises are kept with a restore_options that is filled in.
+// Calls with braces: designated initialisers in C++20, empty braces in every version. Without C++20 the tests assign the members
+// of a restore_options instead.
 #include "restore_fixture.hpp"
 
 using namespace restore_tests;

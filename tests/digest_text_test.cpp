@@ -1,7 +1,7 @@
-// The digest, and the text that comes from other people: addresses, dates, ranges, encodings.
+// The digest, and the parsers of external text: addresses, dates, ranges, encodings.
 //
-// These functions stand in the implementation part of the header: this file brings it along, inline, in the inline
-// namespace of that build mode. The rest of the program is not touched by that.
+// These functions are in the implementation part of the header: this file compiles it inline, in the inline namespace of that
+// build mode. The rest of the program is not affected.
 #undef WANDB_RESTORE_SPLIT
 #include "wandb_restore.hpp"
 
@@ -200,7 +200,7 @@ TEST_SUITE("text") {
     CHECK(detail::parse_json(nested(33, "[{\"a\":", "}]")).is_null());
     CHECK(detail::parse_json(nested(100'000, "{\"a\":", "}")).is_null());
     CHECK(detail::parse_json(std::string(1'000'000, '[')).is_null());
-    // Brackets inside strings are text, behind escaped quotes, too.
+    // Brackets in strings do not count, also after escaped quotes.
     const std::string text = "\"\\\"" + std::string(100, '[') + "\\\\\"";
     CHECK(detail::text_of(detail::parse_json(text)) == "\"" + std::string(100, '[') + "\\");
     CHECK(detail::parse_json("[[],[],{}," + text + "]").is_array());
@@ -227,7 +227,7 @@ TEST_SUITE("text") {
         {"ffffffffffffffff", 16, UINT64_MAX},
         {"10000000000000000", 16, std::nullopt},
         {"g", 16, std::nullopt},
-        {"[", 16, std::nullopt},  // between the letters, as `
+        {"[", 16, std::nullopt},  // between 'Z' and 'a', as `
         {"`", 16, std::nullopt},
         {":", 16, std::nullopt},
         {"@", 16, std::nullopt},
@@ -253,7 +253,7 @@ TEST_SUITE("text") {
         {"kAFQmDzST7DWlj99KOF/cg", ""},            // padding is missing
         {"kAFQmDzST7DWlj99KOF/", ""},              // 15 bytes
         {"kAFQmDzST7DWlj99KOF/cgA=", ""},          // 17 bytes
-        {"g00150983cd24fb0d6963f7d28e17f72", ""},  // 32 characters that are no hex, though base64
+        {"g00150983cd24fb0d6963f7d28e17f72", ""},  // 32 characters of base64, not hex
         {"900150983cd24fb0d6963f7d28e17f7", ""},
         {"900150983cd24fb0d6963f7d28e17f72 ", ""},
     };
@@ -344,7 +344,7 @@ TEST_SUITE("text") {
         {"bytes 5-9/", false, 0, 0, {}},
         {"bytes 5-9/ten", false, 0, 0, {}},
         {"bytes 5-9/-10", false, 0, 0, {}},
-        {"bytes 0-18446744073709551615/*", false, 0, 0, {}},  // its end would be 0
+        {"bytes 0-18446744073709551615/*", false, 0, 0, {}},  // its end would overflow to 0
         {"bytes 0-18446744073709551616/*", false, 0, 0, {}},
         {"bytes=5-9/10", false, 0, 0, {}},
         {"lines 5-9/10", false, 0, 0, {}},
@@ -483,7 +483,7 @@ TEST_SUITE("addresses") {
         {"g?y/./x", "http://a/b/c/g?y/./x"},
         {"g?y/../x", "http://a/b/c/g?y/../x"},
         {"g#s/./x", "http://a/b/c/g"},
-        // and what is met in the wild
+        // references of real servers
         {"https://Other:444/x?y", "https://other:444/x?y"},
         {"/a//b", "http://a/a//b"},
         {"/x?u=http://v/", "http://a/x?u=http://v/"},

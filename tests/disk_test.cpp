@@ -1,8 +1,7 @@
-// What the engine keeps on disk: partial files and who owns them, locks, receipts, and the step that makes a
-// file visible.
+// The library's files on disk: partial files and their owners, locks, receipts, and the publication of a file.
 //
-// These classes stand in the implementation part of the header: this file brings it along, inline, in the inline
-// namespace of that build mode. The rest of the program is not touched by that.
+// These classes are in the implementation part of the header: this file compiles it inline, in the inline namespace of that
+// build mode. The rest of the program is not affected.
 #undef WANDB_RESTORE_SPLIT
 #include "wandb_restore.hpp"
 
@@ -90,8 +89,8 @@ void set_age(const fs::path& where, std::int64_t seconds) {
   REQUIRE(utimensat(AT_FDCWD, where.c_str(), times, 0) == 0);
 }
 
-/// Another process: runs `body`, then tells so and stays until it is killed. Nothing but system calls and
-/// this library between fork and exit.
+/// A child process that runs `body`, reports its end, and then waits until it is killed. After the fork it uses only system
+/// calls and this library.
 class process {
  public:
   explicit process(const std::function<void()>& body) {
@@ -115,7 +114,7 @@ class process {
   process& operator=(const process&) = delete;
 
   pid_t id() const { return id_; }
-  /// Dead, but not yet taken note of: a zombie.
+  /// Kills the process without waiting for it: a zombie.
   void kill_only() {
     kill(id_, SIGKILL);
     siginfo_t what{};
@@ -132,7 +131,7 @@ class process {
   pid_t id_ = -1;
 };
 
-/// Leaves a partial file as a writer does that is killed: with some blocks, of any content.
+/// Leaves a partial file with some blocks, as a killed process does.
 fs::path leave_killed(const place& at, const std::string& what, std::uint64_t first, std::uint64_t last) {
   std::vector<fs::path> before;
   for (const auto& one : find_partials(at)) before.push_back(one.where);
@@ -152,7 +151,7 @@ fs::path leave_killed(const place& at, const std::string& what, std::uint64_t fi
   return {};
 }
 
-/// Runs something as another user; false, aloud, where that takes root and there is none.
+/// Runs a function as another user. Returns false with a message if the test does not run as root.
 bool as_another_user(const std::function<void()>& body) {
   if (geteuid() != 0) {
     MESSAGE("left out: to act as another user needs root");
@@ -235,7 +234,7 @@ TEST_SUITE("partial files") {
     leave(place(directory / "other.h5"), md5, size);
     check_nothing(1);
     leave(at, other_md5, size);
-    check_nothing(2);  // mine, and that of the other content: somebody may want it
+    check_nothing(2);  // the own file, and that of the other content, which may still be resumed
     for (const std::uint64_t another : {size + block, size + 1, block}) {
       leave(at, md5, another);
       check_nothing(2);
@@ -287,11 +286,11 @@ TEST_SUITE("partial files") {
       REQUIRE(find_partials(at).size() == 1);
       how(find_partials(at).front().where);
       const auto mine = must(partial_file::open(at, md5, size));
-      CHECK(find_partials(at).size() <= 2);  // nobody knows of which content a torn record is
+      CHECK(find_partials(at).size() <= 2);  // the content of a torn record is unknown
       clean_up(at, 0);
       return mine->has(0) || mine->has(1) || mine->has(2) || mine->has(3);
     };
-    CHECK(spoil([](const fs::path&) {}));  // the test is able to fail
+    CHECK(spoil([](const fs::path&) {}));  // without damage the blocks are found
     CHECK_FALSE(spoil([](const fs::path& where) { fs::resize_file(where, 4 * block + 64); }));
     CHECK_FALSE(spoil([](const fs::path& where) { fs::resize_file(where, 4 * block + 10); }));
     CHECK_FALSE(spoil([](const fs::path& where) { fs::resize_file(where, 4 * block); }));
@@ -310,7 +309,7 @@ TEST_SUITE("partial files") {
     auto mine = must(partial_file::open(at, md5, size));
     for (std::uint64_t i = 0; i < 4; ++i) CHECK(mine->has(i));
     CHECK(content_at(*mine, 3) == block_text(3));
-    // A sign of life must not make it look like something else to the next one.
+    // touch() must not change the meaning of a complete file without a record.
     mine->touch();
     mine->release(at, md5);
     mine = must(partial_file::open(at, md5, size));
@@ -325,7 +324,7 @@ TEST_SUITE("partial files") {
       if (!made) _exit(1);
       (void)(*made)->write(0, block_text(0));
       (void)(*made)->record(0, 1);
-      (void)made->release();  // as a kill leaves it: nothing is tidied up
+      (void)made->release();  // skip the destructor, as a kill does
     });
     REQUIRE(find_partials(at).size() == 1);
     CHECK_FALSE(find_partials(at).front().abandoned());
@@ -421,7 +420,7 @@ TEST_SUITE("partial files") {
   TEST_CASE("blocks of an owner on another machine are copied after a minute without writes") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
-    // Of this host, it would be dead; of another, nobody knows.
+    // On this host the owner would be dead; on another host its state is unknown.
     const owner foreign{"0000000000000000", 1234, 5678, 9};
     auto left = must(partial_file::create(at, md5, size));
     fill(*left, 0, 1);
@@ -444,9 +443,9 @@ TEST_SUITE("partial files") {
     CHECK(mine->content().facts()->inode != facts_of(theirs)->inode);
     const auto now = mine->content().facts()->modified;
     clean_up(at, now);
-    CHECK(fs::exists(theirs));  // it may still be written to
+    CHECK(fs::exists(theirs));  // its owner may still write to it
 
-    // What the copy is, stays: the other's later writes do not show.
+    // Later writes of the other owner do not change the copy.
     REQUIRE(left->write(0, block_text(0, 'z')).has_value());
     CHECK(content_at(*mine, 0) == block_text(0));
   }
@@ -646,7 +645,7 @@ TEST_SUITE("partial files") {
     }
     const auto mine = must(partial_file::open(at, md5, size, {}, &lock));
     CHECK(mine->has(1));
-    CHECK(mine->content().facts()->inode != inode);  // it may come back: nothing is shared with it
+    CHECK(mine->content().facts()->inode != inode);  // its owner may return, so no inode is shared
     CHECK_FALSE(fs::exists(theirs));
   }
 
@@ -664,7 +663,7 @@ TEST_SUITE("partial files") {
     set_age(left->where(), 3700);
     clean_up(at, now);
     CHECK_FALSE(fs::exists(theirs));
-    CHECK(fs::exists(left->where()));  // of this very process, which lives
+    CHECK(fs::exists(left->where()));  // its owner is this live process
   }
 
   TEST_CASE("clean-up spares partial files that are younger than the given age") {
@@ -703,7 +702,7 @@ TEST_SUITE("partial files") {
     }
     CHECK(find_partials(at).empty());
     write_file(directory / (tag + "-" + md5.substr(0, 16) + "-nonsense.part"),
-               "text");  // nobody is known to be dead
+               "text");  // no owner is known to be dead
     REQUIRE(find_partials(at).size() == 1);
     CHECK_FALSE(find_partials(at).front().abandoned());
     CHECK(must(partial_file::open(at, md5, size)) != nullptr);
@@ -793,8 +792,8 @@ TEST_SUITE("owners") {
     REQUIRE(its_start.has_value());
     const owner it{me.realm, static_cast<std::uint64_t>(other.id()), *its_start, 1};
     CHECK_FALSE(it.is_provably_dead());
-    CHECK(owner{it.realm, it.process, it.start + 1, 1}.is_provably_dead());  // the id was used again
-    CHECK_FALSE(owner{it.realm, it.process, 0, 1}.is_provably_dead());       // when it started is not known
+    CHECK(owner{it.realm, it.process, it.start + 1, 1}.is_provably_dead());  // the process id was reused
+    CHECK_FALSE(owner{it.realm, it.process, 0, 1}.is_provably_dead());       // the start time is unknown
     CHECK_FALSE(owner{"elsewhere", it.process, it.start + 1, 1}.is_provably_dead());
     CHECK_FALSE(owner{"", it.process, it.start + 1, 1}.is_provably_dead());
     CHECK_FALSE(owner{"unknown", it.process, it.start + 1, 1}.is_provably_dead());
@@ -806,7 +805,7 @@ TEST_SUITE("owners") {
   }
 
 #if defined(__linux__) &&                                                                                    \
-    !defined(__SANITIZE_THREAD__)  // which cannot follow a thread that is made after a fork
+    !defined(__SANITIZE_THREAD__)  // the sanitizer does not support threads that start after a fork
   TEST_CASE("a process is alive as long as any of its threads runs") {
     int ready[2];
     REQUIRE(pipe(ready) == 0);
@@ -828,7 +827,7 @@ TEST_SUITE("owners") {
             for (;;) pause();
           },
           nullptr);
-      syscall(SYS_exit, 0);  // this thread alone
+      syscall(SYS_exit, 0);  // ends only this thread
     }
     ::close(ready[1]);
     char told = 0;
@@ -981,7 +980,7 @@ TEST_SUITE("locks") {
       });
       place_lock mine(at);
       CHECK(mine.try_acquire() == place_lock::outcome::busy);
-      CHECK_FALSE(mine.take_from_dead());  // it lives
+      CHECK_FALSE(mine.take_from_dead());  // the holder is alive
     }
     pid_t left = 0;
     REQUIRE(read(ready[0], &left, sizeof left) == static_cast<ssize_t>(sizeof left));

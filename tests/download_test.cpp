@@ -1,5 +1,4 @@
-// Whole restores against the stand-in server, over TLS: what they cost, what they survive, how they fail and
-// end.
+// Whole restores against the stand-in server, over TLS: requests, retries, failures, cancellation, progress.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -25,7 +24,7 @@ using stand_in::target;
 using wandb::errc;
 namespace act = stand_in::act;
 
-/// What must be a restore in another thread, which is ended and joined at the end of the scope.
+/// A restore in another thread. The destructor cancels and joins it.
 class background {
  public:
   background(world& of, const std::string& name)
@@ -53,7 +52,7 @@ class background {
 using clock_type = std::chrono::steady_clock;
 constexpr auto a_second = 1000ms;
 
-/// A store that sends no more than so many bytes of a range, as RFC 9110, section 15.3.7, lets it.
+/// A store that sends at most a number of bytes of a range, as RFC 9110, section 15.3.7, allows.
 class capped_ranges {
  public:
   capped_ranges(const wandb::settings& settings, std::uint64_t most) : real_(settings), most_(most) {}
@@ -73,7 +72,7 @@ class capped_ranges {
   std::uint64_t most_;
 };
 
-/// A transport whose responses from storage are changed on their way.
+/// A transport that changes the responses of storage.
 class altering {
  public:
   using head_change = void (*)(wandb::http_response&);
@@ -122,7 +121,7 @@ class refusing_ranges {
   int status_;
 };
 
-/// A transport that delivers whole bodies from storage, and fails all the same.
+/// A transport that delivers whole bodies from storage, and then fails.
 class failing_at_the_end {
  public:
   explicit failing_at_the_end(const wandb::settings& settings) : real_(settings) {}
@@ -144,8 +143,8 @@ bool something_hangs(const stand_in::server& server) {
 }  // namespace
 
 #ifdef __SANITIZE_THREAD__
-// libcrypto is not built for this sanitizer: what its atomics order looks like a race (the key identifiers of
-// certificates that several handshakes share are read once and cached).
+// libcrypto is not compiled with this sanitizer, which therefore does not see its atomics, and reports races where handshakes
+// share the cached key identifiers of certificates.
 extern "C" const char* __tsan_default_suppressions();
 extern "C" const char* __tsan_default_suppressions() { return "called_from_lib:libcrypto.so\n"; }
 #endif
@@ -196,8 +195,8 @@ TEST_SUITE("download: requests and connections") {
     }
     CHECK(connections.size() > 1);
     CHECK(it.storage_bytes() >= 64 * MiB);
-    CHECK(it.storage_bytes() <= 64 * MiB + 16 * MiB);  // what was on its way when a range was shared
-    // All but the first request name the entity they go on with.
+    CHECK(it.storage_bytes() <= 64 * MiB + 16 * MiB);  // bytes in transit when a range was split
+    // All requests but the first have If-Range.
     const auto all = it.server.requests(request_kind::storage);
     CHECK(std::count_if(all.begin(), all.end(),
                         [](const auto& one) { return one.header("If-Range").has_value(); }) +
@@ -357,7 +356,7 @@ TEST_SUITE("download: retries") {
     for (const auto size : {small_size, large_size}) {
       for (const auto& one : faults) {
         const std::string fault_name = one.name;
-        if (size == small_size && fault_name == "short") continue;  // its length alone is wrong: see below
+        if (size == small_size && fault_name == "short") continue;  // only its length is wrong: see below
         if (size == large_size && fault_name.find_first_of("0123456789") != std::string::npos &&
             fault_name != "503")
           continue;
@@ -633,7 +632,7 @@ TEST_SUITE("download: the content changes") {
           got.error().code() == errc::checksum_mismatch || got.error().code() == errc::protocol_violation;
       CHECK(right);
       CHECK_FALSE(fs::exists(it.at("model.h5")));
-      // A weak tag promises nothing about bytes.
+      // A weak tag does not identify the bytes.
       bool weak = false;
       for (const auto& one : it.server.requests(request_kind::storage))
         weak = weak || one.header("If-Range").value_or("").rfind("W/", 0) == 0;
@@ -653,8 +652,7 @@ TEST_SUITE("download: the content changes") {
   }
 
   TEST_CASE("blocks that were hashed are not overwritten by another content") {
-    // All but the last answers are right, then the whole comes back with another first byte and nothing says
-    // so.
+    // All responses but the last are right. The last is the whole file with another first byte, without an ETag.
     world it;
     it.options.connections = 2;
     stand_in::file_attributes attributes;
@@ -980,7 +978,7 @@ TEST_SUITE("download: failures") {
       REQUIRE_FALSE(got.has_value());
       CHECK(std::string(got.error().what()).find("gave up after") != std::string::npos);
       CHECK(took >= 2s);
-      CHECK(took < 8s);  // one after another it would be 16 s
+      CHECK(took < 8s);  // one after another would take 16 s
     }
   }
 
@@ -1340,7 +1338,7 @@ TEST_SUITE("download: progress") {
         double rate;
         clock_type::time_point time;
       };
-      std::vector<report> reports;  // no lock: one thread at a time is the promise
+      std::vector<report> reports;  // no lock: on_progress is called from one thread at a time
       it.options.on_progress = [&](const wandb::progress& now) {
         reports.push_back({std::this_thread::get_id(), std::string(now.name), now.phase, now.bytes_done,
                            now.bytes_total, now.bytes_per_second, clock_type::now()});

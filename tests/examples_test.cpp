@@ -1,4 +1,4 @@
-// The small examples: each is started against the stand-in, and says what its comment promises.
+// Runs the small examples against the stand-in, and checks their output.
 // SPDX-License-Identifier: MIT
 #ifndef _WIN32
 #include "cli_test.hpp"
@@ -26,7 +26,7 @@ TEST_SUITE("examples") {
     CHECK(missing.status == 1);
     CHECK(contains(missing.err, "nothing.h5"));
 
-    // What the README opens with is this program.
+    // The first program of the README is this example.
     const fs::path top = fs::path(__FILE__).parent_path().parent_path();
     CHECK(contains(read_file(top / "README.md"),
                    "```cpp\n" + read_file(top / "examples" / "quickstart.cpp") + "```\n"));
@@ -115,7 +115,7 @@ TEST_SUITE("examples") {
   }
 
   TEST_CASE("libcurl_transport") {
-#ifdef WANDB_RESTORE_TESTS_NO_LIBCURL  // told by a build that has left the example out
+#ifdef WANDB_RESTORE_TESTS_NO_LIBCURL  // defined by a build without the example
     MESSAGE("left out: the example was not built, for libcurl was not found");
     return;
 #endif
@@ -155,7 +155,7 @@ TEST_SUITE("examples") {
       CHECK(f.server.counted().of(stand_in::request_kind::proxy).requests >= 2);
     }
     SUBCASE("a certificate of an unknown authority") {
-      stand_in::server().write_ca(f.directory.path() / "ca.pem");  // another authority
+      stand_in::server().write_ca(f.directory.path() / "ca.pem");  // the certificate of another authority
       const outcome result = f.start("libcurl_transport", {"small.txt", f.run_path()});
       CHECK(result.status == 1);
       CHECK(contains(result.err, "ertificate"));

@@ -1,6 +1,6 @@
-// The header as a guest in programs: included twice and first, in two source files of one program, with nothing leaking.
+// The header in a program: included first and twice, in two source files, without side effects on other names.
 #include "wandb_restore.hpp"
-#include "wandb_restore.hpp"  // NOLINT: twice, on purpose
+#include "wandb_restore.hpp"  // NOLINT: included twice on purpose
 
 #include <doctest/doctest.h>
 

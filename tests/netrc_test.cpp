@@ -11,7 +11,7 @@
 
 namespace {
 
-/// The password for a host as a netrc file spells it, else the default entry's.
+/// Returns the password for a host in a netrc file, else that of the default entry.
 std::optional<std::string> find_netrc_password(std::string_view text, const std::string& host) {
   const auto passwords = wandb::detail::parse_netrc(text);
   if (!passwords) return std::nullopt;
@@ -20,7 +20,7 @@ std::optional<std::string> find_netrc_password(std::string_view text, const std:
   return found == passwords->end() ? std::nullopt : std::optional(found->second);
 }
 
-/// What the netrc reader makes of a whole file, through the settings that name it.
+/// Reads a netrc file through settings that name it.
 struct netrc_answer {
   std::string key;
   std::vector<std::string> warnings;
@@ -100,7 +100,7 @@ TEST_SUITE("netrc") {
   }
 
   TEST_CASE("comments may stand anywhere, and a macro may end the file") {
-    // Python's reader fails on these.
+    // Python's reader fails on these files.
     const char* const rows[] = {
         "\n\n# after empty lines\nmachine h password K",
         "#machine h password OLD\nmachine h password K",
@@ -120,7 +120,7 @@ TEST_SUITE("netrc") {
     CHECK(find_netrc_password(text, "localhost") == "without");
     CHECK_FALSE(find_netrc_password(text, "localhost:80").has_value());
     CHECK_FALSE(find_netrc_password(text, "LOCALHOST").has_value());
-    // The tokens of the service as `wandb login` writes them.
+    // Entries of the service as `wandb login` writes them.
     CHECK(find_netrc_password("machine api.wandb.ai\n  login user\n  password K\n", "api.wandb.ai") == "K");
   }
 

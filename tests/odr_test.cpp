@@ -1,4 +1,4 @@
-// The other source file of headers_test.cpp.
+// The second source file of headers_test.cpp.
 #include "wandb_restore.hpp"
 
 #include <doctest/doctest.h>

@@ -1,5 +1,5 @@
-// The rooms of the download engine, each on its own and without a server: which connection fetches which bytes, what is
-// on disk, where the file is, and how long a transfer goes on trying.
+// The parts of the download engine, each without a server: the assignment of ranges, the blocks on
+// disk, the file's address, and the time limits of retries.
 //
 // These classes are in the implementation part of the header: this file compiles it inline, in the inline namespace of that
 // build mode. The rest of the program is not affected.
@@ -29,8 +29,8 @@ constexpr std::uint64_t MiB = 1024 * 1024;
 constexpr std::uint64_t block = range_plan::block;
 constexpr std::uint64_t chunk = 4 * block;  // bytes that a connection buffers before it writes
 
-/// A download on a clock of its own: each connection brings so many bytes a second, after a delay for each request. All
-/// connections together may share one link.
+/// A download in simulated time. Each connection has a rate, and a delay for each request. All connections together may share
+/// one link.
 class simulation {
  public:
   struct network {
@@ -47,7 +47,7 @@ class simulation {
       for (auto i = gap.begin / block; i < (gap.end + block - 1) / block; ++i) wanted_[i] = 1, ++missing_;
   }
 
-  /// Runs until every byte is there, or for `limit` seconds. Returns whether every byte is there.
+  /// Runs until every byte has arrived, or for `limit` seconds. Returns whether every byte has arrived.
   bool run(double limit, const std::function<void(simulation&)>& each_step = {}) {
     constexpr double step = 0.005;
     for (int ticks = 0; missing_ > 0 && time < limit; ++ticks) {
@@ -70,15 +70,15 @@ class simulation {
   std::uint64_t fetched = 0;  // bytes over the network
   std::uint64_t largest = 0;  // bytes of the largest range that was assigned
   std::uint64_t requests = 0;
-  bool strayed = false;  // a byte was fetched that nobody wanted
+  bool strayed = false;  // a byte outside the missing ranges was fetched
   range_plan plan;
-  std::vector<int> written;  // times, for each block
+  std::vector<int> written;  // number of times that each block was written
 
  private:
   struct connection {
     bool is_busy = false;
     double answers_at = 0;  // seconds
-    double credit = 0;      // bytes that have come and were not counted
+    double credit = 0;      // received bytes that are not yet counted
   };
   bool is_receiving(std::size_t i) const {
     return connections_[i].is_busy && time >= connections_[i].answers_at;
@@ -87,7 +87,7 @@ class simulation {
   void ask(std::size_t i) {
     auto& range = plan[i];
     const auto asked = plan.request(i, now());
-    // The first request finds out where the file is.
+    // The first request resolves the file's address.
     if (++requests == 1) plan.address_found(i, now());
     largest = (std::max)(largest, asked.size());
     strayed = strayed || range.position % block != 0 || (range.end % block != 0 && range.end != size_) ||
@@ -135,7 +135,7 @@ class simulation {
 
 std::vector<byte_range> everything(std::uint64_t size) { return {{0, size}}; }
 
-/// A call with settings of its own.
+/// A call with its own settings.
 struct call_of_a_test {
   wandb::settings configuration;
   std::atomic<bool> cancel{false};
@@ -211,7 +211,7 @@ TEST_SUITE("range plan") {
       simulation one(size, gaps, network);
       REQUIRE(one.run(3000));
       REQUIRE_FALSE(one.strayed);
-      // Twice: less than two shares for each connection that lost a range to another, and the chunks that it had begun.
+      // Bytes fetched twice: less than two shares for each connection that lost a range, and the chunks in its buffer.
       REQUIRE(one.fetched <= wanted + connections * 2 * range_plan::smallest_share);
     }
   }
@@ -255,7 +255,7 @@ TEST_SUITE("range plan") {
           const double link = 400.0 * MiB;
           simulation one(size, everything(size), {std::vector<double>(8, pace), delay, link});
           REQUIRE(one.run(100));
-          // A downloader that asks once to learn the size and then for eight equal parts.
+          // The time of a client that requests the size and then eight equal parts.
           const double equal_parts = 2 * delay + static_cast<double>(size) / (std::min)(8 * pace, link);
           CHECK(one.time <= 1.05 * equal_parts + 0.1);
           const double one_connection = delay + static_cast<double>(size) / (std::min)(pace, link);
@@ -281,17 +281,17 @@ TEST_SUITE("range plan") {
     plan.stored(0, plan[0].end);
     plan.measure(0.1);
     plan.release(0);
-    while (plan.assign(0, start + 1s)) {  // nothing is left to assign but the range that waits
+    while (plan.assign(0, start + 1s)) {  // only the waiting range is left to assign
       plan[0].position = plan[0].end.load();
       plan.stored(0, plan[0].end);
       plan.release(0);
     }
     CHECK_FALSE(plan.assign(0, start + 2s));
     CHECK_FALSE(plan.assign(0, start + 3s));
-    REQUIRE(plan.assign(0, start + 4s));  // more than twice the delay of others: it has come to a halt
+    REQUIRE(plan.assign(0, start + 4s));  // more than twice the delay of others: it counts as stalled
     CHECK(plan[1].is_taken_over());
     (void)plan.request(0, start + 4s);
-    CHECK_FALSE(plan.assign(1, start + 100s));  // a range is taken over once, whatever its connection does
+    CHECK_FALSE(plan.assign(1, start + 100s));  // a range is taken over at most once
   }
 
   TEST_CASE("ranges are assigned from the front, for the digest") {
@@ -313,7 +313,7 @@ TEST_SUITE("range plan") {
     REQUIRE(plan.assign(0, start));
     CHECK_FALSE(plan.assign(1, start));
     (void)plan.request(0, start);
-    CHECK_FALSE(plan.assign(1, start + 10s));  // where the file is is not known yet
+    CHECK_FALSE(plan.assign(1, start + 10s));  // the file's address is unknown
     plan.address_found(0, start + 10s);
     CHECK_FALSE(plan.assign(1, start + 10s));
     CHECK(plan.assign(1, start + 10s + range_plan::probe_time));
@@ -359,7 +359,7 @@ TEST_SUITE("range plan") {
       CHECK(plan.request(i, start).size() == 0);
     }
     plan[1].position = 40 * MiB;
-    CHECK(plan.request(1, start).begin == 0);  // a response begins with the first byte again
+    CHECK(plan.request(1, start).begin == 0);  // the request is for the whole file
     plan.release(1);
     REQUIRE(plan.assign(0, start));
     CHECK(plan[0].position == 0);
@@ -819,7 +819,8 @@ TEST_SUITE("pace") {
     one.configuration.idle_timeout = 500ms;
     taker into;
     guarded_sink guard(one.call, into, "GET x");
-    std::this_thread::sleep_for(700ms);  // longer than a body may idle, shorter than an answer may take
+    std::this_thread::sleep_for(
+        700ms);  // longer than the limit for a body, shorter than the limit for a head
     REQUIRE_FALSE(guard.cancelled());
     wandb::http_response head;
     head.status = 200;

@@ -1,4 +1,4 @@
-// Proxies: which one is asked for which address, and where that is written.
+// Proxies: the choice of a proxy for an address, and the sources of proxy settings.
 #include "support.hpp"
 #include "wandb_restore.hpp"
 
@@ -74,7 +74,7 @@ TEST_SUITE("proxy") {
         {":443", "https://example.com", true},
         {"example.com/8", "https://example.com", true},
         {"exam*.com", "https://example.com", true},
-        // Go takes brackets only before a port; without one they are as clear.
+        // Go accepts brackets only before a port.
         {"[2001:db8::1]", "https://[2001:db8::1]", false},
     };
     for (const auto& row : rows) {
@@ -147,7 +147,7 @@ TEST_SUITE("proxy") {
   }
 
   TEST_CASE("WANDB__PROXIES comes before WANDB_HTTPS_PROXY") {
-    // As in the SDK, where the public API writes it over that setting.
+    // As in the SDK, whose public API overwrites the setting.
     const scoped_environment proxies{{"WANDB__PROXIES", R"({"https": "http://legacy:1", "other": "x"})"},
                                      {"WANDB_HTTPS_PROXY", "http://own:1"},
                                      {"WANDB_HTTP_PROXY", "http://own:2"}};
@@ -179,7 +179,7 @@ TEST_SUITE("proxy") {
       CHECK(told.find("HTTPS_PROXY cannot be used: ") == 0);
       CHECK(told.find("secret") == std::string::npos);
     }
-    {  // for http addresses, which an https service never leads to
+    {  // for http addresses, which an https service never redirects to
       const scoped_environment proxies{{"HTTP_PROXY", "socks5://u:secret@p:1"}};
       const auto configuration = wandb::settings::from_environment();
       CHECK_FALSE(configuration.problem.has_value());

@@ -86,7 +86,7 @@ TEST_SUITE("restore: overloads") {
     auto client = f.client();
     CHECK_THROWS_AS((void)client.restore("none.txt", f.options()), wandb::error);
     CHECK_THROWS_AS((void)client.restore("none.txt", f.path), wandb::error);
-    CHECK_THROWS_AS((void)client.list_files(), wandb::error);  // its settings name no run
+    CHECK_THROWS_AS((void)client.list_files(), wandb::error);  // the settings name no run
   }
 
   TEST_CASE("a client has both overloads of restore and try_restore") {
@@ -114,7 +114,7 @@ TEST_SUITE("restore: overloads") {
     wandb::client<> client;
     CHECK(client.restore("a.txt", run, true).source() == wandb::source::downloaded);
     CHECK(f.success(client.try_restore("a.txt", run, false, "3")).path() == fs::path("3") / "a.txt");
-    // Without entity and project it takes the settings'; without any part it is the current run.
+    // Missing entity and project come from the settings; an empty object means the current run.
     CHECK(client.restore("a.txt", wandb::run_path{"", "my-project", "a1b2c3d"}, true).verified());
     CHECK(client.restore("a.txt", wandb::run_path{"", "", "a1b2c3d"}, true).verified());
     CHECK(client.restore("a.txt", wandb::run_path{}, true).verified());
@@ -234,7 +234,7 @@ TEST_SUITE("restore: overloads") {
     std::uint64_t last = 0, end = 0, calls = 0;
     bool grows = true;
     options.on_progress = [&](const wandb::progress& now) {
-      end = now.bytes_done;  // in whichever phase: the last report is of what was verified
+      end = now.bytes_done;  // in any phase: the last report is that of the verification
       CHECK(now.name == "a.txt");
       CHECK(now.bytes_total == std::uint64_t{300'000});
       if (now.phase == wandb::phase::downloading) {
@@ -293,9 +293,9 @@ TEST_SUITE("restore: overloads") {
     for (const bool by_flag : {false, true}) {
       fs::create_directories(f.root());
       std::ofstream(f.root() / "a.bin").close();
-      fs::resize_file(f.root() / "a.bin", size);  // takes no room
+      fs::resize_file(f.root() / "a.bin", size);  // a hole: takes no space
       auto options = f.options();
-      // Of a policy of one's own, so that the size alone does not decide.
+      // With a rule, so that the size alone does not decide.
       options.cache = [](const wandb::local_copy& local, const wandb::file_info*) {
         return local.md5().empty() ? wandb::cache_policy::verdict::fetch : wandb::cache_policy::verdict::keep;
       };
@@ -445,7 +445,7 @@ TEST_SUITE("restore: names and roots") {
       options.root = root;
       auto file = f.success(client.try_restore(r.name, options));
       CHECK(read_all(file) == text);
-      CHECK(file.path() == root / fs::u8path(r.name));  // as given
+      CHECK(file.path() == root / fs::u8path(r.name));  // root and name as given
       CHECK(visible(root) == names{r.local});
     }
   }
@@ -796,7 +796,7 @@ TEST_SUITE("restore: replace and refresh") {
     f.server.add_file(f.run, "a.txt", new_text);
     auto client = f.client();
     (void)client.restore("a.txt", f.path);
-    // Bytes that changed under an unchanged size and time: who reads them would see the difference.
+    // Changes the bytes, but not size and time: only reading the file would show the difference.
     const auto time = fs::last_write_time(f.root() / "a.txt");
     std::string other = new_text;
     other[0] = 'N';
@@ -819,7 +819,7 @@ TEST_SUITE("restore: replace and refresh") {
       check_file(file, new_text, wandb::source::local, true);
     };
     refresh();
-    auto fresh = client.restore("a.txt", f.path);  // it might be changed again within the tick of a clock
+    auto fresh = client.restore("a.txt", f.path);  // the file changed too recently for a receipt
     check_file(fresh, new_text, wandb::source::local, false);
     fs::last_write_time(f.root() / "a.txt", fs::last_write_time(f.root() / "a.txt") - 10s);
     refresh();
@@ -941,7 +941,7 @@ TEST_SUITE("restore: a user's cache rule") {
       f.server.clear_log();
       auto file = f.success(client.try_restore(
           "a.txt", f.with([&](const wandb::local_copy& local, const wandb::file_info* remote) {
-            CHECK_FALSE(local.restored_from.has_value());  // the user's own file
+            CHECK_FALSE(local.restored_from.has_value());  // a file without a receipt
             CHECK(local.receipt_md5.empty());
             return remote == nullptr ? r.first : r.second;
           })));
@@ -1009,7 +1009,7 @@ TEST_SUITE("restore: a user's cache rule") {
       (void)f.failure(client.try_restore("a.txt", options), errc::local_conflict);
       CHECK(read_file(f.root() / "a.txt") == old_text);
       auto still =
-          client.restore("a.txt", "vanpelt/my-project/other");  // and its receipt says where it is from
+          client.restore("a.txt", "vanpelt/my-project/other");  // the receipt still names the other run
       check_file(still, old_text, wandb::source::local, true);
     }
   }
@@ -1047,7 +1047,7 @@ TEST_SUITE("restore: the returned stream is the inspected copy") {
           return verdict::keep;
         })));
     check_file(kept, new_text, wandb::source::local, true);
-    // The receipt speaks of the file that was hashed: the other one has none.
+    // The receipt is for the hashed file: the other one has none.
     auto swapped = f.success(client.try_restore("a.txt", f.path));
     check_file(swapped, std::string(new_text.size(), '-'), wandb::source::local, false);
   }
@@ -1095,7 +1095,7 @@ TEST_SUITE("restore: receipts") {
     struct row {
       const char* from;
       const char* asked;
-      const char* entity;  ///< of the settings
+      const char* entity;  ///< the entity in the settings
       bool conflict;
     };
     const std::vector<row> table = {
@@ -1103,7 +1103,8 @@ TEST_SUITE("restore: receipts") {
         {"vanpelt/my-project/a1b2c3d", "vanpelt/my-project/other", "", true},
         {"vanpelt/my-project/a1b2c3d", "vanpelt/their-project/a1b2c3d", "", true},
         {"vanpelt/my-project/a1b2c3d", "somebody/my-project/a1b2c3d", "", true},
-        {"vanpelt/my-project/a1b2c3d", "my-project/a1b2c3d", "", false},  // entity unknown: no contradiction
+        {"vanpelt/my-project/a1b2c3d", "my-project/a1b2c3d", "",
+         false},  // the entity is unknown: no conflict
         {"vanpelt/my-project/a1b2c3d", "my-project/other", "", true},
         {"vanpelt/my-project/a1b2c3d", "their-project/a1b2c3d", "", true},
         {"vanpelt/my-project/a1b2c3d", "my-project/a1b2c3d", "vanpelt", false},
@@ -1111,7 +1112,7 @@ TEST_SUITE("restore: receipts") {
         {"vanpelt/my-project/a1b2c3d", "https://wandb.ai/vanpelt/my-project/runs/a1b2c3d", "", false},
         {"vanpelt/my-project/a1b2c3d", "https://wandb.ai/vanpelt/my-project/runs/other", "", true},
         {"my-project/a1b2c3d", "stand-in/my-project/a1b2c3d", "",
-         false},  // the default entity, as the server told it
+         false},  // the default entity of the account
         {"my-project/a1b2c3d", "vanpelt/my-project/a1b2c3d", "", true},
     };
     for (const row& r : table) {

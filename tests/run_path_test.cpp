@@ -1,4 +1,4 @@
-// Run paths: whatever the SDK accepts, with the same meaning, and what people paste beside it.
+// Run paths: the forms that the SDK accepts, and browser addresses.
 #include "wandb_restore.hpp"
 
 #include <doctest/doctest.h>
@@ -77,7 +77,7 @@ TEST_SUITE("run path") {
   }
 
   TEST_CASE("run paths that the SDK refuses are refused") {
-    // [checked against wandb 0.29.0 and 0.31.0]; the empty text alone is read otherwise, see below
+    // [checked against wandb 0.29.0 and 0.31.0]; the empty text has another meaning, see below
     for (const std::string_view text : {"    ", ":", "/", "//", "/ /", "/ / /", "/runs/", "e/p:", "e//r",
                                         "e/p//r", "e/p/q/r", "e/p/r/overview", "p:", ":r", "e/:r",
                                         "a/b/c/d/e", "/ /r/ /x/y/z", "e/p/ runs /r", "https://wandb.ai"}) {
@@ -155,7 +155,7 @@ TEST_SUITE("run path") {
   }
 
   TEST_CASE("the path of a sweep is refused, with a text that says so") {
-    // The SDK takes the first two for runs, which nobody has under such an id.
+    // The SDK takes the first two for runs.
     for (const std::string_view text :
          {"e/p/sweeps/s", "/ e / p / sweeps / s /", "https://wandb.ai/e/p/sweeps/s", "wandb.ai/e/p/sweeps/s",
           "https://forge.coreweave.com/wandb/e/p/sweeps/s?nw=x", "https://host/prefix/e/p/sweeps/s/runs"}) {

@@ -1,5 +1,4 @@
-// The questions that are put to the service, and every shape of answer that it, an old version of it, or something in its
-// place may give.
+// The queries to the service, and every form of answer from the service, an old version of it, or another server in its place.
 #include "restore_fixture.hpp"
 
 #include <functional>
@@ -16,13 +15,13 @@ namespace {
 const std::string text = "the bytes of the file";
 const std::string text_md5 = stand_in::md5_hex(*stand_in::bytes(text));
 
-/// What the service answers about the files of a run.
+/// Builds an answer of the service about the files of a run.
 std::string answer(const json& edges) {
   return json{{"data", {{"project", {{"run", {{"files", {{"edges", edges}}}}}}}}}}.dump();
 }
 std::string answer_node(const json& node) { return answer(json::array({json{{"node", node}}})); }
 
-/// The part that is missing, or comes too early, in a text that should have them all in this order; else "".
+/// Returns the first part that is missing or out of order in a text, or "".
 std::string in_order(const std::string& told, const std::vector<std::string>& parts) {
   std::size_t end = 0;
   for (const auto& part : parts) {
@@ -251,7 +250,7 @@ TEST_SUITE("service: answers that lead to the file") {
     const json question = json::parse(f.server.requests(request_kind::graphql).at(0).body);
     const std::string query = question.at("query");
     CHECK(contains(query, "{ name run(name: $name) { name fileCount"));
-    // A store whose names do not differ by case alone tells the run's own spelling.
+    // A database that ignores case returns the run's own spelling.
     for (const json& names : {json{{"project", "my-project"}, {"run", "a1b2c3d"}},
                               json{{"project", "My-Project"}, {"run", "A1B2C3D"}},
                               json{{"project", nullptr}, {"run", 7}}, json{{"project", ""}, {"run", ""}}}) {
@@ -294,7 +293,7 @@ TEST_SUITE("service: answers that lead to the file") {
     CHECK(f.asked() == "graphql 1, files 1, storage 1");
     CHECK(json::parse(f.server.requests(request_kind::graphql).at(0).body).at("variables").at("fileNames") ==
           json::array({".//y", "y"}));
-    // Both there: the one that was named.
+    // If both exist, the given name is used.
     f.server.add_file(f.run, "d/g.txt", "one slash");
     (void)f.success(client.try_restore("d//g.txt", f.options(true)));
     CHECK(read_file(f.root() / "d" / "g.txt") == "two slashes");
@@ -532,7 +531,7 @@ TEST_SUITE("service: answers that lead to no file") {
       check_names(failure, r.names);
       CHECK_FALSE(failure.is_transient());
       CHECK_FALSE(contains(failure.what(), "\n"));
-      // A name that is not there is worth one more question, for the names that are; no other answer is.
+      // Only a missing name causes a second query, for the existing names.
       CHECK(f.asked() == (r.code == errc::file_not_found ? "graphql 2, files 0, storage 0"
                                                          : "graphql 1, files 0, storage 0"));
       CHECK(visible(f.root()) == names{"a.txt"});
@@ -543,7 +542,7 @@ TEST_SUITE("service: answers that lead to no file") {
   TEST_CASE("a missing name: the error suggests the nearest names, or says that the name is a directory") {
     struct row {
       const char* name;
-      std::vector<std::string> told;  ///< in this order
+      std::vector<std::string> told;  ///< expected parts, in this order
       std::vector<std::string> untold;
     };
     const std::vector<row> table = {
@@ -643,7 +642,7 @@ TEST_SUITE("service: answers that lead to no file") {
         {404,
          R"({"error":"not found"})",
          errc::http_failure,
-         {"base URL"}},  // a router's words: no reason to start afresh
+         {"base URL"}},  // the text of a router: not a missing run
         {404, "<html>no such page</html>", errc::http_failure, {"base URL"}},
         {404, "", errc::http_failure, {"base URL"}},
         {403, R"({"errors":["permission denied"]})", errc::permission_denied, {"permission denied"}},
@@ -658,7 +657,7 @@ TEST_SUITE("service: answers that lead to no file") {
         {418, "short and stout", errc::http_failure, {}},
         {422, R"({"errors":["one",{"message":"two"}]})", errc::http_failure, {"one; two"}},
         {501, "", errc::http_failure, {}},
-        {302, "", errc::http_failure, {}},  // a redirect that says not where to
+        {302, "", errc::http_failure, {}},  // a redirect without a Location
         {204, "", errc::http_failure, {}},
     };
     fixture f;
@@ -877,7 +876,7 @@ TEST_SUITE("service: the list of files") {
 
   TEST_CASE("pages without end, each with a new cursor, end: small pages by their number, large ones by "
             "their size") {
-    /// Answers each question with another page of so many files, whose names are that long.
+    /// Answers each query with another page of `count` files with names of the given length.
     struct endless {
       std::size_t files, name_bytes;
       std::shared_ptr<std::size_t> pages = std::make_shared<std::size_t>(0);

@@ -1,4 +1,4 @@
-// Settings: where each comes from, which source wins, and what is wrong with bad ones.
+// Settings: their sources, the order of the sources, and errors.
 #include "support.hpp"
 #include "wandb_restore.hpp"
 
@@ -24,7 +24,7 @@ namespace {
 const std::string key(40, 'k');
 const std::string other_key(40, 'o');
 
-/// A machine of its own: a home with nothing in it, and a project directory beside it.
+/// A simulated machine: an empty home directory, and a project directory.
 class machine {
  public:
   machine()
@@ -113,7 +113,7 @@ TEST_SUITE("settings") {
       CHECK(problem_of(s) == "");
     }
     {
-      const scoped_environment blank{{"WANDB_API_KEY", " \n"}};  // as if it were empty
+      const scoped_environment blank{{"WANDB_API_KEY", " \n"}};  // counts as empty
       const auto s = settings::from_environment();
       CHECK(s.api_key == "");
       CHECK(problem_of(s) == "");
@@ -135,7 +135,7 @@ TEST_SUITE("settings") {
                                        {"WANDB_MODE", ""},
                                        {"WANDB_API_KEY", ""}};
     const auto s = settings::from_environment();
-#ifndef _WIN32  // where no variable can be empty
+#ifndef _WIN32  // Windows has no empty variables
     CHECK(s.entity == "");
     CHECK(s.project == "");
 #endif
@@ -227,7 +227,7 @@ TEST_SUITE("settings") {
     here.global_settings("[default]\napi_key = " + other_key + "\n");
     CHECK(settings::from_environment().api_key == other_key);
     write_file(here.home() / ".netrc", "machine api.wandb.ai login user password " + key);
-    CHECK(settings::from_environment().api_key == "");  // the session finds the one in netrc
+    CHECK(settings::from_environment().api_key == "");  // the session reads netrc later
     CHECK(settings::from_environment().netrc_file == here.home() / ".netrc");
     const scoped_environment variables{{"WANDB_API_KEY", key}};
     CHECK(settings::from_environment().api_key == key);
@@ -282,7 +282,7 @@ TEST_SUITE("settings") {
       CHECK(settings::from_environment().api_key == other_key);
     }
     write_file(here.home() / ".netrc", "default password " + key);
-    CHECK(settings::from_environment().api_key == "");  // the session finds the one in netrc
+    CHECK(settings::from_environment().api_key == "");  // the session reads netrc later
   }
 
   TEST_CASE("the modes that mean offline") {
@@ -392,11 +392,11 @@ TEST_SUITE("settings") {
     const machine here;
     const auto file = write_file(here.home() / "ca.pem", "");
     const auto directory = here.home();
-    // Of the system's two places SSL_CERT_FILE takes one and SSL_CERT_DIR the other.
+    // SSL_CERT_FILE and SSL_CERT_DIR each replace one of the system's two defaults.
     const std::string system = fs::is_directory("/etc/ssl/certs")       ? "/etc/ssl/certs"
                                : fs::is_directory("/etc/pki/tls/certs") ? "/etc/pki/tls/certs"
                                                                         : "";
-    std::string bundle = "/etc/ssl/certs/ca-certificates.crt";  // Debian's, and what Fedora has
+    std::string bundle = "/etc/ssl/certs/ca-certificates.crt";  // Debian's path, which Fedora also has
     if (!fs::exists(bundle)) bundle = "/etc/pki/tls/certs/ca-bundle.crt";
     {
       const scoped_environment variables{{"REQUESTS_CA_BUNDLE", file.string()},
@@ -543,7 +543,7 @@ TEST_SUITE("base URL") {
   }
 
   TEST_CASE("invalid base URLs are refused") {
-    // [checked against wandb 0.29.0], which takes those of the last three lines and then cannot use them
+    // [checked against wandb 0.29.0]: it accepts those of the last three lines, but cannot use them
     const struct {
       const char* text;
       const char* why;
@@ -574,7 +574,7 @@ TEST_SUITE("base URL") {
         {"https://forge.coreweave.com:443/api/wandb", "is at https://api.forge.coreweave.com"},
         {"http://forge.coreweave.com/api/wandb", "is at https://api.forge.coreweave.com"},
         {"https://qa.forge.coreweave.com/", "is at https://api.qa.forge.coreweave.com"},
-        // which the SDK takes, although it refuses http for the other name of the same service
+        // accepted by the SDK, although it refuses http for the service's other name
         {"http://api.forge.coreweave.com", "http is not secure, use https://api.forge.coreweave.com"},
         {"http://api.qa.wandb.ai", "http is not secure, use https://api.qa.forge.coreweave.com"},
         {"https://x/p?q", "query or a fragment"},
@@ -625,7 +625,7 @@ TEST_SUITE("base URL") {
         {"https://h/wandb", "https://h/wandb/./x/%2e", true},
         {"https://h/wandb", "https://h/wandb/a..b/...", true},
         {"https://h", "https://h/a/../b", false},
-        // one service under two names, with or without a port of its own
+        // both names of the service, with and without a port
         {"https://api.forge.coreweave.com", "https://api.wandb.ai/files/x", true},
         {"https://api.wandb.ai", "https://api.forge.coreweave.com/files/x", true},
         {"https://forge.coreweave.com/api/wandb", "https://api.wandb.ai/files/x", true},

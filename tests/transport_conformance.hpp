@@ -17,12 +17,12 @@
 //
 //   c++ -std=c++17 -I. -Itests -Itests/stand_in my_test.cpp tests/stand_in/stand_in.cpp -lssl -lcrypto -pthread
 //
-// A promise that cannot_keep names is reported and not tested. A name there that no case has is a failure. Nothing else
-// is left out. With the environment variable TRANSPORT_CONFORMANCE_ALL set, the cases that cannot_keep names run as
-// well, to see which of them still fail.
+// A promise in cannot_keep is reported and not tested; all others are tested. An entry of cannot_keep that names no case is a
+// failure. With the environment variable TRANSPORT_CONFORMANCE_ALL set, the cases in cannot_keep run as well, to show
+// which of them still fail.
 //
-// A transport without a network is put into LOCAL_TRANSPORTS_UNDER_TEST, and only the promises that need no server are
-// tested. Its `make` takes the content of a file, and its `address` is the URL at which it answers with that content.
+// Put a transport without a network into LOCAL_TRANSPORTS_UNDER_TEST: only the promises that need no server are tested. Its
+// `make` takes the content of a file, and its `address` is the URL at which it responds with that content.
 //
 // SPDX-License-Identifier: MIT
 #ifndef WANDB_RESTORE_TESTS_TRANSPORT_CONFORMANCE_HPP
@@ -61,7 +61,7 @@
 #include <unistd.h>
 
 #ifndef TRANSPORT_CONFORMANCE_SUITE
-#define TRANSPORT_CONFORMANCE_SUITE "conformance"  // doctest's name for all of the cases
+#define TRANSPORT_CONFORMANCE_SUITE "conformance"  // doctest's suite of all cases
 #endif
 #ifdef LOCAL_TRANSPORTS_UNDER_TEST
 #define ALL_TRANSPORTS_UNDER_TEST TRANSPORTS_UNDER_TEST, LOCAL_TRANSPORTS_UNDER_TEST
@@ -75,13 +75,13 @@ inline namespace WANDB_RESTORE_PRIVATE_ABI {  // as in sockets.hpp
 using namespace sockets;
 namespace act = stand_in::act;
 
-/// The names of all cases.
+/// Returns the names of all cases.
 inline std::set<std::string>& promises() {
   static std::set<std::string> names;
   return names;
 }
 
-/// Whether the case is to run for this transport. A promise that the transport cannot keep is reported.
+/// Whether the case runs for this transport. Reports a promise that the transport cannot keep.
 template <class Subject>
 bool is_tested(const char* promise) {
   for (const auto& [name, reason] : Subject::cannot_keep()) {
@@ -92,8 +92,8 @@ bool is_tested(const char* promise) {
   return true;
 }
 
-// PROMISE("name") { ... } defines the case of a promise, for a type Subject. PROMISE_WITHOUT_NETWORK is for promises
-// that a transport without a network makes as well.
+// PROMISE("name") { ... } defines the case of a promise, for a type Subject. PROMISE_WITHOUT_NETWORK also tests transports
+// without a network.
 #define PROMISE(name) CONFORMANCE_CASE(name, __LINE__, TRANSPORTS_UNDER_TEST)
 #define PROMISE_WITHOUT_NETWORK(name) CONFORMANCE_CASE(name, __LINE__, ALL_TRANSPORTS_UNDER_TEST)
 #define CONFORMANCE_CASE(name, line, ...) CONFORMANCE_CASE_AT(name, line, __VA_ARGS__)
@@ -109,10 +109,10 @@ bool is_tested(const char* promise) {
 
 // ------------------------------------------------------------------------------------------------ what the cases use
 
-/// A cancelled exchange ends within a second. The rest is for a machine under load.
+/// A cancelled exchange must end within a second; the rest allows for a machine under load.
 constexpr auto soon = 1500ms;
 
-/// A request for an address, with limits that only a failure reaches.
+/// Makes a request with timeouts that only a faulty transport reaches.
 inline wandb::http_request request_for(const std::string& url) {
   wandb::http_request request;
   request.url = url;
@@ -122,7 +122,7 @@ inline wandb::http_request request_for(const std::string& url) {
   return request;
 }
 
-/// Makes an exchange, and checks how the transport used the sink.
+/// Makes an exchange, and checks the transport's calls of the sink.
 template <class Transport>
 wandb::result<wandb::http_response> send(Transport& transport, const wandb::http_request& request,
                                          collector& sink) {
@@ -144,7 +144,7 @@ wandb::http_response sent(Transport& transport, const wandb::http_request& reque
   return *outcome;
 }
 
-/// The same with a transport and a sink of its own. Returns the body.
+/// Makes an exchange with a new transport. Returns the body.
 template <class Subject>
 std::string body_of(const wandb::http_request& request) {
   auto transport = Subject::make({});
@@ -153,7 +153,7 @@ std::string body_of(const wandb::http_request& request) {
   return sink.body;
 }
 
-/// Makes an exchange with a server of its own. Returns the body.
+/// Makes an exchange with a new server. Returns the body.
 template <class Subject>
 std::string body_from(std::function<void(peer&)> serve) {
   raw_server server(std::move(serve));
@@ -168,7 +168,7 @@ inline std::function<void(peer&)> answering(std::string bytes) {
     client.wait_for_close(30s);
   };
 }
-/// The same, but the server closes the connection after the bytes.
+/// As above, but the server closes the connection after the bytes.
 inline std::function<void(peer&)> answering_and_leaving(std::string bytes) {
   return [bytes = std::move(bytes)](peer& client) {
     client.read_head();
@@ -176,7 +176,7 @@ inline std::function<void(peer&)> answering_and_leaving(std::string bytes) {
     client.leave();
   };
 }
-/// Gives each request, whichever its connection, the next of some answers, and then the last one again.
+/// Answers each request, over any connection, with the next of some answers; repeats the last one.
 inline std::function<void(peer&)> answering_in_turn(std::vector<std::string> answers) {
   const auto next = std::make_shared<std::atomic<std::size_t>>(0);
   return [answers = std::move(answers), next](peer& client) {
@@ -186,7 +186,7 @@ inline std::function<void(peer&)> answering_in_turn(std::vector<std::string> ans
   };
 }
 
-/// The header fields of a head as it came over the wire.
+/// Returns the header fields of a head as received.
 inline wandb::http_headers fields_of(const std::string& head) {
   wandb::http_headers fields;
   for (std::size_t begin = head.find("\r\n") + 2; begin < head.size();) {
@@ -213,7 +213,7 @@ inline std::vector<std::string> values_of(const wandb::http_headers& fields, std
   return values;
 }
 
-/// A response whose head, or whose framing of the body, has no end: `beginning`, then `endless` over and over.
+/// A response with an endless head or framing: `beginning`, then `endless` repeated.
 struct endless_response {
   const char* what;
   std::string beginning, endless;
@@ -232,8 +232,8 @@ inline std::vector<endless_response> endless_responses() {
           {"trailer lines", chunk + "0\r\n", field}};
 }
 
-/// Makes an exchange with a server that sends such a response. Returns the failure, and how many bytes the server could
-/// send, the buffers of the two sockets included.
+/// Makes an exchange with a server that sends an endless response. Returns the failure, and the number of bytes that the
+/// server sent, including those in the buffers of the two sockets.
 template <class Subject>
 std::pair<wandb::result<wandb::http_response>, std::size_t>
 endless_exchange(const endless_response& response) {
@@ -252,7 +252,7 @@ endless_exchange(const endless_response& response) {
   return {std::move(outcome), sent_bytes.load()};
 }
 
-/// A transport, and a request that it answers with some content.
+/// A transport, and a request to which it responds with some content.
 template <class Subject>
 struct served {
   explicit served(std::uint64_t size)
@@ -278,12 +278,12 @@ struct served {
   using transport_type = decltype(make(std::string()));
 
   std::string content;
-  stand_in::server server;  // a transport without a network leaves it alone
+  stand_in::server server;  // not used by a transport without a network
   transport_type transport;
   wandb::http_request request;
 };
 
-/// A count that a test's threads wait for.
+/// A counter that threads of a test can wait for.
 class milestone {
  public:
   void add(std::size_t count) {
@@ -305,7 +305,7 @@ class milestone {
   std::size_t count_ = 0;
 };
 
-/// A listening socket whose queue is full: the SYN of a further connection is not answered.
+/// A listening socket with a full queue: it does not answer the SYN of another connection.
 class full_listener {
  public:
   full_listener() : socket_(0) {
@@ -430,8 +430,8 @@ PROMISE("several threads may send at once over TLS") {
 }
 
 PROMISE("the body is passed on as it arrives and is not kept") {
-  // The server sends a part of each MiB only after the sink has seen all that was sent before. Whoever collects more
-  // than that before it calls the sink, or the whole body, never sees the rest.
+  // The server sends the next part only after the sink has received all earlier bytes. A transport that collects the body
+  // before it calls the sink never receives the rest.
   constexpr std::size_t piece_bytes = 1u << 20, pieces = 120;
   for (const bool in_chunks : {false, true}) {
     CAPTURE(in_chunks);
@@ -1044,7 +1044,7 @@ PROMISE("a failed connection attempt is a transient connection_failed") {
 
 PROMISE("connect_timeout ends an unanswered connection attempt or TLS handshake") {
   const full_listener full;
-  const listener silent;  // the kernel connects, and nobody speaks TLS
+  const listener silent;  // the kernel accepts the connection, but nobody answers the handshake
   auto transport = Subject::make({});
   for (const std::string& url : {full.url("http"), full.url("https"), silent.url("https")}) {
     CAPTURE(url);
@@ -1109,7 +1109,7 @@ PROMISE("a cancellation while connecting takes effect within a second") {
     CAPTURE(std::string(scheme));
     auto request = request_for(full.url(scheme));
     auto transport = Subject::make({});
-    std::atomic<int> looks{0};  // shows that it is under way, for nothing else can be seen of it
+    std::atomic<int> looks{0};  // counts the polls, which show that the exchange is under way
     clock_type::time_point begin{};
     request.is_cancelled = [&] {
       if (++looks < 3) return false;
@@ -1220,7 +1220,7 @@ PROMISE("SIGPIPE never reaches the program") {
     raw_server leaver([](peer& client) {
       client.leave();
       client.read(100'000);
-      client.end_with_reset();  // behind a FIN: what the client writes next fails with EPIPE
+      client.end_with_reset();  // after a FIN: the client's next write fails with EPIPE
     });
     auto transport = Subject::make({});
     auto request = request_for(leaver.url());

@@ -1,4 +1,4 @@
-// The default transport against the stand-in server, and against sockets that misbehave below HTTP.
+// The default transport against the stand-in server, and against sockets with faults below HTTP.
 #include <doctest/doctest.h>
 
 #include <array>
@@ -38,7 +38,7 @@ namespace {
 using namespace sockets;
 using stand_in::act::chunked;
 
-/// Serves a connection: answers its first bytes, whatever they are, and waits for the client to leave.
+/// Serves a connection: answers its first bytes, and waits until the client closes.
 std::function<void(peer&)> blurting(const std::string& answer) {
   return [answer](const peer& client) {
     (void)client.read(1);
@@ -51,7 +51,7 @@ std::string with_scheme(const std::string& scheme, const std::string& url) {
   return scheme + url.substr(url.find(':'));
 }
 
-/// An address that drops what is sent to it: the queue of its listening socket is full, so that a SYN goes unanswered.
+/// An address that drops packets: the queue of its listening socket is full, so that a SYN is not answered.
 class silent_address {
  public:
   silent_address() {
@@ -114,7 +114,7 @@ wandb::result<wandb::http_response> ask(const std::string& url, collector& sink,
   return transport.send(request, sink);
 }
 
-/// Checks that a cancelled exchange says so, and ends soon.
+/// Checks that an exchange was cancelled in time.
 void check_cancel(wandb::http_transport& transport, const wandb::http_request& request, collector& sink,
                   const std::function<void()>& is_under_way) {
   const auto [outcome, delay] = cancel_when(transport, request, sink, is_under_way);
@@ -467,7 +467,7 @@ TEST_SUITE("http_transport") {
   }
 
   TEST_CASE("cancellation and timeout during the TLS handshake") {
-    const listener silent;  // the kernel connects, nobody answers
+    const listener silent;  // the kernel accepts the connection, but nobody answers the handshake
     wandb::http_transport transport;
     wandb::http_request request;
     request.url = silent.url("https");
@@ -526,7 +526,7 @@ TEST_SUITE("http_transport") {
     wandb::detail::address_memory memory;
     const wandb::detail::socket_addresses addresses{address_of(silent.socket()), address_of(good)};
     const std::size_t descriptors = open_descriptors();
-    for (const auto limit : {600ms, 200ms}) {  // at first, and later
+    for (const auto limit : {600ms, 200ms}) {  // the first connection, then a later one
       const auto begin = clock_type::now();
       const auto outcome = wandb::detail::connect_to_host("host:1", addresses, begin + 10s, {}, memory);
       REQUIRE_MESSAGE(outcome.socket >= 0, outcome.failure);
@@ -678,7 +678,7 @@ TEST_SUITE("http_transport") {
 
   TEST_CASE("certificates: with SSL_CERT_DIR alone, the system's bundle is trusted as well") {
     const wandb::detail::path bundle = wandb::detail::system_bundle();
-    REQUIRE(std::filesystem::is_regular_file(bundle));  // what tests/run.sh installs has one
+    REQUIRE(std::filesystem::is_regular_file(bundle));  // tests/run.sh installs a package with one
     const support::temporary_directory files;
     for (const auto& [file, expected] :
          {std::pair<std::optional<std::string>, wandb::detail::path>{std::nullopt, bundle},
@@ -833,7 +833,7 @@ TEST_SUITE("http_transport") {
       with_user.headers.emplace_back("X-Secret", "for the origin");
       with_user.proxy = "http://us%20er:p%40ss@" + authority;
       auto with_header = with_user;
-      with_header.proxy = authority;  // without a scheme, too
+      with_header.proxy = authority;  // also without a scheme
       with_header.proxy_authorization = "Basic dXMgZXI6cEBzcw==";
       for (const auto& request : {with_user, with_user, with_header}) {
         collector sink;
@@ -894,7 +894,7 @@ TEST_SUITE("http_transport") {
     CHECK(right == 80);
   }
 
-#ifndef __SANITIZE_THREAD__  // which cannot follow a thread that is made after a fork
+#ifndef __SANITIZE_THREAD__  // the sanitizer does not support threads that start after a fork
   TEST_CASE("after a fork, parent and child each get the files that they request") {
     for (const bool tls : {true, false}) {
       CAPTURE(tls);
@@ -918,7 +918,7 @@ TEST_SUITE("http_transport") {
         std::ifstream stream(settings.run_dir / name, std::ios::binary);
         return file && std::string(std::istreambuf_iterator<char>(stream), {}) == content_for(name);
       };
-      REQUIRE(restores("parent0"));  // leaves idle connections in the pool
+      REQUIRE(restores("parent0"));  // the pool now has idle connections
       int right = 0;
       for (int round = 1; round < 20; ++round) {
         const pid_t child = ::fork();
@@ -959,7 +959,7 @@ TEST_SUITE("http_transport") {
       CHECK(WEXITSTATUS(status) == 7);
       REQUIRE(transport->send(b.get(), second).has_value());
       CHECK(second.body == first.body);
-      CHECK(b.connections() == 2);  // the parent's, used twice, and the child's
+      CHECK(b.connections() == 2);  // one of the parent, used twice, and one of the child
     }
   }
 
@@ -994,8 +994,7 @@ TEST_SUITE("http_transport") {
     const listener leaver;
     int has_left[2];
     REQUIRE(::pipe(has_left) == 0);
-    const pid_t child =
-        ::fork();  // a child, so that a signal would end it alone; the server's threads stay behind
+    const pid_t child = ::fork();  // a signal ends only the child; the server's threads run in the parent
     REQUIRE(child >= 0);
     if (child == 0) {
       ::signal(SIGPIPE, SIG_DFL);
@@ -1007,7 +1006,7 @@ TEST_SUITE("http_transport") {
       (void)transport.send(request, sink).has_value();
       request.url = leaver.url("http");
       bool waited = false;
-      request.is_cancelled = [&] {  // asked between connecting and sending
+      request.is_cancelled = [&] {  // called between connecting and sending
         char byte = 0;
         if (!waited) waited = ::read(has_left[0], &byte, 1) == 1;
         return false;
@@ -1017,7 +1016,7 @@ TEST_SUITE("http_transport") {
     }
     const int peer = leaver.accept();
     ::shutdown(peer,
-               SHUT_RDWR);  // FIN, and RST for what comes after it: from then on writing raises the signal
+               SHUT_RDWR);  // FIN, then RST for later bytes: from then on writing raises the signal
     CHECK(::write(has_left[1], "x", 1) == 1);
     int status = 0;
     REQUIRE(::waitpid(child, &status, 0) == child);
