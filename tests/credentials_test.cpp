@@ -145,8 +145,7 @@ TEST_SUITE("credentials: keys") {
     }
   }
 
-  TEST_CASE("white space around a key is no part of it: in code and in netrc, and a server that repeats it "
-            "is not repeated") {
+  TEST_CASE("white space around a key is removed, in code and in netrc, also when error texts are redacted") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto s = f.public_settings();

@@ -107,7 +107,7 @@ bool is_tested(const char* promise) {
   template <class Subject>                                                                                   \
   void case_at_##line()
 
-// ------------------------------------------------------------------------------------------------ what the cases use
+// ---------------------------------------------------------------------------------------------- helpers of the cases
 
 /// A cancelled exchange must end within a second; the rest allows for a machine under load.
 constexpr auto soon = 1500ms;

@@ -31,7 +31,7 @@ namespace stand_in {
 
 using header_list = std::vector<std::pair<std::string, std::string>>;
 
-// ---- what is served -------------------------------------------------------------------------------------
+// ---- content and files ----------------------------------------------------------------------------------
 
 /// The content of a file. Safe to read from several threads at once.
 class content {
@@ -73,13 +73,13 @@ enum class etag_form { strong, weak, none };
 struct file_attributes {
   md5_form md5_as = md5_form::base64;
   std::optional<std::string>
-      md5;  ///< said as it stands ("0", "XXX", another's); otherwise computed on first demand
+      md5;  ///< sent unchanged ("0", "XXX", another file's); otherwise computed on first demand
   size_form size_as = size_form::number;
   std::optional<std::uint64_t> size;  ///< reported instead of the true size
   std::string mimetype = "application/octet-stream";
   std::optional<std::string> updated_at = "2024-01-02T03:04:05Z";  ///< nullopt: null
-  std::optional<std::string> url;         ///< said as it stands, e.g. "s3://bucket/key"
-  std::optional<std::string> direct_url;  ///< likewise
+  std::optional<std::string> url;                                  ///< sent unchanged, e.g. "s3://bucket/key"
+  std::optional<std::string> direct_url;                           ///< likewise
   etag_form etag = etag_form::strong;
 };
 
@@ -224,7 +224,7 @@ std::pair<target, action> parse_fault(std::string_view spec);
 /// Returns a description of that notation, with all faults.
 std::string fault_notation();
 
-// ---- what was seen --------------------------------------------------------------------------------------
+// ---- the log of requests --------------------------------------------------------------------------------
 
 enum class request_kind { graphql, oidc, files, storage, proxy, other };
 constexpr std::size_t request_kind_count = 6;
