@@ -1,9 +1,8 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by examples/quickstart.sh and tests/run.sh: `install_missing` sees to it that what they build with is there.
-# What is found is left alone, wherever it came from, and then nobody has to be root. What is missing is installed on
-# Debian, Ubuntu and Fedora; elsewhere its names are printed.
+# Sourced by examples/quickstart.sh and tests/run.sh. `install_missing` installs missing tools and headers on Debian, Ubuntu and
+# Fedora, and prints their names on other systems. If none is missing it does nothing, and needs no root.
 
-# A line each: what to look for, and the packages that bring it on Debian and Ubuntu and on Fedora.
+# Each line: the kind and name of a dependency, its package on Debian and Ubuntu, its package on Fedora.
 to_build='
   command c++               g++                  gcc-c++
   command cmake             cmake                cmake
@@ -44,11 +43,11 @@ as_root() {
   elif [ -t 0 ]; then
     sudo "$@"
   else
-    sudo -n "$@" # nobody is there to type a password
+    sudo -n "$@" # without a terminal, sudo cannot ask for a password
   fi
 }
 
-# What a distribution's release does not have is left to CMake, which fetches it.
+# Prints the packages that this release has. CMake fetches the others.
 known_to_apt() {
   local package
   for package; do
@@ -67,7 +66,7 @@ install_with_apt() {
 install_with_dnf() { as_root dnf -q -y install --setopt=install_weak_deps=False --skip-unavailable "$@" ||
   as_root dnf -q -y install --setopt=install_weak_deps=False "$@"; } # before dnf 5, --skip-unavailable was unknown
 
-# install_missing "$to_build" ["$to_test"]
+# install_missing LIST...: installs the missing ones of $to_build or $to_test.
 install_missing() {
   local kind what debian fedora log
   local -a missing=() for_apt=() for_dnf=()
@@ -94,7 +93,7 @@ install_missing() {
 
   echo "Missing: ${missing[*]}. Installing: ${installer[*]:1}" >&2
   log=$(mktemp)
-  # In a subshell, so that the log may take what it prints; but sudo asks its question on the terminal itself.
+  # The log takes the output of the subshell. sudo still asks for a password, because it opens the terminal itself.
   if ! ("${installer[@]}") > "$log" 2>&1; then
     cat "$log" >&2
     rm -f "$log"

@@ -1,9 +1,9 @@
-// When is a local copy good enough? keep(), replace() and refresh() are three answers; this is another:
+// A cache policy of a program's own, beside keep(), replace() and refresh():
 //
 //   ./cache_policy NAME RUN_PATH MAX_AGE_SECONDS
 //
-// a file that nobody restored is the user's own work and stays; a young copy is trusted without asking; an
-// old one is compared with the run's, and downloaded again only where it differs.
+// A file without a receipt is the user's own work and is kept. A copy younger than MAX_AGE_SECONDS is kept without a request.
+// An older copy is compared with the run's file, and downloaded again if it differs.
 //
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"
@@ -14,8 +14,8 @@
 
 namespace {
 
-/// A rule is called with what is known without a request; if it answers `ask`, again with the service's
-/// facts.
+/// The rule is called first with the local copy alone. If it returns `ask`, it is called again with the service's
+/// description of the file.
 wandb::cache_policy trust_for(std::chrono::seconds max_age) {
   using verdict = wandb::cache_policy::verdict;
   return [max_age](const wandb::local_copy& local, const wandb::file_info* remote) {
@@ -47,7 +47,7 @@ int main(int argc, char** argv) {
     std::cerr << "usage: cache_policy NAME RUN_PATH MAX_AGE_SECONDS\n";
     return 2;
   }
-  // a client's policy holds for all its calls; restore_options::cache is for one
+  // This policy applies to all calls of the client. restore_options::cache applies to one call.
   wandb::client<> client(wandb::settings::from_environment(),
                          trust_for(std::chrono::seconds(std::atol(argv[3]))));
   const auto file = client.try_restore(argv[1], argv[2]);

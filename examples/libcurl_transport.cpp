@@ -1,10 +1,10 @@
-// How does the library work over another HTTP stack? Here: libcurl, which most HPC sites have.
+// A transport over libcurl.
 //
 //   c++ -std=c++17 -I.. libcurl_transport.cpp -lcurl -pthread
 //   ./libcurl_transport NAME RUN_PATH
 //
-// A Transport makes one exchange: no redirects, no retries, no credentials, no decompression. All of these
-// live above it and are the same for each transport, and so are ranges, resuming and verifying.
+// A transport makes one exchange: no redirects, no retries, no credentials, no decompression. The library does the rest above
+// every transport: redirects, retries, credentials, ranges, resuming and verification.
 //
 // SPDX-License-Identifier: MIT
 #ifndef WANDB_RESTORE_NO_OPENSSL
@@ -30,9 +30,8 @@
 
 namespace {
 
-/// Keeps SIGPIPE from the program for as long as it lives: a peer that closes a connection is an error, not a
-/// signal. CURLOPT_NOSIGNAL keeps libcurl from changing the whole process's handlers, which is not safe with
-/// threads.
+/// Blocks SIGPIPE in this thread during its lifetime: a write to a closed connection is then an error, not a signal.
+/// CURLOPT_NOSIGNAL keeps libcurl from changing the signal handlers of the process, which is unsafe with threads.
 class without_sigpipe {
 #ifndef _WIN32
  public:
@@ -62,7 +61,7 @@ class without_sigpipe {
   bool pending_before_ = false;
 #else
  public:
-  without_sigpipe() {}  // not a defaulted one: no warning of an unused variable
+  without_sigpipe() {}  // a defaulted constructor would cause a warning about an unused variable
 #endif
 };
 
@@ -83,8 +82,8 @@ class header_list {
   curl_slist* head_ = nullptr;
 };
 
-/// Easy handles that nobody uses now. Each keeps its connections alive, so one that last talked to the same
-/// origin comes first. (One cache of connections for all threads, through CURLSH, is documented as unsafe.)
+/// The idle easy handles. Each keeps its connections open, so a handle that was last used for the same origin is taken first.
+/// (libcurl documents a cache of connections that threads share through CURLSH as unsafe.)
 class handle_pool {
  public:
   using handle = std::unique_ptr<CURL, decltype(&curl_easy_cleanup)>;
@@ -101,9 +100,9 @@ class handle_pool {
   }
 
   void give_back(handle curl, std::string origin) {
-    curl_easy_reset(curl.get());  // forgets options, keeps connections, TLS sessions and names
+    curl_easy_reset(curl.get());  // clears the options; keeps connections, TLS sessions and resolved names
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (idle_.size() >= most) idle_.erase(idle_.begin());  // the one that idles longest
+    if (idle_.size() >= most) idle_.erase(idle_.begin());  // the one that was idle longest
     idle_.push_back({std::move(curl), std::move(origin)});
   }
 
@@ -117,7 +116,7 @@ class handle_pool {
   std::vector<entry> idle_;
 };
 
-/// One exchange: what libcurl's callbacks see.
+/// The state of one exchange, for libcurl's callbacks.
 class exchange {
  public:
   using clock = std::chrono::steady_clock;
@@ -129,7 +128,7 @@ class exchange {
   end ended = end::none;  // why a callback ended the exchange, if one did
   wandb::http_response response;
 
-  /// The head has come.
+  /// Returns whether the final response's head has arrived.
   bool started() const { return started_; }
 
   static std::size_t on_header(char* data, std::size_t, std::size_t size, void* self) {
@@ -143,7 +142,7 @@ class exchange {
   }
 
  private:
-  /// A whole line, its end included. Lines of interim answers (1xx) come first, trailers after the body.
+  /// Takes one line with its line break. Lines of interim responses (1xx) come first, trailers after the body.
   bool header(std::string_view line) {
     last_byte_ = clock::now();
     header_bytes_ += line.size();
@@ -177,10 +176,10 @@ class exchange {
     return ended == end::none;
   }
 
-  /// Called whenever something happens, and else about once a second.
+  /// libcurl calls this during transfers, and about once a second while it waits.
   bool progress(curl_off_t sent) {
     if (request_.cancelled()) return ended = end::cancelled, false;
-    curl_off_t connected = 0;  // microseconds; 0: not yet, and CURLOPT_CONNECTTIMEOUT_MS has its eye on it
+    curl_off_t connected = 0;  // microseconds; 0: not yet connected, so CURLOPT_CONNECTTIMEOUT_MS applies
     curl_easy_getinfo(curl_, CURLINFO_PRETRANSFER_TIME_T, &connected);
     if (connected == 0 || sent != sent_) last_byte_ = clock::now();
     sent_ = sent;
@@ -200,7 +199,7 @@ class exchange {
 /// A Transport over libcurl's easy interface. Copies share their connections.
 class curl_transport {
  public:
-  /// Takes CA locations and verify_tls from the settings; where those name no CA, libcurl's own are used.
+  /// Takes the CA locations and verify_tls from the settings. If they name no CA, libcurl's defaults apply.
   explicit curl_transport(const wandb::settings& settings)
       : ca_file_(settings.ca_file.string()), ca_directory_(settings.ca_directory.string()),
         verify_tls_(settings.verify_tls) {
@@ -227,7 +226,7 @@ class curl_transport {
 
     const without_sigpipe guard;
     const CURLcode code = curl_easy_perform(curl.get());
-    curl_off_t connected = 0;  // microseconds until then; 0: it never was
+    curl_off_t connected = 0;  // microseconds; 0: no connection was established
     curl_easy_getinfo(curl.get(), CURLINFO_CONNECT_TIME_T, &connected);
     if (connected > 0 && !now.started()) sink.connected();
     long proxy_status = 0;  // of a tunnel
@@ -235,7 +234,7 @@ class curl_transport {
     pool_->give_back(std::move(curl), address->origin());
     if (code == CURLE_OK && now.started()) return std::move(now.response);
     const std::string text = address->redacted() + ": ";
-    if (code == CURLE_OK)  // libcurl takes a head that is cut short for a response without a body
+    if (code == CURLE_OK)  // libcurl returns this for a truncated head too, as if the response had no body
       return wandb::error(wandb::errc::connection_failed, text + "the head of the response was cut short");
     if (proxy_status >= 400 && proxy_status < 500)
       return wandb::error::permanent(wandb::errc::connection_failed,
@@ -245,7 +244,7 @@ class curl_transport {
   }
 
  private:
-  /// libcurl sends headers as they are: a line break in one would begin another.
+  /// Refuses line breaks in headers: libcurl would send the rest as another header.
   static bool are_sendable(const wandb::http_headers& headers) {
     for (const auto& [name, value] : headers) {
       for (const char c : name + value) {
@@ -258,7 +257,7 @@ class curl_transport {
   void set_up(CURL* curl, const wandb::http_request& request, const wandb::url& address, exchange& now,
               header_list& headers, header_list& proxy_headers) const {
     curl_easy_setopt(curl, CURLOPT_URL,
-                     address.str().c_str());  // without a user and password, if it has them
+                     address.str().c_str());  // without user and password
     curl_easy_setopt(curl, CURLOPT_PATH_AS_IS, 1L);
     curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, 0L);
     curl_easy_setopt(curl, CURLOPT_HTTP_VERSION, CURL_HTTP_VERSION_1_1);  // each range has its connection
@@ -268,7 +267,7 @@ class curl_transport {
     curl_easy_setopt(curl, CURLOPT_PROTOCOLS, CURLPROTO_HTTP | CURLPROTO_HTTPS);
 #endif
 
-    // "Name:" takes a field away that libcurl would add, "Name;" sends one without a value
+    // "Name:" suppresses a field that libcurl would add; "Name;" sends a field with an empty value.
     for (const char* unwanted : {"Accept:", "Content-Type:", "Expect:"}) headers.add(unwanted);
     for (const auto& [name, value] : request.headers)
       headers.add(value.empty() ? name + ';' : name + ": " + value);
@@ -282,13 +281,13 @@ class curl_transport {
     }
     curl_easy_setopt(curl, CURLOPT_HTTPHEADER, headers.get());
 
-    // The settings' proxy; where they name none, one that only libcurl understands (SOCKS): ALL_PROXY and
-    // NO_PROXY.
+    // The proxy of the settings. If there is none, libcurl reads ALL_PROXY and NO_PROXY: they may name a SOCKS proxy,
+    // which the settings do not support.
     const char* any = std::getenv("all_proxy");
     if (any == nullptr) any = std::getenv("ALL_PROXY");
     if (!request.proxy.empty()) {
       curl_easy_setopt(curl, CURLOPT_PROXY, request.proxy.c_str());
-      curl_easy_setopt(curl, CURLOPT_NOPROXY, "");  // decided already
+      curl_easy_setopt(curl, CURLOPT_NOPROXY, "");  // the settings have applied NO_PROXY
       if (!request.proxy_authorization.empty())
         proxy_headers.add("Proxy-Authorization: " + request.proxy_authorization);
     } else {
@@ -326,13 +325,13 @@ class curl_transport {
       case exchange::end::none: break;
     }
     switch (code) {
-      case CURLE_PEER_FAILED_VERIFICATION:  // trying again does not make a certificate good
+      case CURLE_PEER_FAILED_VERIFICATION:  // a retry cannot make the certificate valid
       case CURLE_SSL_CACERT_BADFILE:
       case CURLE_SSL_CERTPROBLEM:
       case CURLE_SSL_CIPHER:
       case CURLE_SSL_ISSUER_ERROR:
       case CURLE_SSL_ENGINE_NOTFOUND: return wandb::error::permanent(errc::connection_failed, text);
-      case CURLE_UNSUPPORTED_PROTOCOL:  // HTTP/0.9, which anything is that is not HTTP
+      case CURLE_UNSUPPORTED_PROTOCOL:  // libcurl takes any answer that is not HTTP for HTTP/0.9
       case CURLE_WEIRD_SERVER_REPLY:
       case CURLE_BAD_CONTENT_ENCODING:
       case CURLE_URL_MALFORMAT: return {errc::protocol_violation, text};
@@ -349,7 +348,7 @@ static_assert(wandb::is_transport<curl_transport>::value, "");
 
 }  // namespace
 
-#ifndef WANDB_RESTORE_EXAMPLE_WITHOUT_MAIN  // the conformance tests take the transport alone
+#ifndef WANDB_RESTORE_EXAMPLE_WITHOUT_MAIN  // the conformance tests include only the transport
 int main(int argc, char** argv) {
   if (argc != 3) {
     std::cerr << "usage: libcurl_transport NAME RUN_PATH\n";

@@ -1,13 +1,12 @@
-// How does a user's own unit test run against a service that is not there?
+// A transport in memory, for unit tests without network, key or server.
 //
-// With a Transport in memory: it answers the question for a file's facts, and the request for its bytes. What
-// takes a wandb::client<Transport> can then be tested without network, key or server.
+// It answers the query for a file's properties, and the request for its bytes. Code that takes a wandb::client<Transport>
+// can be tested with it.
 //
-// It needs no OpenSSL and links nothing. The macro may as well come from the command line:
+// It needs no OpenSSL and no libraries. All files of a program must agree on the macro, so a real program rather defines it
+// on the command line:
 //
 //   c++ -std=c++17 -I.. -DWANDB_RESTORE_NO_OPENSSL memory_transport.cpp -pthread
-//
-// and must be the same in all files of a program.
 //
 // SPDX-License-Identifier: MIT
 #ifndef WANDB_RESTORE_NO_OPENSSL
@@ -32,7 +31,7 @@ namespace {
 
 using json = nlohmann::json;
 
-/// One run's files, name to content. Copies share them, so that a test can look at the counter afterwards.
+/// The files of one run, from name to content. Copies share files and counter: a test reads the counter of its own copy.
 class memory_transport {
  public:
   explicit memory_transport(std::map<std::string, std::string> files) : shared_(std::make_shared<shared>()) {
@@ -41,7 +40,7 @@ class memory_transport {
 
   int requests() const { return shared_->requests; }
 
-  /// One exchange. May be called from several threads at once: nothing here changes but the counter.
+  /// Makes one exchange. Safe to call from several threads at once: only the atomic counter changes.
   wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
     ++shared_->requests;
     if (request.cancelled()) return wandb::error(wandb::errc::cancelled, "cancelled");
@@ -54,7 +53,7 @@ class memory_transport {
     std::atomic<int> requests{0};
   };
 
-  /// data.project.run.files.edges[].node is what a client asks for; a name without a node has no file.
+  /// Answers the GraphQL query with data.project.run.files.edges[].node. A name without a node has no file.
   wandb::result<wandb::http_response> answer_question(const wandb::http_request& request,
                                                       wandb::body_sink& sink) const {
     const json question = json::parse(request.body, nullptr, false);
@@ -66,7 +65,7 @@ class memory_transport {
                         {{"name", name},
                          {"url", "http://wandb.test/files/" + name},
                          {"sizeBytes", content.size()},
-                         {"md5", nullptr},  // 16 bytes in base64 or hex, where a test wants them checked
+                         {"md5", nullptr},  // or 16 bytes in base64 or hex, to have the md5 checked
                          {"mimetype", "application/octet-stream"},
                          {"updatedAt", "2026-01-02T03:04:05Z"}}}});
     }
@@ -75,7 +74,7 @@ class memory_transport {
     return deliver({200, {{"Content-Type", "application/json"}}}, answer.dump(), sink);
   }
 
-  /// The bytes, or the range of them that is asked for.
+  /// Sends the file, or the requested range of it.
   wandb::result<wandb::http_response> serve_file(const wandb::http_request& request,
                                                  wandb::body_sink& sink) const {
     const std::string start = "http://wandb.test/files/";
@@ -112,11 +111,11 @@ class memory_transport {
 
 }  // namespace
 
-#ifndef WANDB_RESTORE_EXAMPLE_WITHOUT_MAIN  // the conformance tests take the transport alone
+#ifndef WANDB_RESTORE_EXAMPLE_WITHOUT_MAIN  // the conformance tests include only the transport
 
 namespace {
 
-/// What a test is for: some function of the user's program that restores files.
+/// The function under test: it restores files through a client.
 template <class Transport>
 std::string first_line_of_vocabulary(wandb::client<Transport>& client) {
   auto file = client.try_restore("data/vocabulary.txt");
@@ -138,7 +137,7 @@ int main() {
   const auto scratch = std::filesystem::temp_directory_path() /
                        ("wandb_restore_memory_transport_" + std::to_string(std::random_device{}()));
 
-  wandb::settings settings;  // nothing from the environment: a unit test is the same on each machine
+  wandb::settings settings;  // not from the environment, so that the test does not depend on the machine
   settings.base_url = "http://wandb.test";
   settings.entity = "entity";
   settings.project = "project";

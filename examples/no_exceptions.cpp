@@ -1,9 +1,9 @@
-// How does a program that is built without exceptions and RTTI restore a file?
+// Restores a file in a program that is built without exceptions and RTTI.
 //
 //   c++ -std=c++17 -fno-exceptions -fno-rtti -I.. no_exceptions.cpp -lssl -lcrypto -pthread
 //   ./no_exceptions NAME RUN_PATH
 //
-// By try_restore, which is all there is then: each failure is a value, with a code to act on and a text for
+// Without exceptions there is only try_restore. It returns failures as values, with a code for the program and a text for
 // people.
 //
 // SPDX-License-Identifier: MIT

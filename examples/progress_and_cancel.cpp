@@ -1,11 +1,10 @@
-// How does a program show how far a restore is, and stop it?
+// Shows the progress of a restore, and cancels it.
 //
 //   ./progress_and_cancel NAME RUN_PATH [SECONDS]
 //
-// Two ways to stop, for two kinds of programs: the progress callback returns false (here: after SECONDS), or
-// another thread or a signal handler sets an atomic flag (here: Ctrl-C). Either way the call returns
-// errc::cancelled within about a second (a name that is just being resolved takes longer), the local path
-// holds what it held before, and a later call goes on from what has arrived.
+// There are two ways to cancel: the progress callback returns false (here: after SECONDS), or another thread or a signal
+// handler sets an atomic flag (here: Ctrl-C). The call returns errc::cancelled within about a second, or after the resolution
+// of a host name. The local file is unchanged. A later call resumes the download.
 //
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"
@@ -33,7 +32,7 @@ int main(int argc, char** argv) {
 
   using clock = std::chrono::steady_clock;
   const auto deadline = clock::now() + std::chrono::duration<double>(seconds);
-  std::uint64_t seen = 0;  // by one thread at a time: needs no lock
+  std::uint64_t seen = 0;  // needs no lock: on_progress runs in this thread
   int shown = -1;
 
   wandb::restore_options options;
@@ -56,7 +55,7 @@ int main(int argc, char** argv) {
   }
   if (file.error().code() == wandb::errc::cancelled) {
     std::cout << "stopped after " << seen << " bytes; the next call goes on from there\n";
-    return 130;  // as a shell says of what Ctrl-C has ended
+    return 130;  // the exit status that shells use after Ctrl-C
   }
   std::cerr << file.error().what() << '\n';
   return 1;

@@ -1,4 +1,4 @@
-// Restores one file of a run and says what came: quickstart [NAME RUN_PATH]
+// Restores one file of a run and prints its size: quickstart [NAME RUN_PATH]
 #include "wandb_restore.hpp"
 
 #include <iostream>

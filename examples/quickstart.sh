@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# From a fresh machine to a restored file, in one go: installs what is missing (Debian, Ubuntu, Fedora), builds
-# wandb-restore, and restores a file with it.
+# Installs missing packages (Debian, Ubuntu, Fedora), builds wandb-restore, and restores a file with it.
 #
 #   examples/quickstart.sh
-#       from a server that stands in for the service on this machine: no account, no network
+#       restores from a local server in place of the service: needs no account and no network
 #   WANDB_API_KEY=... examples/quickstart.sh model-best.h5 --run-path entity/project/run_id
-#       from the real service; the arguments are those of wandb-restore
+#       restores from the real service; the arguments are those of wandb-restore
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 case ${1:-} in
@@ -44,25 +43,25 @@ if [ $# != 0 ]; then
   exec "$build/examples/wandb-restore" "$@"
 fi
 
-# What the user's environment says of servers, keys, proxies and certificates is not for the stand-in.
+# The user's settings for servers, keys, proxies and certificates do not apply to the local server.
 unset "${!WANDB_@}" REQUESTS_CA_BUNDLE CURL_CA_BUNDLE SSL_CERT_FILE SSL_CERT_DIR
 unset HTTP_PROXY HTTPS_PROXY ALL_PROXY http_proxy https_proxy all_proxy
 export XDG_CACHE_HOME=$scratch/cache
 
 pace=()
-[ ! -t 2 ] || pace=(--global-rate 33554432) # slow enough for a progress bar to be seen
-echo "Starting a stand-in for the service, with a model file of 64 MiB" >&2
+[ ! -t 2 ] || pace=(--global-rate 33554432) # slow enough to show the progress bar
+echo "Starting a local server in place of the service, with a model file of 64 MiB" >&2
 "$build/tests/wandb-stand-in" --run team/project/a1b2c3d --generate model-best.h5=67108864 \
   --ca "$scratch/ca.pem" --env "$scratch/env" "${pace[@]}" > "$scratch/log" 2>&1 < /dev/null &
 server=$!
-for ((i = 0; i < 300; i++)); do # the file is there once the server listens
+for ((i = 0; i < 300; i++)); do # the server writes the file once it listens
   [ ! -e "$scratch/env" ] || break
   kill -0 "$server" 2> /dev/null || break
   sleep 0.1
 done
 if [ ! -e "$scratch/env" ]; then
   cat "$scratch/log" >&2
-  echo "The stand-in server did not start." >&2
+  echo "The local server did not start." >&2
   exit 1
 fi
 # shellcheck disable=SC1091

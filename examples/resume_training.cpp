@@ -1,11 +1,10 @@
-// How does a training program go on from its last checkpoint, and start fresh where there is none?
+// Resumes a training from its last checkpoint, or starts a new one if there is no checkpoint.
 //
 //   WANDB_ENTITY=... WANDB_PROJECT=... WANDB_RUN_ID=... ./resume_training
 //
-// With no run path the current run is meant: the one that WANDB_RUN_ID names or, with WANDB_RESUME=auto, the
-// one that wandb/wandb-resume.json does. "Not there (yet)" is the only failure that may start from nothing: a
-// program that did so after a network failure would throw days of work away, and then overwrite the good
-// checkpoint with a young one.
+// Without a run path the current run is used: WANDB_RUN_ID, or with WANDB_RESUME=auto the run in wandb/wandb-resume.json.
+// Only is_not_found() may start a new training. A program that did so after a network failure would lose days of work, and then
+// overwrite the good checkpoint with a new one.
 //
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"
@@ -15,7 +14,7 @@
 
 namespace {
 
-/// A stand-in for a model: its checkpoint is a text with the number of the last epoch and the loss after it.
+/// A toy model. Its checkpoint is a text with the number of the last epoch and the loss after that epoch.
 struct model {
   int epoch = 0;
   double loss = 8;
@@ -29,8 +28,8 @@ struct model {
 int main() {
   model net;
 
-  // A checkpoint that is on disk is used without asking the service. Say options.cache =
-  // wandb::cache_policy::refresh() where another machine may have trained on meanwhile.
+  // A checkpoint on disk is used without a request. If another machine may have continued the training, set
+  // options.cache = wandb::cache_policy::refresh().
   if (auto checkpoint = wandb::try_restore("checkpoint.txt")) {
     if (!net.load(*checkpoint)) {
       std::cerr << checkpoint->name() << " is not a checkpoint\n";

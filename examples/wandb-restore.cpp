@@ -1,12 +1,12 @@
-// wandb-restore: brings files of Weights & Biases runs to local disk, verified and resumable.
+// wandb-restore: restores files of Weights & Biases runs to local disk, verified and resumable.
 //
 //   wandb-restore model-best.h5 --run-path entity/project/run_id
 //   wandb-restore --list '*.ckpt' --run-path entity/project/run_id --json
 //
-// Standard output gets the local path of each restored file, a line each (with --json: an object a line).
-// Everything else goes to standard error. The exit status says what went wrong; `exit_status` is the table.
+// Prints the local path of each restored file to standard output, one per line (with --json: one object per line), and
+// everything else to standard error. `exit_status` maps failures to exit statuses.
 //
-// Needs CLI11 2.1 or later beside what wandb_restore.hpp needs.
+// Needs CLI11 2.1 or later, and the dependencies of wandb_restore.hpp.
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"
 
@@ -47,7 +47,7 @@
 
 namespace {
 
-// ---- what a shell sees of an error ------------------------------------------------------------------------
+// ---- exit statuses and help -------------------------------------------------------------------------------
 
 constexpr int status_done = 0;
 constexpr int status_usage = 2;
@@ -76,31 +76,32 @@ int exit_status(wandb::errc code) {
 }
 
 constexpr const char* help_footer =
-    "NAMEs are paths inside the run. Each is tried; the exit status is the first failure's, or 130 if\n"
-    "interrupted. With --list they are patterns: * stands for any text, / included, and ? for one\n"
-    "character.\n"
+    "NAMEs are paths inside the run. Every NAME is tried; the exit status is that of the first failure, or\n"
+    "130 after an interrupt. With --list, NAMEs are patterns: * matches any text, including /, and ? "
+    "matches\n"
+    "one character.\n"
     "\n"
-    "The key and the defaults for entity, project and run come from where the Python SDK has them:\n"
+    "The key and the default entity, project and run come from the same sources as in the Python SDK:\n"
     "WANDB_API_KEY, WANDB_BASE_URL, WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_ID, settings files, netrc.\n"
-    "Without a key, a run that is not public looks as if it did not exist: exit status 3.\n"
+    "Without a key, the service hides private runs: exit status 3.\n"
     "\n"
     "Exit status: 0 done; 2 bad arguments or run path; 3 no such run or file; 4 not authenticated or\n"
-    "not permitted; 5 network, HTTP or offline; 6 checksum or protocol; 7 disk; 8 the local copy is\n"
-    "another run's; 130 interrupted: the next try goes on from what has arrived.";
+    "not permitted; 5 network, HTTP or offline; 6 checksum or protocol; 7 disk; 8 the local copy was\n"
+    "restored from another run; 130 interrupted: the next call resumes the download.";
 
 // ---- the platform -----------------------------------------------------------------------------------------
 
-/// Set by the first Ctrl-C or SIGTERM, and looked at by the library.
+/// Set by the first Ctrl-C or SIGTERM. The library polls it.
 std::atomic<bool> interrupted{false};
 static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler needs this");
 
 extern "C" void on_interrupt(int) {
-  if (interrupted.exchange(true)) std::_Exit(status_interrupted);  // the second one: at once
+  if (interrupted.exchange(true)) std::_Exit(status_interrupted);  // the second signal exits at once
 }
 
 #ifdef _WIN32
 
-/// The arguments as UTF-8, whatever the code page. The program's own name is left out.
+/// Returns the arguments in UTF-8, independent of the code page, without the program's name.
 std::vector<std::string> utf8_arguments(int, char**) {
   std::vector<std::string> arguments;
   int count = 0;
@@ -115,7 +116,7 @@ std::vector<std::string> utf8_arguments(int, char**) {
 
 std::filesystem::path utf8_path(const std::string& text) {
   const int size = static_cast<int>(text.size());
-  std::wstring wide(text.size(), L'\0');  // never more units than bytes
+  std::wstring wide(text.size(), L'\0');  // UTF-16 has at most as many units as UTF-8 has bytes
   wide.resize(
       static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, text.data(), size, wide.data(), size)));
   return wide;
@@ -132,7 +133,7 @@ std::size_t terminal_width() {
 void prepare_process() {
   std::signal(SIGINT, on_interrupt);
   std::signal(SIGTERM, on_interrupt);
-  static const UINT code_page = GetConsoleOutputCP();  // the console's, which outlives this program
+  static const UINT code_page = GetConsoleOutputCP();  // the console keeps its code page after this program
   SetConsoleOutputCP(CP_UTF8);
   std::atexit([] { SetConsoleOutputCP(code_page); });
 }
@@ -156,8 +157,8 @@ void prepare_process() {
   std::signal(SIGINT, on_interrupt);
   std::signal(SIGTERM, on_interrupt);
   if (std::signal(SIGHUP, on_interrupt) == SIG_IGN) std::signal(SIGHUP, SIG_IGN);  // nohup
-  std::signal(SIGPIPE, SIG_IGN);  // a reader that leaves is noticed by `print`
-  std::signal(SIGXFSZ, SIG_IGN);  // a limit on the size of files is noticed where it is met
+  std::signal(SIGPIPE, SIG_IGN);  // `print` reports a closed pipe
+  std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit then fails with EFBIG
 }
 
 #endif
@@ -170,7 +171,7 @@ std::string utf8_text(const std::filesystem::path& path) {
 
 // ---- text -------------------------------------------------------------------------------------------------
 
-/// Names and messages may come from a server: what would steer a terminal is shown as '?'.
+/// Replaces control characters by '?': names and messages may come from a server and must not control the terminal.
 std::string printable(std::string_view text, bool keep_newlines = false) {
   std::string safe(text);
   for (char& c : safe) {
@@ -182,7 +183,7 @@ std::string printable(std::string_view text, bool keep_newlines = false) {
 
 bool continues_character(char c) { return (static_cast<unsigned char>(c) & 0xC0U) == 0x80U; }  // in UTF-8
 
-/// Columns on a terminal, at most: characters from U+1000 on count as wide.
+/// Returns an upper bound of the columns on a terminal: characters from U+1000 on count as wide.
 std::size_t columns(std::string_view text) {
   std::size_t count = 0;
   for (const char c : text) {
@@ -191,7 +192,7 @@ std::size_t columns(std::string_view text) {
   return count;
 }
 
-/// The end of a name, which tells more than its beginning, in so many columns.
+/// Shortens a name to `width` columns. Keeps the end, which says more than the beginning.
 std::string shortened(std::string name, std::size_t width) {
   if (columns(name) <= width) return name;
   const std::string_view mark = width > 8 ? "..." : "";
@@ -207,7 +208,7 @@ std::string padded(const std::string& text, std::size_t width) {
   return std::string(width - std::min(width, columns(text)), ' ') + text;
 }
 
-/// A unit of bytes that suits an amount.
+/// A unit for amounts of bytes.
 struct unit {
   const char* name;
   double bytes;
@@ -220,7 +221,7 @@ unit unit_for(double bytes) {
   return found;
 }
 
-/// "694", "52.1" of some unit: four characters at most.
+/// Returns e.g. "694" or "52.1", in the given unit: at most four characters.
 std::string number(double bytes, unit in) {
   char text[32];
   const double value = bytes / in.bytes;
@@ -254,18 +255,18 @@ std::string duration(double seconds) {
   return text;
 }
 
-/// `*` stands for any text, `?` for one character.
+/// Whether the text matches the pattern: `*` matches any text, `?` one character.
 bool matches(std::string_view pattern, std::string_view text) {
   std::size_t p = 0, t = 0, star = std::string_view::npos, star_end = 0;
   while (t < text.size()) {
     if (p < pattern.size() && pattern[p] == '*') {
-      star = p++, star_end = t;  // for nothing, at first
+      star = p++, star_end = t;  // the star matches the empty text first
     } else if (p < pattern.size() && pattern[p] == '?') {
       for (++p, ++t; t < text.size() && continues_character(text[t]);) ++t;
     } else if (p < pattern.size() && pattern[p] == text[t]) {
       ++p, ++t;
     } else if (star != std::string_view::npos) {
-      p = star + 1, t = ++star_end;  // the last star takes one more
+      p = star + 1, t = ++star_end;  // let the last star match one character more
     } else {
       return false;
     }
@@ -273,16 +274,16 @@ bool matches(std::string_view pattern, std::string_view text) {
   return pattern.find_first_not_of('*', p) == std::string_view::npos;
 }
 
-// ---- standard error: messages, and on a terminal a line that shows how far a file is ----------------------
+// ---- standard error: messages, and a progress line on a terminal ------------------------------------------
 
-/// "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s     0:05 left", in at most `width` columns:
-/// what does not fit is left out, from the right, and the name is shortened.
+/// Returns e.g. "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s     0:05 left". To fit into `width` columns,
+/// items are left out from the right, and the name is shortened.
 std::string status_line(const wandb::progress& now, std::size_t width) {
   const auto done = static_cast<double>(now.bytes_done);
   const auto total = static_cast<double>(now.bytes_total.value_or(0));
   const double part = total > 0 ? std::min(done / total, 1.0) : 1;
 
-  std::vector<std::string> facts;  // widths do not change while a file arrives, so that nothing jumps
+  std::vector<std::string> facts;  // of constant width during a download, so that the line is steady
   if (now.bytes_total) {
     const unit in = unit_for(total);
     facts.push_back(padded(std::to_string(static_cast<int>(part * 100)) + '%', 4));
@@ -328,7 +329,7 @@ class console {
     if (warnings_) say("warning: " + std::string(text));
   }
 
-  /// Draws over what was drawn before.
+  /// Draws the line over the previous one.
   void progress(const wandb::progress& now) {
     if (!progress_) return;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -339,7 +340,7 @@ class console {
     drawn_ = columns(line);
   }
 
-  /// Ends a file's progress with a line that stays, or with none.
+  /// Replaces the progress line by a final line. An empty text clears the line.
   void finish(std::string_view text) {
     if (!progress_) return;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -357,14 +358,14 @@ class console {
   }
   static void write(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stderr); }
 
-  std::mutex mutex_;  // warnings may come from another thread than progress
+  std::mutex mutex_;  // guards the members: warnings may come from other threads than progress
   std::size_t drawn_ = 0;
   bool warnings_, progress_;
 };
 
 // ---- standard output --------------------------------------------------------------------------------------
 
-/// Writes a line at once, so that whoever reads the other end of a pipe can begin with the file.
+/// Writes a line and flushes it, so that the reader of a pipe can use the file at once.
 bool print(std::string line, console& out) {
   line += '\n';
   if (std::fwrite(line.data(), 1, line.size(), stdout) == line.size() && std::fflush(stdout) == 0)
@@ -390,7 +391,7 @@ const char* name_of(wandb::source source) {
   return "unknown";
 }
 
-// ---- what the program does --------------------------------------------------------------------------------
+// ---- restoring and listing --------------------------------------------------------------------------------
 
 struct arguments {
   std::vector<std::string> names;
@@ -405,7 +406,7 @@ int report(const wandb::error& failure, console& out) {
   return exit_status(failure.code());
 }
 
-/// Tries each name; a failure does not keep the others from being tried.
+/// Restores every named file. After a failure it continues with the next name. Returns the exit status.
 int restore_files(wandb::client<>& client, const arguments& given, console& out) {
   wandb::restore_options options;
   options.run_path = given.run_path;
@@ -461,7 +462,7 @@ int restore_files(wandb::client<>& client, const arguments& given, console& out)
   return status;
 }
 
-/// Lists the files that match any pattern. A pattern that matches nothing counts as a file that is not there.
+/// Lists the files that match any pattern. A pattern without a match is reported as file_not_found.
 int list_files(wandb::client<>& client, const arguments& given, console& out) {
   wandb::restore_options options;
   options.run_path = given.run_path;
@@ -511,21 +512,21 @@ int run(int argc, char** argv) {
   app.add_flag("--replace", given.replace, "Download even if there is a local copy");
   app.add_flag("--refresh", given.refresh, "Download if the local copy differs from the run's file");
   app.add_option("--root", given.root,
-                 "Directory to put files under; default: the run's own, else the current one")
+                 "Directory to store files under; default: the run's directory, else the current one")
       ->type_name("DIR");
   app.add_flag("--list", given.list, "List the run's files: size, time of the last change, name");
-  app.add_flag("--json", given.as_json, "One JSON object a line");
-  app.add_option("--connections", given.connections, "At most so many at once, for a large file")
+  app.add_flag("--json", given.as_json, "Print one JSON object per line");
+  app.add_option("--connections", given.connections, "Most connections for one large file")
       ->capture_default_str()
       ->type_name("N");
-  app.add_option("--timeout", given.timeout, "Give a connection up that is silent for so long; default: 30")
+  app.add_option("--timeout", given.timeout, "End a connection after this time without data; default: 30")
       ->type_name("SECONDS");
   app.add_flag("--quiet", given.quiet, "Print no warnings and no progress");
   app.add_flag("--no-progress", given.no_progress, "Print no progress");
 
   try {
     std::vector<std::string> words = utf8_arguments(argc, argv);
-    std::reverse(words.begin(), words.end());  // as CLI11 wants them
+    std::reverse(words.begin(), words.end());  // CLI11 takes the arguments in reverse order
     app.parse(std::move(words));
     if (given.names.empty() && !given.list) throw CLI::RequiredError("NAME");
     if (given.replace && given.refresh) throw CLI::ExcludesError("--replace", "--refresh");
@@ -535,7 +536,7 @@ int run(int argc, char** argv) {
       throw CLI::ValidationError("--timeout", "must be more than 0 and at most 1000000 seconds");
     }
   } catch (const CLI::ParseError& stop) {
-    return app.exit(stop) == 0 ? status_done : status_usage;  // --help and --version come here too
+    return app.exit(stop) == 0 ? status_done : status_usage;  // --help and --version throw, too
   }
 
   console out(!given.quiet, !given.quiet && !given.no_progress && stderr_is_terminal());
@@ -558,7 +559,7 @@ int main(int argc, char** argv) {
   try {
     prepare_process();
     return run(argc, argv);
-  } catch (const std::exception& failure) {  // out of memory, say
+  } catch (const std::exception& failure) {  // for example std::bad_alloc
     std::fprintf(stderr, "wandb-restore: %s\n", failure.what());
     return 1;
   }

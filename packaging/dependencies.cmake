@@ -1,14 +1,14 @@
-# Finds on the system what wandb_restore.hpp stands on. The build reads this file, and so does the installed package
-# when a program asks for find_package(wandb_restore): both look in the same places, in the same order.
+# Finds the dependencies of wandb_restore.hpp on the system. Both the build and the installed package include this file
+# (find_package(wandb_restore) runs the latter), so both look in the same places, in the same order.
 #
 #   wandb_restore_find_json()      makes wandb_restore::json, nlohmann/json
 #   wandb_restore_find_openssl()   makes OpenSSL::SSL and OpenSSL::Crypto
 #   wandb_restore_find_threads()   makes Threads::Threads
 #
-# Each sets wandb_restore_problem in its caller: empty, or a sentence on what was not found.
+# Each sets wandb_restore_problem in its caller: empty, or a sentence that names the missing dependency.
 
-# find_package. In a build, where WANDB_RESTORE_GLOBAL_TARGETS is set, every directory of an embedding project may see
-# the targets that come of it: they end up in the link interface of wandb_restore::wandb_restore.
+# Calls find_package. If WANDB_RESTORE_GLOBAL_TARGETS is set, as in a build, the imported targets become visible in every
+# directory of an embedding project: the link interface of wandb_restore::wandb_restore names them.
 function(wandb_restore_find_package package)
   cmake_parse_arguments(arg "" "" "TARGETS;OPTIONS" ${ARGN})
   if(WANDB_RESTORE_GLOBAL_TARGETS)

@@ -1,3 +1,3 @@
-// The one source file of wandb_restore::compiled; WANDB_RESTORE_SPLIT comes from the build.
+// The only source file of wandb_restore::compiled. The build defines WANDB_RESTORE_SPLIT.
 #define WANDB_RESTORE_IMPLEMENTATION
 #include "wandb_restore.hpp"

@@ -1,5 +1,4 @@
-// The command-line example, started as a shell would, against the stand-in: output, exit status, signals,
-// terminal.
+// The command-line program against the stand-in, started as a shell would: output, exit status, signals, terminal.
 //
 // SPDX-License-Identifier: MIT
 #ifndef _WIN32
@@ -34,13 +33,13 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-/// Arguments that go on from `first` with the fixture's run.
+/// Returns `first` followed by the fixture's --run-path.
 std::vector<std::string> with_run(const fixture& f, std::vector<std::string> first) {
   first.insert(first.end(), {"--run-path", f.run_path()});
   return first;
 }
 
-/// What went to standard error is one or more messages, and nothing else.
+/// Checks that standard error has one or more messages, and nothing else.
 void check_messages(const std::string& err) {
   CHECK(err.rfind("wandb-restore: ", 0) == 0);
   CHECK(err.back() == '\n');
@@ -50,7 +49,7 @@ void check_messages(const std::string& err) {
 }  // namespace
 
 TEST_SUITE("command line") {
-  TEST_CASE("a restored file: its path on standard output, nothing else anywhere, status 0") {
+  TEST_CASE("a restore prints the local path, and nothing else, and ends with status 0") {
     fixture f;
     f.server.add_file(f.run, "ckpt/model.h5", "twelve bytes");
     const fs::path root = f.directory.path() / "some root";
@@ -61,7 +60,7 @@ TEST_SUITE("command line") {
     CHECK(read_file(root / "ckpt/model.h5") == "twelve bytes");
   }
 
-  TEST_CASE("without --root the file is put where the program runs") {
+  TEST_CASE("without --root the file is stored in the working directory") {
     fixture f;
     f.server.add_file(f.run, "model.h5", "twelve bytes");
     const outcome result = f.start(program, with_run(f, {"model.h5"}));
@@ -71,7 +70,7 @@ TEST_SUITE("command line") {
     CHECK(fs::equivalent(f.work() / lines[0], f.work() / "model.h5"));
   }
 
-  TEST_CASE("the run comes from the environment where none is given") {
+  TEST_CASE("without --run-path the run comes from the environment") {
     fixture f;
     f.server.add_file(f.run, "model.h5", "twelve bytes");
     f.environment.insert(
@@ -80,7 +79,7 @@ TEST_SUITE("command line") {
     CHECK(read_file(f.work() / "model.h5") == "twelve bytes");
   }
 
-  TEST_CASE("--json: an object for each file, with everything that is known of it") {
+  TEST_CASE("--json prints one object for each file, with all its properties") {
     fixture f;
     f.server.add_file(f.run, "model.h5", "twelve bytes");
     stand_in::file_attributes no_md5;
@@ -111,7 +110,7 @@ TEST_SUITE("command line") {
     CHECK(objects[0]["verified"] == true);  // a receipt says so
   }
 
-  TEST_CASE("several names: each is tried, in order, and the status is the first failure's") {
+  TEST_CASE("several names are restored in order; the status is that of the first failure") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "a");
     f.server.add_file(f.run, "c.txt", "c");
@@ -132,7 +131,7 @@ TEST_SUITE("command line") {
     CHECK(b < d);
   }
 
-  TEST_CASE("several names share connections") {
+  TEST_CASE("several names share one client's connections") {
     fixture f;
     for (const char* name : {"a", "b", "c"}) f.server.add_file(f.run, name, name);
     CHECK(f.start(program, with_run(f, {"a", "b", "c"})).status == 0);
@@ -140,7 +139,7 @@ TEST_SUITE("command line") {
     CHECK(f.server.counted().of(stand_in::origin::storage).handshakes == 1);
   }
 
-  TEST_CASE("a local copy is kept without a request; --refresh compares; --replace downloads") {
+  TEST_CASE("a local copy is kept without a request; --refresh compares the md5; --replace downloads") {
     fixture f;
     f.server.add_file(f.run, "model.h5", "first");
     REQUIRE(f.start(program, with_run(f, {"model.h5"})).status == 0);
@@ -164,7 +163,7 @@ TEST_SUITE("command line") {
     CHECK(f.server.requests(stand_in::request_kind::storage).size() == 1);
   }
 
-  TEST_CASE("--list: size, time and name, separated by tabs, in the service's order") {
+  TEST_CASE("--list prints size, time and name, separated by tabs, in the service's order") {
     fixture f;
     f.server.add_file(f.run, "a/best.ckpt", "0123456789");
     stand_in::file_attributes vague;
@@ -180,7 +179,7 @@ TEST_SUITE("command line") {
           "10\t2024-01-02T03:04:05Z\ta/best.ckpt\n-\t-\tb.ckpt\n5\t2024-01-02T03:04:05Z\tconfig.yaml\n");
     CHECK(f.server.requests(stand_in::request_kind::storage).empty());
 
-    SUBCASE("patterns choose") {
+    SUBCASE("patterns select files") {
       CHECK(lines_of(f.start(program, with_run(f, {"--list", "*.ckpt"})).out).size() ==
             2);  // * goes across '/'
       CHECK(lines_of(f.start(program, with_run(f, {"--list", "?.ckpt"})).out).size() == 1);
@@ -188,7 +187,7 @@ TEST_SUITE("command line") {
       CHECK(lines_of(f.start(program, with_run(f, {"--list", "config.yaml"})).out).size() == 1);
       CHECK(lines_of(f.start(program, with_run(f, {"--list", "*"})).out).size() == 3);
     }
-    SUBCASE("a pattern that matches nothing is a file that is not there") {
+    SUBCASE("a pattern without a match is file_not_found") {
       result = f.start(program, with_run(f, {"--list", "*.h5", "*.yaml"}));
       CHECK(result.status == 3);
       CHECK(lines_of(result.out).size() == 1);
@@ -209,7 +208,7 @@ TEST_SUITE("command line") {
     }
   }
 
-  TEST_CASE("--list of a run without files prints nothing and is no failure; of no run it is one") {
+  TEST_CASE("--list of a run without files prints nothing, status 0; --list of an unknown run fails") {
     fixture f;
     const outcome result = f.start(program, with_run(f, {"--list"}));
     CHECK(result.status == 0);
@@ -217,7 +216,7 @@ TEST_SUITE("command line") {
     CHECK(f.start(program, {"--list", "--run-path", "vanpelt/my-project/nothing"}).status == 3);
   }
 
-  TEST_CASE("names that would steer a terminal are shown harmless, and told exactly in JSON") {
+  TEST_CASE("control characters in names are replaced on a terminal, and escaped in JSON") {
     fixture f;
     f.server.add_file(f.run, "a\x1b[2J\tb", "x");
     CHECK(f.start(program, with_run(f, {"--list"})).out == "1\t2024-01-02T03:04:05Z\ta?[2J?b\n");
@@ -242,7 +241,7 @@ TEST_SUITE("command line") {
     CHECK(f.requests() == 0);
   }
 
-  TEST_CASE("arguments that make no sense: status 2, a message, and no request") {
+  TEST_CASE("invalid arguments: status 2, a message, no request") {
     fixture f;
     const std::vector<std::vector<std::string>> table = {
         {},
@@ -285,7 +284,7 @@ TEST_SUITE("command line") {
     CHECK(f.server.requests(stand_in::request_kind::storage).empty());
   }
 
-  TEST_CASE("a run path in the place of a name: the option is named that takes it") {
+  TEST_CASE("a run path in place of a name: the message names --run-path") {
     fixture f;
     const outcome both = f.start(program, {"a.txt", "team/project/run1"});
     CHECK(both.status == 2);
@@ -297,7 +296,7 @@ TEST_SUITE("command line") {
     CHECK(f.server.requests().empty());
   }
 
-  TEST_CASE("each kind of failure has its exit status, one message, and leaves an old file alone") {
+  TEST_CASE("each kind of failure has its exit status and one message, and leaves the old file unchanged") {
     using namespace stand_in;
     struct row {
       const char* what;
@@ -352,7 +351,7 @@ TEST_SUITE("command line") {
         check_messages(result.err);
         CHECK(read_file(f.work() / "a.txt") == "old");
 
-        words.push_back("--quiet");  // no warnings, no progress; errors all the same
+        words.push_back("--quiet");  // suppresses warnings and progress, but not errors
         const outcome quiet = f.start(program, words);
         CHECK(quiet.status == r.status);
         check_messages(quiet.err);
@@ -360,7 +359,7 @@ TEST_SUITE("command line") {
     }
   }
 
-  TEST_CASE("no run to be had: status 2") {
+  TEST_CASE("no run is known: status 2") {
     fixture f;
     CHECK(f.start(program, {"a.txt"}).status == 2);
   }
@@ -372,7 +371,7 @@ TEST_SUITE("command line") {
     CHECK(f.start(program, {"a.txt", "--run-path", "my-project/a1b2c3d"}).status == 2);
   }
 
-  TEST_CASE("a directory in the file's place: status 7") {
+  TEST_CASE("a directory has the file's name: status 7") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "new");
     write_file(f.work() / "a.txt/b.txt", "mine");
@@ -382,7 +381,7 @@ TEST_SUITE("command line") {
     CHECK(read_file(f.work() / "a.txt/b.txt") == "mine");
   }
 
-  TEST_CASE("the local copy is another run's: status 8, and the copy stays") {
+  TEST_CASE("the local copy is from another run: status 8, and the copy stays") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "one");
     f.server.add_file({"vanpelt", "my-project", "other"}, "a.txt", "two");
@@ -393,7 +392,7 @@ TEST_SUITE("command line") {
     CHECK(read_file(f.work() / "a.txt") == "one");
   }
 
-  TEST_CASE("standard output that takes nothing: status 7, whatever the reason") {
+  TEST_CASE("a failed write to standard output: status 7") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "new");
     setup how = f.how();
@@ -414,7 +413,7 @@ TEST_SUITE("command line") {
     }
   }
 
-  TEST_CASE("interrupted: status 130, and nothing more is begun") {
+  TEST_CASE("an interrupt: status 130, and the remaining names are not tried") {
     for (const int number : {SIGINT, SIGTERM}) {
       CAPTURE(number);
       fixture f;
@@ -436,7 +435,7 @@ TEST_SUITE("command line") {
     }
   }
 
-  TEST_CASE("warnings go to standard error, and --quiet keeps them away") {
+  TEST_CASE("warnings go to standard error; --quiet suppresses them") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "new");
     f.environment["WANDB_INSECURE_DISABLE_SSL"] = "true";
@@ -452,8 +451,8 @@ TEST_SUITE("command line") {
   // ---- on a terminal
 
   struct screen {
-    std::vector<std::string> frames;  // what was drawn at the beginning of a line, one after another
-    std::string last;                 // after all
+    std::vector<std::string> frames;  // successive contents of the line
+    std::string last;                 // the last content
   };
 
   screen watch(const std::string& err) {
@@ -470,7 +469,7 @@ TEST_SUITE("command line") {
     return seen;
   }
 
-  TEST_CASE("a terminal shows how far the file is, in its width, and a clean line at the end") {
+  TEST_CASE("a terminal shows a progress line of its width, then one final line") {
     if (!has_terminals()) return;
     for (const unsigned short width : {static_cast<unsigned short>(100), static_cast<unsigned short>(40),
                                        static_cast<unsigned short>(12)}) {
@@ -505,7 +504,7 @@ TEST_SUITE("command line") {
     }
   }
 
-  TEST_CASE("the line follows a terminal that changes its width") {
+  TEST_CASE("the progress line follows a change of the terminal's width") {
     if (!has_terminals()) return;
     stand_in::options options;
     options.global_rate = 2'000'000;
@@ -527,12 +526,12 @@ TEST_SUITE("command line") {
       std::string drawn = result.err.substr(begin, end == result.err.npos ? end : end - begin);
       const auto whole = drawn.size();
       drawn.erase(drawn.find_last_not_of(' ') + 1);
-      if (drawn.size() < 30) CHECK(whole < 30);  // not padded to the width before: that would wrap
+      if (drawn.size() < 30) CHECK(whole < 30);  // not padded to the earlier width, which would wrap
     }
     CHECK(seen.frames[seen.frames.size() - 3].size() < 30);
   }
 
-  TEST_CASE("no progress where it is not wanted") {
+  TEST_CASE("no progress line with --quiet or --no-progress") {
     if (!has_terminals()) return;
     fixture f;
     f.server.add_file(f.run, "model.h5", "twelve bytes");
@@ -547,7 +546,7 @@ TEST_SUITE("command line") {
     }
   }
 
-  TEST_CASE("interrupted on a terminal: the line goes away, and the next try goes on from what has arrived") {
+  TEST_CASE("an interrupt clears the progress line; the next call resumes") {
     if (!has_terminals()) return;
     fixture f;
     const auto content = stand_in::generated(3'000'000);
@@ -557,7 +556,7 @@ TEST_SUITE("command line") {
     setup how = f.how();
     how.tty = &tty;
     child running(example(program), with_run(f, {"model.h5", "--connections", "1"}), how);
-    REQUIRE(running.read_until([](const std::string& err) {  // a good part has arrived
+    REQUIRE(running.read_until([](const std::string& err) {  // a part of the file has arrived
       const auto percent = err.rfind('%');
       return percent != std::string::npos && percent >= 2 && err[percent - 2] >= '1' &&
              err[percent - 2] <= '9';

@@ -1,5 +1,5 @@
-// What tests need that start a program against the stand-in: a child process with its own environment, whose
-// output is collected, and a scratch directory. POSIX only.
+// Shared by tests that start a program against the stand-in: a child process with its own environment and collected
+// output, and a scratch directory. POSIX only.
 //
 // SPDX-License-Identifier: MIT
 #ifndef WANDB_RESTORE_TESTS_CLI_TEST_HPP
@@ -35,14 +35,14 @@ namespace programs {
 namespace fs = std::filesystem;
 using namespace std::chrono_literals;
 
-/// Examples are built beside the directory of this program.
+/// Returns the path of an example, which the build puts beside this program's directory.
 inline fs::path example(const std::string& name) {
   const fs::path directory = fs::read_symlink("/proc/self/exe").parent_path().parent_path() / "examples";
   REQUIRE_MESSAGE(fs::exists(directory / name), "not built: ", (directory / name).string());
   return directory / name;
 }
 
-/// A directory that is gone when the test is over.
+/// A directory that the destructor removes.
 class scratch {
  public:
   scratch() {
@@ -71,7 +71,7 @@ inline void write_file(const fs::path& path, const std::string& text) {
   std::ofstream(path, std::ios::binary) << text;
 }
 
-/// A descriptor that closes itself.
+/// Closes a file descriptor in its destructor.
 class descriptor {
  public:
   descriptor() = default;
@@ -102,7 +102,7 @@ inline pipe_ends make_pipe() {
   return {descriptor(fds[0]), descriptor(fds[1])};
 }
 
-/// A pseudo terminal: what a program writes to `slave` is read from `master`.
+/// A pseudo terminal: `master` reads the bytes that a program writes to `slave`.
 class terminal {
  public:
   explicit terminal(unsigned short columns) : master_(posix_openpt(O_RDWR | O_NOCTTY)) {
@@ -127,8 +127,8 @@ class terminal {
   descriptor master_, slave_;
 };
 
-/// Whether this machine has pseudo terminals (a container without /dev/pts has none). Says so where not: the test case that
-/// asks is skipped.
+/// Whether this machine has pseudo terminals: a container without /dev/pts has none. If not, it prints a message, and the test
+/// case returns.
 inline bool has_terminals() {
   const descriptor master(posix_openpt(O_RDWR | O_NOCTTY));
   const char* const slave = master.get() >= 0 && grantpt(master.get()) == 0 && unlockpt(master.get()) == 0
@@ -140,18 +140,18 @@ inline bool has_terminals() {
 }
 
 struct outcome {
-  int status = -1;  ///< of exit, or 128 + the signal
+  int status = -1;  ///< the exit status, or 128 + the signal
   std::string out, err;
 };
 
 struct setup {
   std::map<std::string, std::string> environment;
-  fs::path directory;        ///< to work in
-  int standard_output = -1;  ///< in place of a pipe that is read
-  terminal* tty = nullptr;   ///< standard error, in place of a pipe
+  fs::path directory;        ///< the working directory
+  int standard_output = -1;  ///< a descriptor to use instead of a pipe
+  terminal* tty = nullptr;   ///< a terminal to use as standard error instead of a pipe
 };
 
-/// A running program. Killed if it is still there at the end.
+/// A running program. The destructor kills it if it still runs.
 class child {
  public:
   child(const fs::path& program, const std::vector<std::string>& arguments, const setup& how) {
@@ -159,7 +159,7 @@ class child {
     words.insert(words.end(), arguments.begin(), arguments.end());
     std::vector<std::string> variables;
     for (const auto& [name, value] : how.environment) variables.push_back(name + '=' + value);
-    // sanitizers, coverage and libraries in odd places concern this program's children too
+    // children need the same variables for sanitizers, coverage and libraries
     for (const char* name : {"PATH", "LD_LIBRARY_PATH", "ASAN_OPTIONS", "LSAN_OPTIONS", "UBSAN_OPTIONS",
                              "TSAN_OPTIONS", "LLVM_PROFILE_FILE", "GCOV_PREFIX", "GCOV_PREFIX_STRIP"}) {
       if (const char* value = std::getenv(name)) variables.push_back(name + std::string("=") + value);
@@ -178,7 +178,7 @@ class child {
 
     pid_ = fork();
     if (pid_ < 0) throw std::system_error(errno, std::generic_category(), "fork");
-    if (pid_ == 0) {  // nothing here but what a signal handler may do: other threads may have held locks
+    if (pid_ == 0) {  // only async-signal-safe calls: other threads may have held locks at the fork
       dup2(nothing.get(), 0);
       dup2(child_out, 1);
       dup2(child_err, 2);
@@ -188,7 +188,7 @@ class child {
     }
     out_ = std::move(out.read);
     if (how.tty != nullptr) {
-      how.tty->slave().close();  // so that the child's end of it is the last
+      how.tty->slave().close();  // so that the child has the last descriptor of the terminal
       err_ = descriptor(fcntl(how.tty->master().get(), F_DUPFD_CLOEXEC, 3));
     } else {
       err_ = std::move(err.read);
@@ -205,7 +205,7 @@ class child {
 
   void signal(int number) const { ::kill(pid_, number); }
 
-  /// Collects output until standard error fulfils the predicate. False: it ended or the time is up.
+  /// Collects output until standard error fulfils the predicate. Returns false if the program ended or the time is up.
   bool read_until(const std::function<bool(const std::string& err)>& enough,
                   std::chrono::milliseconds limit = 60s) {
     const auto deadline = std::chrono::steady_clock::now() + limit;
@@ -215,7 +215,7 @@ class child {
     return true;
   }
 
-  /// The end of it; a program that takes longer is killed, and its status tells.
+  /// Waits for the end of the program. Kills it after the time limit, which its status shows.
   outcome wait(std::chrono::milliseconds limit = 60s) {
     const auto deadline = std::chrono::steady_clock::now() + limit;
     while (collect(deadline)) {}
@@ -228,7 +228,7 @@ class child {
   }
 
  private:
-  /// Reads once from what is ready. False: both ends are closed, or the time is up.
+  /// Reads once from the ready descriptors. Returns false if both are closed, or the time is up.
   bool collect(std::chrono::steady_clock::time_point deadline) {
     if (out_.get() < 0 && err_.get() < 0) return false;
     const auto left =
@@ -245,7 +245,7 @@ class child {
     const ssize_t count = ::read(from.get(), buffer, sizeof buffer);
     if (count > 0) {
       into.append(buffer, static_cast<std::size_t>(count));
-    } else if (count == 0 || errno != EINTR) {  // EIO: a terminal that nobody writes to any more
+    } else if (count == 0 || errno != EINTR) {  // EIO: the last writer closed the terminal
       from.close();
     }
   }
@@ -255,7 +255,7 @@ class child {
   outcome seen_;
 };
 
-/// A stand-in with a run, and programs that are pointed at it.
+/// A stand-in with a run, and an environment that leads programs to it.
 class fixture {
  public:
   explicit fixture(stand_in::options how = {})
@@ -276,7 +276,7 @@ class fixture {
   std::map<std::string, std::string> environment;
 
   fs::path home() const { return directory.path() / "home"; }
-  fs::path work() const { return directory.path() / "work"; }  ///< where programs run
+  fs::path work() const { return directory.path() / "work"; }  ///< the programs' working directory
   std::string run_path() const { return run.entity + '/' + run.project + '/' + run.id; }
 
   setup how() const {
@@ -286,7 +286,7 @@ class fixture {
     return result;
   }
 
-  /// Runs a program to its end. Whatever it says, it tells no secret.
+  /// Runs a program to its end. Checks that its output has no secret.
   outcome start(const std::string& program, const std::vector<std::string>& arguments) {
     child running(example(program), arguments, how());
     outcome result = running.wait();
@@ -297,7 +297,7 @@ class fixture {
   void check_no_secret(const outcome& result) const {
     for (const std::string& text : {result.out, result.err}) {
       CHECK(text.find(server.key()) == std::string::npos);
-      CHECK(text.find("X-Signature") == std::string::npos);  // of signed addresses
+      CHECK(text.find("X-Signature") == std::string::npos);  // the query of a signed address
       CHECK(text.find("Authorization") == std::string::npos);
       CHECK(text.find("YXBpO") == std::string::npos);  // "api:..." in base64
     }

@@ -53,10 +53,10 @@ struct libcurl {
 #include "transport_conformance.hpp"
 
 TEST_SUITE("conformance") {
-  TEST_CASE("README.md has the promises that transports cannot keep") {
+  TEST_CASE("README.md lists the promises that transports cannot keep") {
     std::string expected = "| transport | promise | why not |\n| --- | --- | --- |\n";
     for (const auto& [name, limits] : {std::pair("`httplib_transport`", conformance::limits_of_httplib()),
-                                       std::pair("libcurl's", conformance::limits_of_libcurl())}) {
+                                       std::pair("libcurl", conformance::limits_of_libcurl())}) {
       for (const auto& [promise, reason] : limits)
         expected += std::string("| ") + name + " | " + promise + " | " + reason + " |\n";
     }
@@ -64,7 +64,7 @@ TEST_SUITE("conformance") {
     const std::string text = support::read_file(top / "README.md");
     const auto begin = text.find(expected);
     REQUIRE(begin != std::string::npos);
-    CHECK(text.substr(begin + expected.size(), 1) == "\n");  // no row more
+    CHECK(text.substr(begin + expected.size(), 1) == "\n");  // no further rows
   }
 }
 

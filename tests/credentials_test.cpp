@@ -1,4 +1,4 @@
-// Who asks, how that is proved, and to whom: keys, access tokens, extra headers, proxies and certificates in whole restores.
+// Authentication in whole restores: keys, access tokens, extra headers, proxies and certificates.
 #include "restore_fixture.hpp"
 
 #include <ctime>
@@ -19,7 +19,7 @@ namespace {
 
 const std::string text = "the bytes of the file";
 
-/// The Authorization of every request of a kind: one text where all agree, as they have to.
+/// Returns the Authorization of all requests of a kind. Checks that they agree.
 std::optional<std::string> authorization(const fixture& f, request_kind kind) {
   std::optional<std::string> seen;
   bool first = true;
@@ -48,7 +48,7 @@ std::string utc(std::chrono::system_clock::time_point time) {
 }  // namespace
 
 TEST_SUITE("credentials: keys") {
-  TEST_CASE("a key in the settings: Basic, at the service alone") {
+  TEST_CASE("a key in the settings is sent as Basic credentials, to the service alone") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     (void)f.success(f.client().try_restore("a.txt", f.path));
@@ -57,7 +57,7 @@ TEST_SUITE("credentials: keys") {
     CHECK(authorization(f, request_kind::storage) == std::nullopt);
   }
 
-  TEST_CASE("a key from the environment") {
+  TEST_CASE("the key of the environment is used") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     const scoped_environment there{{"WANDB_API_KEY", f.server.key()},
@@ -67,7 +67,7 @@ TEST_SUITE("credentials: keys") {
     CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
   }
 
-  TEST_CASE("a key from netrc: for the host with its port, or the default entry") {
+  TEST_CASE("the key of netrc is that of the host and port, else of the default entry") {
     for (const bool by_default : {false, true}) {
       fixture f;
       f.server.add_file(f.run, "a.txt", text);
@@ -83,7 +83,7 @@ TEST_SUITE("credentials: keys") {
     }
   }
 
-  TEST_CASE("a key in the settings comes before netrc, which is not even read") {
+  TEST_CASE("with a key in the settings, netrc is not read") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto s = f.settings();
@@ -93,7 +93,7 @@ TEST_SUITE("credentials: keys") {
     CHECK(f.warnings().empty());
   }
 
-  TEST_CASE("a netrc file that cannot be used is a warning, once a client, and then there is no key") {
+  TEST_CASE("an unusable netrc file causes one warning for each client, and no key is used") {
     fixture f;
     f.server.add_file(f.server.add_run("somebody", "open", "r1", true), "a.txt", text);
     auto s = f.public_settings();
@@ -105,7 +105,7 @@ TEST_SUITE("credentials: keys") {
     CHECK(contains(f.warnings()[0], "netrc"));
   }
 
-  TEST_CASE("public runs need none") {
+  TEST_CASE("public runs need no key") {
     fixture f;
     f.server.add_file(f.server.add_run("somebody", "open", "r1", true), "a.txt", text);
     wandb::client<> client(f.public_settings());
@@ -121,8 +121,7 @@ TEST_SUITE("credentials: keys") {
     CHECK(f.warnings().empty());
   }
 
-  TEST_CASE(
-      "without a key a run that is not public looks like none: the text says where a key was looked for") {
+  TEST_CASE("without a key a private run is run_not_found, and the text says where a key was looked for") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto s = f.public_settings();
@@ -132,7 +131,7 @@ TEST_SUITE("credentials: keys") {
     CHECK(failure.is_not_found());
   }
 
-  TEST_CASE("keys of every accepted form go out as they are") {
+  TEST_CASE("keys of every accepted form are sent unchanged") {
     for (const std::string& key :
          {std::string(40, 'k'), std::string(86, 'k'), "local-" + std::string(40, 'k'),
           "wandb_v1_" + std::string(60, 'x') + "_y", std::string("eyJhbGciOi.eyJzdWIi-_.c2ln")}) {
@@ -146,8 +145,7 @@ TEST_SUITE("credentials: keys") {
     }
   }
 
-  TEST_CASE("white space around a key is no part of it: in code and in netrc, and a server that repeats it "
-            "is not repeated") {
+  TEST_CASE("white space around a key is removed, in code and in netrc, also when error texts are redacted") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto s = f.public_settings();
@@ -158,7 +156,7 @@ TEST_SUITE("credentials: keys") {
       (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path, true));
       CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
     }
-    s.api_key = " \n";  // none: then netrc counts
+    s.api_key = " \n";  // empty after trimming: netrc is used
     (void)f.success(wandb::client<>(s).try_restore("a.txt", f.path, true));
     CHECK(authorization(f, request_kind::graphql) == basic(f.server.key()));
     f.server.add_fault(place::graphql,
@@ -167,13 +165,14 @@ TEST_SUITE("credentials: keys") {
     (void)f.failure(wandb::client<>(s).try_restore("a.txt", f.path, true), errc::permission_denied);
   }
 
-  TEST_CASE("a malformed key is told, without it, before it goes anywhere") {
+  TEST_CASE("a malformed key is reported without the key, before any request") {
     fixture f;
     for (const std::string& key :
          {std::string("short"), std::string(39, 's'), std::string(39, 's') + '*',
           "s\r\nX-Evil: " + std::string(40, 's'), std::string(20, 's') + ' ' + std::string(20, 's')}) {
       for (const bool in_netrc : {false, true}) {
-        if (in_netrc && key.find_first_of(" \r\n") != key.npos) continue;  // cannot be written there
+        if (in_netrc && key.find_first_of(" \r\n") != key.npos)
+          continue;  // cannot be written in a netrc file
         CAPTURE(key);
         f.secrets.push_back(key);
         auto s = f.public_settings();
@@ -190,7 +189,7 @@ TEST_SUITE("credentials: keys") {
     CHECK(f.asked() == "graphql 0, files 0, storage 0");
   }
 
-  TEST_CASE("401: which key was refused, and what to do; the service is asked once") {
+  TEST_CASE("401: the text names the source of the key and a remedy; there is no second request") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto client = f.client();
@@ -203,7 +202,7 @@ TEST_SUITE("credentials: keys") {
     CHECK(f.asked() == "graphql 1, files 0, storage 0");
   }
 
-  TEST_CASE("401 without a key: that there was none, and where it was looked for") {
+  TEST_CASE("401 without a key: the text says that no key was found, and where it was looked for") {
     fixture f;
     f.server.add_fault(place::graphql, act::status(401));
     auto s = f.public_settings();
@@ -212,7 +211,7 @@ TEST_SUITE("credentials: keys") {
     check_names(failure, {"no API key for 127.0.0.1", "WANDB_API_KEY", "wandb login", "no-netrc"});
   }
 
-  TEST_CASE("401 and 403 at the file's address at the service") {
+  TEST_CASE("401 and 403 from the service's address of the file: not_authenticated and permission_denied") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto client = f.client();
@@ -225,7 +224,7 @@ TEST_SUITE("credentials: keys") {
                 {"a.txt", f.path, "not for you"});
   }
 
-  TEST_CASE("a server that repeats what it was sent does not make us repeat it") {
+  TEST_CASE("secrets that a server repeats are removed from error texts") {
     const std::string key(44, 'q');
     for (const bool from_netrc : {false, true}) {
       for (const int status : {200, 400, 401, 403, 404, 500}) {
@@ -256,7 +255,7 @@ TEST_SUITE("credentials: keys") {
 }
 
 TEST_SUITE("credentials: the service's two names") {
-  /// A stand-in that is reached under the service's names, through its proxy, and calls itself by one of them.
+  /// Options for a stand-in that a proxy reaches under the service's names.
   stand_in::options named(const std::string& own_name) {
     stand_in::options how;
     how.proxy = true;
@@ -265,7 +264,7 @@ TEST_SUITE("credentials: the service's two names") {
     return how;
   }
 
-  TEST_CASE("a key in netrc under any name, a base URL in each of its forms or none: restored") {
+  TEST_CASE("a netrc key under either name serves every form of the base URL, and the default") {
     for (const char* own_name : {"https://api.forge.coreweave.com", "https://api.wandb.ai"}) {
       fixture f(named(own_name));
       f.server.add_file(f.run, "a.txt", text);
@@ -307,7 +306,7 @@ TEST_SUITE("credentials: the service's two names") {
     }
   }
 
-  TEST_CASE("a local copy restored under one name is the same run's under the other") {
+  TEST_CASE("a receipt of one name is valid under the other") {
     fixture f(named("https://api.wandb.ai"));
     f.server.add_file(f.run, "a.txt", text);
     auto s = f.settings();
@@ -320,7 +319,7 @@ TEST_SUITE("credentials: the service's two names") {
     CHECK(kept.verified());
   }
 
-  TEST_CASE("hints name the host that was asked, and the page where keys are made") {
+  TEST_CASE("hints name the host of the base URL, and the page that shows the key") {
     fixture f(named("https://api.forge.coreweave.com"));
     for (const char* base : {"https://api.forge.coreweave.com", "https://forge.coreweave.com/api/wandb",
                              "https://api.wandb.ai"}) {
@@ -340,7 +339,8 @@ TEST_SUITE("credentials: the service's two names") {
                 {"no API key for 127.0.0.1", s.base_url + "/authorize"});
   }
 
-  TEST_CASE("a base URL elsewhere on a Forge host: what to use instead, without a request") {
+  TEST_CASE(
+      "an unusable base URL on a Forge host is refused without a request; the text names the right one") {
     fixture f(named("https://api.forge.coreweave.com"));
     auto s = f.settings();
     s.https_proxy.url = f.server.proxy_url();
@@ -354,7 +354,7 @@ TEST_SUITE("credentials: the service's two names") {
 TEST_SUITE("credentials: identity tokens") {
   const char* const jwt = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJ3b3JrZXIifQ.c2lnbmF0dXJl_-";
 
-  /// A stand-in that takes the token, and settings that have it in a file.
+  /// A stand-in that accepts an identity token, and settings with its file.
   class federated : public fixture {
    public:
     explicit federated(std::int64_t token_seconds = 3600, stand_in::options how = {})
@@ -382,7 +382,7 @@ TEST_SUITE("credentials: identity tokens") {
     }
   };
 
-  TEST_CASE("the exchange: a form with the token, no credentials; then Bearer at the service alone") {
+  TEST_CASE("the token exchange sends a form without credentials; then Bearer goes to the service alone") {
     federated f;
     (void)f.success(wandb::client<>(f.settings()).try_restore("a.txt", f.path));
     const auto exchanged = f.server.requests(request_kind::oidc);
@@ -400,7 +400,7 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(authorization(f, request_kind::storage) == std::nullopt);
   }
 
-  TEST_CASE("one exchange for a client, and for a second client through the shared file") {
+  TEST_CASE("one exchange serves a client, and through the shared file a second client") {
     federated f;
     wandb::client<> first(f.settings());
     (void)f.success(first.try_restore("a.txt", f.path, true));
@@ -408,10 +408,10 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(f.exchanges() == 1);
     (void)f.success(wandb::client<>(f.settings()).try_restore("a.txt", f.path, true));
     CHECK(f.exchanges() == 1);
-    (void)authorization(f, request_kind::graphql);  // the same in each
+    (void)authorization(f, request_kind::graphql);  // checks that all requests agree
   }
 
-  TEST_CASE("many threads at once: one exchange") {
+  TEST_CASE("threads share one exchange") {
     federated f;
     wandb::client<> client(f.settings());
     std::vector<std::thread> threads;
@@ -424,7 +424,7 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(f.exchanges() == 1);
   }
 
-  TEST_CASE("the shared file: readable by its owner alone, other entries and keys kept") {
+  TEST_CASE("the shared file is readable by its owner alone, and keeps other entries and members") {
     federated f;
     write_file(f.credentials(),
                R"({"credentials": {"https://api.wandb.ai": {"expires_at": "2099-01-01 00:00:00",
@@ -444,7 +444,7 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(visible(f.credentials().parent_path()) == names{"credentials.json"});
   }
 
-  TEST_CASE("a shared token is used until five minutes before its end, and not when it is another server's") {
+  TEST_CASE("a shared token is used until five minutes before it expires, and only for its own server") {
     struct row {
       const char* what;
       std::chrono::seconds left;
@@ -472,7 +472,7 @@ TEST_SUITE("credentials: identity tokens") {
   }
 
   TEST_CASE(
-      "a shared token counts under either name of the service, and is written under the base URL's own") {
+      "a shared token is valid for both names of the service, and is stored under the base URL's name") {
     const std::string forge = "https://api.forge.coreweave.com", wandb_ai = "https://api.wandb.ai";
     struct row {
       std::string base, stored;
@@ -507,8 +507,7 @@ TEST_SUITE("credentials: identity tokens") {
     }
   }
 
-  TEST_CASE(
-      "a token that is about to run out is renewed within a client, and the identity file is read again") {
+  TEST_CASE("a client renews a token that expires soon, and reads the identity file again") {
     federated f(0);  // seconds
     wandb::client<> client(f.settings());
     (void)f.success(client.try_restore("a.txt", f.path, true));
@@ -520,7 +519,7 @@ TEST_SUITE("credentials: identity tokens") {
     (void)f.failure(client.try_restore("a.txt", f.path, true), errc::not_authenticated);
   }
 
-  TEST_CASE("a token that never had five minutes is used for half its life, not exchanged for each request") {
+  TEST_CASE("a token with a short lifetime is used for half of it, not exchanged for each request") {
     federated f(200);  // seconds
     f.server.add_file(f.run, "large", stand_in::generated(16 << 20, 1));
     (void)f.success(wandb::client<>(f.settings()).try_restore("large", f.path));
@@ -528,7 +527,7 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(f.exchanges() == 1);
   }
 
-  TEST_CASE("who waits for another's exchange can be cancelled") {
+  TEST_CASE("a call that waits for the exchange of another call can be cancelled") {
     federated f;
     f.server.add_fault(place::oidc, act::hang());
     wandb::client<> client(f.settings());
@@ -551,7 +550,7 @@ TEST_SUITE("credentials: identity tokens") {
     first.join();
   }
 
-  TEST_CASE("a shared file that cannot be written is a warning; one that is something else is written anew") {
+  TEST_CASE("an unwritable shared file causes a warning; a malformed one is replaced") {
     federated f;
     write_file(f.directory / "config", "a file where a directory should be");
     (void)f.success(wandb::client<>(f.settings()).try_restore("a.txt", f.path));
@@ -564,7 +563,7 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(g.warnings().empty());
   }
 
-  TEST_CASE("without a shared file at all it works, too") {
+  TEST_CASE("without a shared file the exchange works, too") {
     federated f;
     auto s = f.settings();
     s.credentials_file.clear();
@@ -572,7 +571,7 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(f.warnings().empty());
   }
 
-  TEST_CASE("an exchange that the server refuses is refused for good, in the server's words") {
+  TEST_CASE("a refused exchange is not retried, and the text quotes the server") {
     for (const int status : {400, 401, 403, 404, 422}) {
       CAPTURE(status);
       federated f;
@@ -590,7 +589,7 @@ TEST_SUITE("credentials: identity tokens") {
     }
   }
 
-  TEST_CASE("an exchange that fails in passing is tried again") {
+  TEST_CASE("an exchange that fails transiently is retried") {
     for (const auto& fault :
          {act::status(500), act::status(503), act::too_many_requests("0"), act::drop(), act::cut(5)}) {
       federated f;
@@ -600,7 +599,7 @@ TEST_SUITE("credentials: identity tokens") {
     }
   }
 
-  TEST_CASE("an exchange whose answer makes no sense is a protocol_violation") {
+  TEST_CASE("a malformed answer to an exchange is a protocol_violation") {
     const std::string page = "<html>" + std::string(100'000, 'x');
     for (const std::string& body : std::initializer_list<std::string>{
              page, "", "{}", "[]", "null", R"({"access_token": 7, "expires_in": 3600})",
@@ -618,7 +617,7 @@ TEST_SUITE("credentials: identity tokens") {
     }
   }
 
-  TEST_CASE("an exchange that hangs ends") {
+  TEST_CASE("an exchange without an answer ends after the timeout") {
     federated f;
     f.server.add_fault(place::oidc, act::hang());
     auto s = f.settings();
@@ -630,7 +629,7 @@ TEST_SUITE("credentials: identity tokens") {
     check_names(failure, {"a.txt", f.path, "127.0.0.1", "/oidc/token"});
   }
 
-  TEST_CASE("an identity file that is not there, or empty, is told with its name and without a request") {
+  TEST_CASE("a missing or empty identity file is reported with its name, without a request") {
     federated f;
     auto s = f.settings();
     for (const bool empty : {false, true}) {
@@ -642,7 +641,7 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(f.exchanges() == 0);
   }
 
-  TEST_CASE("the token itself in the place of its file's name is not repeated") {
+  TEST_CASE("a token in place of a file name is not repeated in the text") {
     federated f;
     auto s = f.settings();
     s.identity_token_file = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJzb21lYm9keSJ9.c2lnbmF0dXJl";
@@ -652,7 +651,7 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(f.exchanges() == 0);
   }
 
-  TEST_CASE("both a key and a token file in the environment: told, with what to do") {
+  TEST_CASE("a key and a token file in the environment are reported with a remedy") {
     federated f;
     const scoped_environment both{{"WANDB_API_KEY", f.server.key()},
                                   {"WANDB_IDENTITY_TOKEN_FILE", (f.directory / "identity").string()},
@@ -664,7 +663,7 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK(f.exchanges() == 0);
   }
 
-  TEST_CASE("an access token that is refused: what to look at") {
+  TEST_CASE("a refused access token: the text names a remedy") {
     federated f;
     wandb::client<> client(f.settings());
     (void)f.success(client.try_restore("a.txt", f.path));
@@ -674,8 +673,8 @@ TEST_SUITE("credentials: identity tokens") {
   }
 }
 
-TEST_SUITE("credentials: where they go") {
-  TEST_CASE("a redirect to another origin takes neither key nor extra headers along") {
+TEST_SUITE("credentials: recipients") {
+  TEST_CASE("a redirect to another origin gets neither the key nor extra headers") {
     using stand_in::redirect;
     for (const auto to : {redirect::absolute, redirect::other_host, redirect::chain}) {
       CAPTURE(static_cast<int>(to));
@@ -694,7 +693,7 @@ TEST_SUITE("credentials: where they go") {
     }
   }
 
-  TEST_CASE("a base URL's path is a border, on whole segments") {
+  TEST_CASE("the key is sent only below the base URL's path, compared by whole segments") {
     stand_in::options how;
     how.prefix = "/wandb";
     struct row {
@@ -721,7 +720,7 @@ TEST_SUITE("credentials: where they go") {
     }
   }
 
-  TEST_CASE("the case of the host and a default port make no other origin") {
+  TEST_CASE("origins are compared without case, and with default ports") {
     stand_in::options how;
     how.host = "localhost";
     fixture f(how);
@@ -732,7 +731,7 @@ TEST_SUITE("credentials: where they go") {
     CHECK(authorization(f, request_kind::files) == basic(f.server.key()));
   }
 
-  TEST_CASE("a redirect from https to http is refused, and nothing goes there") {
+  TEST_CASE("a redirect from https to http is refused without a request to it") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     f.server.set_redirect(stand_in::redirect::plain_http);
@@ -741,7 +740,7 @@ TEST_SUITE("credentials: where they go") {
     CHECK(f.asked() == "graphql 1, files 1, storage 0");
   }
 
-  TEST_CASE("redirects without end have one") {
+  TEST_CASE("an endless chain of redirects is refused") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     f.server.set_redirect(stand_in::redirect::loop);
@@ -750,7 +749,7 @@ TEST_SUITE("credentials: where they go") {
     CHECK(f.server.counted().of(request_kind::files).requests <= 11);
   }
 
-  TEST_CASE("extra headers: each at the service, none over what is set already") {
+  TEST_CASE("extra headers go to the service, and do not override the library's headers") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto s = f.settings();
@@ -770,7 +769,7 @@ TEST_SUITE("credentials: where they go") {
     }
   }
 
-  TEST_CASE("an extra Authorization counts where there is no key, at the service alone") {
+  TEST_CASE("an Authorization among the extra headers is used if there is no key, for the service alone") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto s = f.public_settings();
@@ -780,9 +779,8 @@ TEST_SUITE("credentials: where they go") {
     CHECK(authorization(f, request_kind::storage) == std::nullopt);
   }
 
-  TEST_CASE(
-      "a storage on another port of the service's host gets no key, whether asked once or again and again") {
-    fixture f;  // whose storage is one
+  TEST_CASE("storage on another port of the service's host gets no key, also in retries") {
+    fixture f;  // its storage has another port than its service
     f.server.add_file(f.run, "a.txt", text);
     f.server.add_fault(target(place::storage).nth(1), act::status(503));
     f.server.add_fault(target(place::storage).nth(2), act::cut(3));
@@ -791,7 +789,7 @@ TEST_SUITE("credentials: where they go") {
     CHECK(authorization(f, request_kind::storage) == std::nullopt);
   }
 
-  TEST_CASE("a signed address that ran out is asked for again, with the key at the service alone") {
+  TEST_CASE("an expired address is renewed, and the key goes to the service alone") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     f.server.add_fault(target(place::storage).nth(1), act::status(403));
@@ -815,8 +813,8 @@ TEST_SUITE("credentials: proxies") {
     return how;
   }
 
-  TEST_CASE(
-      "both origins are reached through tunnels; the proxy sees no key, they see no proxy credentials") {
+  TEST_CASE("service and storage are reached through tunnels: the proxy gets no key, they get no proxy "
+            "credentials") {
     fixture f(with_proxy("somebody:secret word"));
     f.server.add_file(f.run, "a.txt", text);
     f.secrets.insert(f.secrets.end(), {"secret word", "secret%20word", base64("somebody:secret word")});
@@ -849,7 +847,7 @@ TEST_SUITE("credentials: proxies") {
     }
   }
 
-  TEST_CASE("names are resolved by the proxy") {
+  TEST_CASE("the proxy resolves host names") {
     auto how = with_proxy();
     how.host = "api.example.test";
     fixture f(how);
@@ -861,10 +859,11 @@ TEST_SUITE("credentials: proxies") {
           "api.example.test:" + std::to_string(f.server.port(origin::service)));
   }
 
-  TEST_CASE("the environment: which variables lead through the proxy, and what NO_PROXY spares") {
+  TEST_CASE("the environment's proxy variables and NO_PROXY apply to service and storage") {
     struct row {
-      std::vector<std::pair<const char*, const char*>> variables;  ///< PROXY stands for the proxy's address
-      bool service, storage;                                       ///< through the proxy
+      std::vector<std::pair<const char*, const char*>>
+          variables;          ///< PROXY is replaced by the proxy's address
+      bool service, storage;  ///< through the proxy
     };
     const std::vector<row> table = {
         {{{"HTTPS_PROXY", "PROXY"}}, true, true},
@@ -908,7 +907,7 @@ TEST_SUITE("credentials: proxies") {
       auto s = wandb::settings::from_environment();
       s.connect_timeout = s.retry_timeout = 300ms;
       auto outcome = wandb::client<>(s).try_restore("a.txt", f.path, false, f.root());
-      // Without the proxy nobody knows the host: then a failure is what shows that none was used.
+      // Only the proxy can resolve the host: a failure shows that the proxy was not used.
       if (r.service && r.storage) {
         (void)f.success(std::move(outcome));
       } else {
@@ -924,7 +923,7 @@ TEST_SUITE("credentials: proxies") {
     }
   }
 
-  TEST_CASE("a proxy that refuses or is not there: its name is told, its password not") {
+  TEST_CASE("an unreachable or refusing proxy: the text has its name, not its password") {
     fixture f(with_proxy());
     f.server.add_file(f.run, "a.txt", text);
     f.secrets.push_back("secretword");
@@ -942,7 +941,7 @@ TEST_SUITE("credentials: proxies") {
 
 TEST_SUITE("credentials: certificates") {
 #ifndef WANDB_RESTORE_NO_OPENSSL
-  /// The CA as OpenSSL looks for it in a directory: under the hash of its name.
+  /// Puts the CA into a directory as OpenSSL searches it: under the hash of its name.
   fs::path hashed_directory(const fixture& f) {
     const fs::path directory = f.directory / "certificates";
     fs::create_directories(directory);
@@ -958,7 +957,7 @@ TEST_SUITE("credentials: certificates") {
     return directory;
   }
 
-  TEST_CASE("each variable that names a CA is honoured, files and hashed directories") {
+  TEST_CASE("every CA variable is honoured, for files and for hashed directories") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     const std::string directory = hashed_directory(f).string(), file = f.ca().string();
@@ -983,7 +982,7 @@ TEST_SUITE("credentials: certificates") {
     CHECK_FALSE(failure.is_transient());
   }
 
-  TEST_CASE("a refused certificate is refused at once: of the service or of the storage") {
+  TEST_CASE("a refused certificate of service or storage fails at once, without a retry") {
     using stand_in::certificate;
     for (const bool storage : {false, true}) {
       for (const auto how_bad :
@@ -1004,7 +1003,7 @@ TEST_SUITE("credentials: certificates") {
     }
   }
 
-  TEST_CASE("checks switched off: it works, with one warning a client") {
+  TEST_CASE("with verify_tls off, restores work, with one warning for each client") {
     stand_in::options how;
     how.service_certificate = stand_in::certificate::other_authority;
     fixture f(how);
@@ -1023,7 +1022,7 @@ TEST_SUITE("credentials: certificates") {
     }
   }
 
-  TEST_CASE("what settings noticed is passed on at the first request, once a client") {
+  TEST_CASE("the warnings of settings are reported at the first request, once for each client") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     write_file(f.root() / "kept.txt", "old");
@@ -1036,7 +1035,7 @@ TEST_SUITE("credentials: certificates") {
     CHECK(f.warnings() == names{"first", "second"});
   }
 
-  TEST_CASE("a CA file that is none is told with its name, and nothing is asked") {
+  TEST_CASE("an unusable CA file is reported with its name, without a request") {
     fixture f;
     auto s = f.settings();
     s.ca_file = write_file(f.directory / "not-a-ca.pem", "hello");

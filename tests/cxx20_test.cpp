@@ -1,11 +1,11 @@
-// The forms that a caller writes with braces: designated initialisers from C++20 on, empty braces in any version. Where the
-// compiler has no C++20 the same promises are kept with a restore_options that is filled in.
+// Calls with braces: designated initialisers in C++20, empty braces in every version. Without C++20 the tests assign the members
+// of a restore_options instead.
 #include "restore_fixture.hpp"
 
 using namespace restore_tests;
 
 TEST_SUITE("braced forms") {
-  TEST_CASE("empty braces mean the defaults, in every form") {
+  TEST_CASE("empty braces mean the defaults in every overload") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "text");
     const environment there(f);
@@ -19,7 +19,7 @@ TEST_SUITE("braced forms") {
     CHECK(f.server.counted().of(request_kind::storage).requests == 1);
   }
 
-  TEST_CASE("keyword arguments") {
+  TEST_CASE("designated initialisers") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "text");
     const environment there(f);
@@ -54,7 +54,7 @@ TEST_SUITE("braced forms") {
 #endif
   }
 
-  TEST_CASE("run paths of every kind of string choose the form of the SDK") {
+  TEST_CASE("run paths of every string type select the overload of the SDK's arguments") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "text");
     const environment there(f);

@@ -1,7 +1,7 @@
-// The digest, and the text that comes from other people: addresses, dates, ranges, encodings.
+// The digest, and the parsers of external text: addresses, dates, ranges, encodings.
 //
-// These functions stand in the implementation part of the header: this file brings it along, inline, in the inline
-// namespace of that build mode. The rest of the program is not touched by that.
+// These functions are in the implementation part of the header: this file compiles it inline, in the inline namespace of that
+// build mode. The rest of the program is not affected.
 #undef WANDB_RESTORE_SPLIT
 #include "wandb_restore.hpp"
 
@@ -56,7 +56,7 @@ TEST_SUITE("digest") {
           "57edf4a22be3c955ac49da2e2107b67a");
   }
 
-  TEST_CASE("MD5: every length up to 200, taken in two parts at every point, as OpenSSL has it") {
+  TEST_CASE("MD5: every length up to 200, split at every point, equals OpenSSL's") {
     const std::string data = random_bytes(200, 1);
     bool all_equal = true;
     for (std::size_t length = 0; length <= data.size(); ++length) {
@@ -72,7 +72,7 @@ TEST_SUITE("digest") {
     CHECK(all_equal);
   }
 
-  TEST_CASE("MD5: random data in random pieces, as OpenSSL has it") {
+  TEST_CASE("MD5: random data in random pieces equals OpenSSL's") {
     std::minstd_rand random(2);
     for (unsigned round = 0; round < 20; ++round) {
       const std::string data = random_bytes(random() % 300000, round);
@@ -86,7 +86,7 @@ TEST_SUITE("digest") {
     }
   }
 
-  TEST_CASE("MD5 of a file; nothing where it cannot be read") {
+  TEST_CASE("MD5 of a file; empty if the file cannot be read") {
     const support::temporary_directory directory;
     const std::string data = random_bytes(700001, 3);
     support::write_file(directory / "data", data);
@@ -97,7 +97,7 @@ TEST_SUITE("digest") {
 }
 
 TEST_SUITE("text") {
-  TEST_CASE("hex: both cases are read, one is written, anything else is refused") {
+  TEST_CASE("hex: upper and lower case are read, lower case is written, other characters are refused") {
     CHECK(detail::hex_encode("\x00\x7f\xff"s) == "007fff");
     CHECK(detail::hex_decode("00fFAb") == "\x00\xff\xab"s);
     CHECK(detail::hex_decode("") == ""s);
@@ -128,7 +128,7 @@ TEST_SUITE("text") {
     }
   }
 
-  TEST_CASE("base64: what is not exactly that is refused") {
+  TEST_CASE("base64: malformed input is refused") {
     for (const char* bad :
          {"Zg", "Zg=", "Zm9v=", "====", "Z===", "Zm=v", "Zm9v\n", " Zm9v", "Zm9-", "Zm9_", "Zg==Zg=="}) {
       CAPTURE(std::string(bad));
@@ -137,7 +137,7 @@ TEST_SUITE("text") {
     CHECK_FALSE(detail::base64_decode(std::string_view("Zm9\0", 4)));
   }
 
-  TEST_CASE("percent-encoding keeps the unreserved characters alone") {
+  TEST_CASE("percent-encoding keeps only the unreserved characters") {
     CHECK(detail::percent_encode("azAZ09-._~") == "azAZ09-._~");
     CHECK(detail::percent_encode("a b/c?d%e+f\xc3\xa9") == "a%20b%2Fc%3Fd%25e%2Bf%C3%A9");
     CHECK(detail::percent_encode("a/b c", "/") == "a/b%20c");
@@ -183,7 +183,7 @@ TEST_SUITE("text") {
     }
   }
 
-  TEST_CASE("JSON: null for what is none, and for what is nested deeper than any answer") {
+  TEST_CASE("JSON: null for malformed texts, and for texts nested too deeply") {
     const auto nested = [](std::size_t depth, const char* open, const char* close) {
       std::string text;
       for (std::size_t i = 0; i < depth; ++i) text += open;
@@ -200,13 +200,13 @@ TEST_SUITE("text") {
     CHECK(detail::parse_json(nested(33, "[{\"a\":", "}]")).is_null());
     CHECK(detail::parse_json(nested(100'000, "{\"a\":", "}")).is_null());
     CHECK(detail::parse_json(std::string(1'000'000, '[')).is_null());
-    // Brackets inside strings are text, behind escaped quotes, too.
+    // Brackets in strings do not count, also after escaped quotes.
     const std::string text = "\"\\\"" + std::string(100, '[') + "\\\\\"";
     CHECK(detail::text_of(detail::parse_json(text)) == "\"" + std::string(100, '[') + "\\");
     CHECK(detail::parse_json("[[],[],{}," + text + "]").is_array());
   }
 
-  TEST_CASE("numbers: the whole of a text, digits alone, none that does not fit") {
+  TEST_CASE("numbers: the whole text must be digits, and the value must fit") {
     const struct {
       std::string text;
       unsigned base;
@@ -227,7 +227,7 @@ TEST_SUITE("text") {
         {"ffffffffffffffff", 16, UINT64_MAX},
         {"10000000000000000", 16, std::nullopt},
         {"g", 16, std::nullopt},
-        {"[", 16, std::nullopt},  // between the letters, as `
+        {"[", 16, std::nullopt},  // between 'Z' and 'a', as `
         {"`", 16, std::nullopt},
         {":", 16, std::nullopt},
         {"@", 16, std::nullopt},
@@ -239,7 +239,7 @@ TEST_SUITE("text") {
     }
   }
 
-  TEST_CASE("the md5 that a service tells: base64 or hex of 16 bytes, all else is unknown") {
+  TEST_CASE("the service's md5: base64 or hex of 16 bytes; other texts mean unknown") {
     const std::string hex = "900150983cd24fb0d6963f7d28e17f72";
     const struct {
       std::string told, means;
@@ -253,7 +253,7 @@ TEST_SUITE("text") {
         {"kAFQmDzST7DWlj99KOF/cg", ""},            // padding is missing
         {"kAFQmDzST7DWlj99KOF/", ""},              // 15 bytes
         {"kAFQmDzST7DWlj99KOF/cgA=", ""},          // 17 bytes
-        {"g00150983cd24fb0d6963f7d28e17f72", ""},  // 32 characters that are no hex, though base64
+        {"g00150983cd24fb0d6963f7d28e17f72", ""},  // 32 characters of base64, not hex
         {"900150983cd24fb0d6963f7d28e17f7", ""},
         {"900150983cd24fb0d6963f7d28e17f72 ", ""},
     };
@@ -290,7 +290,7 @@ TEST_SUITE("text") {
     }
   }
 
-  TEST_CASE("Retry-After: seconds or a date; what is past or no time at all means now") {
+  TEST_CASE("Retry-After: seconds or a date; a past or malformed time means now") {
     const auto milliseconds_of = [](const char* value) {
       wandb::http_response head;
       if (value) head.headers = {{"retry-after", value}};
@@ -324,7 +324,7 @@ TEST_SUITE("text") {
     CHECK(milliseconds_of(text) > 50000);
   }
 
-  TEST_CASE("Content-Range: bytes first-last/size, a size of * is unknown") {
+  TEST_CASE("Content-Range: bytes first-last/size; the size * means unknown") {
     const struct {
       const char* text;
       bool good;
@@ -344,7 +344,7 @@ TEST_SUITE("text") {
         {"bytes 5-9/", false, 0, 0, {}},
         {"bytes 5-9/ten", false, 0, 0, {}},
         {"bytes 5-9/-10", false, 0, 0, {}},
-        {"bytes 0-18446744073709551615/*", false, 0, 0, {}},  // its end would be 0
+        {"bytes 0-18446744073709551615/*", false, 0, 0, {}},  // its end would overflow to 0
         {"bytes 0-18446744073709551616/*", false, 0, 0, {}},
         {"bytes=5-9/10", false, 0, 0, {}},
         {"lines 5-9/10", false, 0, 0, {}},
@@ -364,7 +364,7 @@ TEST_SUITE("text") {
 }
 
 TEST_SUITE("addresses") {
-  TEST_CASE("an address in parts") {
+  TEST_CASE("an address is split into its parts") {
     const struct {
       const char *text, *whole, *host;
       int port;
@@ -397,7 +397,7 @@ TEST_SUITE("addresses") {
     }
   }
 
-  TEST_CASE("what is no address is a protocol_violation, told without its query") {
+  TEST_CASE("a malformed address is a protocol_violation, reported without its query") {
     for (const char* text : {"",
                              "h",
                              "/a/b",
@@ -432,7 +432,7 @@ TEST_SUITE("addresses") {
     CHECK_FALSE(wandb::url::parse("http://h/\0"s).has_value());
   }
 
-  TEST_CASE("a single character between an IPv6 host and the path is no port") {
+  TEST_CASE("a character between an IPv6 host and the path is refused") {
     CHECK_FALSE(wandb::url::parse("http://[::1]x/").has_value());
   }
 
@@ -483,7 +483,7 @@ TEST_SUITE("addresses") {
         {"g?y/./x", "http://a/b/c/g?y/./x"},
         {"g?y/../x", "http://a/b/c/g?y/../x"},
         {"g#s/./x", "http://a/b/c/g"},
-        // and what is met in the wild
+        // references of real servers
         {"https://Other:444/x?y", "https://other:444/x?y"},
         {"/a//b", "http://a/a//b"},
         {"/x?u=http://v/", "http://a/x?u=http://v/"},
@@ -502,7 +502,7 @@ TEST_SUITE("addresses") {
   }
 }
 
-TEST_CASE("what Windows takes for the name of a file") {
+TEST_CASE("names that Windows accepts for files") {
   for (const char* name :
        {"a", "model.h5", ".hidden", "com", "com10", "console", "nullable.txt", "a b", "\xc3\xa4"}) {
     CAPTURE(std::string(name));

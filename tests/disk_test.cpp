@@ -1,8 +1,7 @@
-// What the engine keeps on disk: partial files and who owns them, locks, receipts, and the step that makes a
-// file visible.
+// The library's files on disk: partial files and their owners, locks, receipts, and the publication of a file.
 //
-// These classes stand in the implementation part of the header: this file brings it along, inline, in the inline
-// namespace of that build mode. The rest of the program is not touched by that.
+// These classes are in the implementation part of the header: this file compiles it inline, in the inline namespace of that
+// build mode. The rest of the program is not affected.
 #undef WANDB_RESTORE_SPLIT
 #include "wandb_restore.hpp"
 
@@ -90,8 +89,8 @@ void set_age(const fs::path& where, std::int64_t seconds) {
   REQUIRE(utimensat(AT_FDCWD, where.c_str(), times, 0) == 0);
 }
 
-/// Another process: runs `body`, then tells so and stays until it is killed. Nothing but system calls and
-/// this library between fork and exit.
+/// A child process that runs `body`, reports its end, and then waits until it is killed. After the fork it uses only system
+/// calls and this library.
 class process {
  public:
   explicit process(const std::function<void()>& body) {
@@ -115,7 +114,7 @@ class process {
   process& operator=(const process&) = delete;
 
   pid_t id() const { return id_; }
-  /// Dead, but not yet taken note of: a zombie.
+  /// Kills the process without waiting for it: a zombie.
   void kill_only() {
     kill(id_, SIGKILL);
     siginfo_t what{};
@@ -132,7 +131,7 @@ class process {
   pid_t id_ = -1;
 };
 
-/// Leaves a partial file as a writer does that is killed: with some blocks, of any content.
+/// Leaves a partial file with some blocks, as a killed process does.
 fs::path leave_killed(const place& at, const std::string& what, std::uint64_t first, std::uint64_t last) {
   std::vector<fs::path> before;
   for (const auto& one : find_partials(at)) before.push_back(one.where);
@@ -152,7 +151,7 @@ fs::path leave_killed(const place& at, const std::string& what, std::uint64_t fi
   return {};
 }
 
-/// Runs something as another user; false, aloud, where that takes root and there is none.
+/// Runs a function as another user. Returns false with a message if the test does not run as root.
 bool as_another_user(const std::function<void()>& body) {
   if (geteuid() != 0) {
     MESSAGE("left out: to act as another user needs root");
@@ -167,7 +166,7 @@ bool as_another_user(const std::function<void()>& body) {
 }  // namespace
 
 TEST_SUITE("partial files") {
-  TEST_CASE("a new one is hidden, has nothing, and goes with its owner") {
+  TEST_CASE("a new partial file is hidden and empty; its owner removes it") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     {
@@ -182,7 +181,7 @@ TEST_SUITE("partial files") {
     CHECK(files_in(directory.path()) == 0);
   }
 
-  TEST_CASE("released: the next one goes on from what was recorded, on the same inode") {
+  TEST_CASE("a released partial file is resumed from its recorded blocks, on the same inode") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     auto first = must(partial_file::open(at, md5, size));
@@ -205,7 +204,7 @@ TEST_SUITE("partial files") {
     CHECK(find_partials(at).size() == 1);
   }
 
-  TEST_CASE("released with nothing in it, or of content that nothing identifies: it goes") {
+  TEST_CASE("release removes a partial file without blocks or without an md5") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     auto empty = must(partial_file::create(at, md5, size));
@@ -219,7 +218,7 @@ TEST_SUITE("partial files") {
     CHECK(files_in(directory.path()) == 0);
   }
 
-  TEST_CASE("of other content, of another target, or of another size: not gone on from") {
+  TEST_CASE("a partial file of another content, target or size is not resumed") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     const auto leave = [&](const place& where, const std::string& what, std::uint64_t how_long) {
@@ -235,7 +234,7 @@ TEST_SUITE("partial files") {
     leave(place(directory / "other.h5"), md5, size);
     check_nothing(1);
     leave(at, other_md5, size);
-    check_nothing(2);  // mine, and that of the other content: somebody may want it
+    check_nothing(2);  // the own file, and that of the other content, which may still be resumed
     for (const std::uint64_t another : {size + block, size + 1, block}) {
       leave(at, md5, another);
       check_nothing(2);
@@ -243,7 +242,7 @@ TEST_SUITE("partial files") {
     CHECK(find_partials(place(directory / "other.h5")).size() == 1);
   }
 
-  TEST_CASE("released twice: what holds more of the content stays") {
+  TEST_CASE("of two released partial files the one with more blocks stays") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     auto more = must(partial_file::create(at, md5, size)), less = must(partial_file::create(at, md5, size));
@@ -258,7 +257,8 @@ TEST_SUITE("partial files") {
     CHECK_FALSE(mine->has(3));
   }
 
-  TEST_CASE("of several that were killed the fullest is gone on from, and the others' blocks are taken in") {
+  TEST_CASE(
+      "of several partial files of killed owners the fullest is resumed; the others' blocks are copied") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     leave_killed(at, md5, 0, 1);
@@ -275,7 +275,7 @@ TEST_SUITE("partial files") {
     CHECK(find_partials(at).size() == 1);
   }
 
-  TEST_CASE("a record that is torn, foreign or missing counts for nothing") {
+  TEST_CASE("a torn, foreign or missing record is ignored") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     const auto spoil = [&](const std::function<void(const fs::path&)>& how) {
@@ -286,11 +286,11 @@ TEST_SUITE("partial files") {
       REQUIRE(find_partials(at).size() == 1);
       how(find_partials(at).front().where);
       const auto mine = must(partial_file::open(at, md5, size));
-      CHECK(find_partials(at).size() <= 2);  // nobody knows of which content a torn record is
+      CHECK(find_partials(at).size() <= 2);  // the content of a torn record is unknown
       clean_up(at, 0);
       return mine->has(0) || mine->has(1) || mine->has(2) || mine->has(3);
     };
-    CHECK(spoil([](const fs::path&) {}));  // the test is able to fail
+    CHECK(spoil([](const fs::path&) {}));  // without damage the blocks are found
     CHECK_FALSE(spoil([](const fs::path& where) { fs::resize_file(where, 4 * block + 64); }));
     CHECK_FALSE(spoil([](const fs::path& where) { fs::resize_file(where, 4 * block + 10); }));
     CHECK_FALSE(spoil([](const fs::path& where) { fs::resize_file(where, 4 * block); }));
@@ -302,21 +302,21 @@ TEST_SUITE("partial files") {
     }));
   }
 
-  TEST_CASE("finished content whose record was cut off already is taken for present, all of it") {
+  TEST_CASE("complete content without a record has all blocks") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     fs::resize_file(leave_killed(at, md5, 0, 4), size);
     auto mine = must(partial_file::open(at, md5, size));
     for (std::uint64_t i = 0; i < 4; ++i) CHECK(mine->has(i));
     CHECK(content_at(*mine, 3) == block_text(3));
-    // A sign of life must not make it look like something else to the next one.
+    // touch() must not change the meaning of a complete file without a record.
     mine->touch();
     mine->release(at, md5);
     mine = must(partial_file::open(at, md5, size));
     for (std::uint64_t i = 0; i < 4; ++i) CHECK(mine->has(i));
   }
 
-  TEST_CASE("an owner that lives is left alone; one that was killed is taken over, unburied too") {
+  TEST_CASE("a partial file of a live owner is left alone; one of a killed owner is taken over") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     process other([&] {
@@ -324,7 +324,7 @@ TEST_SUITE("partial files") {
       if (!made) _exit(1);
       (void)(*made)->write(0, block_text(0));
       (void)(*made)->record(0, 1);
-      (void)made->release();  // as a kill leaves it: nothing is tidied up
+      (void)made->release();  // skip the destructor, as a kill does
     });
     REQUIRE(find_partials(at).size() == 1);
     CHECK_FALSE(find_partials(at).front().abandoned());
@@ -336,8 +336,8 @@ TEST_SUITE("partial files") {
       CHECK(find_partials(at).size() == 2);
     }
     bool buried = false;
-    SUBCASE("a zombie") { other.kill_only(); }
-    SUBCASE("buried") {
+    SUBCASE("the owner is a zombie") { other.kill_only(); }
+    SUBCASE("the owner was waited for") {
       other.end();
       buried = true;
     }
@@ -349,7 +349,7 @@ TEST_SUITE("partial files") {
     CHECK(find_partials(at).size() == 1);
   }
 
-  TEST_CASE("what is left of the dead and the released is cleaned up, whatever its content") {
+  TEST_CASE("clean-up removes released partial files and those of dead owners, of any content") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     {
@@ -371,7 +371,7 @@ TEST_SUITE("partial files") {
     CHECK(fs::exists(directory / ".wandb-restore-notes"));
   }
 
-  TEST_CASE("many claim what was released: one gets it, each gets an inode of its own") {
+  TEST_CASE("one of several threads claims a released partial file; each gets its own inode") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     for (int round = 0; round < 20; ++round) {
@@ -417,10 +417,10 @@ TEST_SUITE("partial files") {
     }
   }
 
-  TEST_CASE("an owner that cannot be asked: its blocks are copied once it has been quiet for a minute") {
+  TEST_CASE("blocks of an owner on another machine are copied after a minute without writes") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
-    // Of this host, it would be dead; of another, nobody knows.
+    // On this host the owner would be dead; on another host its state is unknown.
     const owner foreign{"0000000000000000", 1234, 5678, 9};
     auto left = must(partial_file::create(at, md5, size));
     fill(*left, 0, 1);
@@ -443,14 +443,14 @@ TEST_SUITE("partial files") {
     CHECK(mine->content().facts()->inode != facts_of(theirs)->inode);
     const auto now = mine->content().facts()->modified;
     clean_up(at, now);
-    CHECK(fs::exists(theirs));  // it may still be written to
+    CHECK(fs::exists(theirs));  // its owner may still write to it
 
-    // What the copy is, stays: the other's later writes do not show.
+    // Later writes of the other owner do not change the copy.
     REQUIRE(left->write(0, block_text(0, 'z')).has_value());
     CHECK(content_at(*mine, 0) == block_text(0));
   }
 
-  TEST_CASE("another user's file is never taken over: its blocks are copied, and it goes") {
+  TEST_CASE("a partial file of another user is not taken over: its blocks are copied, and it is removed") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     fs::permissions(directory.path(), fs::perms(0777));
@@ -475,7 +475,7 @@ TEST_SUITE("partial files") {
     }
   }
 
-  TEST_CASE("links, pipes and files with a second name are never taken over, written to or waited on") {
+  TEST_CASE("links, pipes and files with a second name are not taken over, written to or waited for") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     const fs::path elsewhere = directory / "elsewhere";
@@ -519,7 +519,7 @@ TEST_SUITE("partial files") {
     }
   }
 
-  TEST_CASE("what is put in a partial file's place is not published") {
+  TEST_CASE("a file that replaces a partial file is not published") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     auto mine = must(partial_file::create(at, md5, size));
@@ -532,7 +532,7 @@ TEST_SUITE("partial files") {
     CHECK_FALSE(fs::exists(at.target));
   }
 
-  TEST_CASE("a partial file has at most the permissions of the file that it will replace") {
+  TEST_CASE("a partial file has at most the permissions of the target") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     auto wide = must(partial_file::create(at, md5, size));
@@ -553,7 +553,7 @@ TEST_SUITE("partial files") {
     CHECK(facts_of(at.target)->mode == 0600);
   }
 
-  TEST_CASE("another user's old file gives the new one neither its owner nor wider permissions") {
+  TEST_CASE("a new file takes neither the owner nor wider permissions from another user's old file") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     fs::permissions(directory.path(), fs::perms(0777));
@@ -573,7 +573,7 @@ TEST_SUITE("partial files") {
     }
   }
 
-  TEST_CASE("what could not be replaced in the end is refused in the beginning") {
+  TEST_CASE("an irreplaceable target is refused before the download") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     CHECK(check_replaceable(at).has_value());
@@ -609,7 +609,7 @@ TEST_SUITE("partial files") {
 #endif
   }
 
-  TEST_CASE("copying another's blocks ends where its watcher says so") {
+  TEST_CASE("copying blocks stops when the observer returns false") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     constexpr std::uint64_t many = 100;
@@ -626,7 +626,7 @@ TEST_SUITE("partial files") {
     CHECK_FALSE(mine->has(many - 1));
   }
 
-  TEST_CASE("an owner in another container of this machine: a lock that works says that it is gone") {
+  TEST_CASE("a working lock proves that an owner in another container has ended") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     const std::string here = owner::self().realm;
@@ -645,11 +645,11 @@ TEST_SUITE("partial files") {
     }
     const auto mine = must(partial_file::open(at, md5, size, {}, &lock));
     CHECK(mine->has(1));
-    CHECK(mine->content().facts()->inode != inode);  // it may come back: nothing is shared with it
+    CHECK(mine->content().facts()->inode != inode);  // its owner may return, so no inode is shared
     CHECK_FALSE(fs::exists(theirs));
   }
 
-  TEST_CASE("an owner on another host that wrote nothing for an hour is taken for gone") {
+  TEST_CASE("an owner on another host counts as gone after an hour without writes") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     auto left = must(partial_file::create(at, md5, size));
@@ -663,10 +663,10 @@ TEST_SUITE("partial files") {
     set_age(left->where(), 3700);
     clean_up(at, now);
     CHECK_FALSE(fs::exists(theirs));
-    CHECK(fs::exists(left->where()));  // of this very process, which lives
+    CHECK(fs::exists(left->where()));  // its owner is this live process
   }
 
-  TEST_CASE("what is kept for the next try may be given an age before it is cleaned up") {
+  TEST_CASE("clean-up spares partial files that are younger than the given age") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     const fs::path left = leave_killed(at, md5, 0, 1);
@@ -678,7 +678,7 @@ TEST_SUITE("partial files") {
     CHECK_FALSE(fs::exists(left));
   }
 
-  TEST_CASE("a sign of life is one: the file was changed just now, and its record stays") {
+  TEST_CASE("touch() updates the modification time and keeps the record") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     auto mine = must(partial_file::create(at, md5, size));
@@ -691,7 +691,7 @@ TEST_SUITE("partial files") {
     CHECK_FALSE(mine->has(0));
   }
 
-  TEST_CASE("names that look alike are nobody's partial files") {
+  TEST_CASE("files with similar names are not partial files") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     const std::string tag = place(directory / "model.h5").tag;
@@ -702,13 +702,13 @@ TEST_SUITE("partial files") {
     }
     CHECK(find_partials(at).empty());
     write_file(directory / (tag + "-" + md5.substr(0, 16) + "-nonsense.part"),
-               "text");  // nobody is known to be dead
+               "text");  // no owner is known to be dead
     REQUIRE(find_partials(at).size() == 1);
     CHECK_FALSE(find_partials(at).front().abandoned());
     CHECK(must(partial_file::open(at, md5, size)) != nullptr);
   }
 
-  TEST_CASE("a size beyond the disk is an error that says how much is missing, and leaves nothing") {
+  TEST_CASE("a size beyond the free space is an error that names the missing bytes; no file is left") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     for (const auto length : {std::uint64_t{1} << 50, std::uint64_t{1} << 62, ~std::uint64_t{0}}) {
@@ -726,7 +726,7 @@ TEST_SUITE("partial files") {
     CHECK(files_in(directory.path()) == 0);
   }
 
-  TEST_CASE("room is taken up front, and nothing is written for it") {
+  TEST_CASE("space is reserved in advance, without writing") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     const auto made = must(partial_file::create(at, md5, 64 * block));
@@ -768,7 +768,7 @@ TEST_SUITE("looking at a path") {
 }
 
 TEST_SUITE("owners") {
-  TEST_CASE("itself: alive, and unique each time") {
+  TEST_CASE("owner::self() is alive, and unique for each call") {
     const auto me = owner::self(), again = owner::self();
     CHECK_FALSE(me.is_provably_dead());
     CHECK(me.str() != again.str());
@@ -776,7 +776,7 @@ TEST_SUITE("owners") {
     CHECK(read.str() == me.str());
   }
 
-  TEST_CASE("what is no owner's name") {
+  TEST_CASE("malformed names of owners are refused") {
     for (const char* text :
          {"", "a", "a.0.2.3", "a.1.2", "a.1.2.3.4", "a.x.2.3", "a.1.x.3", "a.1.2.x", "a.-1.2.3"}) {
       CAPTURE(std::string(text));
@@ -784,7 +784,7 @@ TEST_SUITE("owners") {
     }
   }
 
-  TEST_CASE("dead only where that is certain: a process id of this host that is gone, or another's by now") {
+  TEST_CASE("an owner is dead only if its process id on this host is unused or reused") {
     const auto me = owner::self();
     REQUIRE_FALSE(me.realm.empty());
     process other([] {});
@@ -792,8 +792,8 @@ TEST_SUITE("owners") {
     REQUIRE(its_start.has_value());
     const owner it{me.realm, static_cast<std::uint64_t>(other.id()), *its_start, 1};
     CHECK_FALSE(it.is_provably_dead());
-    CHECK(owner{it.realm, it.process, it.start + 1, 1}.is_provably_dead());  // the id was used again
-    CHECK_FALSE(owner{it.realm, it.process, 0, 1}.is_provably_dead());       // when it started is not known
+    CHECK(owner{it.realm, it.process, it.start + 1, 1}.is_provably_dead());  // the process id was reused
+    CHECK_FALSE(owner{it.realm, it.process, 0, 1}.is_provably_dead());       // the start time is unknown
     CHECK_FALSE(owner{"elsewhere", it.process, it.start + 1, 1}.is_provably_dead());
     CHECK_FALSE(owner{"", it.process, it.start + 1, 1}.is_provably_dead());
     CHECK_FALSE(owner{"unknown", it.process, it.start + 1, 1}.is_provably_dead());
@@ -805,8 +805,8 @@ TEST_SUITE("owners") {
   }
 
 #if defined(__linux__) &&                                                                                    \
-    !defined(__SANITIZE_THREAD__)  // which cannot follow a thread that is made after a fork
-  TEST_CASE("a process whose first thread has ended is alive as long as another goes on") {
+    !defined(__SANITIZE_THREAD__)  // the sanitizer does not support threads that start after a fork
+  TEST_CASE("a process is alive as long as any of its threads runs") {
     int ready[2];
     REQUIRE(pipe(ready) == 0);
     const pid_t id = fork();
@@ -827,7 +827,7 @@ TEST_SUITE("owners") {
             for (;;) pause();
           },
           nullptr);
-      syscall(SYS_exit, 0);  // this thread alone
+      syscall(SYS_exit, 0);  // ends only this thread
     }
     ::close(ready[1]);
     char told = 0;
@@ -842,7 +842,7 @@ TEST_SUITE("owners") {
 }
 
 TEST_SUITE("locks") {
-  TEST_CASE("one holder at a time among threads; the next one gets it, and no file is left") {
+  TEST_CASE("one thread holds a lock at a time; the next one gets it; no file is left") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     {
@@ -858,7 +858,7 @@ TEST_SUITE("locks") {
     CHECK(third.try_acquire() == place_lock::outcome::held);
   }
 
-  TEST_CASE("the same place by another path is the same lock") {
+  TEST_CASE("one target has the same lock by every path") {
     const temporary_directory directory;
     fs::create_directory(directory / "sub");
     fs::create_directory_symlink(directory / "sub", directory / "link");
@@ -870,7 +870,7 @@ TEST_SUITE("locks") {
     CHECK(linked.try_acquire() == place_lock::outcome::busy);
   }
 
-  TEST_CASE("another process holds it until it is gone, however it went") {
+  TEST_CASE("a process holds a lock until it ends, also by a signal") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     process other([&] {
@@ -883,7 +883,7 @@ TEST_SUITE("locks") {
     CHECK(mine.try_acquire() == place_lock::outcome::held);
   }
 
-  TEST_CASE("processes that come and go never hold it together, although each removes the file") {
+  TEST_CASE("two processes never hold a lock at once, although each removes the file") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     const fs::path inside = directory / "inside";
@@ -913,7 +913,7 @@ TEST_SUITE("locks") {
     CHECK(files_in(directory.path()) == 0);
   }
 
-  TEST_CASE("a lock file tells whether somebody left it, and is left on demand") {
+  TEST_CASE("a lock file is left on demand, and the next holder sees that it existed") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     {
@@ -933,8 +933,8 @@ TEST_SUITE("locks") {
     CHECK(files_in(directory.path()) == 0);
   }
 
-  TEST_CASE(
-      "a link in the lock file's place is not followed, another user's file not used, a pipe not waited on") {
+  TEST_CASE("a link in place of the lock file is not followed, another user's file not used, a pipe not "
+            "waited for") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     SUBCASE("a dangling link") { fs::create_symlink(directory / "elsewhere", at.lock()); }
@@ -947,7 +947,7 @@ TEST_SUITE("locks") {
       fs::create_hard_link(directory / "file", at.lock());
     }
     SUBCASE("a pipe") { REQUIRE(mkfifo(at.lock().c_str(), 0666) == 0); }
-    SUBCASE("another user's") {
+    SUBCASE("a file of another user") {
       fs::permissions(directory.path(), fs::perms(0777));
       if (!as_another_user([&] {
             write_file(at.lock(), "");
@@ -963,7 +963,7 @@ TEST_SUITE("locks") {
     if (fs::exists(directory / "file")) CHECK(read_file(directory / "file") == "precious");
   }
 
-  TEST_CASE("a lock that a fork of its dead holder still has is taken from it") {
+  TEST_CASE("a lock is taken from a fork of its dead holder") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     int ready[2];
@@ -980,7 +980,7 @@ TEST_SUITE("locks") {
       });
       place_lock mine(at);
       CHECK(mine.try_acquire() == place_lock::outcome::busy);
-      CHECK_FALSE(mine.take_from_dead());  // it lives
+      CHECK_FALSE(mine.take_from_dead());  // the holder is alive
     }
     pid_t left = 0;
     REQUIRE(read(ready[0], &left, sizeof left) == static_cast<ssize_t>(sizeof left));
@@ -993,7 +993,7 @@ TEST_SUITE("locks") {
     kill(left, SIGKILL);
   }
 
-  TEST_CASE("where there can be no lock file it is unavailable, and threads are still kept apart") {
+  TEST_CASE("without a lock file the lock is unavailable, but still excludes other threads") {
     const temporary_directory directory;
     const place at(directory / "missing" / "model.h5");
     place_lock first(at), second(at);
@@ -1003,7 +1003,7 @@ TEST_SUITE("locks") {
 }
 
 TEST_SUITE("receipts") {
-  TEST_CASE("a receipt holds for the very file it was written for, unchanged") {
+  TEST_CASE("a receipt is valid for the unchanged file that it was written for") {
     const temporary_directory directory;
     const fs::path cache = directory / "cache", target = directory / "a b\xc3\xa9\"\n.h5";
     write_file(target, "hello");
@@ -1032,7 +1032,7 @@ TEST_SUITE("receipts") {
     CHECK_FALSE(wandb::detail::read_receipt(directory / "no cache", target, *facts));
   }
 
-  TEST_CASE("the path is what counts, however it is written") {
+  TEST_CASE("a receipt belongs to the path in any spelling") {
     const temporary_directory directory;
     const fs::path cache = directory / "cache";
     write_file(directory / "model.h5", "hello");
@@ -1047,7 +1047,7 @@ TEST_SUITE("receipts") {
     CHECK(wandb::detail::read_receipt(cache, "./x/../model.h5", *facts));
   }
 
-  TEST_CASE("a receipt that is torn or forged is none") {
+  TEST_CASE("a torn or forged receipt is ignored") {
     const temporary_directory directory;
     const fs::path cache = directory / "cache", target = directory / "model.h5";
     write_file(target, "hello");
@@ -1075,8 +1075,7 @@ TEST_SUITE("receipts") {
     CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts));
   }
 
-  TEST_CASE("a file that was changed just now might be changed again within the same tick: its md5 is not "
-            "recorded") {
+  TEST_CASE("the md5 of a file that changed a moment ago is not recorded") {
     const temporary_directory directory;
     const fs::path cache = directory / "cache", target = directory / "model.h5";
     write_file(target, "hello");
@@ -1089,7 +1088,7 @@ TEST_SUITE("receipts") {
     CHECK(found.md5.empty());
   }
 
-  TEST_CASE("another user's receipt, a link and a pipe count for nothing") {
+  TEST_CASE("a receipt of another user, a link and a pipe are ignored") {
     const temporary_directory directory;
     const fs::path cache = directory / "cache", target = directory / "model.h5";
     write_file(target, "hello");
@@ -1107,7 +1106,7 @@ TEST_SUITE("receipts") {
       fs::remove(where);
       REQUIRE(mkfifo(where.c_str(), 0666) == 0);
     }
-    SUBCASE("another user's") {
+    SUBCASE("a file of another user") {
       if (geteuid() != 0) {
         MESSAGE("left out: to act as another user needs root");
         return;
@@ -1120,7 +1119,7 @@ TEST_SUITE("receipts") {
     CHECK(facts_of(where)->user == geteuid());
   }
 
-  TEST_CASE("receipts of files that are gone, and half-written ones, are swept after a day") {
+  TEST_CASE("receipts of missing files, and unfinished receipts, are removed after a day") {
     const temporary_directory directory;
     const fs::path cache = directory / "cache", receipts = cache / "receipts";
     const auto remembered = [&](const fs::path& target) {
@@ -1171,7 +1170,7 @@ std::string rest_of(std::ifstream& in) { return std::string(std::istreambuf_iter
 }  // namespace
 
 TEST_SUITE("publishing") {
-  TEST_CASE("the file is there whole, without its record, and the stream is on that very inode") {
+  TEST_CASE("a published file is complete, without its record; the stream has its inode") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     auto made = whole(at);
@@ -1187,7 +1186,7 @@ TEST_SUITE("publishing") {
     CHECK(rest_of(*stream) == whole_text());
   }
 
-  TEST_CASE("without /proc and /dev/fd the stream is on that very inode, too") {
+  TEST_CASE("without /proc and /dev/fd the stream has the published inode, too") {
     if (geteuid() != 0) {
       MESSAGE("left out: chroot needs root");
       return;
@@ -1220,8 +1219,7 @@ TEST_SUITE("publishing") {
     CHECK(WEXITSTATUS(status) == 0);
   }
 
-  TEST_CASE(
-      "its time is before any that a later change can have, however coarse the file system's clock is") {
+  TEST_CASE("the published file's time is earlier than that of any later change, also with a coarse clock") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     timespec before{};
@@ -1235,7 +1233,7 @@ TEST_SUITE("publishing") {
     CHECK(made->published()->modified == modified);
   }
 
-  TEST_CASE("an old file is replaced, never written to, and its permissions stay") {
+  TEST_CASE("an old file is replaced, not written to; the new file has its permissions") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     write_file(at.target, "old");
@@ -1251,7 +1249,7 @@ TEST_SUITE("publishing") {
     CHECK(rest_of(reader) == "old");
   }
 
-  TEST_CASE("a new file has the permissions that the process gives to files") {
+  TEST_CASE("a new file has the permissions of the process's umask") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     const mode_t before = umask(027);
@@ -1262,7 +1260,7 @@ TEST_SUITE("publishing") {
     CHECK(facts_of(at.target)->mode == 0640);
   }
 
-  TEST_CASE("a symbolic link is replaced, not followed; a dangling one too") {
+  TEST_CASE("a symbolic link is replaced, not followed; also a dangling one") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     fs::create_symlink(directory / "elsewhere", at.target);
@@ -1275,7 +1273,7 @@ TEST_SUITE("publishing") {
     if (fs::exists(directory / "elsewhere")) CHECK(read_file(directory / "elsewhere") == "old");
   }
 
-  TEST_CASE("a directory in its place is an error, and nothing changes") {
+  TEST_CASE("a directory in the target's place is an error, and stays") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
     fs::create_directory(at.target);
@@ -1289,7 +1287,7 @@ TEST_SUITE("publishing") {
     CHECK(files_in(directory.path()) == 1);
   }
 
-  TEST_CASE("names of any length and spelling have hidden files beside them") {
+  TEST_CASE("hidden files work for target names of any length and spelling") {
     const temporary_directory directory;
     for (const std::string& name : {std::string(255, 'n'), std::string("with spaces and 'quotes\""),
                                     std::string("\xc3\xa9\xe4\xb8\xad"), std::string("\xff\xfe not UTF-8"),

@@ -1,5 +1,4 @@
-// Whole restores against the stand-in server, over TLS: what they cost, what they survive, how they fail and
-// end.
+// Whole restores against the stand-in server, over TLS: requests, retries, failures, cancellation, progress.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -25,7 +24,7 @@ using stand_in::target;
 using wandb::errc;
 namespace act = stand_in::act;
 
-/// What must be a restore in another thread, which is ended and joined at the end of the scope.
+/// A restore in another thread. The destructor cancels and joins it.
 class background {
  public:
   background(world& of, const std::string& name)
@@ -53,7 +52,7 @@ class background {
 using clock_type = std::chrono::steady_clock;
 constexpr auto a_second = 1000ms;
 
-/// A store that sends no more than so many bytes of a range, as RFC 9110, section 15.3.7, lets it.
+/// A store that sends at most a number of bytes of a range, as RFC 9110, section 15.3.7, allows.
 class capped_ranges {
  public:
   capped_ranges(const wandb::settings& settings, std::uint64_t most) : real_(settings), most_(most) {}
@@ -73,7 +72,7 @@ class capped_ranges {
   std::uint64_t most_;
 };
 
-/// A transport whose responses from storage are changed on their way.
+/// A transport that changes the responses of storage.
 class altering {
  public:
   using head_change = void (*)(wandb::http_response&);
@@ -122,7 +121,7 @@ class refusing_ranges {
   int status_;
 };
 
-/// A transport that delivers whole bodies from storage, and fails all the same.
+/// A transport that delivers whole bodies from storage, and then fails.
 class failing_at_the_end {
  public:
   explicit failing_at_the_end(const wandb::settings& settings) : real_(settings) {}
@@ -144,14 +143,14 @@ bool something_hangs(const stand_in::server& server) {
 }  // namespace
 
 #ifdef __SANITIZE_THREAD__
-// libcrypto is not built for this sanitizer: what its atomics order looks like a race (the key identifiers of
-// certificates that several handshakes share are read once and cached).
+// libcrypto is not compiled with this sanitizer, which therefore does not see its atomics, and reports races where handshakes
+// share the cached key identifiers of certificates.
 extern "C" const char* __tsan_default_suppressions();
 extern "C" const char* __tsan_default_suppressions() { return "called_from_lib:libcrypto.so\n"; }
 #endif
 
-TEST_SUITE("download: what it costs") {
-  TEST_CASE("a small file: one question, one redirect, one plain GET, one handshake for each origin") {
+TEST_SUITE("download: requests and connections") {
+  TEST_CASE("a small file takes one query, one redirect, one plain GET, and one handshake for each origin") {
     world it;
     const auto what = it.add("model.h5", small_size);
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
@@ -165,7 +164,7 @@ TEST_SUITE("download: what it costs") {
     CHECK(it.storage_bytes() == small_size);
   }
 
-  TEST_CASE("sizes around every boundary") {
+  TEST_CASE("files of sizes around every boundary are restored") {
     world it;
     wandb::client<> client(it.settings);
     for (const std::uint64_t size :
@@ -179,7 +178,7 @@ TEST_SUITE("download: what it costs") {
     }
   }
 
-  TEST_CASE("a large file: several connections, one redirect, every byte once") {
+  TEST_CASE("a large file takes several connections, one redirect, and every byte once") {
     world it;
     const auto what = it.add("model.h5", 64 * MiB);
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
@@ -196,8 +195,8 @@ TEST_SUITE("download: what it costs") {
     }
     CHECK(connections.size() > 1);
     CHECK(it.storage_bytes() >= 64 * MiB);
-    CHECK(it.storage_bytes() <= 64 * MiB + 16 * MiB);  // what was on its way when a range was shared
-    // All but the first request name the entity they go on with.
+    CHECK(it.storage_bytes() <= 64 * MiB + 16 * MiB);  // bytes in transit when a range was split
+    // All requests but the first have If-Range.
     const auto all = it.server.requests(request_kind::storage);
     CHECK(std::count_if(all.begin(), all.end(),
                         [](const auto& one) { return one.header("If-Range").has_value(); }) +
@@ -205,7 +204,7 @@ TEST_SUITE("download: what it costs") {
           static_cast<std::ptrdiff_t>(all.size()));
   }
 
-  TEST_CASE("one connection: one request for a large file") {
+  TEST_CASE("with one connection a large file takes one request") {
     world it;
     it.options.connections = 1;
     const auto what = it.add("model.h5", large_size);
@@ -215,7 +214,7 @@ TEST_SUITE("download: what it costs") {
     CHECK(it.storage_bytes() == large_size);
   }
 
-  TEST_CASE("never more connections than asked for") {
+  TEST_CASE("no more connections are opened than requested") {
     for (const int connections : {2, 3}) {
       world it;
       it.options.connections = connections;
@@ -230,7 +229,7 @@ TEST_SUITE("download: what it costs") {
     }
   }
 
-  TEST_CASE("kept: no request; refreshed: one question; replaced: everything") {
+  TEST_CASE("keep takes no request, refresh one query, replace a whole download") {
     world it;
     const auto what = it.add("model.h5", small_size);
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
@@ -284,7 +283,7 @@ TEST_SUITE("download: what it costs") {
 }
 
 TEST_SUITE("download: redirects") {
-  TEST_CASE("whatever leads to the file") {
+  TEST_CASE("every kind of redirect to the file is followed") {
     using stand_in::redirect;
     for (const auto kind :
          {redirect::absolute, redirect::relative, redirect::chain, redirect::other_host, redirect::none}) {
@@ -305,7 +304,7 @@ TEST_SUITE("download: redirects") {
     }
   }
 
-  TEST_CASE("a loop, a chain without end, https to http: protocol_violation") {
+  TEST_CASE("a redirect loop, an endless chain, and https to http are a protocol_violation") {
     using stand_in::redirect;
     for (const auto kind : {redirect::loop, redirect::chain, redirect::plain_http}) {
       CAPTURE(static_cast<int>(kind));
@@ -320,7 +319,7 @@ TEST_SUITE("download: redirects") {
     }
   }
 
-  TEST_CASE("an address that cannot be used: protocol_violation") {
+  TEST_CASE("an unusable address is a protocol_violation") {
     for (const char* location :
          {"ftp://127.0.0.1/x", "http://", "https://127.0.0.1:99999/", "javascript:alert(1)"}) {
       CAPTURE(std::string(location));
@@ -332,13 +331,13 @@ TEST_SUITE("download: redirects") {
   }
 }
 
-TEST_SUITE("download: what is survived") {
+TEST_SUITE("download: retries") {
   struct fault {
     const char* name;
     stand_in::action what;
   };
 
-  TEST_CASE("a failure that passes is tried again, and goes on from what is there") {
+  TEST_CASE("a transient failure is retried, and the download resumes") {
     const std::vector<fault> faults = {
         {"cut", act::cut(200'000)},
         {"cut abruptly", act::cut_abruptly(200'000)},
@@ -357,7 +356,7 @@ TEST_SUITE("download: what is survived") {
     for (const auto size : {small_size, large_size}) {
       for (const auto& one : faults) {
         const std::string fault_name = one.name;
-        if (size == small_size && fault_name == "short") continue;  // its length alone is wrong: see below
+        if (size == small_size && fault_name == "short") continue;  // only its length is wrong: see below
         if (size == large_size && fault_name.find_first_of("0123456789") != std::string::npos &&
             fault_name != "503")
           continue;
@@ -377,7 +376,7 @@ TEST_SUITE("download: what is survived") {
     }
   }
 
-  TEST_CASE("every third answer is cut, every fifth is a 503: it ends all the same") {
+  TEST_CASE("a download succeeds although every third response is cut and every fifth is a 503") {
     world it;
     const auto what = it.add("model.h5", large_size);
     for (unsigned n = 3; n < 40; n += 3)
@@ -387,7 +386,7 @@ TEST_SUITE("download: what is survived") {
     CHECK(it.storage_bytes() < large_size + 4 * MiB);
   }
 
-  TEST_CASE("each connection is closed after its answer, with or without a word") {
+  TEST_CASE("connections that are closed after each response, announced or not, are replaced") {
     for (const bool silently : {false, true}) {
       CAPTURE(silently);
       world it;
@@ -398,7 +397,7 @@ TEST_SUITE("download: what is survived") {
     }
   }
 
-  TEST_CASE("a connection that does not come about is tried again") {
+  TEST_CASE("a failed connection is retried") {
     for (const char* where : {"service", "storage"}) {
       for (const bool refused : {false, true}) {
         CAPTURE(std::string(where));
@@ -413,7 +412,7 @@ TEST_SUITE("download: what is survived") {
     }
   }
 
-  TEST_CASE("a handshake that hangs and an answer that does not come are given up in time") {
+  TEST_CASE("a hanging handshake and a missing response are given up in time") {
     world it;
     it.settings.connect_timeout = 1500ms;
     it.settings.idle_timeout = 400ms;
@@ -427,8 +426,7 @@ TEST_SUITE("download: what is survived") {
     CHECK(it.storage() == 2);
   }
 
-  TEST_CASE(
-      "who takes the connection and says nothing was reached: it is tried again for longer than a connect") {
+  TEST_CASE("a server that accepts a connection counts as reached: it is retried beyond connect_timeout") {
     world it;
     it.settings.connect_timeout = 300ms;
     it.settings.idle_timeout = 200ms;
@@ -438,7 +436,7 @@ TEST_SUITE("download: what is survived") {
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
   }
 
-  TEST_CASE("a body that stalls, and one that drips, are dropped and gone on with") {
+  TEST_CASE("a stalled or slow body is dropped, and the download resumes") {
     for (const bool drips : {false, true}) {
       CAPTURE(drips);
       world it;
@@ -451,7 +449,7 @@ TEST_SUITE("download: what is survived") {
     }
   }
 
-  TEST_CASE("Retry-After is kept to") {
+  TEST_CASE("Retry-After is honoured") {
     world it;
     const auto what = it.add("model.h5", 1000);
     it.server.add_fault(target(place::storage).nth(1), act::too_many_requests("1"));
@@ -461,7 +459,7 @@ TEST_SUITE("download: what is survived") {
     CHECK(it.storage() == 2);
   }
 
-  TEST_CASE("the question itself is asked again where that may help") {
+  TEST_CASE("a query that fails transiently is retried") {
     for (const auto& one : std::vector<fault>{{"500", act::status(500)},
                                               {"429", act::too_many_requests("0")},
                                               {"reset", act::reset(10)},
@@ -476,7 +474,7 @@ TEST_SUITE("download: what is survived") {
     }
   }
 
-  TEST_CASE("framings: chunks, no length at all, interim responses, a size or range total that is not told") {
+  TEST_CASE("chunks, a missing length, interim responses, and unknown sizes or range totals are understood") {
     const std::vector<fault> faults = {{"chunked", act::chunked()},
                                        {"until close", act::until_close()},
                                        {"interim", act::interim(103, 3)},
@@ -498,7 +496,7 @@ TEST_SUITE("download: what is survived") {
     }
   }
 
-  TEST_CASE("a size that is not told: a cut is gone on from, a server that begins again is followed") {
+  TEST_CASE("with an unknown size a cut download resumes, also if the server sends the whole file again") {
     for (const bool ignores : {false, true}) {
       CAPTURE(ignores);
       world it;
@@ -515,7 +513,7 @@ TEST_SUITE("download: what is survived") {
     }
   }
 
-  TEST_CASE("a server that ignores Range: one stream, and the whole once") {
+  TEST_CASE("a server that ignores Range sends the whole file once, over one connection") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.server.add_fault(place::storage, act::ignore_range());
@@ -527,7 +525,7 @@ TEST_SUITE("download: what is survived") {
     CHECK(all.size() <= 8);
   }
 
-  TEST_CASE("a server that comes to ignore Range midway: followed, never stitched") {
+  TEST_CASE("a server that begins to ignore Range sends the whole file; the parts are not mixed") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.server.add_fault(target(place::storage).from(4), act::ignore_range());
@@ -535,7 +533,7 @@ TEST_SUITE("download: what is survived") {
     CHECK(it.storage() <= 16);
   }
 
-  TEST_CASE("no md5 to check against: restored, but not as verified") {
+  TEST_CASE("without an md5 a file is restored, and is not verified()") {
     for (const char* told : {"(absent)", "(null)", "junk", "abc="}) {
       CAPTURE(std::string(told));
       world it;
@@ -565,7 +563,7 @@ TEST_SUITE("download: what is survived") {
 }
 
 TEST_SUITE("download: the content changes") {
-  TEST_CASE("a wrong byte once: the second fetch, from nothing, is right") {
+  TEST_CASE("after a wrong byte the file is downloaded once more from the beginning") {
     for (const auto size : {small_size, large_size}) {
       CAPTURE(size);
       world it;
@@ -577,7 +575,8 @@ TEST_SUITE("download: the content changes") {
     }
   }
 
-  TEST_CASE("a wrong md5 or size: fetched twice, then checksum_mismatch, and nothing is left or lost") {
+  TEST_CASE("a wrong md5 or size is checksum_mismatch after two downloads; the old file stays, no partial "
+            "file is left") {
     for (const bool size_is_wrong : {false, true}) {
       for (const auto size : {small_size, large_size}) {
         CAPTURE(size_is_wrong);
@@ -598,7 +597,7 @@ TEST_SUITE("download: the content changes") {
     }
   }
 
-  TEST_CASE("another entity tag midway: the service is asked once whether the file is the same, and the md5 "
+  TEST_CASE("after another entity tag the service is asked once whether the file is the same; then the md5 "
             "decides") {
     world it;
     const auto what = it.add("model.h5", large_size);
@@ -607,7 +606,7 @@ TEST_SUITE("download: the content changes") {
     CHECK(it.graphql() == 2);
   }
 
-  TEST_CASE("servers with entity tags of their own: one question, and the md5 decides") {
+  TEST_CASE("replicas with different entity tags are no failure: the md5 decides") {
     world it;
     const auto what = it.add("model.h5", large_size);
     for (unsigned n = 2; n < 100; n += 2)
@@ -617,8 +616,7 @@ TEST_SUITE("download: the content changes") {
     CHECK(it.graphql() <= 1 + static_cast<std::uint64_t>(it.options.connections));
   }
 
-  TEST_CASE(
-      "content that changes midway is never stitched, with an entity tag, with a weak one, without any") {
+  TEST_CASE("parts of different contents are never combined, with a strong, a weak or no entity tag") {
     using stand_in::etag_form;
     for (const auto form : {etag_form::strong, etag_form::weak, etag_form::none}) {
       CAPTURE(static_cast<int>(form));
@@ -634,7 +632,7 @@ TEST_SUITE("download: the content changes") {
           got.error().code() == errc::checksum_mismatch || got.error().code() == errc::protocol_violation;
       CHECK(right);
       CHECK_FALSE(fs::exists(it.at("model.h5")));
-      // A weak tag promises nothing about bytes.
+      // A weak tag does not identify the bytes.
       bool weak = false;
       for (const auto& one : it.server.requests(request_kind::storage))
         weak = weak || one.header("If-Range").value_or("").rfind("W/", 0) == 0;
@@ -642,7 +640,7 @@ TEST_SUITE("download: the content changes") {
     }
   }
 
-  TEST_CASE("the run replaces the file while it is fetched: the new content, whole") {
+  TEST_CASE("a file that the run replaces during the download is restored with its new content") {
     world it;
     it.add("model.h5", large_size);
     const auto later = stand_in::generated(large_size - 5, 99);
@@ -653,10 +651,8 @@ TEST_SUITE("download: the content changes") {
     it.check_restored(it.restore("model.h5"), "model.h5", *later);
   }
 
-  TEST_CASE(
-      "what was hashed is what is there: a whole of another content does not slip in behind the digest") {
-    // All but the last answers are right, then the whole comes back with another first byte and nothing says
-    // so.
+  TEST_CASE("blocks that were hashed are not overwritten by another content") {
+    // All responses but the last are right. The last is the whole file with another first byte, without an ETag.
     world it;
     it.options.connections = 2;
     stand_in::file_attributes attributes;
@@ -673,7 +669,7 @@ TEST_SUITE("download: the content changes") {
 }
 
 TEST_SUITE("download: expired signatures") {
-  TEST_CASE("a connection that goes on at the old address does not have new ones asked for without end") {
+  TEST_CASE("a connection that still reads from the old address does not reset the count of renewals") {
     world it;
     it.add("model.h5", large_size);
     it.server.add_fault(target(place::storage).nth(1), act::drip(10ms, 64 * 1024));
@@ -682,7 +678,7 @@ TEST_SUITE("download: expired signatures") {
     CHECK(it.graphql() <= 1 + 3);
   }
 
-  TEST_CASE("renewed once for all connections") {
+  TEST_CASE("an expired address is renewed once for all connections") {
     world it;
     const auto what = it.add("model.h5", 40 * MiB);
     std::atomic<int> seen{0};
@@ -694,7 +690,7 @@ TEST_SUITE("download: expired signatures") {
     CHECK(it.files() == 2);
   }
 
-  TEST_CASE("401, 403 and 410 alike, at the first request or later") {
+  TEST_CASE("401, 403 and 410 from storage renew the address, at the first request or later") {
     for (const int status : {401, 403, 410}) {
       for (const unsigned n : {1u, 3u}) {
         CAPTURE(status);
@@ -709,7 +705,7 @@ TEST_SUITE("download: expired signatures") {
     }
   }
 
-  TEST_CASE("addresses that are good for a few requests only") {
+  TEST_CASE("addresses that expire after a few requests are renewed each time") {
     stand_in::options how;
     how.signature_uses = 3;
     world it(how);
@@ -720,7 +716,7 @@ TEST_SUITE("download: expired signatures") {
     CHECK(it.graphql() <= 2 + it.storage() / 3);
   }
 
-  TEST_CASE("three new addresses that do not help: permission_denied (410: http_failure), and no fourth") {
+  TEST_CASE("after three refused new addresses: permission_denied (410: http_failure), without a fourth") {
     for (const int status : {401, 403, 410}) {
       for (const auto size : {small_size, large_size}) {
         CAPTURE(status);
@@ -741,7 +737,7 @@ TEST_SUITE("download: expired signatures") {
   }
 }
 
-TEST_SUITE("download: how it fails") {
+TEST_SUITE("download: failures") {
   struct failing {
     const char* name;
     place where;
@@ -751,7 +747,7 @@ TEST_SUITE("download: how it fails") {
     std::uint64_t count;  // requests of that kind; 0: any number
   };
 
-  TEST_CASE("what cannot get better is not tried again") {
+  TEST_CASE("permanent failures are not retried") {
     const std::vector<failing> rows = {
         {"graphql 400", place::graphql, act::status(400), errc::http_failure, 400, 1},
         {"graphql 401", place::graphql, act::status(401), errc::not_authenticated, 401, 1},
@@ -809,7 +805,7 @@ TEST_SUITE("download: how it fails") {
     }
   }
 
-  TEST_CASE("a refusal is one, also where its body is cut off") {
+  TEST_CASE("a refusal with a truncated body is still a refusal") {
     for (const int status : {400, 404, 403, 401}) {
       CAPTURE(status);
       world it;
@@ -825,7 +821,7 @@ TEST_SUITE("download: how it fails") {
     }
   }
 
-  TEST_CASE("an empty answer of status 200 is a failure that is waited after, not asked for without end") {
+  TEST_CASE("an empty response of status 200 is retried with waits, and ends after retry_timeout") {
     world it;
     it.settings.retry_timeout = 1500ms;
     it.add("model.h5", small_size);
@@ -836,7 +832,7 @@ TEST_SUITE("download: how it fails") {
     CHECK(it.storage() <= 50);
   }
 
-  TEST_CASE("times that mean for ever are that") {
+  TEST_CASE("very large timeouts mean no limit") {
     world it;
     const auto what = it.add("model.h5", small_size);
     it.settings.connect_timeout = it.settings.idle_timeout = it.settings.retry_timeout =
@@ -844,7 +840,7 @@ TEST_SUITE("download: how it fails") {
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
   }
 
-  TEST_CASE("ranges: where they do not work, one plain GET brings the file") {
+  TEST_CASE("if ranges fail, one plain GET fetches the file") {
     struct row {
       const char* name;
       stand_in::action what;
@@ -871,8 +867,7 @@ TEST_SUITE("download: how it fails") {
     }
   }
 
-  TEST_CASE(
-      "ranges that come shorter than asked for, and end within a block: the next ones go on from there") {
+  TEST_CASE("after a short range that ends inside a block the next request continues there") {
     for (const std::uint64_t most : {99'999u, 300'001u, 1'000'000u, 1'048'576u}) {
       CAPTURE(most);
       world it;
@@ -882,7 +877,7 @@ TEST_SUITE("download: how it fails") {
     }
   }
 
-  TEST_CASE("ranges: 416 and a Content-Encoding are refused, also for the whole file") {
+  TEST_CASE("416 and a Content-Encoding are refused for ranges and for the whole file") {
     for (const auto& row :
          std::vector<failing>{{"encoded", place::storage, act::header("Content-Encoding", "br"),
                                errc::protocol_violation, -1, 0},
@@ -897,7 +892,7 @@ TEST_SUITE("download: how it fails") {
     }
   }
 
-  TEST_CASE("ranges: 400, 405, 416 and 501 to a range, and not to the whole file: one plain GET") {
+  TEST_CASE("after 400, 405, 416 or 501 to a range, one plain GET fetches the file") {
     for (const int status : {400, 405, 416, 501}) {
       CAPTURE(status);
       world it;
@@ -907,7 +902,7 @@ TEST_SUITE("download: how it fails") {
     }
   }
 
-  TEST_CASE("ranges: a part that comes with status 200 is told from the whole file by its Content-Range") {
+  TEST_CASE("a response of status 200 with a Content-Range is taken for a part") {
     world it;
     const auto what = it.add("model.h5", large_size);
     wandb::client<altering> client(it.settings, altering(it.settings, [](wandb::http_response& head) {
@@ -917,14 +912,14 @@ TEST_SUITE("download: how it fails") {
     CHECK(it.storage_bytes() < large_size + 4 * MiB);
   }
 
-  TEST_CASE("a 206 that nobody asked for is refused") {
+  TEST_CASE("a 206 to a request without Range is refused") {
     world it;
     it.add("model.h5", small_size);
     it.server.add_fault(place::storage, act::status(206, {{"Content-Range", "bytes 0-4/5"}}, "hello"));
     it.check_failed(it.restore("model.h5"), errc::protocol_violation);
   }
 
-  TEST_CASE("longer than promised: refused") {
+  TEST_CASE("a body longer than the file's size is refused") {
     world it;
     it.add("model.h5", small_size);
     it.server.add_fault(place::storage, act::until_close());
@@ -933,7 +928,7 @@ TEST_SUITE("download: how it fails") {
     CHECK_FALSE(fs::exists(it.at("model.h5")));
   }
 
-  TEST_CASE("trying again ends after retry_timeout, with the last failure and the number of tries") {
+  TEST_CASE("retries end after retry_timeout; the error has the last failure and the number of tries") {
     world it;
     it.settings.retry_timeout = 1s;
     it.add("model.h5", small_size);
@@ -946,21 +941,20 @@ TEST_SUITE("download: how it fails") {
       it.server.add_fault(place::storage, act::reset(0));
       it.check_failed(it.restore("model.h5"), errc::connection_failed);
     }
-    SUBCASE("Retry-After beyond it") {
+    SUBCASE("Retry-After beyond retry_timeout") {
       it.server.add_fault(place::storage, act::too_many_requests("3600"));
       const auto failure = it.check_failed(it.restore("model.h5"), errc::http_failure, 429);
       CHECK(std::string(failure.what()).find("3600 s") != std::string::npos);
       CHECK(it.storage() == 1);
     }
-    SUBCASE("503 to the question") {
+    SUBCASE("503 to the query") {
       it.server.add_fault(place::graphql, act::status(503));
       it.check_failed(it.restore("model.h5"), errc::http_failure, 503);
     }
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE(
-      "eight connections: a store that fails ends after retry_timeout once, not once for each connection") {
+  TEST_CASE("with eight connections a failing store ends the download after one retry_timeout") {
     struct phase {
       const char* name;
       std::vector<stand_in::action> what;
@@ -984,18 +978,18 @@ TEST_SUITE("download: how it fails") {
       REQUIRE_FALSE(got.has_value());
       CHECK(std::string(got.error().what()).find("gave up after") != std::string::npos);
       CHECK(took >= 2s);
-      CHECK(took < 8s);  // one after another it would be 16 s
+      CHECK(took < 8s);  // one after another would take 16 s
     }
   }
 
-  TEST_CASE("connections that fail together three times are not given up: the server has recovered") {
+  TEST_CASE("connections that fail together three times are retried, and the download succeeds") {
     world it;
     const auto what = it.add("model.h5", 40 * MiB);
     it.server.add_fault(target(place::storage).nth(6, 30), act::status(503));
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
   }
 
-  TEST_CASE("after a cut that brought bytes the next try follows at once") {
+  TEST_CASE("after a cut with progress the next try follows at once") {
     world it;
     it.options.connections = 1;
     it.settings.total_timeout = 15s;  // 82 tries with a wait of a quarter of a second each would take 20 s
@@ -1006,7 +1000,7 @@ TEST_SUITE("download: how it fails") {
   }
 
   TEST_CASE(
-      "a body that comes whole, then an error of the transport: the md5 decides; without one the tries end") {
+      "after a complete body and an error of the transport the md5 decides; without an md5 retries end") {
     for (const bool size_is_told : {true, false}) {
       for (const bool md5_is_told : {true, false}) {
         CAPTURE(size_is_told);
@@ -1029,8 +1023,7 @@ TEST_SUITE("download: how it fails") {
     }
   }
 
-  TEST_CASE("a size that is not told, and a response that does not end as it should after all bytes: the md5 "
-            "decides") {
+  TEST_CASE("with an unknown size, a matching md5 completes a download whose last response was cut") {
     for (const bool is_resumed : {false, true}) {
       CAPTURE(is_resumed);
       world it;
@@ -1045,7 +1038,7 @@ TEST_SUITE("download: how it fails") {
     }
   }
 
-  TEST_CASE("nobody there: connection_failed within connect_timeout") {
+  TEST_CASE("an unreachable server is connection_failed within connect_timeout") {
     world it;
     it.add("model.h5", small_size);
     it.settings.connect_timeout = 500ms;
@@ -1055,7 +1048,7 @@ TEST_SUITE("download: how it fails") {
     CHECK(clock_type::now() - began < 5s);
   }
 
-  TEST_CASE("total_timeout ends a call, and what has arrived is kept") {
+  TEST_CASE("total_timeout ends a call, and the bytes that arrived are kept") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;
@@ -1070,7 +1063,7 @@ TEST_SUITE("download: how it fails") {
     CHECK(it.storage_bytes() < 6 * MiB);
   }
 
-  TEST_CASE("whole blocks that are still in a buffer are kept, too") {
+  TEST_CASE("whole blocks in a buffer are kept, too") {
     world it;
     const auto what = it.add("model.h5", small_size);
     it.settings.total_timeout = 1s;
@@ -1084,7 +1077,7 @@ TEST_SUITE("download: how it fails") {
     CHECK(it.storage_bytes() == small_size - 2 * 65536);
   }
 
-  TEST_CASE("a few bytes with each try are no progress, however quickly they came: it ends") {
+  TEST_CASE("a few quick bytes with each try are no progress: retries end") {
     world it;
     it.add("model.h5", small_size);
     it.settings.retry_timeout = 2s;
@@ -1093,7 +1086,7 @@ TEST_SUITE("download: how it fails") {
     CHECK(std::string(failure.what()).find("gave up") != std::string::npos);
   }
 
-  TEST_CASE("a few bytes with each try are no progress: it ends") {
+  TEST_CASE("a few bytes with each try are no progress: retries end") {
     world it;
     it.add("model.h5", small_size);
     it.settings.idle_timeout = 300ms;
@@ -1118,8 +1111,8 @@ TEST_SUITE("download: how it fails") {
   }
 }
 
-TEST_SUITE("download: where it goes") {
-  TEST_CASE("a symbolic link is replaced, not followed; a dangling one too") {
+TEST_SUITE("download: target") {
+  TEST_CASE("a symbolic link is replaced, not followed; also a dangling one") {
     world it;
     const auto what = it.add("model.h5", small_size);
     it.options.replace = true;
@@ -1133,7 +1126,7 @@ TEST_SUITE("download: where it goes") {
       CHECK(support::read_file(it.directory / "elsewhere") == "old");
   }
 
-  TEST_CASE("a directory in the file's place: disk_failure without a request") {
+  TEST_CASE("a directory with the file's name is disk_failure, without a request") {
     world it;
     it.add("model.h5", small_size);
     fs::create_directories(it.at("model.h5") / "inner");
@@ -1142,7 +1135,7 @@ TEST_SUITE("download: where it goes") {
     CHECK(fs::exists(it.at("model.h5") / "inner"));
   }
 
-  TEST_CASE("a directory comes to be in the file's place while it is fetched: disk_failure, and it stays") {
+  TEST_CASE("a directory that takes the file's name during the download is disk_failure, and stays") {
     world it;
     it.add("model.h5", small_size);
     it.server.on_request([&](const stand_in::request_record& one) {
@@ -1156,7 +1149,7 @@ TEST_SUITE("download: where it goes") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("root is a file: invalid_argument; a file on the way: disk_failure; neither is touched") {
+  TEST_CASE("a file as root is invalid_argument, a file above the target disk_failure; both stay") {
     world it;
     it.add("model.h5", small_size);
     it.add("ckpt/model.h5", small_size);
@@ -1173,7 +1166,7 @@ TEST_SUITE("download: where it goes") {
 }
 
 TEST_SUITE("download: cancelled") {
-  TEST_CASE("by the flag, whatever the call is waiting for, within a second") {
+  TEST_CASE("the flag cancels within a second, in every phase of a call") {
     struct phase {
       const char* name;
       target where;
@@ -1203,7 +1196,7 @@ TEST_SUITE("download: cancelled") {
     }
   }
 
-  TEST_CASE("by on_progress, while storage is waited for") {
+  TEST_CASE("on_progress cancels while storage is silent") {
     for (const bool body : {false, true}) {
       CAPTURE(body);
       world it;
@@ -1220,12 +1213,12 @@ TEST_SUITE("download: cancelled") {
     }
   }
 
-  TEST_CASE("while it waits before it tries again") {
+  TEST_CASE("the flag cancels a wait before a retry") {
     world it;
     it.add("model.h5", large_size);
     it.server.add_fault(place::any, act::too_many_requests("10"));
-    SUBCASE("the question") {}
-    SUBCASE("the file") {
+    SUBCASE("before a query") {}
+    SUBCASE("before a request for the file") {
       it.server.clear_faults();
       it.server.add_fault(place::storage, act::too_many_requests("10"));
     }
@@ -1237,7 +1230,7 @@ TEST_SUITE("download: cancelled") {
     CHECK(clock_type::now() - began < a_second);
   }
 
-  TEST_CASE("while it waits for another that fetches the same file") {
+  TEST_CASE("the flag cancels a call that waits for another download of the same file") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.server.add_fault(target(place::storage).nth(1), act::stall(50'000));
@@ -1267,7 +1260,7 @@ TEST_SUITE("download: cancelled") {
     it.check_restored(first.join(), "model.h5", *what);
   }
 
-  TEST_CASE("the next call goes on from what had arrived") {
+  TEST_CASE("the next call after a cancellation resumes") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;
@@ -1298,7 +1291,7 @@ TEST_SUITE("download: cancelled") {
     CHECK(it.storage_bytes() <= large_size - 11 * MiB);
   }
 
-  TEST_CASE("what nothing identifies is not kept") {
+  TEST_CASE("without an md5 a cancelled download is not kept") {
     world it;
     stand_in::file_attributes attributes;
     attributes.md5_as = stand_in::md5_form::absent;
@@ -1311,7 +1304,7 @@ TEST_SUITE("download: cancelled") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("content that was resumed but is wrong is fetched once more from nothing") {
+  TEST_CASE("a resumed download with a wrong md5 is repeated once from the beginning") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;
@@ -1329,7 +1322,7 @@ TEST_SUITE("download: cancelled") {
 }
 
 TEST_SUITE("download: progress") {
-  TEST_CASE("from one thread, never back, never beyond the total, and the last word is the whole") {
+  TEST_CASE("reports come from one thread, never decrease, never exceed the total, and end with the total") {
     for (const bool verify : {true, false}) {
       CAPTURE(verify);
       world it;
@@ -1345,7 +1338,7 @@ TEST_SUITE("download: progress") {
         double rate;
         clock_type::time_point time;
       };
-      std::vector<report> reports;  // no lock: one thread at a time is the promise
+      std::vector<report> reports;  // no lock: on_progress is called from one thread at a time
       it.options.on_progress = [&](const wandb::progress& now) {
         reports.push_back({std::this_thread::get_id(), std::string(now.name), now.phase, now.bytes_done,
                            now.bytes_total, now.bytes_per_second, clock_type::now()});
@@ -1372,7 +1365,7 @@ TEST_SUITE("download: progress") {
     }
   }
 
-  TEST_CASE("false from the first report on: cancelled, and the file is not there") {
+  TEST_CASE("false from the first report cancels, and no file is left") {
     world it;
     it.add("model.h5", small_size);
     it.options.on_progress = [](const wandb::progress&) { return false; };
@@ -1380,7 +1373,7 @@ TEST_SUITE("download: progress") {
     CHECK_FALSE(fs::exists(it.at("model.h5")));
   }
 
-  TEST_CASE("an exception from on_progress reaches the caller, and nothing is left running or half-done") {
+  TEST_CASE("an exception from on_progress reaches the caller after all threads have ended") {
     world it;
     it.add("model.h5", large_size);
     it.server.set_rate(0, 10 * MiB);
@@ -1393,7 +1386,7 @@ TEST_SUITE("download: progress") {
 }
 
 TEST_SUITE("download: several at once") {
-  TEST_CASE("threads of one program, one file: it is fetched once") {
+  TEST_CASE("threads that restore one file download it once") {
     world it;
     const auto what = it.add("model.h5", large_size);
     wandb::client<> client(it.settings);
@@ -1416,7 +1409,7 @@ TEST_SUITE("download: several at once") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("threads of one program, a file each") {
+  TEST_CASE("threads restore different files at once") {
     world it;
     std::vector<stand_in::content_ptr> all;
     for (int i = 0; i < 6; ++i)
@@ -1435,7 +1428,7 @@ TEST_SUITE("download: several at once") {
     CHECK(right == 6);
   }
 
-  TEST_CASE("the one that fetches is cancelled: one that waits takes over from there") {
+  TEST_CASE("if the downloading call is cancelled, a waiting call resumes") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;

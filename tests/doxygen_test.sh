@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs Doxygen over the public part of the header: every public name must be documented, and no warning may come.
+# Runs Doxygen over the public part of the header. Fails if a public name is undocumented, or after any other warning.
 # Skipped (status 77) where doxygen is not installed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,8 +12,8 @@ fi
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
-# WANDB_RESTORE_SPLIT hides the implementation. The inline namespace is left out of the names: users do not write it.
-# wandb::detail is not part of the interface. INTERNAL_DOCS=NO and EXTRACT_ALL=NO make a missing comment a warning.
+# WANDB_RESTORE_SPLIT hides the implementation. EXCLUDE_SYMBOLS hides wandb::detail, which is not part of the interface.
+# EXTRACT_ALL=NO makes a missing comment a warning.
 cat > "$folder/Doxyfile" << DOXYFILE
 PROJECT_NAME           = wandb_restore
 INPUT                  = "$root/wandb_restore.hpp"

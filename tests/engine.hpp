@@ -1,5 +1,4 @@
-// What the tests of the download engine share: a stand-in server with one run, a client for it, and the rules
-// that hold for every error.
+// Shared by the tests of the download engine: a stand-in server with one run, a client for it, and checks for every error.
 #ifndef WANDB_RESTORE_TESTS_ENGINE_HPP
 #define WANDB_RESTORE_TESTS_ENGINE_HPP
 
@@ -29,7 +28,7 @@ constexpr std::uint64_t MiB = 1024 * 1024;
 constexpr std::uint64_t small_size = 300'001;       // one plain GET
 constexpr std::uint64_t large_size = 16 * MiB + 7;  // several ranges
 
-/// Whether a file holds exactly these bytes. Takes them a piece at a time.
+/// Whether a file has exactly these bytes. Reads it in pieces.
 inline bool holds(const fs::path& where, const stand_in::content& what) {
   std::ifstream in(where, std::ios::binary);
   std::string got(MiB, '\0'), wanted(MiB, '\0');
@@ -82,7 +81,7 @@ class world {
     return server.counted().of(stand_in::request_kind::storage).body_bytes;
   }
 
-  /// Files under root that are hidden: partial files, locks.
+  /// Returns the number of hidden files under root: partial files and locks.
   std::size_t hidden() const {
     std::size_t count = 0;
     std::error_code none;
@@ -91,7 +90,7 @@ class world {
     return count;
   }
 
-  /// Checks that a restore brought these bytes, and nothing else beside them.
+  /// Checks that a restore downloaded these bytes, and left no hidden files.
   void check_restored(wandb::result<wandb::restored_file> got, const std::string& name,
                       const stand_in::content& what, bool verified = true) const {
     if (!got) {
@@ -109,7 +108,7 @@ class world {
     CHECK(hidden() == 0);
   }
 
-  /// Checks that a restore failed in that way, and what holds for the text of every error.
+  /// Checks that a restore failed with this code, and that the text is harmless.
   wandb::error check_failed(wandb::result<wandb::restored_file> got, wandb::errc code,
                             int status = -1) const {
     REQUIRE_FALSE(got.has_value());

@@ -1,5 +1,5 @@
-// Every kind of failure, reached by a whole restore: its code, its text, and what it leaves on disk. What single answers of
-// the service mean is in service_test.cpp.
+// Every kind of failure of a whole restore: its code, its text, and the files that it leaves. service_test.cpp has the single
+// answers of the service.
 #include "restore_fixture.hpp"
 
 #include <atomic>
@@ -20,7 +20,7 @@ struct row {
   errc code;
   int http_status;
   bool not_found, transient;
-  std::vector<std::string> names;  ///< beside the file and the run
+  std::vector<std::string> names;  ///< in addition to the file and the run
   std::function<void(fixture&, wandb::settings&, wandb::restore_options&)> prepare;
   std::string name = "a.txt";
 };
@@ -43,7 +43,7 @@ at file(std::function<void(stand_in::file_attributes&)> change) {
     f.server.add_file(f.run, "a.txt", new_text, told);
   };
 }
-/// Faults that are retried, with little patience.
+/// Faults that are retried, with short timeouts.
 at impatient(at what) {
   return [=](fixture& f, wandb::settings& s, wandb::restore_options& o) {
     s.connect_timeout = s.idle_timeout = 300ms;
@@ -56,7 +56,7 @@ const std::atomic<bool> already{true};
 
 const std::vector<row>& table() {
   static const std::vector<row> rows = {
-      // what the caller did
+      // errors of the caller
       {"an empty name", errc::invalid_argument, 0, false, false, {"empty"}, option([](auto&) {}), ""},
       {"an escaping name",
        errc::invalid_argument,
@@ -98,7 +98,7 @@ const std::vector<row>& table() {
       {"no run path", errc::invalid_run_path, 0, false, false, {"entity/project/run_id"}, option([](auto& o) {
          o.run_path.clear();
        })},
-      // what the service says
+      // answers of the service
       {"no such run",
        errc::run_not_found,
        0,
@@ -141,7 +141,7 @@ const std::vector<row>& table() {
        false,
        {"127.0.0.1", fixture::path, "new address"},
        fault(place::storage, act::status(403))},
-      // the network
+      // network failures
       {"offline",
        errc::offline,
        0,
@@ -250,7 +250,7 @@ const std::vector<row>& table() {
        false,
        {"127.0.0.1", fixture::path, "501"},
        fault(place::storage, act::status(501))},
-      // broken promises
+      // protocol violations
       {"no JSON",
        errc::protocol_violation,
        200,
@@ -322,7 +322,7 @@ const std::vector<row>& table() {
        {fixture::path, stand_in::md5_hex(*stand_in::bytes(new_text)),
         stand_in::md5_hex(*stand_in::bytes("other")), "try again"},
        file([](auto& told) { told.md5 = stand_in::md5_base64(*stand_in::bytes("other")); })},
-      // the disk, the copy, the caller
+      // disk, local copy, cancellation
       {"a directory in its place",
        errc::disk_failure,
        0,
@@ -367,7 +367,7 @@ const std::vector<row>& table() {
 }  // namespace
 
 TEST_SUITE("errors") {
-  TEST_CASE("each failure has its code and a text that helps, and leaves the old file as it was") {
+  TEST_CASE("each failure has its code and a helpful text, and leaves the old file unchanged") {
     for (const row& r : table()) {
       CAPTURE(std::string(r.what));
       fixture f;
@@ -392,12 +392,12 @@ TEST_SUITE("errors") {
     }
   }
 
-  TEST_CASE("a failure where nothing was before leaves nothing behind under the name") {
+  TEST_CASE("a failure without an old file leaves no file of that name") {
     for (const row& r : table()) {
       if (r.code == errc::local_conflict || r.code == errc::disk_failure ||
           std::string(r.what) == "a root below a file")
-        continue;                 // they need something to be there
-      if (r.transient) continue;  // they take their time, and differ in nothing here
+        continue;                 // these need an existing file
+      if (r.transient) continue;  // these take long, and behave the same here
       CAPTURE(std::string(r.what));
       fixture f;
       f.server.add_file(f.run, "a.txt", new_text);
@@ -409,7 +409,7 @@ TEST_SUITE("errors") {
     }
   }
 
-  TEST_CASE("every code is reached by the table, and has a name") {
+  TEST_CASE("the table reaches every code, and every code has a name") {
     std::set<errc> reached;
     for (const row& r : table()) reached.insert(r.code);
     std::set<std::string> words;
@@ -424,7 +424,7 @@ TEST_SUITE("errors") {
     CHECK(std::string(wandb::to_string(static_cast<errc>(0))) == "unknown");
   }
 
-  TEST_CASE("a failure is no end: the same client goes on once the reason is gone") {
+  TEST_CASE("after a failure the same client restores again once the reason is gone") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto s = f.settings();
@@ -439,7 +439,7 @@ TEST_SUITE("errors") {
       auto file = f.success(client.try_restore("a.txt", f.path, true));
       CHECK(read_all(file) == new_text);
       CHECK(visible(f.root()) == names{"a.txt"});
-      // and what was left to go on from is gone
+      // no partial file is left
       CHECK(std::distance(fs::directory_iterator(f.root()), fs::directory_iterator()) == 1);
     }
   }

@@ -1,4 +1,4 @@
-// The small examples: each is started against the stand-in, and says what its comment promises.
+// Runs the small examples against the stand-in, and checks their output.
 // SPDX-License-Identifier: MIT
 #ifndef _WIN32
 #include "cli_test.hpp"
@@ -26,13 +26,13 @@ TEST_SUITE("examples") {
     CHECK(missing.status == 1);
     CHECK(contains(missing.err, "nothing.h5"));
 
-    // What the README opens with is this program.
+    // The first program of the README is this example.
     const fs::path top = fs::path(__FILE__).parent_path().parent_path();
     CHECK(contains(read_file(top / "README.md"),
                    "```cpp\n" + read_file(top / "examples" / "quickstart.cpp") + "```\n"));
   }
 
-  TEST_CASE("resume_training: goes on from a checkpoint, starts fresh only where there is none") {
+  TEST_CASE("resume_training: resumes from a checkpoint, starts fresh only if there is none") {
     fixture f;
     f.environment.insert(
         {{"WANDB_ENTITY", f.run.entity}, {"WANDB_PROJECT", f.run.project}, {"WANDB_RUN_ID", f.run.id}});
@@ -53,7 +53,7 @@ TEST_SUITE("examples") {
     CHECK(result.out == "resuming after epoch 7, loss 0.5\nepoch 8, loss 0.25\nepoch 9, loss 0.125\n");
   }
 
-  TEST_CASE("progress_and_cancel: stops in time, and a second call goes on from there") {
+  TEST_CASE("progress_and_cancel: stops in time, and a second call resumes") {
     fixture f;
     const auto content = stand_in::generated(3'000'000);
     f.server.add_file(f.run, "model.h5", content);
@@ -72,7 +72,7 @@ TEST_SUITE("examples") {
     CHECK(f.server.counted().of(stand_in::request_kind::storage).body_bytes < 3'000'000);
   }
 
-  TEST_CASE("cache_policy: young copies are trusted, old ones compared, own files left alone") {
+  TEST_CASE("cache_policy: young copies are kept, old ones compared, the user's files kept") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "first");
     const auto restore = [&](const char* max_age) {
@@ -93,7 +93,7 @@ TEST_SUITE("examples") {
     CHECK(read_file(f.work() / "a.txt") == "edited by hand");
   }
 
-  TEST_CASE("memory_transport: without network") {
+  TEST_CASE("memory_transport: works without a network") {
     fixture f;
     const outcome result = f.start("memory_transport", {});
     CHECK(result.status == 0);
@@ -115,7 +115,7 @@ TEST_SUITE("examples") {
   }
 
   TEST_CASE("libcurl_transport") {
-#ifdef WANDB_RESTORE_TESTS_NO_LIBCURL  // told by a build that has left the example out
+#ifdef WANDB_RESTORE_TESTS_NO_LIBCURL  // defined by a build without the example
     MESSAGE("left out: the example was not built, for libcurl was not found");
     return;
 #endif
@@ -127,7 +127,7 @@ TEST_SUITE("examples") {
     f.server.add_file(f.run, "small.txt", "twelve bytes");
     f.server.add_file(f.run, "large.h5", content);
 
-    SUBCASE("one exchange each, kept alive") {
+    SUBCASE("requests reuse their connection") {
       const outcome result = f.start("libcurl_transport", {"small.txt", f.run_path()});
       CHECK(result.status == 0);
       CHECK(contains(result.out, "small.txt: 12 bytes over libcurl, verified\n"));
@@ -154,8 +154,8 @@ TEST_SUITE("examples") {
       CHECK(result.status == 0);
       CHECK(f.server.counted().of(stand_in::request_kind::proxy).requests >= 2);
     }
-    SUBCASE("a certificate that nobody vouches for") {
-      stand_in::server().write_ca(f.directory.path() / "ca.pem");  // another authority
+    SUBCASE("a certificate of an unknown authority") {
+      stand_in::server().write_ca(f.directory.path() / "ca.pem");  // the certificate of another authority
       const outcome result = f.start("libcurl_transport", {"small.txt", f.run_path()});
       CHECK(result.status == 1);
       CHECK(contains(result.err, "ertificate"));

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Checks that every tracked C and C++ source is formatted as .clang-format says.
+# Checks that clang-format leaves every tracked C and C++ source unchanged.
 # Skipped (status 77) without clang-format, outside of a git work tree, and with a clang-format older than 14, which lacks
-# options that .clang-format uses. Later versions format some constructs differently: what they find is shown, then skipped.
+# options that .clang-format uses. Versions after 14 format some constructs differently: their findings are shown, and the test
+# is skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,7 +13,7 @@ skip() {
 
 program=${CLANG_FORMAT:-$(command -v clang-format-14 || echo clang-format)}
 command -v "$program" > /dev/null || skip "clang-format is not installed, so the formatting was not checked"
-git rev-parse --is-inside-work-tree > /dev/null 2>&1 || skip "this is not a git work tree, so the sources are not known"
+git rev-parse --is-inside-work-tree > /dev/null 2>&1 || skip "this is not a git work tree, so the list of sources is unknown"
 version=$("$program" --version | sed -n 's/.*version \([0-9]*\).*/\1/p')
 [ "${version:-0}" -ge 14 ] || skip "$program is version ${version:-unknown}; 14 or later is needed"
 

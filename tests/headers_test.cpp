@@ -1,6 +1,6 @@
-// The header as a guest in programs: included twice and first, in two source files of one program, with nothing leaking.
+// The header in a program: included first and twice, in two source files, without side effects on other names.
 #include "wandb_restore.hpp"
-#include "wandb_restore.hpp"  // NOLINT: twice, on purpose
+#include "wandb_restore.hpp"  // NOLINT: included twice on purpose
 
 #include <doctest/doctest.h>
 
@@ -22,7 +22,7 @@ std::string caught_elsewhere(void (*thrower)());
 wandb::cache_policy policy_from_elsewhere();
 
 TEST_SUITE("headers") {
-  TEST_CASE("names of the program's own are not disturbed") {
+  TEST_CASE("the header does not disturb the program's own names") {
     CHECK(std::is_empty_v<client>);
     CHECK(std::is_empty_v<settings>);
     CHECK(std::is_empty_v<error>);
@@ -30,7 +30,7 @@ TEST_SUITE("headers") {
     CHECK(std::is_empty_v<detail::session>);
   }
 
-  TEST_CASE("two source files of a program mean the same types") {
+  TEST_CASE("two source files of a program see the same types") {
     CHECK(typeid(wandb::settings) == type_of_settings_elsewhere());
     const auto caught = caught_elsewhere([] { throw wandb::error(wandb::errc::offline, "a text", 0); });
     CHECK(caught == "offline: a text");
@@ -38,14 +38,14 @@ TEST_SUITE("headers") {
     CHECK(policy_from_elsewhere()(local, nullptr) == wandb::cache_policy::verdict::ask);
   }
 
-  TEST_CASE("the version says the same everywhere") {
+  TEST_CASE("all version macros agree") {
     CHECK(std::string(WANDB_RESTORE_VERSION) == std::to_string(WANDB_RESTORE_VERSION_MAJOR) + '.' +
                                                     std::to_string(WANDB_RESTORE_VERSION_MINOR) + '.' +
                                                     std::to_string(WANDB_RESTORE_VERSION_PATCH));
     CHECK(wandb::settings().user_agent == "wandb_restore.hpp/" WANDB_RESTORE_VERSION);
   }
 
-  TEST_CASE("what the types promise of themselves") {
+  TEST_CASE("the types have the documented properties") {
     CHECK(std::is_base_of_v<std::ifstream, wandb::restored_file>);
     CHECK(std::is_base_of_v<std::runtime_error, wandb::error>);
     CHECK(std::is_nothrow_move_constructible_v<wandb::restored_file>);

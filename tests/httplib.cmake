@@ -1,5 +1,5 @@
-# Makes wandb_restore_tests_httplib of the system's cpp-httplib, if there is one that can do TLS: a CMake package, a module of
-# pkg-config (a distribution's compiled library; both tell the macros that it was compiled with), or a single httplib.h.
+# Defines wandb_restore_tests_httplib if the system has a cpp-httplib with TLS: a CMake package or a pkg-config module (for a
+# compiled library, both have the macros that it was compiled with), or a single httplib.h.
 set(httplib "")
 find_package(httplib CONFIG QUIET)
 if(TARGET httplib::httplib)

@@ -1,13 +1,12 @@
-// The program of all unit and integration tests. Before anything runs, whatever the machine's environment
-// says of servers, keys, proxies and certificates is taken away, and the home directory becomes an empty one:
-// a test sees what it sets itself, on every machine. A process of tests/process_test.cpp lives in its
-// parent's home: it may be killed at any moment, and could not remove one of its own.
+// The program of all unit and integration tests. It removes the environment's settings for servers, keys, proxies and
+// certificates, and uses an empty home directory, so that tests do not depend on the machine. A child process of
+// tests/process_test.cpp uses its parent's home: a killed process could not remove its own.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
 #include <cstdlib>       // environment
 #include <filesystem>    // the empty home directory
-#include <optional>      // which a child has not
+#include <optional>      // a child process has none
 #include <random>        // and its name
 #include <string>        //
 #include <system_error>  //
@@ -23,7 +22,7 @@ namespace {
 
 void set_variable(const std::string& name, const std::string& value) {
 #ifdef _WIN32
-  _putenv_s(name.c_str(), value.c_str());  // an empty value takes the variable away
+  _putenv_s(name.c_str(), value.c_str());  // an empty value removes the variable
 #else
   if (value.empty()) unsetenv(name.c_str());
   else setenv(name.c_str(), value.c_str(), 1);
@@ -55,7 +54,7 @@ bool is_foreign(std::string name) {
          name == "SSL_CERT_FILE" || name == "SSL_CERT_DIR";
 }
 
-/// A directory that lives as long as the tests run.
+/// A home directory for the duration of the tests.
 class empty_home {
  public:
   empty_home()

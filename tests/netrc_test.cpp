@@ -11,7 +11,7 @@
 
 namespace {
 
-/// The password for a host as a netrc file spells it, else the default entry's.
+/// Returns the password for a host in a netrc file, else that of the default entry.
 std::optional<std::string> find_netrc_password(std::string_view text, const std::string& host) {
   const auto passwords = wandb::detail::parse_netrc(text);
   if (!passwords) return std::nullopt;
@@ -20,7 +20,7 @@ std::optional<std::string> find_netrc_password(std::string_view text, const std:
   return found == passwords->end() ? std::nullopt : std::optional(found->second);
 }
 
-/// What the netrc reader makes of a whole file, through the settings that name it.
+/// Reads a netrc file through settings that name it.
 struct netrc_answer {
   std::string key;
   std::vector<std::string> warnings;
@@ -87,7 +87,7 @@ TEST_SUITE("netrc") {
     }
   }
 
-  TEST_CASE("what is no netrc file") {
+  TEST_CASE("malformed netrc files are refused") {
     // [checked against Python 3.11's netrc]
     const char* const rows[] = {
         "invalid", "machine h wrong x", "machine h password 'a b'", "machine", "password K",
@@ -100,7 +100,7 @@ TEST_SUITE("netrc") {
   }
 
   TEST_CASE("comments may stand anywhere, and a macro may end the file") {
-    // Python's reader fails on these.
+    // Python's reader fails on these files.
     const char* const rows[] = {
         "\n\n# after empty lines\nmachine h password K",
         "#machine h password OLD\nmachine h password K",
@@ -114,17 +114,17 @@ TEST_SUITE("netrc") {
     }
   }
 
-  TEST_CASE("the host counts exactly, with its port") {
+  TEST_CASE("the host must match exactly, with its port") {
     const std::string text = "machine localhost:8080 password with\nmachine localhost password without\n";
     CHECK(find_netrc_password(text, "localhost:8080") == "with");
     CHECK(find_netrc_password(text, "localhost") == "without");
     CHECK_FALSE(find_netrc_password(text, "localhost:80").has_value());
     CHECK_FALSE(find_netrc_password(text, "LOCALHOST").has_value());
-    // The tokens of the service as `wandb login` writes them.
+    // Entries of the service as `wandb login` writes them.
     CHECK(find_netrc_password("machine api.wandb.ai\n  login user\n  password K\n", "api.wandb.ai") == "K");
   }
 
-  TEST_CASE("the key for a server: as its base URL is written, or any other spelling of the origin") {
+  TEST_CASE("the key is found for every spelling of the base URL's origin") {
     const support::temporary_directory directory;
     const auto where = support::write_file(directory / "netrc", "machine api.host password plain\n"
                                                                 "machine API.host:8080 password port\n"
@@ -139,8 +139,7 @@ TEST_SUITE("netrc") {
     CHECK(ask(where, "https://elsewhere").warnings.empty());
   }
 
-  TEST_CASE(
-      "the names of one service: a key under any of them counts, after the base URL's own and the default") {
+  TEST_CASE("a key under another name of the service is used after the base URL's name and the default") {
     const char* const bases[] = {"https://api.forge.coreweave.com",
                                  "https://api.forge.coreweave.com/",
                                  "https://forge.coreweave.com/api/wandb",
@@ -191,7 +190,7 @@ TEST_SUITE("netrc") {
     }
   }
 
-  TEST_CASE("a file that cannot be used is a warning; one that is not there is nothing") {
+  TEST_CASE("an unusable file causes a warning; a missing file does not") {
     const support::temporary_directory directory;
     CHECK(ask(directory / "none", "https://h").warnings.empty());
     CHECK(ask(directory.path(), "https://h").warnings.size() == 1);
@@ -255,7 +254,7 @@ TEST_SUITE("ini") {
     }
   }
 
-  TEST_CASE("what is no settings file") {
+  TEST_CASE("malformed settings files are refused") {
     // [checked against wandb 0.29.0: a warning, or an exception that escapes]
     const char* const rows[] = {
         "[default]\na=%\n",

@@ -1,4 +1,4 @@
-// The other source file of headers_test.cpp.
+// The second source file of headers_test.cpp.
 #include "wandb_restore.hpp"
 
 #include <doctest/doctest.h>
@@ -24,7 +24,7 @@ std::string caught_elsewhere(void (*thrower)()) {
 wandb::cache_policy policy_from_elsewhere() { return wandb::cache_policy::refresh(); }
 
 TEST_SUITE("headers") {
-  TEST_CASE("the second source file works on its own") {
+  TEST_CASE("the second source file can use the library") {
     CHECK(wandb::run_path::parse("e/p/runs/r").value().str() == "e/p/r");
     CHECK(wandb::url::parse("https://API.example/a b").value().str() == "https://api.example/a%20b");
   }

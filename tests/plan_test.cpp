@@ -1,5 +1,5 @@
-// The rooms of the download engine, each on its own and without a server: which connection fetches which bytes, what is
-// on disk, where the file is, and how long a transfer goes on trying.
+// The parts of the download engine, each without a server: the assignment of ranges, the blocks on
+// disk, the file's address, and the time limits of retries.
 //
 // These classes are in the implementation part of the header: this file compiles it inline, in the inline namespace of that
 // build mode. The rest of the program is not affected.
@@ -29,8 +29,8 @@ constexpr std::uint64_t MiB = 1024 * 1024;
 constexpr std::uint64_t block = range_plan::block;
 constexpr std::uint64_t chunk = 4 * block;  // bytes that a connection buffers before it writes
 
-/// A download on a clock of its own: each connection brings so many bytes a second, after a delay for each request. All
-/// connections together may share one link.
+/// A download in simulated time. Each connection has a rate, and a delay for each request. All connections together may share
+/// one link.
 class simulation {
  public:
   struct network {
@@ -47,7 +47,7 @@ class simulation {
       for (auto i = gap.begin / block; i < (gap.end + block - 1) / block; ++i) wanted_[i] = 1, ++missing_;
   }
 
-  /// Runs until every byte is there, or for `limit` seconds. Returns whether every byte is there.
+  /// Runs until every byte has arrived, or for `limit` seconds. Returns whether every byte has arrived.
   bool run(double limit, const std::function<void(simulation&)>& each_step = {}) {
     constexpr double step = 0.005;
     for (int ticks = 0; missing_ > 0 && time < limit; ++ticks) {
@@ -70,15 +70,15 @@ class simulation {
   std::uint64_t fetched = 0;  // bytes over the network
   std::uint64_t largest = 0;  // bytes of the largest range that was assigned
   std::uint64_t requests = 0;
-  bool strayed = false;  // a byte was fetched that nobody wanted
+  bool strayed = false;  // a byte outside the missing ranges was fetched
   range_plan plan;
-  std::vector<int> written;  // times, for each block
+  std::vector<int> written;  // number of times that each block was written
 
  private:
   struct connection {
     bool is_busy = false;
     double answers_at = 0;  // seconds
-    double credit = 0;      // bytes that have come and were not counted
+    double credit = 0;      // received bytes that are not yet counted
   };
   bool is_receiving(std::size_t i) const {
     return connections_[i].is_busy && time >= connections_[i].answers_at;
@@ -87,7 +87,7 @@ class simulation {
   void ask(std::size_t i) {
     auto& range = plan[i];
     const auto asked = plan.request(i, now());
-    // The first request finds out where the file is.
+    // The first request resolves the file's address.
     if (++requests == 1) plan.address_found(i, now());
     largest = (std::max)(largest, asked.size());
     strayed = strayed || range.position % block != 0 || (range.end % block != 0 && range.end != size_) ||
@@ -135,7 +135,7 @@ class simulation {
 
 std::vector<byte_range> everything(std::uint64_t size) { return {{0, size}}; }
 
-/// A call with settings of its own.
+/// A call with its own settings.
 struct call_of_a_test {
   wandb::settings configuration;
   std::atomic<bool> cancel{false};
@@ -187,8 +187,8 @@ wandb::http_response tagged(const char* tag) {
 }  // namespace
 
 TEST_SUITE("range plan") {
-  TEST_CASE(
-      "random sizes, gaps, connections, paces and delays: every byte is fetched, few twice, no others") {
+  TEST_CASE("with random sizes, gaps, connections, rates and delays all missing bytes are fetched, few of "
+            "them twice") {
     std::mt19937_64 random(1);
     for (int round = 0; round < 60; ++round) {
       CAPTURE(round);
@@ -211,7 +211,7 @@ TEST_SUITE("range plan") {
       simulation one(size, gaps, network);
       REQUIRE(one.run(3000));
       REQUIRE_FALSE(one.strayed);
-      // Twice: less than two shares for each connection that lost a range to another, and the chunks that it had begun.
+      // Bytes fetched twice: less than two shares for each connection that lost a range, and the chunks in its buffer.
       REQUIRE(one.fetched <= wanted + connections * 2 * range_plan::smallest_share);
     }
   }
@@ -226,7 +226,7 @@ TEST_SUITE("range plan") {
     CHECK(one.requests < 200);
   }
 
-  TEST_CASE("one connection at a tenth of the others' pace costs no time") {
+  TEST_CASE("one connection at a tenth of the others' rate costs no time") {
     const std::uint64_t size = 1024 * MiB;
     std::vector<double> paces(8, 20.0 * MiB);
     paces[0] = 2.0 * MiB;
@@ -235,7 +235,7 @@ TEST_SUITE("range plan") {
     CHECK(one.time < 1.1 * 1024 / (7 * 20));
   }
 
-  TEST_CASE("a connection that comes to a halt loses its range to the others") {
+  TEST_CASE("a stalled connection loses its range to the others") {
     const std::uint64_t size = 100 * MiB;
     for (const double halted : {0.0, 100.0, 10000.0}) {
       CAPTURE(halted);
@@ -245,8 +245,7 @@ TEST_SUITE("range plan") {
     }
   }
 
-  TEST_CASE(
-      "the delay to the first byte, 0 to 1000 ms: few requests, and no slower than fetching equal parts") {
+  TEST_CASE("with a delay of 0 to 1000 ms few requests are made, and no time is lost against equal parts") {
     for (const double delay : {0.001, 0.05, 0.2, 1.0}) {
       for (const std::uint64_t size : {32 * MiB, 200 * MiB}) {
         for (const double pace : {20.0 * MiB, 200.0 * MiB}) {
@@ -256,7 +255,7 @@ TEST_SUITE("range plan") {
           const double link = 400.0 * MiB;
           simulation one(size, everything(size), {std::vector<double>(8, pace), delay, link});
           REQUIRE(one.run(100));
-          // A downloader that asks once to learn the size and then for eight equal parts.
+          // The time of a client that requests the size and then eight equal parts.
           const double equal_parts = 2 * delay + static_cast<double>(size) / (std::min)(8 * pace, link);
           CHECK(one.time <= 1.05 * equal_parts + 0.1);
           const double one_connection = delay + static_cast<double>(size) / (std::min)(pace, link);
@@ -282,20 +281,20 @@ TEST_SUITE("range plan") {
     plan.stored(0, plan[0].end);
     plan.measure(0.1);
     plan.release(0);
-    while (plan.assign(0, start + 1s)) {  // nothing is left to assign but the range that waits
+    while (plan.assign(0, start + 1s)) {  // only the waiting range is left to assign
       plan[0].position = plan[0].end.load();
       plan.stored(0, plan[0].end);
       plan.release(0);
     }
     CHECK_FALSE(plan.assign(0, start + 2s));
     CHECK_FALSE(plan.assign(0, start + 3s));
-    REQUIRE(plan.assign(0, start + 4s));  // more than twice the delay of others: it has come to a halt
+    REQUIRE(plan.assign(0, start + 4s));  // more than twice the delay of others: it counts as stalled
     CHECK(plan[1].is_taken_over());
     (void)plan.request(0, start + 4s);
-    CHECK_FALSE(plan.assign(1, start + 100s));  // a range is taken over once, whatever its connection does
+    CHECK_FALSE(plan.assign(1, start + 100s));  // a range is taken over at most once
   }
 
-  TEST_CASE("ranges come from the front, so that the digest can follow") {
+  TEST_CASE("ranges are assigned from the front, for the digest") {
     const std::uint64_t size = 512 * MiB;
     simulation one(size, everything(size), {std::vector<double>(4, 10.0 * MiB), 0.01});
     std::size_t widest = 0;
@@ -308,13 +307,13 @@ TEST_SUITE("range plan") {
     CHECK(widest * block <= 64 * MiB);
   }
 
-  TEST_CASE("the others wait for the first response before they get a range, but not for long") {
+  TEST_CASE("the other connections wait for the first response for a limited time") {
     range_plan plan(2, 64 * MiB, everything(64 * MiB));
     const time_point start = time_point{} + 1s;
     REQUIRE(plan.assign(0, start));
     CHECK_FALSE(plan.assign(1, start));
     (void)plan.request(0, start);
-    CHECK_FALSE(plan.assign(1, start + 10s));  // where the file is is not known yet
+    CHECK_FALSE(plan.assign(1, start + 10s));  // the file's address is unknown
     plan.address_found(0, start + 10s);
     CHECK_FALSE(plan.assign(1, start + 10s));
     CHECK(plan.assign(1, start + 10s + range_plan::probe_time));
@@ -339,7 +338,7 @@ TEST_SUITE("range plan") {
     CHECK((std::max)(plan[0].end, plan[1].end) >= end);
   }
 
-  TEST_CASE("no ranges: one connection has the whole file, the others lose theirs and get no others") {
+  TEST_CASE("without ranges one connection fetches the whole file, and the others get none") {
     range_plan plan(3, 64 * MiB, everything(64 * MiB));
     const time_point start = time_point{} + 1s;
     for (std::size_t i = 0; i < 3; ++i) {
@@ -360,14 +359,14 @@ TEST_SUITE("range plan") {
       CHECK(plan.request(i, start).size() == 0);
     }
     plan[1].position = 40 * MiB;
-    CHECK(plan.request(1, start).begin == 0);  // a response begins with the first byte again
+    CHECK(plan.request(1, start).begin == 0);  // the request is for the whole file
     plan.release(1);
     REQUIRE(plan.assign(0, start));
     CHECK(plan[0].position == 0);
     CHECK(plan[0].end == 64 * MiB);
   }
 
-  TEST_CASE("parking leaves one connection in use, whatever happens at the same time") {
+  TEST_CASE("parking always leaves one connection in use") {
     range_plan plan(3, 64 * MiB, everything(64 * MiB));
     CHECK(plan.park(0));
     CHECK(plan.park(2));
@@ -377,7 +376,7 @@ TEST_SUITE("range plan") {
     CHECK_FALSE(plan.park(0));
   }
 
-  TEST_CASE("nothing to fetch: no connection gets a range") {
+  TEST_CASE("without missing bytes no connection gets a range") {
     range_plan plan(2, 64 * MiB, {});
     CHECK_FALSE(plan.assign(0, time_point{} + 1s));
     CHECK_FALSE(plan.assign(1, time_point{} + 1s));
@@ -387,7 +386,7 @@ TEST_SUITE("range plan") {
 TEST_SUITE("block table") {
   using wandb::detail::block_table;
 
-  TEST_CASE("blocks in any order: the frontier is where the first is missing") {
+  TEST_CASE("the frontier is the first missing block, in any order of arrival") {
     partial_of_a_test one(5 * block + 7);
     block_table table(*one.file);
     CHECK(table.missing().size() == 1);
@@ -408,7 +407,7 @@ TEST_SUITE("block table") {
     CHECK(got == one.content);
   }
 
-  TEST_CASE("a rest that is no whole block is not recorded, unless it ends the file") {
+  TEST_CASE("a partial block is recorded only at the end of the file") {
     partial_of_a_test one(2 * block + 100);
     block_table table(*one.file);
     REQUIRE(table.store(0, one.part(0, block + 10)).has_value());
@@ -430,7 +429,7 @@ TEST_SUITE("block table") {
     CHECK(table.is_complete());
   }
 
-  TEST_CASE("who waits for the frontier is woken by it, and when the table is closed") {
+  TEST_CASE("a thread that waits for the frontier wakes when it advances, and when the table is closed") {
     partial_of_a_test one(2 * block);
     block_table table(*one.file);
     std::uint64_t seen = 0, after_close = 1;
@@ -451,7 +450,7 @@ TEST_SUITE("digest follower") {
   using wandb::detail::digest_follower;
   using wandb::detail::transfer_state;
 
-  TEST_CASE("the digest is that of the content, in whatever order the blocks come") {
+  TEST_CASE("the digest is right for any order of the blocks") {
     for (const std::uint64_t size : {std::uint64_t{0}, std::uint64_t{1}, block, 9 * block + 3}) {
       CAPTURE(size);
       partial_of_a_test one(size);
@@ -471,7 +470,7 @@ TEST_SUITE("digest follower") {
     }
   }
 
-  TEST_CASE("it ends without a digest when the transfer is stopped") {
+  TEST_CASE("a stopped transfer has no digest") {
     partial_of_a_test one(4 * block);
     block_table table(*one.file);
     transfer_state state;
@@ -484,7 +483,7 @@ TEST_SUITE("digest follower") {
     CHECK(follower.digest().empty());
   }
 
-  TEST_CASE("a file that somebody made shorter is a disk_failure, and stops the transfer") {
+  TEST_CASE("a file that was truncated meanwhile is a disk_failure, and stops the transfer") {
     partial_of_a_test one(4 * block);
     block_table table(*one.file);
     transfer_state state;
@@ -502,7 +501,7 @@ TEST_SUITE("digest follower") {
 TEST_SUITE("transfer state") {
   using wandb::detail::transfer_state;
 
-  TEST_CASE("the first failure counts") {
+  TEST_CASE("the first failure is kept") {
     transfer_state state;
     CHECK_FALSE(state.wait(0ms));
     state.fail(error(errc::connection_failed, "first"));
@@ -513,7 +512,7 @@ TEST_SUITE("transfer state") {
     CHECK(std::string(state.failure()->what()) == "first");
   }
 
-  TEST_CASE("a failure after the last byte is void") {
+  TEST_CASE("a failure after the last byte is ignored") {
     transfer_state state;
     state.complete();
     state.fail(error(errc::connection_failed, "late"));
@@ -529,7 +528,7 @@ TEST_SUITE("file location") {
   const char* const at_service = "https://service/files/a";
   const char* const at_storage = "https://storage/a?sig=1";
 
-  TEST_CASE("one connection resolves the address, the others wait for it and get where the redirects led") {
+  TEST_CASE("one connection resolves the address; the others wait and get the final address") {
     call_of_a_test one;
     file_location location(address(at_service), [](wandb::detail::call&) -> wandb::result<wandb::url> {
       FAIL("nothing has expired");
@@ -548,7 +547,7 @@ TEST_SUITE("file location") {
     CHECK(location.acquire(one.call).value().address.str() == at_storage);
   }
 
-  TEST_CASE("a connection that did not resolve it lets another try") {
+  TEST_CASE("if a connection fails to resolve the address, another one tries") {
     call_of_a_test one;
     file_location location(address(at_service), {});
     const auto first = location.acquire(one.call);
@@ -558,8 +557,7 @@ TEST_SUITE("file location") {
     CHECK(second->is_resolving);
   }
 
-  TEST_CASE(
-      "an expired address is renewed once for all connections; a late refusal of the old one asks for none") {
+  TEST_CASE("an expired address is renewed once for all; a late refusal of the old address does not renew") {
     call_of_a_test one;
     int asked = 0;
     file_location location(address(at_service), [&](wandb::detail::call&) -> wandb::result<wandb::url> {
@@ -579,7 +577,7 @@ TEST_SUITE("file location") {
     CHECK(asked == 1);
   }
 
-  TEST_CASE("three new addresses in a row are refused: no fourth; a response makes the count start again") {
+  TEST_CASE("after three refused new addresses there is no fourth; a response resets the count") {
     for (const bool is_served : {false, true}) {
       CAPTURE(is_served);
       call_of_a_test one;
@@ -599,7 +597,7 @@ TEST_SUITE("file location") {
     }
   }
 
-  TEST_CASE("a server that cannot be reached: the redirects are followed anew, without a question") {
+  TEST_CASE("after a failed connection the redirects are followed again, without a query") {
     call_of_a_test one;
     file_location location(address(at_service), {});
     const auto resolving = location.acquire(one.call);
@@ -611,7 +609,7 @@ TEST_SUITE("file location") {
     CHECK(next->address.str() == at_service);
   }
 
-  TEST_CASE("the question fails: its error, and the next connection asks again") {
+  TEST_CASE("a failed renewal returns its error, and the next connection asks again") {
     call_of_a_test one;
     int asked = 0;
     file_location location(address(at_service), [&](wandb::detail::call&) -> wandb::result<wandb::url> {
@@ -625,7 +623,7 @@ TEST_SUITE("file location") {
     CHECK(location.acquire(one.call).value().address.str() == at_storage);
   }
 
-  TEST_CASE("cancelled while it waits") {
+  TEST_CASE("a cancellation ends the wait for another connection") {
     call_of_a_test one;
     file_location location(address(at_service), {});
     REQUIRE(location.acquire(one.call).has_value());
@@ -639,7 +637,7 @@ TEST_SUITE("file location") {
 TEST_SUITE("entity pin") {
   using wandb::detail::entity_pin;
 
-  TEST_CASE("the first tag counts; responses without one are of no other entity") {
+  TEST_CASE("the first tag is kept; responses without a tag are accepted") {
     entity_pin pin;
     CHECK(pin.strong_tag().empty());
     CHECK(pin.accept(tagged(nullptr)));
@@ -654,7 +652,7 @@ TEST_SUITE("entity pin") {
     CHECK(pin.strong_tag().empty());
   }
 
-  TEST_CASE("a weak tag is compared, and never sent as If-Range") {
+  TEST_CASE("a weak tag is compared, but not sent as If-Range") {
     entity_pin pin;
     CHECK(pin.accept(tagged("W/\"a\"")));
     CHECK(pin.strong_tag().empty());
@@ -666,7 +664,7 @@ TEST_SUITE("retry clock") {
   using wandb::detail::backoff;
   using wandb::detail::retry_clock;
 
-  TEST_CASE("it expires only where the last try failed") {
+  TEST_CASE("the clock expires only after a failed try") {
     call_of_a_test one;
     one.call.reached = true;
     one.configuration.retry_timeout = 0ms;
@@ -681,7 +679,7 @@ TEST_SUITE("retry clock") {
     CHECK_FALSE(clock.expired().has_value());
   }
 
-  TEST_CASE("connections that share a clock use up its time together") {
+  TEST_CASE("connections share the time of one clock") {
     call_of_a_test one;
     one.call.reached = true;
     one.configuration.retry_timeout = 1h;
@@ -700,7 +698,7 @@ TEST_SUITE("retry clock") {
 TEST_SUITE("backoff") {
   using wandb::detail::backoff;
 
-  TEST_CASE("what cannot get better is given up at once") {
+  TEST_CASE("permanent failures are given up at once") {
     call_of_a_test one;
     backoff tries(one.call);
     for (const auto& failure :
@@ -717,7 +715,7 @@ TEST_SUITE("backoff") {
     }
   }
 
-  TEST_CASE("waits grow up to half a minute, at random from nothing on") {
+  TEST_CASE("waits are random, with an upper bound that grows to half a minute") {
     call_of_a_test one;
     one.call.reached = true;
     one.configuration.retry_timeout = 1h;
@@ -740,7 +738,7 @@ TEST_SUITE("backoff") {
     }
   }
 
-  TEST_CASE("Retry-After is kept to, unless it is too long to wait for") {
+  TEST_CASE("Retry-After is honoured, unless it exceeds the remaining time") {
     call_of_a_test one;
     one.call.reached = true;
     backoff tries(one.call);
@@ -758,7 +756,7 @@ TEST_SUITE("backoff") {
     CHECK(std::string(wait.error().what()).find("gave up after 2 tries") != std::string::npos);
   }
 
-  TEST_CASE("where nothing was ever reached, trying ends after connect_timeout") {
+  TEST_CASE("if no server was reached, retries end after connect_timeout") {
     call_of_a_test one;
     backoff tries(one.call);
     error failure(errc::connection_failed, "refused");
@@ -768,7 +766,7 @@ TEST_SUITE("backoff") {
     CHECK(tries.after(failure).has_value());
   }
 
-  TEST_CASE("a wait that would go beyond the limit is shortened to it: the time that was promised is used") {
+  TEST_CASE("a wait beyond the limit is shortened to the limit") {
     for (int round = 0; round < 200; ++round) {
       call_of_a_test one;
       one.call.reached = true;
@@ -780,7 +778,7 @@ TEST_SUITE("backoff") {
     }
   }
 
-  TEST_CASE("progress resets the count: as much as low_speed asks for, in all the time since") {
+  TEST_CASE("progress of low_speed since the last reset starts the time again") {
     call_of_a_test one;
     one.call.reached = true;
     one.configuration.retry_timeout = 1h;
@@ -802,7 +800,7 @@ TEST_SUITE("backoff") {
     }
   }
 
-  TEST_CASE("cancelled comes first") {
+  TEST_CASE("a cancellation takes precedence") {
     call_of_a_test one;
     one.cancel = true;
     backoff tries(one.call);
@@ -815,13 +813,14 @@ TEST_SUITE("backoff") {
 TEST_SUITE("pace") {
   using wandb::detail::guarded_sink;
 
-  TEST_CASE("the time until the head came does not count as the body's") {
+  TEST_CASE("the time before the head does not count for the body's rate") {
     call_of_a_test one;
     one.configuration.connect_timeout = 10s;
     one.configuration.idle_timeout = 500ms;
     taker into;
     guarded_sink guard(one.call, into, "GET x");
-    std::this_thread::sleep_for(700ms);  // longer than a body may idle, shorter than an answer may take
+    std::this_thread::sleep_for(
+        700ms);  // longer than the limit for a body, shorter than the limit for a head
     REQUIRE_FALSE(guard.cancelled());
     wandb::http_response head;
     head.status = 200;
@@ -830,7 +829,7 @@ TEST_SUITE("pace") {
     CHECK(into.text == "a");
   }
 
-  TEST_CASE("a body slower than the limit is dropped, whoever looks, and the error is a transient one") {
+  TEST_CASE("a body slower than the limit is dropped with a transient error, also while no bytes arrive") {
     call_of_a_test one;
     one.configuration.idle_timeout = 20ms;
     taker into;

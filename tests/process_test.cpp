@@ -1,7 +1,7 @@
-// Processes of their own: killed at any moment, many at once on one file, without locks, on disks that fail.
+// Restores in separate processes: killed at any moment, many at once on one file, without locks, on failing disks.
 //
-// A process is this very program, told by its arguments to run one test case that restores one file and says
-// how that went by its exit status. What it is to do is in its environment.
+// A child process is this program, with arguments that select one test case. The case restores one file and reports by its
+// exit status. The environment has its parameters.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -52,7 +52,7 @@ std::string variable(const char* name) {
 
 constexpr int downloaded = 0, local = 10, failed = 20;  // exit statuses; failed + errc
 
-/// A process that restores one file.
+/// A child process that restores one file.
 class child {
  public:
   using variables = std::vector<std::pair<std::string, std::string>>;
@@ -99,7 +99,7 @@ class child {
     if (progress_ >= 0) ::close(progress_);
   }
 
-  /// Reads reports until so many bytes are done; returns how many are. 0: it ended before.
+  /// Reads progress reports until `count` bytes are done. Returns the number of bytes, or 0 if the process ended before.
   std::uint64_t wait_for_bytes(std::uint64_t wanted) {
     for (std::uint64_t done = 0; read(progress_, &done, sizeof done) == static_cast<ssize_t>(sizeof done);) {
       if (done >= wanted) return wanted == 0 ? done + 1 : done;
@@ -111,7 +111,7 @@ class child {
     waitpid(id_, nullptr, 0);
     id_ = -1;
   }
-  /// The exit status; -signal where one ended it.
+  /// Returns the exit status, or -signal.
   int join() {
     int status = 0;
     waitpid(id_, &status, 0);
@@ -126,7 +126,7 @@ class child {
 
 int status_of(errc code) { return failed + static_cast<int>(code); }
 
-/// The library that makes a disk fail (tests/faults/shim.c), where the build made it; absent under sanitizers.
+/// Returns the path of the preloaded library that makes disk operations fail (tests/faults/shim.c), or nothing under sanitizers.
 std::optional<std::string> shim() {
 #if TESTS_SANITIZED
   MESSAGE("left out: a preloaded library and a sanitizer's runtime do not go together");
@@ -138,7 +138,7 @@ std::optional<std::string> shim() {
 #endif
 }
 
-/// Lets the first byte of the file go only when so many processes have asked for it.
+/// Delays responses of storage until `processes` processes have sent their query.
 void gather(world& it, std::uint64_t processes) {
   it.server.on_request([&it, processes](const stand_in::request_record& one) {
     if (one.kind != request_kind::storage) return;
@@ -149,7 +149,7 @@ void gather(world& it, std::uint64_t processes) {
 
 }  // namespace
 
-/// A run with one file, in memory: a process without standard streams needs no sockets, which are another section's.
+/// A transport in memory with one file, for the process without standard streams: sockets are tested elsewhere.
 class memory_transport {
  public:
   static std::string content() { return std::string(300'000, 'w'); }
@@ -168,13 +168,13 @@ class memory_transport {
   }
 };
 
-/// Whatever is on descriptors 0 to 2 gets what a program prints there.
+/// Prints progress to the standard streams, whose descriptors may be other files.
 bool print_to_standard_streams() {
   for (const int standard : {0, 1, 2}) (void)!write(standard, "progress", 8);
   return true;
 }
 
-/// Restores a file twice, downloaded and kept, while descriptors 0 to 2 are closed. Returns an exit status.
+/// Restores a file twice, first by a download, then from disk, with descriptors 0 to 2 closed. Returns an exit status.
 int restore_without_standard_streams(wandb::settings settings, wandb::restore_options options) {
   settings.base_url = "http://wandb.test";
   options.on_progress = [](const wandb::progress&) { return print_to_standard_streams(); };
@@ -223,7 +223,7 @@ TEST_CASE("process: restores one file" * doctest::skip()) {
   _exit(status_of(got.error().code()));
 }
 
-/// What hidden files hold of the right content, in pages: a file's size says nothing where room was reserved.
+/// Returns the number of bytes in hidden files that equal the content, by pages. File sizes include reserved space.
 std::uint64_t bytes_in_partials(const fs::path& folder, const stand_in::content& right) {
   std::uint64_t sum = 0;
   for (const auto& entry : fs::directory_iterator(folder)) {
@@ -238,9 +238,10 @@ std::uint64_t bytes_in_partials(const fs::path& folder, const stand_in::content&
 }
 
 TEST_SUITE("processes: killed") {
-  TEST_CASE("at random moments: the next one ends with the right file, and fetches little again") {
+  TEST_CASE(
+      "killed at random moments: the next process restores the right file, and fetches few bytes again") {
     std::mt19937_64 random(1);
-    std::uint64_t on_disk = 0, fetched = 0;  // by all rounds
+    std::uint64_t on_disk = 0, fetched = 0;  // in all rounds
     for (int round = 0; round < 8; ++round) {
       CAPTURE(round);
       world it;
@@ -256,22 +257,22 @@ TEST_SUITE("processes: killed") {
       CHECK_FALSE(fs::exists(it.at("model.h5")));
       on_disk += bytes_in_partials(it.at("model.h5").parent_path(), *what);
       it.server.set_rate(0, 0);
-      // What the first one asked for may still be on its way out.
+      // The server may still send bytes to the killed process.
       REQUIRE(it.server.wait_for(
           [](const auto& now) { return now.counts.of(stand_in::origin::storage).open_connections == 0; },
           20s));
       it.server.clear_log();
-      it.options.connections = 1;  // takes no range from another, so that every byte that is sent is wanted
+      it.options.connections = 1;  // one connection requests no byte twice
       REQUIRE(child(it, "model.h5").join() == downloaded);
       CHECK(holds(it.at("model.h5"), *what));
       fetched += it.storage_bytes();
       CHECK(it.hidden() == 0);
     }
     REQUIRE(on_disk > 8 * MiB);
-    CHECK(fetched <= 8 * large_size - on_disk * 9 / 10);  // what was just being written is not recorded yet
+    CHECK(fetched <= 8 * large_size - on_disk * 9 / 10);  // the last written blocks are not recorded yet
   }
 
-  TEST_CASE("again and again: it ends all the same") {
+  TEST_CASE("killed again and again: the restore still succeeds") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.server.set_rate(0, 32 * MiB);
@@ -280,15 +281,15 @@ TEST_SUITE("processes: killed") {
       if (one.wait_for_bytes(moment) == 0) break;
       one.kill_now();
       CHECK_FALSE(fs::exists(it.at("model.h5")));
-      CHECK(it.hidden() <= 3);  // the partial file and the lock, and what a kill between two steps leaves
+      CHECK(it.hidden() <= 3);  // the partial file, the lock, and one file of a kill between two steps
     }
     it.server.set_rate(0, 0);
-    CHECK(it.restore("model.h5").has_value());  // the last one may have been through before it was killed
+    CHECK(it.restore("model.h5").has_value());  // the last process may have finished before it was killed
     CHECK(holds(it.at("model.h5"), *what));
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("an old file stays whole until the new one is") {
+  TEST_CASE("an old file stays complete until the new one replaces it") {
     world it;
     const auto what = it.add("model.h5", large_size);
     support::write_file(it.at("model.h5"), "old");
@@ -303,7 +304,7 @@ TEST_SUITE("processes: killed") {
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
   }
 
-  TEST_CASE("what is left of another content is cleaned up") {
+  TEST_CASE("partial files of another content are removed") {
     world it;
     it.add("model.h5", large_size);
     it.options.connections = 1;
@@ -317,7 +318,7 @@ TEST_SUITE("processes: killed") {
     it.check_restored(it.restore("model.h5"), "model.h5", *later);
   }
 
-  TEST_CASE("one that waits takes over where it stopped") {
+  TEST_CASE("a waiting process resumes the killed one's download") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;
@@ -326,7 +327,7 @@ TEST_SUITE("processes: killed") {
     const auto on_disk = first.wait_for_bytes(11 * MiB);
     REQUIRE(on_disk > 0);
     child second(it, "model.h5");
-    REQUIRE(second.wait_for_bytes(0) > 0);  // it reports while it waits
+    REQUIRE(second.wait_for_bytes(0) > 0);  // a waiting process reports progress
     const auto before = it.storage_bytes();
     first.kill_now();
     CHECK(second.join() == downloaded);
@@ -336,7 +337,7 @@ TEST_SUITE("processes: killed") {
   }
 }
 
-/// What a killed process left, as if it were of a process elsewhere that cannot be asked, silent for so long.
+/// Leaves a partial file of a killed process, renamed to an owner on another machine, with the given age.
 fs::path leave_from(world& it, const std::string& realm, std::chrono::seconds silence) {
   it.options.connections = 1;
   it.server.add_fault(target(place::storage).nth(1), act::stall(12 * MiB));
@@ -362,9 +363,9 @@ fs::path leave_from(world& it, const std::string& realm, std::chrono::seconds si
   return {};
 }
 
-TEST_SUITE("processes: gone elsewhere") {
-  TEST_CASE(
-      "on another host, silent for almost a minute: waited for, not fetched again; cleaned up when kept") {
+TEST_SUITE("processes: on other machines") {
+  TEST_CASE("blocks of another host's partial file are copied after a minute's silence; an hour later it is "
+            "removed") {
     world it;
     const auto what = it.add("model.h5", large_size);
     const fs::path left = leave_from(it, "0000000000000000", 58s);
@@ -374,7 +375,7 @@ TEST_SUITE("processes: gone elsewhere") {
     REQUIRE(got.has_value());
     CHECK(holds(it.at("model.h5"), *what));
     CHECK(it.storage_bytes() <= large_size - 11 * MiB);
-    CHECK(fs::exists(left));  // it might still come back
+    CHECK(fs::exists(left));  // its owner might return
     fs::last_write_time(left, fs::file_time_type::clock::now() - 2h);
     got = it.restore("model.h5");
     REQUIRE(got.has_value());
@@ -382,7 +383,8 @@ TEST_SUITE("processes: gone elsewhere") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("in another container of this machine: gone on from at once, and nothing is left") {
+  TEST_CASE(
+      "blocks of a partial file of another container of this machine are reused at once, and it is removed") {
     world it;
     const auto what = it.add("model.h5", large_size);
     leave_from(it, "", 0s);
@@ -392,7 +394,7 @@ TEST_SUITE("processes: gone elsewhere") {
     CHECK(it.storage_bytes() <= large_size - 11 * MiB);
   }
 
-  TEST_CASE("an answer without a size, or one that fails, leaves what there is for the next try") {
+  TEST_CASE("a failed query, or an answer without a size, leaves partial files for the next call") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;
@@ -425,7 +427,7 @@ TEST_SUITE("processes: gone elsewhere") {
 }
 
 TEST_SUITE("processes: many at once") {
-  TEST_CASE("with locks that work storage sends the file once") {
+  TEST_CASE("with working locks storage sends the file once") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;  // see above
@@ -448,7 +450,7 @@ TEST_SUITE("processes: many at once") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("with locks that lock nothing, and with locks that fail, each ends with the right file") {
+  TEST_CASE("with ineffective or failing locks every process gets the right file") {
     const auto library = shim();
     if (!library) return;
     for (const char* locks : {"none", "ENOLCK", "ENOSYS"}) {
@@ -466,13 +468,13 @@ TEST_SUITE("processes: many at once") {
       }
       it.server.on_request({});
       CHECK(holds(it.at("model.h5"), *what));
-      if (locks != std::string("none")) {  // lock files are of no use then, and not left
+      if (locks != std::string("none")) {  // ineffective lock files are not left
         for (const auto& entry : fs::directory_iterator(it.options.root))
           CHECK(entry.path().extension() != ".lock");
       }
       CHECK(it.storage_bytes() >
-            9 * MiB * 3 / 2);  // the fault was there: the file was fetched more than once
-      // The last one found others' locks, if any, and no partial file is left that anybody has use for.
+            9 * MiB * 3 / 2);  // the fault was effective: the file was fetched more than once
+      // At most lock files are left, and no usable partial file.
       it.check_restored(
           [&] {
             it.options.replace = true;
@@ -482,7 +484,7 @@ TEST_SUITE("processes: many at once") {
     }
   }
 
-  TEST_CASE("a limit on the size of files is told, with what to do, and not run into") {
+  TEST_CASE("a limit on file sizes is reported with a remedy, before the download") {
     world it;
     it.add("model.h5", 9 * MiB);
     rlimit before{};
@@ -498,7 +500,7 @@ TEST_SUITE("processes: many at once") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("without locks, some of them killed: the others end with the right file") {
+  TEST_CASE("without locks, if some processes are killed, the others get the right file") {
     const auto library = shim();
     if (!library) return;
     world it;
@@ -523,7 +525,7 @@ TEST_SUITE("processes: many at once") {
   }
 }
 
-TEST_SUITE("processes: what they meet") {
+TEST_SUITE("processes: signals, streams and disks") {
   TEST_CASE("SIGPIPE does not end a program that has its default handler") {
     world it;
     const auto what = it.add("model.h5", large_size);
@@ -536,14 +538,14 @@ TEST_SUITE("processes: what they meet") {
     CHECK(holds(it.at("model.h5"), *what));
   }
 
-  TEST_CASE("a program without standard streams that prints progress does not print into its files") {
+  TEST_CASE("output of a program without standard streams does not go into its files") {
     world it;
     CHECK(child(it, "model.h5", {{"CHILD_CLOSED", "1"}}).join() == downloaded);
     CHECK((support::read_file(it.at("model.h5")) == memory_transport::content()));
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("a directory that may not be written to: disk_failure that names it, and no byte is fetched") {
+  TEST_CASE("an unwritable directory is disk_failure with its name, before the download") {
     world it;
     it.add("model.h5", small_size);
     fs::create_directories(it.options.root);
@@ -556,14 +558,15 @@ TEST_SUITE("processes: what they meet") {
     CHECK(it.hidden() == 0);
   }
 
-  TEST_CASE("disks that fail") {
+  TEST_CASE(
+      "disk errors are disk_failure and leave the old file; short and interrupted operations are repeated") {
     const auto library = shim();
     if (!library) return;
     struct failing {
       const char* name;
       child::variables faults;
       bool before_the_first_byte;
-      const char* text;  // nullptr: it goes well
+      const char* text;  // nullptr: the restore succeeds
     };
     const std::vector<failing> rows = {
         {"too little is free", {{"FAULT_FREE", "1000000"}}, true, " are missing"},
@@ -614,13 +617,12 @@ TEST_SUITE("processes: what they meet") {
         CHECK(it.storage() == 0);
         CHECK(it.hidden() == 0);
       }
-      // Once the disk is well again, the next call ends well.
+      // Once the disk works again, the next call succeeds.
       it.check_restored(it.restore("model.h5"), "model.h5", *what);
     }
   }
 
-  TEST_CASE(
-      "killed while the finished content is brought to stable storage: nothing of it is fetched again") {
+  TEST_CASE("killed during the sync of finished content: no byte is fetched again") {
     const auto library = shim();
     if (!library) return;
     world it;
@@ -632,7 +634,7 @@ TEST_SUITE("processes: what they meet") {
     CHECK(it.storage_bytes() == 0);
   }
 
-  TEST_CASE("a sync that failed: nothing of that file counts as being on disk, and it is fetched again") {
+  TEST_CASE("after a failed sync the file is downloaded again") {
     const auto library = shim();
     if (!library) return;
     world it;
@@ -659,7 +661,7 @@ TEST_SUITE("processes: what they meet") {
     }
   }
 
-  TEST_CASE("a small file that nobody tried before, and one that is kept: the directory is not read") {
+  TEST_CASE("a new small file and a kept file do not read the directory") {
     const auto library = shim();
     if (!library) return;
     world it;
@@ -667,7 +669,7 @@ TEST_SUITE("processes: what they meet") {
     const child::variables faults{{"LD_PRELOAD", *library}, {"FAULT_DIRECTORY", it.options.root.string()}};
     CHECK(child(it, "model.h5", faults).join() == downloaded);
     CHECK(child(it, "model.h5", faults).join() == local);
-    // The fault is there: whoever is killed leaves something to look for.
+    // The fault is effective: after a kill the next process reads the directory.
     it.options.replace = true;
     CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_RENAME", "kill"}}).join() == -SIGKILL);
     CHECK(child(it, "model.h5", faults).join() == -SIGKILL);
@@ -686,7 +688,7 @@ TEST_SUITE("processes: what they meet") {
     CHECK(holds(it.at("model.h5"), *what));
   }
 
-  TEST_CASE("killed just before the finished file becomes visible: nothing of it is fetched again") {
+  TEST_CASE("killed before the rename: no byte is fetched again") {
     const auto library = shim();
     if (!library) return;
     world it;
@@ -699,7 +701,7 @@ TEST_SUITE("processes: what they meet") {
     CHECK(it.storage_bytes() == 0);
   }
 
-  TEST_CASE("a local file that cannot be looked at, or opened, is not taken for missing") {
+  TEST_CASE("an unreadable local file is not taken for missing") {
     const auto library = shim();
     if (!library) return;
     struct row {
@@ -728,7 +730,7 @@ TEST_SUITE("processes: what they meet") {
     }
   }
 
-  TEST_CASE("how much is missing is told exactly") {
+  TEST_CASE("the error tells the exact number of missing bytes") {
     const auto library = shim();
     if (!library) return;
     world it;

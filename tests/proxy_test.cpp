@@ -1,4 +1,4 @@
-// Proxies: which one is asked for which address, and where that is written.
+// Proxies: the choice of a proxy for an address, and the sources of proxy settings.
 #include "support.hpp"
 #include "wandb_restore.hpp"
 
@@ -74,7 +74,7 @@ TEST_SUITE("proxy") {
         {":443", "https://example.com", true},
         {"example.com/8", "https://example.com", true},
         {"exam*.com", "https://example.com", true},
-        // Go takes brackets only before a port; without one they are as clear.
+        // Go accepts brackets only before a port.
         {"[2001:db8::1]", "https://[2001:db8::1]", false},
     };
     for (const auto& row : rows) {
@@ -89,7 +89,7 @@ TEST_SUITE("proxy") {
     }
   }
 
-  TEST_CASE("this machine itself is never reached through the environment's proxies") {
+  TEST_CASE("the environment's proxies are not used for this machine") {
     // [checked against Go's golang.org/x/net/http/httpproxy]
     const rule rows[] = {
         {"", "https://localhost:8080", false},
@@ -134,7 +134,7 @@ TEST_SUITE("proxy") {
     CHECK_FALSE(configuration.problem.has_value());
   }
 
-  TEST_CASE("W&B's own variables ignore NO_PROXY, and lead even to this machine") {
+  TEST_CASE("W&B's own variables ignore NO_PROXY, also for this machine") {
     const scoped_environment proxies{{"WANDB_HTTP_PROXY", "http://own:1/"},
                                      {"HTTP_PROXY", "http://all:1"},
                                      {"HTTPS_PROXY", "http://all:2"},
@@ -147,7 +147,7 @@ TEST_SUITE("proxy") {
   }
 
   TEST_CASE("WANDB__PROXIES comes before WANDB_HTTPS_PROXY") {
-    // As in the SDK, where the public API writes it over that setting.
+    // As in the SDK, whose public API overwrites the setting.
     const scoped_environment proxies{{"WANDB__PROXIES", R"({"https": "http://legacy:1", "other": "x"})"},
                                      {"WANDB_HTTPS_PROXY", "http://own:1"},
                                      {"WANDB_HTTP_PROXY", "http://own:2"}};
@@ -156,7 +156,7 @@ TEST_SUITE("proxy") {
     CHECK(configuration.http_proxy.url == "http://own:2");
   }
 
-  TEST_CASE("in a CGI program HTTP_PROXY may be the visitor's") {
+  TEST_CASE("in a CGI program HTTP_PROXY is ignored") {
     const scoped_environment cgi{
         {"REQUEST_METHOD", "GET"}, {"HTTP_PROXY", "http://evil:1"}, {"HTTPS_PROXY", "http://p:1"}};
     const auto configuration = wandb::settings::from_environment();
@@ -166,7 +166,7 @@ TEST_SUITE("proxy") {
     CHECK(configuration.warnings[0] == "HTTP_PROXY is not used in a CGI program");
   }
 
-  TEST_CASE("a proxy of another kind is a problem, told without its password") {
+  TEST_CASE("a proxy of another kind is a problem, reported without its password") {
     for (const char* text : {"socks5://u:secret@p:1", "https://u:secret@p", "http://u:secret@",
                              "http://p:99999", "http://p\n"}) {
       CAPTURE(text);
@@ -179,7 +179,7 @@ TEST_SUITE("proxy") {
       CHECK(told.find("HTTPS_PROXY cannot be used: ") == 0);
       CHECK(told.find("secret") == std::string::npos);
     }
-    {  // for http addresses, which an https service never leads to
+    {  // for http addresses, which an https service never redirects to
       const scoped_environment proxies{{"HTTP_PROXY", "socks5://u:secret@p:1"}};
       const auto configuration = wandb::settings::from_environment();
       CHECK_FALSE(configuration.problem.has_value());

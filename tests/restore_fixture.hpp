@@ -1,5 +1,5 @@
-// What tests of whole restores share: a stand-in with one run, settings that lead to it, what it was asked, and a look at
-// every error and warning for secrets.
+// Shared by the tests of whole restores: a stand-in with one run, settings for it, its log of requests, and a search for
+// secrets in every error and warning.
 // SPDX-License-Identifier: MIT
 #ifndef WANDB_RESTORE_TESTS_RESTORE_FIXTURE_HPP
 #define WANDB_RESTORE_TESTS_RESTORE_FIXTURE_HPP
@@ -39,7 +39,7 @@ using support::temporary_directory;
 using support::write_file;
 namespace act = stand_in::act;
 
-/// RFC 4648, in the tests' own words: what they expect must not come from what they test.
+/// RFC 4648. The tests do not use the library's own encoder, which they test.
 inline std::string base64(std::string_view bytes) {
   static constexpr char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
   std::string out;
@@ -61,7 +61,7 @@ inline bool contains(std::string_view text, std::string_view part) { return text
 
 inline std::string read_all(std::istream& from) { return {std::istreambuf_iterator<char>(from), {}}; }
 
-/// What a person sees in a directory: relative names of files, without the library's own hidden ones.
+/// Returns the relative names of the files in a directory, without the library's hidden files.
 inline std::vector<std::string> visible(const fs::path& directory) {
   std::vector<std::string> names;
   if (!fs::exists(directory)) return names;
@@ -74,7 +74,7 @@ inline std::vector<std::string> visible(const fs::path& directory) {
 }
 using names = std::vector<std::string>;
 
-/// A stand-in with the run vanpelt/my-project/a1b2c3d, and a directory for what is restored from it.
+/// A stand-in with the run vanpelt/my-project/a1b2c3d, and a directory for restored files.
 class fixture {
  public:
   static constexpr const char* path = "vanpelt/my-project/a1b2c3d";
@@ -89,7 +89,7 @@ class fixture {
   fs::path root() const { return directory / "root"; }
   fs::path ca() const { return directory / "ca.pem"; }
 
-  /// Everything that is needed, with short timeouts; warnings are collected.
+  /// Returns settings for the stand-in, with short timeouts. Warnings are collected.
   wandb::settings settings() {
     wandb::settings s;
     s.base_url = server.base_url();
@@ -113,7 +113,7 @@ class fixture {
   }
   wandb::client<> client() { return wandb::client<>(settings()); }
 
-  /// What a restore of the run needs; the rest is default.
+  /// Returns options for a restore of the run.
   static wandb::restore_options options(bool replace = false) {
     wandb::restore_options made;
     made.run_path = path;
@@ -126,7 +126,7 @@ class fixture {
     return made;
   }
 
-  /// How often the server was asked for what, since the beginning or the last clear_log().
+  /// Returns the number of requests of each kind since the start or the last clear_log().
   std::string asked() const {
     const auto counts = server.counted();
     const auto of = [&](request_kind kind) { return std::to_string(counts.of(kind).requests); };
@@ -140,7 +140,7 @@ class fixture {
     return warnings_;
   }
 
-  /// Texts are shown to everybody: none may hold a key, a token or a signature.
+  /// Checks that a text has no key, token or signature.
   void check_harmless(std::string_view text) const {
     for (const auto& secret : secrets)
       CHECK_MESSAGE(!contains(text, secret), "a secret in: ", std::string(text));
@@ -148,7 +148,7 @@ class fixture {
       CHECK_MESSAGE(!contains(text, sign), "a secret in: ", std::string(text));
     }
   }
-  /// The error of something that has to fail, its text looked at.
+  /// Checks that `outcome` is a failure with a harmless text, and returns the error.
   template <class T>
   wandb::error failure(wandb::result<T> outcome) const {
     if (outcome) FAIL("succeeded");
@@ -157,7 +157,7 @@ class fixture {
     CHECK(std::string(outcome.error().what()).size() > 20);
     return std::move(outcome).error();
   }
-  /// The same for one code.
+  /// Checks the code, too.
   template <class T>
   wandb::error failure(wandb::result<T> outcome, wandb::errc code) const {
     auto made = failure(std::move(outcome));
@@ -165,7 +165,7 @@ class fixture {
     CHECK(std::string(wandb::to_string(made.code())) == wandb::to_string(code));
     return made;
   }
-  /// The value of something that has to succeed.
+  /// Checks that `outcome` is a success, and returns the value.
   template <class T>
   T success(wandb::result<T> outcome) const {
     if (!outcome) FAIL(std::string(outcome.error().what()));
@@ -182,13 +182,13 @@ class fixture {
   std::vector<std::string> warnings_;
 };
 
-/// Texts name things: every part has to be in it.
+/// Checks that the text of an error contains every part.
 inline void check_names(const wandb::error& failure, const std::vector<std::string>& parts) {
   for (const auto& part : parts)
     CHECK_MESSAGE(contains(failure.what(), part), "no ", part, " in: ", std::string(failure.what()));
 }
 
-/// The environment that leads the free functions to a fixture.
+/// The environment with which the free functions use a fixture.
 class environment {
  public:
   explicit environment(fixture& f)

@@ -33,8 +33,8 @@ void check_file(wandb::restored_file& file, const std::string& text, wandb::sour
 
 }  // namespace
 
-TEST_SUITE("restore: forms") {
-  TEST_CASE("the free functions: both forms of both, configured by the environment") {
+TEST_SUITE("restore: overloads") {
+  TEST_CASE("the free functions, in both overloads, use the environment") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     const environment there(f);
@@ -56,7 +56,7 @@ TEST_SUITE("restore: forms") {
     CHECK(visible(f.root()) == names{"1/a.txt", "2/a.txt", "3/a.txt", "4/a.txt", "a.txt"});
   }
 
-  TEST_CASE("the shortest form: the current run, the working directory") {
+  TEST_CASE("with a name alone, restore uses the current run and the working directory") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     const environment there(f);
@@ -69,7 +69,7 @@ TEST_SUITE("restore: forms") {
     CHECK(f.asked() == "graphql 1, files 1, storage 1");
   }
 
-  TEST_CASE("failures: try_restore returns what restore throws") {
+  TEST_CASE("try_restore returns the errors that restore throws") {
     fixture f;
     const environment there(f);
     const auto returned = f.failure(wandb::try_restore("none.txt"), errc::file_not_found);
@@ -86,10 +86,10 @@ TEST_SUITE("restore: forms") {
     auto client = f.client();
     CHECK_THROWS_AS((void)client.restore("none.txt", f.options()), wandb::error);
     CHECK_THROWS_AS((void)client.restore("none.txt", f.path), wandb::error);
-    CHECK_THROWS_AS((void)client.list_files(), wandb::error);  // its settings name no run
+    CHECK_THROWS_AS((void)client.list_files(), wandb::error);  // the settings name no run
   }
 
-  TEST_CASE("a client: both forms of both") {
+  TEST_CASE("a client has both overloads of restore and try_restore") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto client = f.client();
@@ -103,7 +103,7 @@ TEST_SUITE("restore: forms") {
     check_file(four, new_text, wandb::source::downloaded, true);
   }
 
-  TEST_CASE("a run_path object stands wherever a run path in text does") {
+  TEST_CASE("a run_path object is accepted in place of every textual run path") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     const environment there(f);
@@ -114,14 +114,14 @@ TEST_SUITE("restore: forms") {
     wandb::client<> client;
     CHECK(client.restore("a.txt", run, true).source() == wandb::source::downloaded);
     CHECK(f.success(client.try_restore("a.txt", run, false, "3")).path() == fs::path("3") / "a.txt");
-    // Without entity and project it takes the settings'; without any part it is the current run.
+    // Missing entity and project come from the settings; an empty object means the current run.
     CHECK(client.restore("a.txt", wandb::run_path{"", "my-project", "a1b2c3d"}, true).verified());
     CHECK(client.restore("a.txt", wandb::run_path{"", "", "a1b2c3d"}, true).verified());
     CHECK(client.restore("a.txt", wandb::run_path{}, true).verified());
     CHECK(wandb::restore("a.txt", wandb::run_path{}, true).verified());
   }
 
-  TEST_CASE("a run_path object that a text would name differently is refused without a request") {
+  TEST_CASE("a run_path object without a textual equivalent is refused without a request") {
     fixture f;
     auto client = f.client();
     const wandb::run_path refused[] = {
@@ -137,7 +137,7 @@ TEST_SUITE("restore: forms") {
     CHECK(f.asked() == "graphql 0, files 0, storage 0");
   }
 
-  TEST_CASE("list_files: by options, text and object, from a client and freely") {
+  TEST_CASE("list_files takes options, a text or an object, as a member and as a free function") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     const environment there(f);
@@ -163,7 +163,7 @@ TEST_SUITE("restore: forms") {
   }
 
   TEST_CASE(
-      "an explicit run path costs one question, one address and one fetch, and a handshake each origin") {
+      "an explicit run path takes one query, one redirect, one fetch, and a handshake for each origin") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto client = f.client();
@@ -173,7 +173,7 @@ TEST_SUITE("restore: forms") {
     CHECK(f.server.counted().of(origin::storage).handshakes == 1);
   }
 
-  TEST_CASE("many restores through one client share its connections") {
+  TEST_CASE("restores through one client share its connections") {
     fixture f;
     for (int i = 0; i < 20; ++i) f.server.add_file(f.run, "f" + std::to_string(i), new_text);
     auto client = f.client();
@@ -183,7 +183,7 @@ TEST_SUITE("restore: forms") {
     CHECK(f.server.counted().of(origin::storage).handshakes == 1);
   }
 
-  TEST_CASE("a client that was moved goes on, with its connections") {
+  TEST_CASE("a moved client keeps its connections") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto first = f.client();
@@ -193,7 +193,7 @@ TEST_SUITE("restore: forms") {
     CHECK(f.server.counted().of(origin::service).handshakes == 1);
   }
 
-  TEST_CASE("keyword arguments in C++17: a restore_options") {
+  TEST_CASE("in C++17 the options are members of a restore_options") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     wandb::restore_options options;
@@ -211,7 +211,7 @@ TEST_SUITE("restore: forms") {
     CHECK(file.path() == f.root() / "ckpt" / "a.txt");
   }
 
-  TEST_CASE("options: verify = false takes what comes, and does not call it verified") {
+  TEST_CASE("options: verify = false accepts any content, which is not verified()") {
     fixture f;
     stand_in::file_attributes wrong;
     wrong.md5 = stand_in::md5_base64(*stand_in::bytes("another"));
@@ -226,7 +226,7 @@ TEST_SUITE("restore: forms") {
     check_file(kept, new_text, wandb::source::local, false);
   }
 
-  TEST_CASE("options: progress ends at the whole file; false cancels") {
+  TEST_CASE("options: progress ends with the total; false cancels") {
     fixture f;
     f.server.add_file(f.run, "a.txt", stand_in::generated(300'000));
     auto client = f.client();
@@ -234,7 +234,7 @@ TEST_SUITE("restore: forms") {
     std::uint64_t last = 0, end = 0, calls = 0;
     bool grows = true;
     options.on_progress = [&](const wandb::progress& now) {
-      end = now.bytes_done;  // in whichever phase: the last report is of what was verified
+      end = now.bytes_done;  // in any phase: the last report is that of the verification
       CHECK(now.name == "a.txt");
       CHECK(now.bytes_total == std::uint64_t{300'000});
       if (now.phase == wandb::phase::downloading) {
@@ -255,7 +255,7 @@ TEST_SUITE("restore: forms") {
     CHECK(fs::file_size(f.root() / "a.txt") == 300'000);
   }
 
-  TEST_CASE("options: a cancel flag that is set already ends the call before anything is asked") {
+  TEST_CASE("options: a cancel flag that is already set ends the call before any request") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     const std::atomic<bool> cancel{true};
@@ -285,7 +285,7 @@ TEST_SUITE("restore: forms") {
     CHECK(visible(f.root()).empty());
   }
 
-  TEST_CASE("options: a local copy that is hashed reports progress, and that can be cancelled") {
+  TEST_CASE("options: hashing a local copy reports progress, and can be cancelled") {
     fixture f;
     f.server.add_file(f.run, "a.bin", stand_in::generated(0, 1));
     constexpr std::uint64_t size = 1 << 30;
@@ -293,9 +293,9 @@ TEST_SUITE("restore: forms") {
     for (const bool by_flag : {false, true}) {
       fs::create_directories(f.root());
       std::ofstream(f.root() / "a.bin").close();
-      fs::resize_file(f.root() / "a.bin", size);  // takes no room
+      fs::resize_file(f.root() / "a.bin", size);  // a hole: takes no space
       auto options = f.options();
-      // Of a policy of one's own, so that the size alone does not decide.
+      // With a rule, so that the size alone does not decide.
       options.cache = [](const wandb::local_copy& local, const wandb::file_info*) {
         return local.md5().empty() ? wandb::cache_policy::verdict::fetch : wandb::cache_policy::verdict::keep;
       };
@@ -314,7 +314,7 @@ TEST_SUITE("restore: forms") {
     }
   }
 
-  TEST_CASE("options: what makes no sense is told without a request") {
+  TEST_CASE("options: invalid options are refused without a request") {
     fixture f;
     auto client = f.client();
     for (const int connections : {0, -1}) {
@@ -328,7 +328,7 @@ TEST_SUITE("restore: forms") {
 }
 
 TEST_SUITE("restore: the stream") {
-  TEST_CASE("bytes are bytes: no line end, NUL or control-Z is special") {
+  TEST_CASE("line ends, NUL and control-Z are restored unchanged") {
     fixture f;
     std::string every;
     for (int i = 0; i < 1024; ++i) every += static_cast<char>(i & 0xff);
@@ -341,7 +341,7 @@ TEST_SUITE("restore: the stream") {
     check_file(kept, every, wandb::source::local, true);
   }
 
-  TEST_CASE("an empty file is a file") {
+  TEST_CASE("an empty file is restored") {
     fixture f;
     f.server.add_file(f.run, "empty", "");
     auto client = f.client();
@@ -351,7 +351,7 @@ TEST_SUITE("restore: the stream") {
     CHECK(visible(f.root()) == names{"empty"});
   }
 
-  TEST_CASE("a moved stream reads on where the first one was") {
+  TEST_CASE("a moved stream keeps its position") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto client = f.client();
@@ -373,7 +373,7 @@ TEST_SUITE("restore: the stream") {
     for (auto& one : several) CHECK(read_all(one) == new_text);
   }
 
-  TEST_CASE("the stream is the verified file, whatever becomes of the name afterwards") {
+  TEST_CASE("the stream stays on the verified file after the name is replaced") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto client = f.client();
@@ -382,7 +382,7 @@ TEST_SUITE("restore: the stream") {
     CHECK(read_all(file) == new_text);
   }
 
-  TEST_CASE("a reader of the old copy is not disturbed by a replacement") {
+  TEST_CASE("a replacement does not disturb a reader of the old copy") {
     fixture f;
     f.server.add_file(f.run, "a.txt", old_text);
     auto client = f.client();
@@ -407,7 +407,7 @@ TEST_SUITE("restore: the stream") {
 }
 
 TEST_SUITE("restore: names and roots") {
-  TEST_CASE("names that are taken, where they end up, and what the service is asked for") {
+  TEST_CASE("accepted names map to their local path and their name in the query") {
     struct row {
       const char *name, *local, *remote;
     };
@@ -445,12 +445,12 @@ TEST_SUITE("restore: names and roots") {
       options.root = root;
       auto file = f.success(client.try_restore(r.name, options));
       CHECK(read_all(file) == text);
-      CHECK(file.path() == root / fs::u8path(r.name));  // as given
+      CHECK(file.path() == root / fs::u8path(r.name));  // root and name as given
       CHECK(visible(root) == names{r.local});
     }
   }
 
-  TEST_CASE("names that are refused, whatever the system, without a request and without a directory made") {
+  TEST_CASE("names that leave the root are refused on every system, without a request or a new directory") {
     using namespace std::string_view_literals;
     // Source: wandb/sdk/lib/paths.py; NUL and directories fail there later.
     const std::vector<std::string_view> table = {
@@ -494,8 +494,7 @@ TEST_SUITE("restore: names and roots") {
     CHECK(fs::is_empty(f.root()));
   }
 
-  TEST_CASE("a name that the file system does not take is refused, without a request and without a directory "
-            "made") {
+  TEST_CASE("a name that the file system rejects is refused, without a request or a new directory") {
     fixture f;
     auto client = f.client();
     for (const std::string& name :
@@ -508,7 +507,7 @@ TEST_SUITE("restore: names and roots") {
     CHECK(fs::is_empty(f.root()));
   }
 
-  TEST_CASE("a refused name is refused before anything else is looked at") {
+  TEST_CASE("names are checked before anything else") {
     fixture f;
     auto broken = f.settings();
     broken.base_url = "nonsense";
@@ -519,7 +518,7 @@ TEST_SUITE("restore: names and roots") {
     (void)f.failure(client.try_restore("../a", options), errc::invalid_argument);
   }
 
-  TEST_CASE("root: the option, else the program's run directory, else the working directory") {
+  TEST_CASE("root is the option, else the program's run directory, else the working directory") {
     fixture f;
     f.server.add_file(f.run, "sub/a.txt", new_text);
     const scoped_working_directory there(f.directory.path());
@@ -546,7 +545,7 @@ TEST_SUITE("restore: names and roots") {
     }
   }
 
-  TEST_CASE("a relative root may lead out of the working directory: the caller said so") {
+  TEST_CASE("a relative root may leave the working directory") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     fs::create_directories(f.directory / "here");
@@ -556,7 +555,7 @@ TEST_SUITE("restore: names and roots") {
     CHECK(read_file(f.directory / "beside" / "a.txt") == new_text);
   }
 
-  TEST_CASE("a receipt belongs to the absolute path, however it is spelled") {
+  TEST_CASE("a receipt belongs to the absolute path in any spelling") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     const scoped_working_directory there(f.directory.path());
@@ -568,7 +567,7 @@ TEST_SUITE("restore: names and roots") {
   }
 
 #ifndef _WIN32
-  TEST_CASE("a file that is reached through links is the same file: its receipt counts, and its conflict") {
+  TEST_CASE("a path through links finds the file's receipt, and its conflict") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     fs::create_directories(f.directory / "real");
@@ -587,7 +586,7 @@ TEST_SUITE("restore: names and roots") {
     }
   }
 
-  TEST_CASE("what is neither file nor directory is left alone, and not waited for") {
+  TEST_CASE("a pipe or device is left alone, and not waited for") {
     fixture f;
     f.server.add_file(f.run, "pipe", new_text);
     f.server.add_file(f.run, "zero", new_text);
@@ -604,7 +603,7 @@ TEST_SUITE("restore: names and roots") {
   }
 #endif
 
-  TEST_CASE("a restore that cannot remember where the file came from says so once") {
+  TEST_CASE("a receipt that cannot be written causes one warning") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto s = f.settings();
@@ -632,7 +631,7 @@ TEST_SUITE("restore: names and roots") {
   }
 
 #ifndef _WIN32
-  TEST_CASE("a link in the file's place is replaced, not written through") {
+  TEST_CASE("a link in the file's place is replaced, not followed") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.directory / "elsewhere.txt", old_text);
@@ -647,7 +646,7 @@ TEST_SUITE("restore: names and roots") {
   }
 #endif
 
-  TEST_CASE("a directory in the file's place is left alone") {
+  TEST_CASE("a directory in the file's place stays") {
     fixture f;
     f.server.add_file(f.run, "a", new_text);
     write_file(f.root() / "a" / "inside", "mine");
@@ -661,7 +660,7 @@ TEST_SUITE("restore: names and roots") {
 }
 
 TEST_SUITE("restore: keep") {
-  TEST_CASE("a local copy needs no server, no key, no certificate and no good setting") {
+  TEST_CASE("a local copy needs no server, no key, no certificate and no valid settings") {
     struct row {
       const char* what;
       std::function<void(wandb::settings&)> spoil;
@@ -696,7 +695,7 @@ TEST_SUITE("restore: keep") {
     CHECK(fs::exists(f.directory / "cache") == false);  // not even a receipt is written
   }
 
-  TEST_CASE("through the free function, too: the environment may be as bad as it likes") {
+  TEST_CASE("a local copy needs no valid environment in the free function") {
     fixture f;
     const environment there(f);
     write_file(f.root() / "a.txt", old_text);
@@ -710,7 +709,7 @@ TEST_SUITE("restore: keep") {
     (void)f.failure(wandb::try_restore("other.txt"), errc::invalid_argument);
   }
 
-  TEST_CASE("the user's own file is kept, and nothing is claimed of it") {
+  TEST_CASE("a file without a receipt is kept, and is not verified()") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.root() / "a.txt", old_text);
@@ -728,7 +727,7 @@ TEST_SUITE("restore: keep") {
     check_file(file, "", wandb::source::local, false);
   }
 
-  TEST_CASE("a run path has to be had all the same: which run is meant decides about conflicts") {
+  TEST_CASE("keeping a local copy needs a run path, to detect conflicts") {
     fixture f;
     write_file(f.root() / "a.txt", old_text);
     auto client = f.client();
@@ -739,7 +738,7 @@ TEST_SUITE("restore: keep") {
 }
 
 TEST_SUITE("restore: replace and refresh") {
-  TEST_CASE("replace fetches every time") {
+  TEST_CASE("replace downloads every time") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.root() / "a.txt", old_text);
@@ -752,7 +751,7 @@ TEST_SUITE("restore: replace and refresh") {
     CHECK(visible(f.root()) == names{"a.txt"});
   }
 
-  TEST_CASE("which policy counts: replace = true, then the option, then the client's") {
+  TEST_CASE("replace = true overrides the option's policy, which overrides the client's") {
     struct row {
       const char* what;
       cache_policy client;
@@ -792,12 +791,12 @@ TEST_SUITE("restore: replace and refresh") {
   }
 
 #ifndef _WIN32
-  TEST_CASE("refresh of an unchanged file with a receipt: one question, and not a byte of the file is read") {
+  TEST_CASE("refresh of an unchanged file with a receipt takes one query, and does not read the file") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto client = f.client();
     (void)client.restore("a.txt", f.path);
-    // Bytes that changed under an unchanged size and time: who reads them would see the difference.
+    // Changes the bytes, but not size and time: only reading the file would show the difference.
     const auto time = fs::last_write_time(f.root() / "a.txt");
     std::string other = new_text;
     other[0] = 'N';
@@ -810,7 +809,7 @@ TEST_SUITE("restore: replace and refresh") {
   }
 #endif
 
-  TEST_CASE("refresh of an unchanged file without a receipt: it is hashed, and remembered") {
+  TEST_CASE("refresh of an unchanged file without a receipt hashes it, and writes a receipt") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.root() / "a.txt", new_text);
@@ -820,7 +819,7 @@ TEST_SUITE("restore: replace and refresh") {
       check_file(file, new_text, wandb::source::local, true);
     };
     refresh();
-    auto fresh = client.restore("a.txt", f.path);  // it might be changed again within the tick of a clock
+    auto fresh = client.restore("a.txt", f.path);  // the file changed too recently for a receipt
     check_file(fresh, new_text, wandb::source::local, false);
     fs::last_write_time(f.root() / "a.txt", fs::last_write_time(f.root() / "a.txt") - 10s);
     refresh();
@@ -829,7 +828,7 @@ TEST_SUITE("restore: replace and refresh") {
     check_file(kept, new_text, wandb::source::local, true);
   }
 
-  TEST_CASE("refresh fetches what differs: the service's file, the local one, its size, or an unknown md5") {
+  TEST_CASE("refresh downloads if the md5 or size differs, or the md5 is unknown") {
     struct row {
       const char* what;
       std::function<void(fixture&)> change;
@@ -873,14 +872,14 @@ TEST_SUITE("restore: replace and refresh") {
     }
   }
 
-  TEST_CASE("refresh without a local copy is a plain restore") {
+  TEST_CASE("refresh without a local copy downloads") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto file = f.success(f.client().try_restore("a.txt", f.with(cache_policy::refresh())));
     check_file(file, new_text, wandb::source::downloaded, true);
   }
 
-  TEST_CASE("refresh of what the run no longer has says so and leaves the copy") {
+  TEST_CASE("refresh of a file that the run lacks is file_not_found, and leaves the copy") {
     fixture f;
     f.server.add_file(f.run, "a.txt", old_text);
     auto client = f.client();
@@ -891,8 +890,8 @@ TEST_SUITE("restore: replace and refresh") {
   }
 }
 
-TEST_SUITE("restore: a rule of the user's own") {
-  TEST_CASE("it sees the copy first, and the service's facts once it asks") {
+TEST_SUITE("restore: a user's cache rule") {
+  TEST_CASE("a rule is called with the copy, then after ask with the service's description") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto client = f.client();
@@ -920,7 +919,7 @@ TEST_SUITE("restore: a rule of the user's own") {
     CHECK(f.asked() == "graphql 1, files 0, storage 0");
   }
 
-  TEST_CASE("each verdict of each call") {
+  TEST_CASE("every verdict of both calls is followed") {
     struct row {
       verdict first, second;
       const char* asked;
@@ -942,7 +941,7 @@ TEST_SUITE("restore: a rule of the user's own") {
       f.server.clear_log();
       auto file = f.success(client.try_restore(
           "a.txt", f.with([&](const wandb::local_copy& local, const wandb::file_info* remote) {
-            CHECK_FALSE(local.restored_from.has_value());  // the user's own file
+            CHECK_FALSE(local.restored_from.has_value());  // a file without a receipt
             CHECK(local.receipt_md5.empty());
             return remote == nullptr ? r.first : r.second;
           })));
@@ -953,7 +952,7 @@ TEST_SUITE("restore: a rule of the user's own") {
     }
   }
 
-  TEST_CASE("what it was shown may be kept beyond the restore") {
+  TEST_CASE("a rule may keep the local_copy after the restore") {
     fixture f;
     write_file(f.root() / "a.txt", "hello");
     std::optional<wandb::local_copy> shown;
@@ -965,7 +964,7 @@ TEST_SUITE("restore: a rule of the user's own") {
     CHECK(shown->md5() == "5d41402abc4b2a76b9719d911017c592");
   }
 
-  TEST_CASE("it is not asked where there is no copy") {
+  TEST_CASE("a rule is not called without a local copy") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto file = f.success(
@@ -976,8 +975,7 @@ TEST_SUITE("restore: a rule of the user's own") {
     check_file(file, new_text, wandb::source::downloaded, true);
   }
 
-  TEST_CASE(
-      "a copy that is kept although the service has another is still the user's own: no receipt is made up") {
+  TEST_CASE("a kept copy that differs from the service's file gets no receipt") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.root() / "a.txt", old_text);
@@ -996,7 +994,7 @@ TEST_SUITE("restore: a rule of the user's own") {
     CHECK(seen);
   }
 
-  TEST_CASE("no rule returns another run's file in silence") {
+  TEST_CASE("keeping another run's file is local_conflict with any rule") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     const auto other = f.server.add_run("vanpelt", "my-project", "other");
@@ -1011,15 +1009,15 @@ TEST_SUITE("restore: a rule of the user's own") {
       (void)f.failure(client.try_restore("a.txt", options), errc::local_conflict);
       CHECK(read_file(f.root() / "a.txt") == old_text);
       auto still =
-          client.restore("a.txt", "vanpelt/my-project/other");  // and its receipt says where it is from
+          client.restore("a.txt", "vanpelt/my-project/other");  // the receipt still names the other run
       check_file(still, old_text, wandb::source::local, true);
     }
   }
 }
 
 #ifndef _WIN32
-TEST_SUITE("restore: the copy that was looked at is the one that is returned") {
-  TEST_CASE("a file that is swapped while the rule decides is not returned for the one it was shown") {
+TEST_SUITE("restore: the returned stream is the inspected copy") {
+  TEST_CASE("a file swapped while the rule decides is not returned") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto client = f.client();
@@ -1033,7 +1031,7 @@ TEST_SUITE("restore: the copy that was looked at is the one that is returned") {
     check_file(kept, new_text, wandb::source::local, true);
   }
 
-  TEST_CASE("a file that is swapped after it was hashed is not returned for the one that was") {
+  TEST_CASE("a file swapped after hashing is not returned") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.root() / "a.txt", new_text);
@@ -1049,12 +1047,12 @@ TEST_SUITE("restore: the copy that was looked at is the one that is returned") {
           return verdict::keep;
         })));
     check_file(kept, new_text, wandb::source::local, true);
-    // The receipt speaks of the file that was hashed: the other one has none.
+    // The receipt is for the hashed file: the other one has none.
     auto swapped = f.success(client.try_restore("a.txt", f.path));
     check_file(swapped, std::string(new_text.size(), '-'), wandb::source::local, false);
   }
 
-  TEST_CASE("a file that is swapped before it is hashed does not lend its md5 to the one that was shown") {
+  TEST_CASE("a file swapped before hashing does not supply the md5 of the returned one") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.root() / "a.txt", std::string(new_text.size(), '-'));
@@ -1070,7 +1068,7 @@ TEST_SUITE("restore: the copy that was looked at is the one that is returned") {
     check_file(got, std::string(new_text.size(), '-'), wandb::source::local, false);
   }
 
-  TEST_CASE("a file that is written to while it is hashed has no md5") {
+  TEST_CASE("a file that changes while it is hashed has no md5") {
     fixture f;
     const auto content = stand_in::generated(1'000'000);
     f.server.add_file(f.run, "a.bin", content);
@@ -1093,11 +1091,11 @@ TEST_SUITE("restore: the copy that was looked at is the one that is returned") {
 #endif
 
 TEST_SUITE("restore: receipts") {
-  TEST_CASE("a copy of another run is a local_conflict, as far as the asked run is known without a request") {
+  TEST_CASE("a copy of another run is a local_conflict, if the requested run is known without a request") {
     struct row {
       const char* from;
       const char* asked;
-      const char* entity;  ///< of the settings
+      const char* entity;  ///< the entity in the settings
       bool conflict;
     };
     const std::vector<row> table = {
@@ -1105,7 +1103,8 @@ TEST_SUITE("restore: receipts") {
         {"vanpelt/my-project/a1b2c3d", "vanpelt/my-project/other", "", true},
         {"vanpelt/my-project/a1b2c3d", "vanpelt/their-project/a1b2c3d", "", true},
         {"vanpelt/my-project/a1b2c3d", "somebody/my-project/a1b2c3d", "", true},
-        {"vanpelt/my-project/a1b2c3d", "my-project/a1b2c3d", "", false},  // entity unknown: no contradiction
+        {"vanpelt/my-project/a1b2c3d", "my-project/a1b2c3d", "",
+         false},  // the entity is unknown: no conflict
         {"vanpelt/my-project/a1b2c3d", "my-project/other", "", true},
         {"vanpelt/my-project/a1b2c3d", "their-project/a1b2c3d", "", true},
         {"vanpelt/my-project/a1b2c3d", "my-project/a1b2c3d", "vanpelt", false},
@@ -1113,7 +1112,7 @@ TEST_SUITE("restore: receipts") {
         {"vanpelt/my-project/a1b2c3d", "https://wandb.ai/vanpelt/my-project/runs/a1b2c3d", "", false},
         {"vanpelt/my-project/a1b2c3d", "https://wandb.ai/vanpelt/my-project/runs/other", "", true},
         {"my-project/a1b2c3d", "stand-in/my-project/a1b2c3d", "",
-         false},  // the default entity, as the server told it
+         false},  // the default entity of the account
         {"my-project/a1b2c3d", "vanpelt/my-project/a1b2c3d", "", true},
     };
     for (const row& r : table) {
@@ -1141,7 +1140,7 @@ TEST_SUITE("restore: receipts") {
     }
   }
 
-  TEST_CASE("a copy of another file of the same run is a local_conflict, too") {
+  TEST_CASE("a copy of another file of the run is a local_conflict") {
     fixture f;
     f.server.add_file(f.run, "a/w.bin", new_text);
     f.server.add_file(f.run, "w.bin", old_text);
@@ -1171,7 +1170,7 @@ TEST_SUITE("restore: receipts") {
     (void)f.failure(client.try_restore("a/w.bin", f.path), errc::local_conflict);
   }
 
-  TEST_CASE("a receipt that does not name the file proves nothing, but still tells another run's copy") {
+  TEST_CASE("a receipt without the file's name does not verify, but reveals a copy of another run") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto client = f.client();
@@ -1197,7 +1196,7 @@ TEST_SUITE("restore: receipts") {
     check_file(again, new_text, wandb::source::local, true);
   }
 
-  TEST_CASE("the server does not count: the same run of another one is no conflict") {
+  TEST_CASE("receipts do not depend on the server") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     (void)f.client().restore("a.txt", f.path);
@@ -1207,8 +1206,7 @@ TEST_SUITE("restore: receipts") {
     check_file(file, new_text, wandb::source::local, true);
   }
 
-  TEST_CASE(
-      "a conflict is cured by replace, by refresh, or by another root; then the file is the asked run's") {
+  TEST_CASE("replace, refresh or another root resolve a conflict") {
     for (const bool same_content : {false, true}) {
       for (const bool refresh : {false, true}) {
         CAPTURE(same_content);
@@ -1236,8 +1234,7 @@ TEST_SUITE("restore: receipts") {
     }
   }
 
-  TEST_CASE("a file that the user changed, replaced or put back is the user's own: kept for any run, not "
-            "verified") {
+  TEST_CASE("a file that the user changed, replaced or put back is kept for any run, unverified") {
     struct row {
       const char* what;
       std::function<void(const fs::path&)> change;
@@ -1272,8 +1269,7 @@ TEST_SUITE("restore: receipts") {
     }
   }
 
-  TEST_CASE(
-      "without a cache directory there are no receipts: copies are kept, never verified, never in conflict") {
+  TEST_CASE("without a cache directory copies are kept, not verified, and never in conflict") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     auto s = f.settings();
@@ -1285,8 +1281,7 @@ TEST_SUITE("restore: receipts") {
     check_file(kept, new_text, wandb::source::local, false);
   }
 
-  TEST_CASE(
-      "a cache directory that cannot be written, or holds rubbish, costs the receipt and nothing else") {
+  TEST_CASE("an unwritable or corrupt cache directory only loses the receipt") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.directory / "not-a-directory", "");
@@ -1310,7 +1305,7 @@ TEST_SUITE("restore: receipts") {
     CHECK(spoiled == 6);
   }
 
-  TEST_CASE("a receipt holds what the md5 was checked against, and no secret") {
+  TEST_CASE("a receipt has the run and the verified md5, and no secret") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     (void)f.client().restore("a.txt", f.path);
@@ -1326,7 +1321,7 @@ TEST_SUITE("restore: receipts") {
     CHECK(receipts == 1);
   }
 
-  TEST_CASE("a file without md5 leaves a receipt of its run: not verified, but a conflict for others") {
+  TEST_CASE("a file without an md5 gets a receipt: it is not verified, but conflicts with other runs") {
     fixture f;
     stand_in::file_attributes unknown;
     unknown.md5_as = stand_in::md5_form::absent;
@@ -1341,7 +1336,7 @@ TEST_SUITE("restore: receipts") {
 }
 
 TEST_SUITE("restore: offline") {
-  TEST_CASE("each mode without network keeps what is there and asks nobody for the rest") {
+  TEST_CASE("every offline mode keeps local copies, and makes no request for missing files") {
     for (const char* mode : {"offline", "dryrun", "disabled"}) {
       CAPTURE(std::string(mode));
       fixture f;
@@ -1365,7 +1360,7 @@ TEST_SUITE("restore: offline") {
     }
   }
 
-  TEST_CASE("a conflict is told offline, too") {
+  TEST_CASE("a conflict is reported offline, too") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     (void)f.client().restore("a.txt", f.path);
@@ -1377,7 +1372,7 @@ TEST_SUITE("restore: offline") {
 }
 
 TEST_SUITE("restore: several at once") {
-  TEST_CASE("one client, many threads: different files") {
+  TEST_CASE("threads restore different files through one client") {
     fixture f;
     for (int i = 0; i < 8; ++i)
       f.server.add_file(f.run, "f" + std::to_string(i),
@@ -1399,8 +1394,7 @@ TEST_SUITE("restore: several at once") {
     CHECK(visible(f.root()).size() == 8);
   }
 
-  TEST_CASE(
-      "the same file by many threads, through one client or two: each gets it whole, it is fetched once") {
+  TEST_CASE("threads that restore one file, through one client or two, download it once") {
     for (const bool two : {false, true}) {
       CAPTURE(two);
       fixture f;
@@ -1422,8 +1416,7 @@ TEST_SUITE("restore: several at once") {
     }
   }
 
-  TEST_CASE(
-      "two runs into one place at once: the one that waits is told of the conflict, as it would be later") {
+  TEST_CASE("two runs into one target at once: the waiting call fails with local_conflict") {
     fixture f;
     const auto other = f.server.add_run("vanpelt", "my-project", "other");
     f.server.add_file(f.run, "a.txt", new_text);
@@ -1450,7 +1443,7 @@ TEST_SUITE("restore: several at once") {
     f.server.on_request({});
   }
 
-  TEST_CASE("a file without md5 by many threads: those that waited take what was brought meanwhile") {
+  TEST_CASE("threads that wait for a file without an md5 return the downloaded copy") {
     fixture f;
     stand_in::file_attributes unknown;
     unknown.md5_as = stand_in::md5_form::absent;
@@ -1478,7 +1471,7 @@ TEST_SUITE("restore: several at once") {
     f.server.on_request({});
   }
 
-  TEST_CASE("two runs into one place at once: each gets its own bytes, or is told of the conflict") {
+  TEST_CASE("two runs into one target at once: each call gets its own bytes, or local_conflict") {
     fixture f;
     const auto other = f.server.add_run("vanpelt", "my-project", "other");
     const std::map<std::string, std::string> text{{f.path, new_text}, {"vanpelt/my-project/other", old_text}};

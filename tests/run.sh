@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Builds and runs every test, and ends with the summary of ctest. On a fresh Debian, Ubuntu or Fedora it installs what
-# is missing first.
+# Builds and runs every test, and prints the summary of ctest. Installs missing packages first (Debian, Ubuntu, Fedora).
 #
-#   tests/run.sh              the tests, and again under the address and undefined behaviour sanitizers
-#   tests/run.sh --quick      the first alone
-#   tests/run.sh --sanitize   the second alone; --sanitize=thread for another sanitizer
+#   tests/run.sh              runs the tests, then again under the address and undefined behaviour sanitizers
+#   tests/run.sh --quick      runs the tests without sanitizers
+#   tests/run.sh --sanitize   runs the tests under the sanitizers; --sanitize=thread selects another sanitizer
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -39,12 +38,12 @@ if [ -n "$plain" ]; then
   build build
 fi
 if [ -n "$sanitizer" ]; then
-  # What other programs do with the library is a matter of the first build alone.
+  # Tests that build other programs against the library do not depend on the sanitizer: the first build runs them.
   build "build-${sanitizer//,/-}" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS=-O1 "-DWANDB_RESTORE_SANITIZE=$sanitizer" \
     "-DWANDB_RESTORE_TEST_PREFIX=${sanitizer//,/-}." -DWANDB_RESTORE_TEST_MATRIX=OFF
 fi
 
-# One run of ctest over all builds: one summary counts them all.
+# One run of ctest covers all builds, so that one summary counts all tests.
 mkdir -p build-all
 printf 'subdirs("%s")\n' "${folders[@]}" > build-all/CTestTestfile.cmake
 cd build-all

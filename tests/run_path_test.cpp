@@ -1,4 +1,4 @@
-// Run paths: whatever the SDK accepts, with the same meaning, and what people paste beside it.
+// Run paths: the forms that the SDK accepts, and browser addresses.
 #include "wandb_restore.hpp"
 
 #include <doctest/doctest.h>
@@ -35,7 +35,7 @@ bool contains(const std::string& text, std::string_view part) { return text.find
 }  // namespace
 
 TEST_SUITE("run path") {
-  TEST_CASE("what the SDK accepts means the same here") {
+  TEST_CASE("run paths that the SDK accepts have the same meaning") {
     // [checked against wandb 0.29.0 and 0.31.0: Api._parse_path with entity DE and project DP]
     const good rows[] = {
         {"e/p/r", "e", "p", "r"},
@@ -76,8 +76,8 @@ TEST_SUITE("run path") {
     for (const auto& row : rows) check(row);
   }
 
-  TEST_CASE("what the SDK refuses is refused here") {
-    // [checked against wandb 0.29.0 and 0.31.0]; the empty text alone is read otherwise, see below
+  TEST_CASE("run paths that the SDK refuses are refused") {
+    // [checked against wandb 0.29.0 and 0.31.0]; the empty text has another meaning, see below
     for (const std::string_view text : {"    ", ":", "/", "//", "/ /", "/ / /", "/runs/", "e/p:", "e//r",
                                         "e/p//r", "e/p/q/r", "e/p/r/overview", "p:", ":r", "e/:r",
                                         "a/b/c/d/e", "/ /r/ /x/y/z", "e/p/ runs /r", "https://wandb.ai"}) {
@@ -86,7 +86,7 @@ TEST_SUITE("run path") {
     }
   }
 
-  TEST_CASE("the address of a run in the browser, with any tail") {
+  TEST_CASE("browser addresses of a run are accepted, with any tail") {
     const good rows[] = {
         {"https://wandb.ai/e/p/runs/r", "e", "p", "r"},
         {"HTTP://localhost:8080/e/p/runs/r/", "e", "p", "r"},
@@ -138,7 +138,7 @@ TEST_SUITE("run path") {
     CHECK_FALSE(contains(incomplete.error().what(), "secret"));
   }
 
-  TEST_CASE("addresses of other things say so") {
+  TEST_CASE("browser addresses of other pages are refused with an explanation") {
     for (const std::string_view text :
          {"https://wandb.ai/e/p", "https://wandb.ai/e/p/runs/", "https://wandb.ai/e/p/runs",
           "https://wandb.ai/e/p/reports/My-Report--XYZ", "https://wandb.ai/runs/r", "https://",
@@ -154,8 +154,8 @@ TEST_SUITE("run path") {
     }
   }
 
-  TEST_CASE("a sweep is no run, and told apart") {
-    // The SDK takes the first two for runs, which nobody has under such an id.
+  TEST_CASE("the path of a sweep is refused, with a text that says so") {
+    // The SDK takes the first two for runs.
     for (const std::string_view text :
          {"e/p/sweeps/s", "/ e / p / sweeps / s /", "https://wandb.ai/e/p/sweeps/s", "wandb.ai/e/p/sweeps/s",
           "https://forge.coreweave.com/wandb/e/p/sweeps/s?nw=x", "https://host/prefix/e/p/sweeps/s/runs"}) {
@@ -164,7 +164,7 @@ TEST_SUITE("run path") {
     }
   }
 
-  TEST_CASE("what the text leaves out comes from the defaults, or its lack is told") {
+  TEST_CASE("missing parts come from the defaults; otherwise the error names them") {
     CHECK(wandb::run_path::parse("", defaults)->str() == "DE/DP/DR");
     CHECK(failure("team/proj", {}) ==
           "invalid run path \"team/proj\": no entity; expected entity/project/run_id, or set WANDB_ENTITY");
@@ -177,13 +177,13 @@ TEST_SUITE("run path") {
     CHECK(contains(failure("r", {"e\n", "p", ""}), "the entity \"e\\x0a\" has"));
   }
 
-  TEST_CASE("control characters are refused, and escaped in the text") {
+  TEST_CASE("control characters are refused, and escaped in the error") {
     CHECK(contains(failure("e/p/r\x01z"), "\"e/p/r\\x01z\": it has control characters"));
     CHECK(contains(failure(std::string_view("e/p/r\0z", 7)), "control characters"));
     CHECK(contains(failure("e/\np/r"), "control characters"));
   }
 
-  TEST_CASE("split_run_path leaves empty what the text leaves out") {
+  TEST_CASE("split_run_path returns missing parts as empty") {
     const auto run = wandb::detail::split_run_path("r");
     REQUIRE(run.has_value());
     CHECK(*run == wandb::run_path{"", "", "r"});
@@ -191,7 +191,7 @@ TEST_SUITE("run path") {
     CHECK(*wandb::detail::split_run_path("p:r") == wandb::run_path{"", "p", "r"});
   }
 
-  TEST_CASE("str() reads back as the same path") {
+  TEST_CASE("parse(str()) returns the same path") {
     const wandb::run_path path{"e", "p", "r:1"};
     CHECK(path.str() == "e/p/r:1");
     CHECK(*wandb::run_path::parse(path.str()) == path);

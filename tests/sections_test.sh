@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks that the map at the top of the header names its sections, in their order.
+# Checks that the map at the top of the header lists the header's sections in order.
 set -euo pipefail
 header=$(dirname "${BASH_SOURCE[0]}")/../wandb_restore.hpp
 

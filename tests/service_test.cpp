@@ -1,5 +1,4 @@
-// The questions that are put to the service, and every shape of answer that it, an old version of it, or something in its
-// place may give.
+// The queries to the service, and every form of answer from the service, an old version of it, or another server in its place.
 #include "restore_fixture.hpp"
 
 #include <functional>
@@ -16,13 +15,13 @@ namespace {
 const std::string text = "the bytes of the file";
 const std::string text_md5 = stand_in::md5_hex(*stand_in::bytes(text));
 
-/// What the service answers about the files of a run.
+/// Builds an answer of the service about the files of a run.
 std::string answer(const json& edges) {
   return json{{"data", {{"project", {{"run", {{"files", {{"edges", edges}}}}}}}}}}.dump();
 }
 std::string answer_node(const json& node) { return answer(json::array({json{{"node", node}}})); }
 
-/// The part that is missing, or comes too early, in a text that should have them all in this order; else "".
+/// Returns the first part that is missing or out of order in a text, or "".
 std::string in_order(const std::string& told, const std::vector<std::string>& parts) {
   std::size_t end = 0;
   for (const auto& part : parts) {
@@ -39,8 +38,8 @@ std::string asked_url(fixture& f, const std::string& name = "a.txt") {
 
 }  // namespace
 
-TEST_SUITE("service: the question") {
-  TEST_CASE("one question, in the SDK's words, tells all that a restore needs") {
+TEST_SUITE("service: the query") {
+  TEST_CASE("one query, as the SDK sends it, has all properties that a restore needs") {
     fixture f;
     f.server.add_file(f.run, "sub/a \"b\".txt", text);
     auto s = f.settings();
@@ -70,7 +69,7 @@ TEST_SUITE("service: the question") {
     }
   }
 
-  TEST_CASE("who asks is told to the service's questions alone") {
+  TEST_CASE("username and email are sent with the service's queries alone") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto s = f.settings();
@@ -88,7 +87,7 @@ TEST_SUITE("service: the question") {
     }
   }
 
-  TEST_CASE("unset, they are not sent at all") {
+  TEST_CASE("without username and email no such header is sent") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     (void)f.success(f.client().try_restore("a.txt", f.path));
@@ -97,7 +96,7 @@ TEST_SUITE("service: the question") {
     CHECK_FALSE(asked.header("X-WANDB-USER-EMAIL").has_value());
   }
 
-  TEST_CASE("a base URL with a prefix and slashes behind it") {
+  TEST_CASE("a base URL with a prefix and trailing slashes works") {
     stand_in::options how;
     how.prefix = "/wandb";
     fixture f(how);
@@ -113,7 +112,7 @@ TEST_SUITE("service: the question") {
     }
   }
 
-  TEST_CASE("an old server, which does not know every field of today") {
+  TEST_CASE("a server that does not know all fields of the query is supported") {
     stand_in::options how;
     how.unknown_fields = {"internalId"};
     fixture f(how);
@@ -125,7 +124,7 @@ TEST_SUITE("service: the question") {
 }
 
 TEST_SUITE("service: answers that lead to the file") {
-  TEST_CASE("every shape of a node") {
+  TEST_CASE("every form of a node is understood") {
     struct row {
       const char* what;
       std::function<json(fixture&)> node;
@@ -211,7 +210,7 @@ TEST_SUITE("service: answers that lead to the file") {
     }
   }
 
-  TEST_CASE("the forms that the stand-in has itself: md5 and size") {
+  TEST_CASE("every form of md5 and size is understood") {
     using stand_in::md5_form;
     using stand_in::size_form;
     fixture f;
@@ -231,7 +230,7 @@ TEST_SUITE("service: answers that lead to the file") {
     }
   }
 
-  TEST_CASE("the node is looked for by its name, among others and among nothing") {
+  TEST_CASE("the node is found by its name among other nodes") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     f.server.add_fault(
@@ -243,7 +242,7 @@ TEST_SUITE("service: answers that lead to the file") {
     CHECK(read_all(file) == text);
   }
 
-  TEST_CASE("an answer is held against the question: names of run and project, where it tells them") {
+  TEST_CASE("an answer about another run or project is refused") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto client = f.client();
@@ -251,7 +250,7 @@ TEST_SUITE("service: answers that lead to the file") {
     const json question = json::parse(f.server.requests(request_kind::graphql).at(0).body);
     const std::string query = question.at("query");
     CHECK(contains(query, "{ name run(name: $name) { name fileCount"));
-    // A store whose names do not differ by case alone tells the run's own spelling.
+    // A database that ignores case returns the run's own spelling.
     for (const json& names : {json{{"project", "my-project"}, {"run", "a1b2c3d"}},
                               json{{"project", "My-Project"}, {"run", "A1B2C3D"}},
                               json{{"project", nullptr}, {"run", 7}}, json{{"project", ""}, {"run", ""}}}) {
@@ -272,8 +271,7 @@ TEST_SUITE("service: answers that lead to the file") {
                 {"the run \"other\"", f.path});
   }
 
-  TEST_CASE(
-      "a file is asked for under the name as given; the plain spelling of a path counts where that is none") {
+  TEST_CASE("a file is requested by its given name, and if that does not exist by its normalised path") {
     fixture f;
     auto client = f.client();
     f.server.add_file(f.run, "d//g.txt", "two slashes");
@@ -295,7 +293,7 @@ TEST_SUITE("service: answers that lead to the file") {
     CHECK(f.asked() == "graphql 1, files 1, storage 1");
     CHECK(json::parse(f.server.requests(request_kind::graphql).at(0).body).at("variables").at("fileNames") ==
           json::array({".//y", "y"}));
-    // Both there: the one that was named.
+    // If both exist, the given name is used.
     f.server.add_file(f.run, "d/g.txt", "one slash");
     (void)f.success(client.try_restore("d//g.txt", f.options(true)));
     CHECK(read_file(f.root() / "d" / "g.txt") == "two slashes");
@@ -305,7 +303,7 @@ TEST_SUITE("service: answers that lead to the file") {
                 {"\"./none\""});
   }
 
-  TEST_CASE("errors that are none: an empty list, null") {
+  TEST_CASE("an empty or null list of errors is no error") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto client = f.client();
@@ -318,7 +316,7 @@ TEST_SUITE("service: answers that lead to the file") {
     }
   }
 
-  TEST_CASE("addresses are taken as they come; spaces and bytes beyond ASCII are encoded") {
+  TEST_CASE("addresses are used unchanged; spaces and bytes beyond ASCII are encoded") {
     const std::string name = "gr\xc3\xbc\xc3\x9f mod\xe6\xa8\xa1 50%.h5";
     fixture f;
     stand_in::file_attributes raw;
@@ -330,7 +328,7 @@ TEST_SUITE("service: answers that lead to the file") {
           "/files/vanpelt/my-project/a1b2c3d/gr%C3%BC%C3%9F%20mod%E6%A8%A1%2050%25.h5");
   }
 
-  TEST_CASE("every way of leading to the bytes") {
+  TEST_CASE("every kind of redirect leads to the bytes") {
     using stand_in::redirect;
     struct row {
       redirect to;
@@ -361,7 +359,7 @@ TEST_SUITE("service: answers that lead to the file") {
     }
   }
 
-  TEST_CASE("an address may hold a secret before its host, and another address in its query") {
+  TEST_CASE("user info and query of an address do not appear in texts") {
     fixture f;
     f.server.add_file(f.run, "a.txt", stand_in::generated(10, 1));
     f.server.add_fault(place::graphql, act::body(answer_node(
@@ -371,7 +369,7 @@ TEST_SUITE("service: answers that lead to the file") {
     check_names(failure, {"s3://", "bucket/a"});
   }
 
-  TEST_CASE("plain HTTP is no obstacle where the base URL is plain HTTP") {
+  TEST_CASE("plain HTTP addresses are accepted if the base URL is plain HTTP") {
     stand_in::options how;
     how.service_tls = how.storage_tls = false;
     fixture f(how);
@@ -382,7 +380,7 @@ TEST_SUITE("service: answers that lead to the file") {
 }
 
 TEST_SUITE("service: answers that lead to no file") {
-  TEST_CASE("every answer with status 200") {
+  TEST_CASE("every unusable answer of status 200 has its error") {
     struct row {
       const char* what;
       std::string body;
@@ -533,7 +531,7 @@ TEST_SUITE("service: answers that lead to no file") {
       check_names(failure, r.names);
       CHECK_FALSE(failure.is_transient());
       CHECK_FALSE(contains(failure.what(), "\n"));
-      // A name that is not there is worth one more question, for the names that are; no other answer is.
+      // Only a missing name causes a second query, for the existing names.
       CHECK(f.asked() == (r.code == errc::file_not_found ? "graphql 2, files 0, storage 0"
                                                          : "graphql 1, files 0, storage 0"));
       CHECK(visible(f.root()) == names{"a.txt"});
@@ -541,10 +539,10 @@ TEST_SUITE("service: answers that lead to no file") {
     }
   }
 
-  TEST_CASE("a name that is not there: the nearest names of the run, and whether it may still come") {
+  TEST_CASE("a missing name: the error suggests the nearest names, or says that the name is a directory") {
     struct row {
       const char* name;
-      std::vector<std::string> told;  ///< in this order
+      std::vector<std::string> told;  ///< expected parts, in this order
       std::vector<std::string> untold;
     };
     const std::vector<row> table = {
@@ -583,7 +581,7 @@ TEST_SUITE("service: answers that lead to no file") {
     }
   }
 
-  TEST_CASE("a name that is not there, in a run that has no files, or more than a page of them") {
+  TEST_CASE("a missing name in a run without files, or with more than a page of files") {
     fixture f;
     auto client = f.client();
     check_names(f.failure(client.try_restore("a.txt", f.path), errc::file_not_found),
@@ -594,8 +592,7 @@ TEST_SUITE("service: answers that lead to no file") {
     CHECK(f.asked() == "graphql 2, files 0, storage 0");
   }
 
-  TEST_CASE("names that a server made to be long or to steer a terminal are told short and harmless, or not "
-            "at all") {
+  TEST_CASE("long names and control characters from a server are shortened, escaped or left out") {
     fixture f;
     f.server.add_file(f.run, "a.txt\x1b[31m", "x");
     f.server.add_file(f.run, std::string(5000, 'a'), "x");
@@ -604,7 +601,7 @@ TEST_SUITE("service: answers that lead to no file") {
     CHECK(std::string(failure.what()).size() < 1000);
   }
 
-  TEST_CASE("the question for the names is no reason to fail otherwise, and is not repeated") {
+  TEST_CASE("a failed query for suggestions does not change the error, and is not retried") {
     for (const auto& fault : {act::status(500), act::status(401), act::malformed_json(), act::drop()}) {
       fixture f;
       f.server.add_file(f.run, "b.txt", text);
@@ -615,7 +612,7 @@ TEST_SUITE("service: answers that lead to no file") {
     }
   }
 
-  TEST_CASE("what is short among the extra headers does not blot out the service's words") {
+  TEST_CASE("short values of extra headers are not removed from the service's texts") {
     fixture f;
     auto s = f.settings();
     s.extra_headers = {{"X-Region", "u"}, {"X-Ticket", "run not found"}};
@@ -631,7 +628,7 @@ TEST_SUITE("service: answers that lead to no file") {
     }
   }
 
-  TEST_CASE("every other status") {
+  TEST_CASE("every status other than 200 has its error") {
     struct row {
       int status;
       std::string body;
@@ -645,7 +642,7 @@ TEST_SUITE("service: answers that lead to no file") {
         {404,
          R"({"error":"not found"})",
          errc::http_failure,
-         {"base URL"}},  // a router's words: no reason to start afresh
+         {"base URL"}},  // the text of a router: not a missing run
         {404, "<html>no such page</html>", errc::http_failure, {"base URL"}},
         {404, "", errc::http_failure, {"base URL"}},
         {403, R"({"errors":["permission denied"]})", errc::permission_denied, {"permission denied"}},
@@ -660,7 +657,7 @@ TEST_SUITE("service: answers that lead to no file") {
         {418, "short and stout", errc::http_failure, {}},
         {422, R"({"errors":["one",{"message":"two"}]})", errc::http_failure, {"one; two"}},
         {501, "", errc::http_failure, {}},
-        {302, "", errc::http_failure, {}},  // a redirect that says not where to
+        {302, "", errc::http_failure, {}},  // a redirect without a Location
         {204, "", errc::http_failure, {}},
     };
     fixture f;
@@ -681,7 +678,7 @@ TEST_SUITE("service: answers that lead to no file") {
     }
   }
 
-  TEST_CASE("statuses that pass: asked again, and all is well") {
+  TEST_CASE("transient statuses are retried") {
     struct row {
       const char* what;
       stand_in::action fault;
@@ -711,7 +708,7 @@ TEST_SUITE("service: answers that lead to no file") {
     }
   }
 
-  TEST_CASE("answers are bounded: a long one, one without end, a head without end") {
+  TEST_CASE("long and endless answers and heads are refused") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto client = f.client();
@@ -726,7 +723,7 @@ TEST_SUITE("service: answers that lead to no file") {
     }
   }
 
-  TEST_CASE("an error page without end is not read to its end") {
+  TEST_CASE("an endless error page is not read to its end") {
     fixture f;
     f.server.add_fault(place::graphql, act::status(400));
     f.server.add_fault(place::graphql, act::endless_body());
@@ -734,7 +731,7 @@ TEST_SUITE("service: answers that lead to no file") {
     CHECK(failure.http_status() == 400);
   }
 
-  TEST_CASE("a question is not carried elsewhere: redirects of it are refused unless they repeat it") {
+  TEST_CASE("redirects of a query are refused unless they keep the method") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     auto client = f.client();
@@ -756,7 +753,7 @@ TEST_SUITE("service: answers that lead to no file") {
 }
 
 TEST_SUITE("service: the default entity") {
-  TEST_CASE("a run path without entity: the server tells it, asked once a client") {
+  TEST_CASE("the default entity is requested once for each client") {
     fixture f;
     const auto own = f.server.add_run("stand-in", "my-project", "r1");
     f.server.add_file(own, "a.txt", text);
@@ -778,7 +775,7 @@ TEST_SUITE("service: the default entity") {
           "stand-in");
   }
 
-  TEST_CASE("it is not asked where settings or the path name one, nor for a local copy") {
+  TEST_CASE("the default entity is not requested if an entity is known, or for a local copy") {
     fixture f;
     f.server.add_file(f.run, "a.txt", text);
     write_file(f.root() / "here.txt", "old");
@@ -790,7 +787,7 @@ TEST_SUITE("service: the default entity") {
     CHECK(f.asked() == "graphql 1, files 1, storage 1");
   }
 
-  TEST_CASE("the project may come from settings, the run too") {
+  TEST_CASE("project and run may come from the settings") {
     fixture f;
     f.server.add_file(f.server.add_run("stand-in", "p", "r"), "a.txt", text);
     auto s = f.settings();
@@ -800,7 +797,7 @@ TEST_SUITE("service: the default entity") {
     (void)f.success(wandb::client<>(s).try_restore("a.txt", "", true));
   }
 
-  TEST_CASE("an account without one, and nobody, are told what to do") {
+  TEST_CASE("without a default entity or an account the error names a remedy") {
     stand_in::options how;
     how.viewer_entity.reset();
     fixture f(how);
@@ -816,7 +813,7 @@ TEST_SUITE("service: the default entity") {
     }
   }
 
-  TEST_CASE("no run path and no current run, or no project: told without a request") {
+  TEST_CASE("a missing run or project is reported without a request") {
     fixture f;
     auto client = f.client();
     check_names(f.failure(client.try_restore("a.txt"), errc::invalid_run_path),
@@ -828,7 +825,7 @@ TEST_SUITE("service: the default entity") {
 }
 
 TEST_SUITE("service: the list of files") {
-  TEST_CASE("what is told of each, in the service's order") {
+  TEST_CASE("each file has its properties, in the service's order") {
     fixture f;
     stand_in::file_attributes plain;
     plain.mimetype = "text/plain";
@@ -852,7 +849,7 @@ TEST_SUITE("service: the list of files") {
     CHECK(f.asked() == "graphql 1, files 0, storage 0");
   }
 
-  TEST_CASE("more than a page: each asked for once, nothing twice, nothing lost") {
+  TEST_CASE("several pages are requested once each, and every file is listed once") {
     fixture f;
     for (int i = 0; i < 1201; ++i) f.server.add_file(f.run, "f" + std::to_string(10000 + i), "x");
     const auto listed = f.success(f.client().try_list_files(f.options()));
@@ -865,7 +862,7 @@ TEST_SUITE("service: the list of files") {
     CHECK(pages < 20);
   }
 
-  TEST_CASE("a run without files has an empty list; never uploaded files are not in it") {
+  TEST_CASE("a run without files has an empty list; files that were never uploaded are left out") {
     fixture f;
     auto client = f.client();
     CHECK(f.success(client.try_list_files(f.options())).empty());
@@ -879,7 +876,7 @@ TEST_SUITE("service: the list of files") {
 
   TEST_CASE("pages without end, each with a new cursor, end: small pages by their number, large ones by "
             "their size") {
-    /// Answers each question with another page of so many files, whose names are that long.
+    /// Answers each query with another page of `count` files with names of the given length.
     struct endless {
       std::size_t files, name_bytes;
       std::shared_ptr<std::size_t> pages = std::make_shared<std::size_t>(0);
@@ -911,7 +908,7 @@ TEST_SUITE("service: the list of files") {
     }
   }
 
-  TEST_CASE("a server whose pages never end is not followed for ever") {
+  TEST_CASE("a server whose pages repeat is given up") {
     fixture f;
     json page = json::parse(answer(json::array({json{{"node", {{"name", "again"}}}, {"cursor", "same"}}})));
     page["data"]["project"]["run"]["files"]["pageInfo"] = {{"endCursor", "same"}, {"hasNextPage", true}};
@@ -920,7 +917,7 @@ TEST_SUITE("service: the list of files") {
     CHECK(f.server.counted().of(request_kind::graphql).requests <= 2);
   }
 
-  TEST_CASE("failures are those of a restore, and name the run") {
+  TEST_CASE("failures have the codes of a restore, and name the run") {
     fixture f;
     auto without_time = f.settings();
     without_time.idle_timeout = std::chrono::milliseconds(0);

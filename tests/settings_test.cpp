@@ -1,4 +1,4 @@
-// Settings: where each comes from, which source wins, and what is wrong with bad ones.
+// Settings: their sources, the order of the sources, and errors.
 #include "support.hpp"
 #include "wandb_restore.hpp"
 
@@ -24,7 +24,7 @@ namespace {
 const std::string key(40, 'k');
 const std::string other_key(40, 'o');
 
-/// A machine of its own: a home with nothing in it, and a project directory beside it.
+/// A simulated machine: an empty home directory, and a project directory.
 class machine {
  public:
   machine()
@@ -64,7 +64,7 @@ wandb::url address(const std::string& text) {
 }  // namespace
 
 TEST_SUITE("settings") {
-  TEST_CASE("nothing set: the public service, no key, no problem") {
+  TEST_CASE("without any settings: the public service, no key, no problem") {
     const machine here;
     const auto s = settings::from_environment();
     CHECK(s.base_url == "https://api.forge.coreweave.com");
@@ -77,7 +77,7 @@ TEST_SUITE("settings") {
     CHECK_FALSE(s.problem.has_value());
   }
 
-  TEST_CASE("environment over local file over global file, key by key") {
+  TEST_CASE("for each key the environment overrides the local file, which overrides the global one") {
     const machine here;
     here.global_settings("[default]\nentity = global\nproject = global\nbase_url = https://global\n");
     CHECK(settings::from_environment().entity == "global");
@@ -97,7 +97,7 @@ TEST_SUITE("settings") {
     CHECK(s.base_url == "https://variable/");
   }
 
-  TEST_CASE("white space around names and keys is no part of them, wherever they come from") {
+  TEST_CASE("white space around names and keys is removed, from every source") {
     const machine here;
     {
       // [checked against wandb 0.31.0, for entity and project]
@@ -113,7 +113,7 @@ TEST_SUITE("settings") {
       CHECK(problem_of(s) == "");
     }
     {
-      const scoped_environment blank{{"WANDB_API_KEY", " \n"}};  // as if it were empty
+      const scoped_environment blank{{"WANDB_API_KEY", " \n"}};  // counts as empty
       const auto s = settings::from_environment();
       CHECK(s.api_key == "");
       CHECK(problem_of(s) == "");
@@ -126,7 +126,7 @@ TEST_SUITE("settings") {
     CHECK(settings::from_environment().api_key == other_key);
   }
 
-  TEST_CASE("an empty name hides the files' one; other empty variables count for nothing") {
+  TEST_CASE("an empty entity or project hides that of the files; other empty variables are ignored") {
     const machine here;
     here.global_settings("[default]\nentity = e\nproject = p\nbase_url = https://host\nmode = offline\n");
     const scoped_environment variables{{"WANDB_ENTITY", ""},
@@ -135,7 +135,7 @@ TEST_SUITE("settings") {
                                        {"WANDB_MODE", ""},
                                        {"WANDB_API_KEY", ""}};
     const auto s = settings::from_environment();
-#ifndef _WIN32  // where no variable can be empty
+#ifndef _WIN32  // Windows has no empty variables
     CHECK(s.entity == "");
     CHECK(s.project == "");
 #endif
@@ -144,7 +144,7 @@ TEST_SUITE("settings") {
     CHECK_FALSE(s.problem.has_value());
   }
 
-  TEST_CASE("where settings files are") {
+  TEST_CASE("settings files are found in their documented places") {
     const machine here;
     here.global_settings("[default]\nentity = home\n");
     write_file(here.home() / "elsewhere" / "settings", "[default]\nentity = elsewhere\n");
@@ -162,7 +162,7 @@ TEST_SUITE("settings") {
     CHECK(settings::from_environment().entity == "dot");
   }
 
-  TEST_CASE("the settings below WANDB_DIR come first, then those below the working directory") {
+  TEST_CASE("the settings in WANDB_DIR override those in the working directory") {
     const machine here;  // WANDB_DIR is the project
     const temporary_directory elsewhere;
     const support::scoped_working_directory there(elsewhere.path());
@@ -185,7 +185,7 @@ TEST_SUITE("settings") {
     CHECK(s.warnings.size() == 1);
   }
 
-  TEST_CASE("a settings file that cannot be used is a warning, and counts as empty") {
+  TEST_CASE("an unusable settings file causes a warning, and counts as empty") {
     const machine here;
     here.global_settings("[default]\nentity = e\n");
     here.local_settings("oops - invalid format");
@@ -195,7 +195,7 @@ TEST_SUITE("settings") {
     CHECK(contains(s.warnings[0], "settings\" is not used: line 1: a section header is missing"));
   }
 
-  TEST_CASE("the current run") {
+  TEST_CASE("the current run comes from WANDB_RUN_ID, or from the resume file") {
     const machine here;
     const auto resume_file = here.project() / "wandb" / "wandb-resume.json";
     write_file(resume_file, R"({"run_id": "resumed"})");
@@ -222,18 +222,18 @@ TEST_SUITE("settings") {
     CHECK(settings::from_environment().warnings.empty());
   }
 
-  TEST_CASE("the API key: environment, then netrc, then settings files") {
+  TEST_CASE("the API key comes from the environment, then netrc, then settings files") {
     const machine here;
     here.global_settings("[default]\napi_key = " + other_key + "\n");
     CHECK(settings::from_environment().api_key == other_key);
     write_file(here.home() / ".netrc", "machine api.wandb.ai login user password " + key);
-    CHECK(settings::from_environment().api_key == "");  // the session finds the one in netrc
+    CHECK(settings::from_environment().api_key == "");  // the session reads netrc later
     CHECK(settings::from_environment().netrc_file == here.home() / ".netrc");
     const scoped_environment variables{{"WANDB_API_KEY", key}};
     CHECK(settings::from_environment().api_key == key);
   }
 
-  TEST_CASE("which netrc file") {
+  TEST_CASE("the netrc file is NETRC, then ~/.netrc, then ~/_netrc") {
     const machine here;
     write_file(here.home() / "_netrc", "");
     CHECK(settings::from_environment().netrc_file == here.home() / "_netrc");
@@ -243,7 +243,7 @@ TEST_SUITE("settings") {
     CHECK(settings::from_environment().netrc_file == here.home() / "my netrc");
   }
 
-  TEST_CASE("an identity token file, and where its tokens are kept") {
+  TEST_CASE("the identity token file and the credentials file come from their variables") {
     const machine here;
     const scoped_environment variables{{"WANDB_IDENTITY_TOKEN_FILE", "/run/jwt"},
                                        {"WANDB_CREDENTIALS_FILE", "~/c.json"}};
@@ -256,7 +256,7 @@ TEST_SUITE("settings") {
           "WANDB_API_KEY cannot be used: WANDB_IDENTITY_TOKEN_FILE is set too; unset one of them");
   }
 
-  TEST_CASE("a malformed key is a problem that does not tell it") {
+  TEST_CASE("a malformed key is a problem, reported without the key") {
     const machine here;
     const scoped_environment variables{{"WANDB_API_KEY", "SECRET\n" + key}};
     const auto told = problem_of(settings::from_environment());
@@ -282,10 +282,10 @@ TEST_SUITE("settings") {
       CHECK(settings::from_environment().api_key == other_key);
     }
     write_file(here.home() / ".netrc", "default password " + key);
-    CHECK(settings::from_environment().api_key == "");  // the session finds the one in netrc
+    CHECK(settings::from_environment().api_key == "");  // the session reads netrc later
   }
 
-  TEST_CASE("the mode") {
+  TEST_CASE("the modes that mean offline") {
     const machine here;
     for (const char* mode : {"offline", "dryrun", "disabled"}) {
       const scoped_environment variables{{"WANDB_MODE", mode}};
@@ -312,7 +312,7 @@ TEST_SUITE("settings") {
     CHECK(contains(s.warnings[0], "the setting mode of a settings file cannot be used"));
   }
 
-  TEST_CASE("switching certificate checks off") {
+  TEST_CASE("the values that switch certificate checks off") {
     const machine here;
     // [checked against wandb 0.29.0: Settings.insecure_disable_ssl]
     for (const char* yes : {"1", "y", "TRUE", "On", "t", "yes"}) {
@@ -338,7 +338,7 @@ TEST_SUITE("settings") {
     CHECK_FALSE(settings::from_environment().verify_tls);
   }
 
-  TEST_CASE("timeouts") {
+  TEST_CASE("timeouts come from the SDK's variables") {
     using namespace std::chrono_literals;
     const machine here;
     for (const char* name :
@@ -360,7 +360,7 @@ TEST_SUITE("settings") {
     }
   }
 
-  TEST_CASE("extra headers") {
+  TEST_CASE("extra headers come from a JSON object of strings") {
     const machine here;
     for (const char* name : {"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"}) {
       CAPTURE(name);
@@ -380,7 +380,7 @@ TEST_SUITE("settings") {
     CHECK(settings::from_environment().extra_headers == wandb::http_headers{{"a", "b"}});
   }
 
-  TEST_CASE("who asks") {
+  TEST_CASE("username and email come from their variables") {
     const machine here;
     const scoped_environment variables{{"WANDB_USERNAME", "ann"}, {"WANDB_USER_EMAIL", "ann@example.com"}};
     const auto s = settings::from_environment();
@@ -388,15 +388,15 @@ TEST_SUITE("settings") {
     CHECK(s.user_email == "ann@example.com");
   }
 
-  TEST_CASE("certificates") {
+  TEST_CASE("CA files and directories come from their variables") {
     const machine here;
     const auto file = write_file(here.home() / "ca.pem", "");
     const auto directory = here.home();
-    // Of the system's two places SSL_CERT_FILE takes one and SSL_CERT_DIR the other.
+    // SSL_CERT_FILE and SSL_CERT_DIR each replace one of the system's two defaults.
     const std::string system = fs::is_directory("/etc/ssl/certs")       ? "/etc/ssl/certs"
                                : fs::is_directory("/etc/pki/tls/certs") ? "/etc/pki/tls/certs"
                                                                         : "";
-    std::string bundle = "/etc/ssl/certs/ca-certificates.crt";  // Debian's, and what Fedora has
+    std::string bundle = "/etc/ssl/certs/ca-certificates.crt";  // Debian's path, which Fedora also has
     if (!fs::exists(bundle)) bundle = "/etc/pki/tls/certs/ca-bundle.crt";
     {
       const scoped_environment variables{{"REQUESTS_CA_BUNDLE", file.string()},
@@ -425,7 +425,7 @@ TEST_SUITE("settings") {
     CHECK(settings::from_environment().ca_directory == "");
   }
 
-  TEST_CASE("the cache directory") {
+  TEST_CASE("the cache directory follows WANDB_CACHE_DIR and XDG_CACHE_HOME") {
     const machine here;
     {
       const scoped_environment variables{{"WANDB_CACHE_DIR", "~/c"}};
@@ -438,7 +438,7 @@ TEST_SUITE("settings") {
 #endif
   }
 
-  TEST_CASE("without a home nothing is looked for in the working directory") {
+  TEST_CASE("without a home directory no file is looked for in the working directory") {
     const machine here;
     write_file(here.project() / ".netrc", "default password " + key);
     const support::scoped_working_directory there(here.project());
@@ -453,7 +453,7 @@ TEST_SUITE("settings") {
     CHECK(s.cache_dir == "");
   }
 
-  TEST_CASE("of several problems the first is told") {
+  TEST_CASE("the first of several problems is reported") {
     const machine here;
     const scoped_environment variables{{"WANDB_MODE", "x"}, {"WANDB_HTTP_TIMEOUT", "x"}};
     CHECK(contains(problem_of(settings::from_environment()), "WANDB_MODE"));
@@ -461,7 +461,7 @@ TEST_SUITE("settings") {
 }
 
 TEST_SUITE("API key") {
-  TEST_CASE("what is one") {
+  TEST_CASE("valid keys are accepted") {
     // [checked against wandb 0.29.0 and 0.31.0: validation.check_api_key]
     for (const std::string& good : {key, "p-" + key, "some_prefix-" + std::string(60, 'A'), "local-" + key,
                                     "-" + key, std::string("a.b.c"), "x-y-" + std::string(38, 'a'),
@@ -471,7 +471,7 @@ TEST_SUITE("API key") {
     }
   }
 
-  TEST_CASE("what is none, told without the key") {
+  TEST_CASE("malformed keys are refused without repeating them") {
     const struct {
       std::string text;
       const char* why;
@@ -501,7 +501,7 @@ TEST_SUITE("API key") {
 }
 
 TEST_SUITE("base URL") {
-  TEST_CASE("good ones") {
+  TEST_CASE("valid base URLs are accepted, and normalised") {
     // [checked against wandb 0.29.0: Settings.base_url]
     const struct {
       const char* text;
@@ -542,8 +542,8 @@ TEST_SUITE("base URL") {
     }
   }
 
-  TEST_CASE("bad ones") {
-    // [checked against wandb 0.29.0], which takes those of the last three lines and then cannot use them
+  TEST_CASE("invalid base URLs are refused") {
+    // [checked against wandb 0.29.0]: it accepts those of the last three lines, but cannot use them
     const struct {
       const char* text;
       const char* why;
@@ -574,7 +574,7 @@ TEST_SUITE("base URL") {
         {"https://forge.coreweave.com:443/api/wandb", "is at https://api.forge.coreweave.com"},
         {"http://forge.coreweave.com/api/wandb", "is at https://api.forge.coreweave.com"},
         {"https://qa.forge.coreweave.com/", "is at https://api.qa.forge.coreweave.com"},
-        // which the SDK takes, although it refuses http for the other name of the same service
+        // accepted by the SDK, although it refuses http for the service's other name
         {"http://api.forge.coreweave.com", "http is not secure, use https://api.forge.coreweave.com"},
         {"http://api.qa.wandb.ai", "http is not secure, use https://api.qa.forge.coreweave.com"},
         {"https://x/p?q", "query or a fragment"},
@@ -594,7 +594,7 @@ TEST_SUITE("base URL") {
     }
   }
 
-  TEST_CASE("which addresses are below it") {
+  TEST_CASE("addresses below the base URL are recognised") {
     const struct {
       const char* base;
       const char* candidate;
@@ -625,7 +625,7 @@ TEST_SUITE("base URL") {
         {"https://h/wandb", "https://h/wandb/./x/%2e", true},
         {"https://h/wandb", "https://h/wandb/a..b/...", true},
         {"https://h", "https://h/a/../b", false},
-        // one service under two names, with or without a port of its own
+        // both names of the service, with and without a port
         {"https://api.forge.coreweave.com", "https://api.wandb.ai/files/x", true},
         {"https://api.wandb.ai", "https://api.forge.coreweave.com/files/x", true},
         {"https://forge.coreweave.com/api/wandb", "https://api.wandb.ai/files/x", true},
@@ -657,7 +657,7 @@ TEST_SUITE("shared access tokens") {
   using wandb::detail::write_shared_token;
   using clock = std::chrono::system_clock;
 
-  TEST_CASE("times are UTC, to the second") {
+  TEST_CASE("expiry times are UTC, to the second") {
     // [checked against date -u]
     const struct {
       const char* text;
@@ -685,7 +685,7 @@ TEST_SUITE("shared access tokens") {
     }
   }
 
-  TEST_CASE("a token is found again, until five minutes before its end") {
+  TEST_CASE("a token is found until five minutes before it expires") {
     const temporary_directory directory;
     const auto where = directory / "new" / "credentials.json";
     const clock::time_point end{std::chrono::seconds(1795297800)};
@@ -704,7 +704,7 @@ TEST_SUITE("shared access tokens") {
 #endif
   }
 
-  TEST_CASE("the format is the SDK's; other entries are kept; nothing else is left behind") {
+  TEST_CASE("the file has the SDK's format and keeps other entries; no other file is left") {
     const temporary_directory directory;
     const auto where = write_file(directory / "c.json",
                                   R"({"x": [1], "credentials": {
@@ -726,7 +726,7 @@ TEST_SUITE("shared access tokens") {
   }
 
 #ifndef _WIN32
-  TEST_CASE("a link to the file stays one") {
+  TEST_CASE("a link to the file is kept") {
     const temporary_directory directory;
     const auto real = write_file(directory / "real.json", "{}");
     std::filesystem::create_symlink(real, directory / "link.json");
@@ -738,7 +738,7 @@ TEST_SUITE("shared access tokens") {
   }
 #endif
 
-  TEST_CASE("a file that is something else holds no token, and is written anew") {
+  TEST_CASE("a malformed file has no token, and is replaced") {
     const temporary_directory directory;
     const auto later = clock::now() + std::chrono::hours(1);
     for (

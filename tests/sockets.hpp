@@ -29,22 +29,22 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-// Source files see wandb_restore.hpp in different modes: what is made of its types is kept apart as they are.
+// Source files include wandb_restore.hpp in different modes. The inline namespace separates types that depend on the mode.
 namespace sockets {
 inline namespace WANDB_RESTORE_PRIVATE_ABI {
 
 using namespace std::chrono_literals;
 using clock_type = std::chrono::steady_clock;
 
-/// A sink that keeps head and body, and stops the exchange where a test wants it to.
+/// A sink that stores head and body, and stops the exchange where a test wants.
 class collector final : public wandb::body_sink {
  public:
   wandb::http_response head;
   std::string body;
   int starts = 0;
-  int out_of_turn = 0;                ///< calls that the transport should not have made
-  std::size_t stop_after = SIZE_MAX;  ///< bytes after which write says stop
-  bool wants_body = true;             ///< false: start says stop
+  int out_of_turn = 0;                ///< calls in the wrong order
+  std::size_t stop_after = SIZE_MAX;  ///< write returns false after this number of bytes
+  bool wants_body = true;             ///< false: start returns false
 
   void connected() override { out_of_turn += starts > 0; }
   bool start(const wandb::http_response& response) override {
@@ -62,7 +62,7 @@ class collector final : public wandb::body_sink {
     arrived_.notify_all();
     return body.size() < stop_after;
   }
-  /// Blocks a thread of the test until so many bytes of the body have come.
+  /// Blocks a test's thread until `count` bytes of the body have arrived.
   void wait_for_bytes(std::size_t count) {
     std::unique_lock<std::mutex> lock(mutex_);
     REQUIRE(arrived_.wait_for(lock, 10s, [&] { return body.size() >= count; }));
@@ -131,7 +131,7 @@ class listener {
     if (handle_ >= 0) ::close(handle_);
     handle_ = -1;
   }
-  /// Ends a call of accept in another thread.
+  /// Makes a blocked accept in another thread return.
   void stop() const { ::shutdown(handle_, SHUT_RDWR); }
   int accept() const { return ::accept(handle_, nullptr, nullptr); }
   const sockaddr_in& address() const { return address_; }
@@ -145,8 +145,8 @@ class listener {
   sockaddr_in address_{};
 };
 
-/// A server that accepts one connection for each of its answers, one after the other: it reads a request's head,
-/// keeps it, and sends the answer as it stands.
+/// A server that accepts one connection for each of its answers, one after the other: it reads and stores a request's head,
+/// and sends the answer byte for byte.
 class scripted {
  public:
   explicit scripted(std::vector<std::string> answers, bool closes = true)
@@ -172,7 +172,7 @@ class scripted {
   }
   std::string url(const char* host = "127.0.0.1") const { return socket_.url("http", host); }
 
-  std::vector<std::string> asked;  ///< read it after join
+  std::vector<std::string> asked;  ///< valid after join
 
  private:
   listener socket_;
@@ -186,13 +186,13 @@ class peer {
   peer(const peer&) = delete;
   peer& operator=(const peer&) = delete;
 
-  /// Reads up to the blank line behind a request's head. What it returns lacks that line if the client left.
+  /// Reads a request's head with its final blank line. Returns an incomplete head if the client closed the connection.
   std::string read_head() const {
     std::string head;
     for (char c = 0; head.find("\r\n\r\n") == std::string::npos && ::recv(handle_, &c, 1, 0) == 1;) head += c;
     return head;
   }
-  /// Reads `count` bytes, or fewer if the client leaves.
+  /// Reads `count` bytes, or fewer if the client closes the connection.
   std::string read(std::size_t count) const {
     std::string bytes(count, '\0');
     std::size_t size = 0;
@@ -204,7 +204,7 @@ class peer {
     bytes.resize(size);
     return bytes;
   }
-  /// Sends all of them. Returns false if the client closed the connection.
+  /// Sends all bytes. Returns false if the client closed the connection.
   bool send(std::string_view bytes) const {
     while (!bytes.empty()) {
       const auto count = ::send(handle_, bytes.data(), bytes.size(), MSG_NOSIGNAL);
@@ -213,8 +213,8 @@ class peer {
     }
     return true;
   }
-  /// Sends `bytes` over and over until the client closes the connection, but not more than `limit` bytes. Returns how
-  /// many were sent, those in the buffers of the two sockets included.
+  /// Sends `bytes` repeatedly until the client closes the connection, at most `limit` bytes. Returns the number of sent bytes,
+  /// including those in the buffers of the two sockets.
   std::size_t send_without_end(std::string_view bytes, std::size_t limit) const {
     const int small = 16 * 1024;
     ::setsockopt(handle_, SOL_SOCKET, SO_SNDBUF, &small, sizeof small);
@@ -233,14 +233,14 @@ class peer {
       if (::recv(handle_, bytes, sizeof bytes, 0) <= 0) return true;
     }
   }
-  /// Has each send leave as a packet of its own.
+  /// Makes each send a packet of its own.
   void send_at_once() const {
     const int on = 1;
     ::setsockopt(handle_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   }
-  /// Sends a FIN: nothing more comes from this side.
+  /// Sends a FIN.
   void leave() const { ::shutdown(handle_, SHUT_WR); }
-  /// Has the end of the connection be a RST.
+  /// Makes close send a RST.
   void end_with_reset() const {
     const linger at_once{1, 0};
     ::setsockopt(handle_, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
@@ -250,13 +250,12 @@ class peer {
   int handle_;
 };
 
-/// A server that runs a function for each connection, in a thread of the connection's own, and closes the connection
-/// when the function returns.
+/// A server that runs a function in a new thread for each connection, and closes the connection when the function returns.
 class raw_server {
  public:
   explicit raw_server(std::function<void(peer&)> serve)
       : serve_(std::move(serve)), acceptor_([this] { accept_all(); }) {}
-  /// Ends the connections there are, and waits for the functions.
+  /// Ends all connections, and waits for the functions.
   ~raw_server() {
     socket_.stop();
     acceptor_.join();
@@ -297,10 +296,10 @@ class raw_server {
   const std::function<void(peer&)> serve_;
   listener socket_;
   std::atomic<int> connections_{0};
-  std::mutex mutex_;  // of the two below
+  std::mutex mutex_;  // guards the next two
   std::set<int> open_;
   std::vector<std::thread> threads_;
-  std::thread acceptor_;  // the last member: it uses the others
+  std::thread acceptor_;  // the last member, because the thread uses the others
 };
 
 template <class Result>

@@ -1,4 +1,4 @@
-// What the tests share: a changed environment, working directory and disk, put back at the end of a scope.
+// Shared by the tests: scopes that change the environment, the working directory or the disk, and restore it.
 #ifndef WANDB_RESTORE_TESTS_SUPPORT_HPP
 #define WANDB_RESTORE_TESTS_SUPPORT_HPP
 
@@ -16,7 +16,7 @@
 
 namespace support {
 
-/// Environment variables with other values, or none, for the length of a scope. Not for several threads.
+/// Sets or removes environment variables for the duration of a scope. Not for use with several threads.
 class scoped_environment {
  public:
   struct variable {
@@ -40,7 +40,7 @@ class scoped_environment {
  private:
   static void set(const std::string& name, const std::optional<std::string>& value) {
 #ifdef _WIN32
-    _putenv_s(name.c_str(), value.value_or("").c_str());  // an empty value takes the variable away
+    _putenv_s(name.c_str(), value.value_or("").c_str());  // an empty value removes the variable
 #else
     if (value) setenv(name.c_str(), value->c_str(), 1);
     else unsetenv(name.c_str());
@@ -49,7 +49,7 @@ class scoped_environment {
   std::vector<variable> before_;
 };
 
-/// An empty directory that is removed with all that is in it.
+/// An empty directory. The destructor removes it with its contents.
 class temporary_directory {
  public:
   temporary_directory() {
@@ -73,7 +73,7 @@ class temporary_directory {
   std::filesystem::path path_;
 };
 
-/// Another working directory for the length of a scope.
+/// Changes the working directory for the duration of a scope.
 class scoped_working_directory {
  public:
   explicit scoped_working_directory(const std::filesystem::path& wanted)

@@ -17,12 +17,12 @@
 //
 //   c++ -std=c++17 -I. -Itests -Itests/stand_in my_test.cpp tests/stand_in/stand_in.cpp -lssl -lcrypto -pthread
 //
-// A promise that cannot_keep names is reported and not tested. A name there that no case has is a failure. Nothing else
-// is left out. With the environment variable TRANSPORT_CONFORMANCE_ALL set, the cases that cannot_keep names run as
-// well, to see which of them still fail.
+// A promise in cannot_keep is reported and not tested; all others are tested. An entry of cannot_keep that names no case is a
+// failure. With the environment variable TRANSPORT_CONFORMANCE_ALL set, the cases in cannot_keep run as well, to show
+// which of them still fail.
 //
-// A transport without a network is put into LOCAL_TRANSPORTS_UNDER_TEST, and only the promises that need no server are
-// tested. Its `make` takes the content of a file, and its `address` is the URL at which it answers with that content.
+// Put a transport without a network into LOCAL_TRANSPORTS_UNDER_TEST: only the promises that need no server are tested. Its
+// `make` takes the content of a file, and its `address` is the URL at which it responds with that content.
 //
 // SPDX-License-Identifier: MIT
 #ifndef WANDB_RESTORE_TESTS_TRANSPORT_CONFORMANCE_HPP
@@ -61,7 +61,7 @@
 #include <unistd.h>
 
 #ifndef TRANSPORT_CONFORMANCE_SUITE
-#define TRANSPORT_CONFORMANCE_SUITE "conformance"  // doctest's name for all of the cases
+#define TRANSPORT_CONFORMANCE_SUITE "conformance"  // doctest's suite of all cases
 #endif
 #ifdef LOCAL_TRANSPORTS_UNDER_TEST
 #define ALL_TRANSPORTS_UNDER_TEST TRANSPORTS_UNDER_TEST, LOCAL_TRANSPORTS_UNDER_TEST
@@ -75,13 +75,13 @@ inline namespace WANDB_RESTORE_PRIVATE_ABI {  // as in sockets.hpp
 using namespace sockets;
 namespace act = stand_in::act;
 
-/// The names of all cases.
+/// Returns the names of all cases.
 inline std::set<std::string>& promises() {
   static std::set<std::string> names;
   return names;
 }
 
-/// Whether the case is to run for this transport. A promise that the transport cannot keep is reported.
+/// Whether the case runs for this transport. Reports a promise that the transport cannot keep.
 template <class Subject>
 bool is_tested(const char* promise) {
   for (const auto& [name, reason] : Subject::cannot_keep()) {
@@ -92,8 +92,8 @@ bool is_tested(const char* promise) {
   return true;
 }
 
-// PROMISE("name") { ... } defines the case of a promise, for a type Subject. PROMISE_WITHOUT_NETWORK is for promises
-// that a transport without a network makes as well.
+// PROMISE("name") { ... } defines the case of a promise, for a type Subject. PROMISE_WITHOUT_NETWORK also tests transports
+// without a network.
 #define PROMISE(name) CONFORMANCE_CASE(name, __LINE__, TRANSPORTS_UNDER_TEST)
 #define PROMISE_WITHOUT_NETWORK(name) CONFORMANCE_CASE(name, __LINE__, ALL_TRANSPORTS_UNDER_TEST)
 #define CONFORMANCE_CASE(name, line, ...) CONFORMANCE_CASE_AT(name, line, __VA_ARGS__)
@@ -107,12 +107,12 @@ bool is_tested(const char* promise) {
   template <class Subject>                                                                                   \
   void case_at_##line()
 
-// ------------------------------------------------------------------------------------------------ what the cases use
+// ---------------------------------------------------------------------------------------------- helpers of the cases
 
-/// A cancelled exchange ends within a second. The rest is for a machine under load.
+/// A cancelled exchange must end within a second; the rest allows for a machine under load.
 constexpr auto soon = 1500ms;
 
-/// A request for an address, with limits that only a failure reaches.
+/// Makes a request with timeouts that only a faulty transport reaches.
 inline wandb::http_request request_for(const std::string& url) {
   wandb::http_request request;
   request.url = url;
@@ -122,7 +122,7 @@ inline wandb::http_request request_for(const std::string& url) {
   return request;
 }
 
-/// Makes an exchange, and checks how the transport used the sink.
+/// Makes an exchange, and checks the transport's calls of the sink.
 template <class Transport>
 wandb::result<wandb::http_response> send(Transport& transport, const wandb::http_request& request,
                                          collector& sink) {
@@ -144,7 +144,7 @@ wandb::http_response sent(Transport& transport, const wandb::http_request& reque
   return *outcome;
 }
 
-/// The same with a transport and a sink of its own. Returns the body.
+/// Makes an exchange with a new transport. Returns the body.
 template <class Subject>
 std::string body_of(const wandb::http_request& request) {
   auto transport = Subject::make({});
@@ -153,7 +153,7 @@ std::string body_of(const wandb::http_request& request) {
   return sink.body;
 }
 
-/// Makes an exchange with a server of its own. Returns the body.
+/// Makes an exchange with a new server. Returns the body.
 template <class Subject>
 std::string body_from(std::function<void(peer&)> serve) {
   raw_server server(std::move(serve));
@@ -168,7 +168,7 @@ inline std::function<void(peer&)> answering(std::string bytes) {
     client.wait_for_close(30s);
   };
 }
-/// The same, but the server closes the connection after the bytes.
+/// As above, but the server closes the connection after the bytes.
 inline std::function<void(peer&)> answering_and_leaving(std::string bytes) {
   return [bytes = std::move(bytes)](peer& client) {
     client.read_head();
@@ -176,7 +176,7 @@ inline std::function<void(peer&)> answering_and_leaving(std::string bytes) {
     client.leave();
   };
 }
-/// Gives each request, whichever its connection, the next of some answers, and then the last one again.
+/// Answers each request, over any connection, with the next of some answers; repeats the last one.
 inline std::function<void(peer&)> answering_in_turn(std::vector<std::string> answers) {
   const auto next = std::make_shared<std::atomic<std::size_t>>(0);
   return [answers = std::move(answers), next](peer& client) {
@@ -186,7 +186,7 @@ inline std::function<void(peer&)> answering_in_turn(std::vector<std::string> ans
   };
 }
 
-/// The header fields of a head as it came over the wire.
+/// Returns the header fields of a head as received.
 inline wandb::http_headers fields_of(const std::string& head) {
   wandb::http_headers fields;
   for (std::size_t begin = head.find("\r\n") + 2; begin < head.size();) {
@@ -213,7 +213,7 @@ inline std::vector<std::string> values_of(const wandb::http_headers& fields, std
   return values;
 }
 
-/// A response whose head, or whose framing of the body, has no end: `beginning`, then `endless` over and over.
+/// A response with an endless head or framing: `beginning`, then `endless` repeated.
 struct endless_response {
   const char* what;
   std::string beginning, endless;
@@ -232,8 +232,8 @@ inline std::vector<endless_response> endless_responses() {
           {"trailer lines", chunk + "0\r\n", field}};
 }
 
-/// Makes an exchange with a server that sends such a response. Returns the failure, and how many bytes the server could
-/// send, the buffers of the two sockets included.
+/// Makes an exchange with a server that sends an endless response. Returns the failure, and the number of bytes that the
+/// server sent, including those in the buffers of the two sockets.
 template <class Subject>
 std::pair<wandb::result<wandb::http_response>, std::size_t>
 endless_exchange(const endless_response& response) {
@@ -252,7 +252,7 @@ endless_exchange(const endless_response& response) {
   return {std::move(outcome), sent_bytes.load()};
 }
 
-/// A transport, and a request that it answers with some content.
+/// A transport, and a request to which it responds with some content.
 template <class Subject>
 struct served {
   explicit served(std::uint64_t size)
@@ -278,12 +278,12 @@ struct served {
   using transport_type = decltype(make(std::string()));
 
   std::string content;
-  stand_in::server server;  // a transport without a network leaves it alone
+  stand_in::server server;  // not used by a transport without a network
   transport_type transport;
   wandb::http_request request;
 };
 
-/// A count that a test's threads wait for.
+/// A counter that threads of a test can wait for.
 class milestone {
  public:
   void add(std::size_t count) {
@@ -305,7 +305,7 @@ class milestone {
   std::size_t count_ = 0;
 };
 
-/// A listening socket whose queue is full: the SYN of a further connection is not answered.
+/// A listening socket with a full queue: it does not answer the SYN of another connection.
 class full_listener {
  public:
   full_listener() : socket_(0) {
@@ -429,9 +429,9 @@ PROMISE("several threads may send at once over TLS") {
   CHECK(right == 20);
 }
 
-PROMISE("the body is handed on as it comes and is not kept") {
-  // The server sends a part of each MiB only after the sink has seen all that was sent before. Whoever collects more
-  // than that before it calls the sink, or the whole body, never sees the rest.
+PROMISE("the body is passed on as it arrives and is not kept") {
+  // The server sends the next part only after the sink has received all earlier bytes. A transport that collects the body
+  // before it calls the sink never receives the rest.
   constexpr std::size_t piece_bytes = 1u << 20, pieces = 120;
   for (const bool in_chunks : {false, true}) {
     CAPTURE(in_chunks);
@@ -513,7 +513,7 @@ PROMISE("a send makes one request and follows no redirect") {
   }
 }
 
-PROMISE("no status makes it send the request again") {
+PROMISE("a request is not repeated after any status") {
   for (const int status : {400, 401, 404, 408, 421, 425, 429, 500, 502, 503, 504}) {
     CAPTURE(status);
     std::atomic<int> requests{0};
@@ -579,7 +579,7 @@ PROMISE("a body is not decompressed") {
 
 // ------------------------------------------------------------------------------------------- the request on the wire
 
-PROMISE("the target is sent as it is") {
+PROMISE("the target is sent unchanged") {
   for (const std::string target :
        {"/a%2Fb%20c", "/a+b", "/x?x=%20", "/x?q=%2B+%7e&y=&&z", "/x?b=2&a=1&b=1", "/a/../b/./c", "//a//b",
         "/?", "/x?a=b?c", "/%e2%82%ac", "/~user/(a)*'!$,;:@", "/x?sig=a%2Fb%2B%3D&x-id=Get%4fbject"}) {
@@ -599,7 +599,7 @@ PROMISE("the target is sent as it is") {
   }
 }
 
-PROMISE("the request's headers are sent as they are given") {
+PROMISE("the request's headers are sent unchanged and in order") {
   wandb::http_headers fields;
   const wandb::http_headers given = {{"User-Agent", "a b/c (d)"},
                                      {"Accept", "application/json"},
@@ -627,7 +627,7 @@ PROMISE("the request's headers are sent as they are given") {
   }
 }
 
-PROMISE("no header is added but Host and Connection and Content-Length") {
+PROMISE("no header is added except Host and Connection and Content-Length") {
   for (const std::size_t size : std::initializer_list<std::size_t>{0, 100, 2'000'000}) {
     CAPTURE(size);
     std::string head;
@@ -694,7 +694,7 @@ PROMISE("a POST sends its body byte for byte") {
   }
 }
 
-PROMISE("an IPv6 address is a host") {
+PROMISE("the host may be an IPv6 address") {
   std::string head;
   {
     raw_server server([&](peer& client) {
@@ -729,7 +729,7 @@ PROMISE("interim responses are skipped") {
   }
 }
 
-PROMISE("header values are handed on as they stand") {
+PROMISE("response header values are passed on unchanged") {
   raw_server server(
       answering("HTTP/1.1 200 OK\r\nX-Percent: %41%2F%zz+%\r\nX-Comma: a, b ,\"c,d\"\r\nX-Twice: 1\r\n"
                 "X-Spaces: \t a  b \t\r\nX-Empty:\r\nX-Twice: 2\r\nX-High: \xe9\xff\r\nX-None:x\r\n"
@@ -752,7 +752,7 @@ PROMISE("header values are handed on as they stand") {
   }
 }
 
-PROMISE("headers come in their order") {
+PROMISE("response headers keep their order") {
   raw_server server(
       answering("HTTP/1.1 200 OK\r\nZ: 1\r\nA: 2\r\nz: 3\r\nM: 4\r\nContent-Length: 0\r\n\r\n"));
   auto transport = Subject::make({});
@@ -762,7 +762,7 @@ PROMISE("headers come in their order") {
         wandb::http_headers{{"Z", "1"}, {"A", "2"}, {"z", "3"}, {"M", "4"}, {"Content-Length", "0"}});
 }
 
-PROMISE("a Location of more than 8 KiB is taken whole") {
+PROMISE("a Location of more than 8 KiB is passed on whole") {
   const std::string location = "http://h/x?signature=" + std::string(9000, 's') + "%2Fend";
   raw_server server(
       answering("HTTP/1.1 302 Found\r\nLocation: " + location + "\r\nContent-Length: 0\r\n\r\n"));
@@ -838,7 +838,7 @@ PROMISE("trailers are skipped") {
   CHECK(second.body == "de");
 }
 
-PROMISE("an endless head, chunk size line or trailer fails before 1 MiB was sent") {
+PROMISE("an endless head, chunk size line or trailer fails before 1 MiB is sent") {
   for (const auto& response : endless_responses()) {
     CAPTURE(std::string(response.what));
     const auto [outcome, sent_bytes] = endless_exchange<Subject>(response);
@@ -869,7 +869,7 @@ PROMISE("a size that does not fit 64 bits is a protocol_violation") {
   }
 }
 
-PROMISE("a framing that makes no sense is a protocol_violation") {
+PROMISE("a malformed framing is a protocol_violation") {
   const std::string ok = "HTTP/1.1 200 OK\r\n";
   const std::string chunks = ok + "Transfer-Encoding: chunked\r\n\r\n";
   for (const std::string& answer :
@@ -884,7 +884,7 @@ PROMISE("a framing that makes no sense is a protocol_violation") {
   }
 }
 
-PROMISE("a response that is cut short is a transient connection_failed") {
+PROMISE("a truncated response is a transient connection_failed") {
   const std::string ok = "HTTP/1.1 200 OK\r\n";
   const std::string chunks = ok + "Transfer-Encoding: chunked\r\n\r\n";
   for (const std::string& answer :
@@ -902,7 +902,7 @@ PROMISE("a response that is cut short is a transient connection_failed") {
   }
 }
 
-PROMISE("a body that is cut short over TLS or reset is a transient connection_failed") {
+PROMISE("a body that is truncated over TLS or reset is a transient connection_failed") {
   for (const bool tls : {true, false}) {
     for (const auto& cut : {act::cut(70'000), act::cut_abruptly(70'000), act::reset(70'000)}) {
       for (const bool in_chunks : {true, false}) {
@@ -923,7 +923,7 @@ PROMISE("a body that is cut short over TLS or reset is a transient connection_fa
   }
 }
 
-PROMISE("a body until the end of a TLS connection is not whole without close_notify") {
+PROMISE("a body that ends with its TLS connection is incomplete without close_notify") {
   bench b;
   b.add(200'000);
   auto transport = Subject::make(b.trusting);
@@ -957,7 +957,7 @@ PROMISE("a response to HEAD or with status 204 or 304 has no body") {
   }
 }
 
-PROMISE("bytes behind a response are not taken for the next one") {
+PROMISE("bytes after a response are not taken for the next one") {
   for (const std::string surplus : {"x", "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"}) {
     CAPTURE(surplus);
     raw_server server(answering_in_turn({"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc" + surplus,
@@ -973,7 +973,7 @@ PROMISE("bytes behind a response are not taken for the next one") {
 
 // ------------------------------------------------------------------------------------------------------- connections
 
-PROMISE("connections are used again whatever ends the body") {
+PROMISE("connections are reused after a Content-Length and after chunks") {
   const std::string ok = "HTTP/1.1 200 OK\r\n";
   const std::vector<std::string> answers = {
       ok + "Content-Length: 3\r\n\r\nabc", ok + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
@@ -988,7 +988,7 @@ PROMISE("connections are used again whatever ends the body") {
   CHECK(server.connections() == 1);
 }
 
-PROMISE("TLS connections are used again without another handshake") {
+PROMISE("TLS connections are reused without another handshake") {
   for (const auto version : {stand_in::tls_versions::only_1_2, stand_in::tls_versions::only_1_3}) {
     stand_in::options options;
     options.versions = version;
@@ -1005,7 +1005,7 @@ PROMISE("TLS connections are used again without another handshake") {
   }
 }
 
-PROMISE("a connection that the server has closed is replaced") {
+PROMISE("an idle connection that the server closed is replaced") {
   for (const bool tls : {true, false}) {
     for (const bool is_announced : {true, false}) {
       CAPTURE(tls);
@@ -1027,7 +1027,7 @@ PROMISE("a connection that the server has closed is replaced") {
   }
 }
 
-PROMISE("a connection that cannot be made is a transient connection_failed") {
+PROMISE("a failed connection attempt is a transient connection_failed") {
   listener gone;
   gone.close();
   auto transport = Subject::make({});
@@ -1042,9 +1042,9 @@ PROMISE("a connection that cannot be made is a transient connection_failed") {
   }
 }
 
-PROMISE("connect_timeout ends a connection or TLS handshake that nobody answers") {
+PROMISE("connect_timeout ends an unanswered connection attempt or TLS handshake") {
   const full_listener full;
-  const listener silent;  // the kernel connects, and nobody speaks TLS
+  const listener silent;  // the kernel accepts the connection, but nobody answers the handshake
   auto transport = Subject::make({});
   for (const std::string& url : {full.url("http"), full.url("https"), silent.url("https")}) {
     CAPTURE(url);
@@ -1059,7 +1059,7 @@ PROMISE("connect_timeout ends a connection or TLS handshake that nobody answers"
   }
 }
 
-PROMISE("idle_timeout ends an exchange in which no byte moves") {
+PROMISE("idle_timeout ends an exchange without a byte sent or received") {
   const auto check = [](auto& transport, wandb::http_request request) {
     request.idle_timeout = 400ms;
     collector sink;
@@ -1089,7 +1089,7 @@ PROMISE("idle_timeout ends an exchange in which no byte moves") {
   check(transport, request);
 }
 
-PROMISE("idle_timeout does not limit an exchange that moves") {
+PROMISE("idle_timeout does not end an exchange that makes progress") {
   bench b(plain());
   b.add(20);
   b.server.add_fault(stand_in::place::storage, act::drip(100ms));
@@ -1103,13 +1103,13 @@ PROMISE("idle_timeout does not limit an exchange that moves") {
 
 // ------------------------------------------------------------------------------------------------------ cancellation
 
-PROMISE("a cancellation while it connects ends it within a second") {
+PROMISE("a cancellation while connecting takes effect within a second") {
   const full_listener full;
   for (const char* scheme : {"http", "https"}) {
     CAPTURE(std::string(scheme));
     auto request = request_for(full.url(scheme));
     auto transport = Subject::make({});
-    std::atomic<int> looks{0};  // shows that it is under way, for nothing else can be seen of it
+    std::atomic<int> looks{0};  // counts the polls, which show that the exchange is under way
     clock_type::time_point begin{};
     request.is_cancelled = [&] {
       if (++looks < 3) return false;
@@ -1123,7 +1123,7 @@ PROMISE("a cancellation while it connects ends it within a second") {
   }
 }
 
-PROMISE("a cancellation in the TLS handshake ends it within a second") {
+PROMISE("a cancellation in the TLS handshake takes effect within a second") {
   const listener silent;
   auto transport = Subject::make({});
   collector sink;
@@ -1135,7 +1135,7 @@ PROMISE("a cancellation in the TLS handshake ends it within a second") {
   CHECK(delay < soon);
 }
 
-PROMISE("a cancellation while the request is sent ends it within a second") {
+PROMISE("a cancellation while the request is sent takes effect within a second") {
   const listener deaf;
   auto transport = Subject::make({});
   auto request = request_for(deaf.url("http"));
@@ -1149,7 +1149,7 @@ PROMISE("a cancellation while the request is sent ends it within a second") {
   CHECK(delay < soon);
 }
 
-PROMISE("a cancellation while it waits for the head or in the body ends it within a second") {
+PROMISE("a cancellation before the head or in the body takes effect within a second") {
   for (const bool tls : {true, false}) {
     for (const bool in_body : {true, false}) {
       CAPTURE(tls);
@@ -1176,7 +1176,7 @@ PROMISE("a cancellation while it waits for the head or in the body ends it withi
 
 // ---------------------------------------------------------------------------------------------------- TLS and SIGPIPE
 
-PROMISE("a refused certificate is a connection_failed that is not transient") {
+PROMISE("a refused certificate is a permanent connection_failed") {
   using stand_in::certificate;
   for (const auto kind : {certificate::wrong_host, certificate::expired, certificate::other_authority}) {
     for (const char* host : {"127.0.0.1", "localhost"}) {
@@ -1204,7 +1204,7 @@ PROMISE("a refused certificate is a connection_failed that is not transient") {
   }
 }
 
-PROMISE("without settings::ca_file the authority of the test is unknown") {
+PROMISE("without settings::ca_file the test's authority is refused") {
   bench b;
   b.add(10);
   auto transport = Subject::make({});
@@ -1220,7 +1220,7 @@ PROMISE("SIGPIPE never reaches the program") {
     raw_server leaver([](peer& client) {
       client.leave();
       client.read(100'000);
-      client.end_with_reset();  // behind a FIN: what the client writes next fails with EPIPE
+      client.end_with_reset();  // after a FIN: the client's next write fails with EPIPE
     });
     auto transport = Subject::make({});
     auto request = request_for(leaver.url());
@@ -1245,7 +1245,7 @@ PROMISE("SIGPIPE never reaches the program") {
 
 // ------------------------------------------------------------------------------------------------------------ proxies
 
-PROMISE("an http request goes to the proxy with the whole address") {
+PROMISE("an http request goes to the proxy with its absolute URL") {
   std::string head;
   {
     raw_server proxy([&](peer& client) {
@@ -1261,7 +1261,7 @@ PROMISE("an http request goes to the proxy with the whole address") {
   CHECK(values_of(fields_of(head), "Host") == std::vector<std::string>{"origin.test:81"});
 }
 
-PROMISE("an https request goes through a tunnel and its headers to the origin alone") {
+PROMISE("an https request goes through a tunnel and its headers reach only the origin") {
   stand_in::options options;
   options.proxy = true;
   bench b(options);
@@ -1314,7 +1314,7 @@ PROMISE("a proxy's credentials go to the proxy alone") {
   }
 }
 
-PROMISE("a proxy that refuses a tunnel is a connection_failed that is not transient") {
+PROMISE("a refused tunnel is a permanent connection_failed") {
   stand_in::options options;
   options.proxy = true;
   options.proxy_credentials = "user:password";
@@ -1330,7 +1330,7 @@ PROMISE("a proxy that refuses a tunnel is a connection_failed that is not transi
   CHECK(sink.starts == 0);
 }
 
-PROMISE("the environment names no proxy") {
+PROMISE("proxies of the environment are ignored") {
   listener gone;
   gone.close();
   const std::string dead = gone.url("http");
@@ -1347,7 +1347,7 @@ PROMISE("the environment names no proxy") {
 
 // ------------------------------------------------------------------------------------------------------------- tables
 
-TEST_CASE_TEMPLATE("each promise that a transport cannot keep is one of the suite", Subject,
+TEST_CASE_TEMPLATE("every entry of cannot_keep names a case of the suite", Subject,
                    ALL_TRANSPORTS_UNDER_TEST) {
   std::set<std::string> named;
   for (const auto& limit : Subject::cannot_keep()) {

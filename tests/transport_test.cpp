@@ -1,4 +1,4 @@
-// The default transport against the stand-in server, and against sockets that misbehave below HTTP.
+// The default transport against the stand-in server, and against sockets with faults below HTTP.
 #include <doctest/doctest.h>
 
 #include <array>
@@ -38,7 +38,7 @@ namespace {
 using namespace sockets;
 using stand_in::act::chunked;
 
-/// Serves a connection: answers its first bytes, whatever they are, and waits for the client to leave.
+/// Serves a connection: answers its first bytes, and waits until the client closes.
 std::function<void(peer&)> blurting(const std::string& answer) {
   return [answer](const peer& client) {
     (void)client.read(1);
@@ -51,7 +51,7 @@ std::string with_scheme(const std::string& scheme, const std::string& url) {
   return scheme + url.substr(url.find(':'));
 }
 
-/// An address that drops what is sent to it: the queue of its listening socket is full, so that a SYN goes unanswered.
+/// An address that drops packets: the queue of its listening socket is full, so that a SYN is not answered.
 class silent_address {
  public:
   silent_address() {
@@ -114,7 +114,7 @@ wandb::result<wandb::http_response> ask(const std::string& url, collector& sink,
   return transport.send(request, sink);
 }
 
-/// Checks that a cancelled exchange says so, and ends soon.
+/// Checks that an exchange was cancelled in time.
 void check_cancel(wandb::http_transport& transport, const wandb::http_request& request, collector& sink,
                   const std::function<void()>& is_under_way) {
   const auto [outcome, delay] = cancel_when(transport, request, sink, is_under_way);
@@ -125,7 +125,7 @@ void check_cancel(wandb::http_transport& transport, const wandb::http_request& r
 }  // namespace
 
 TEST_SUITE("http_transport") {
-  TEST_CASE("head and body arrive as they are, over TLS and over plain TCP") {
+  TEST_CASE("head and body arrive unchanged, over TLS and over plain TCP") {
     for (const bool tls : {true, false}) {
       CAPTURE(tls);
       bench b(tls ? stand_in::options{} : plain());
@@ -142,7 +142,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("one connection and one handshake for requests that follow each other") {
+  TEST_CASE("consecutive requests share one connection and one handshake") {
     bench b;
     b.add(100'000);
     wandb::http_transport transport(b.trusting);
@@ -155,7 +155,7 @@ TEST_SUITE("http_transport") {
     CHECK(b.server.counted().of(stand_in::origin::storage).handshakes == 1);
   }
 
-  TEST_CASE("the target, the headers and the body go out byte for byte") {
+  TEST_CASE("target, headers and body are sent byte for byte") {
     scripted peer({"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"});
     wandb::http_request request;
     request.method = "POST";
@@ -180,7 +180,7 @@ TEST_SUITE("http_transport") {
     check_failed(transport.send(request, sink), wandb::errc::invalid_argument, "malformed");
   }
 
-  TEST_CASE("header values are not decoded, their order is kept, interim responses are skipped") {
+  TEST_CASE("header values are not decoded, and keep their order; interim responses are skipped") {
     scripted peer({"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
                    "HTTP/1.1 302 Found\r\nLocation: http://h/%2B%2f?s=%2B\r\nX-B: 1\r\nX-A:2  "
                    "\r\nContent-Length: 0\r\n\r\n"});
@@ -240,7 +240,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("a connection is used again only if the end of the body is beyond doubt") {
+  TEST_CASE("a connection is reused only if the end of the body is certain") {
     const std::string head = "HTTP/1.1 200 OK\r\n", next = head + "Content-Length: 4\r\n\r\nnext";
     const std::string chunked_abc = "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
     for (const auto& answer : std::vector<std::string>{
@@ -301,7 +301,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("a head is bounded, as a whole") {
+  TEST_CASE("a head has a maximum size") {
     for (const bool many_lines : {true, false}) {
       CAPTURE(many_lines);
       bench b;
@@ -316,7 +316,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("the lines of a chunked body are bounded, each and together") {
+  TEST_CASE("the lines of a chunked body have a maximum size, each and together") {
     const std::string chunks = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
     const std::string endless(1u << 20, 'x');
     std::string trailers;
@@ -338,7 +338,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("a body that ends early is connection_failed, whatever its framing, over TLS too") {
+  TEST_CASE("a body that ends early is connection_failed, with every framing, also over TLS") {
     namespace act = stand_in::act;
     for (const bool tls : {true, false}) {
       for (const auto& cut : {act::cut(70'000), act::cut_abruptly(70'000), act::reset(70'000)}) {
@@ -371,7 +371,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("a body without any framing that is cut without a TLS goodbye is not taken for whole") {
+  TEST_CASE("a body without framing is not complete without close_notify") {
     bench b;
     b.add(200'000);
     b.server.add_fault(stand_in::place::storage, stand_in::act::until_close());
@@ -381,7 +381,7 @@ TEST_SUITE("http_transport") {
     check_failed(transport.send(b.get(), sink), wandb::errc::connection_failed, "the body");
   }
 
-  TEST_CASE("more bytes than promised are not taken for the next response") {
+  TEST_CASE("bytes after a response are not taken for the next one") {
     for (const bool tls : {true, false}) {
       CAPTURE(tls);
       bench b(tls ? stand_in::options{} : plain());
@@ -415,7 +415,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("a request that meets a connection just being closed goes out once more if it may") {
+  TEST_CASE("an idempotent request on a connection that is being closed is sent once more") {
     for (const bool tls : {true, false}) {
       CAPTURE(tls);
       bench b(tls ? stand_in::options{} : plain());
@@ -432,7 +432,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("the sink may stop at the head or in the body") {
+  TEST_CASE("the sink can stop at the head or in the body") {
     bench b;
     b.add(5'000'000);
     wandb::http_transport transport(b.trusting);
@@ -447,7 +447,7 @@ TEST_SUITE("http_transport") {
         10s));
   }
 
-  TEST_CASE("cancelled while connecting") {
+  TEST_CASE("cancellation while connecting") {
     const silent_address silent;
     wandb::http_transport transport;
     for (const char* scheme : {"http", "https"}) {
@@ -466,8 +466,8 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("cancelled, or out of time, while TLS shakes hands") {
-    const listener silent;  // the kernel connects, nobody answers
+  TEST_CASE("cancellation and timeout during the TLS handshake") {
+    const listener silent;  // the kernel accepts the connection, but nobody answers the handshake
     wandb::http_transport transport;
     wandb::http_request request;
     request.url = silent.url("https");
@@ -482,7 +482,7 @@ TEST_SUITE("http_transport") {
     CHECK(clock_type::now() - begin < 2s);
   }
 
-  TEST_CASE("cancelled, or idle for too long, while the response is waited for and in the body") {
+  TEST_CASE("cancellation and idle timeout before the head and in the body") {
     namespace act = stand_in::act;
     for (const bool tls : {true, false}) {
       for (const bool in_body : {true, false}) {
@@ -507,7 +507,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("cancelled while the request is sent") {
+  TEST_CASE("cancellation while the request is sent") {
     const listener deaf;
     wandb::http_transport transport;
     wandb::http_request request;
@@ -520,13 +520,13 @@ TEST_SUITE("http_transport") {
     ::close(peer);
   }
 
-  TEST_CASE("addresses of a host: one that is silent costs a quarter of a second, once") {
+  TEST_CASE("addresses of a host: a silent first address costs 250 ms, once") {
     const silent_address silent;
     const listener good;
     wandb::detail::address_memory memory;
     const wandb::detail::socket_addresses addresses{address_of(silent.socket()), address_of(good)};
     const std::size_t descriptors = open_descriptors();
-    for (const auto limit : {600ms, 200ms}) {  // at first, and later
+    for (const auto limit : {600ms, 200ms}) {  // the first connection, then a later one
       const auto begin = clock_type::now();
       const auto outcome = wandb::detail::connect_to_host("host:1", addresses, begin + 10s, {}, memory);
       REQUIRE_MESSAGE(outcome.socket >= 0, outcome.failure);
@@ -542,7 +542,7 @@ TEST_SUITE("http_transport") {
     CHECK(ordered == wandb::detail::socket_addresses{addresses[1], addresses[0]});
   }
 
-  TEST_CASE("addresses of a host: a remembered one that is silent by now gives way") {
+  TEST_CASE("addresses of a host: a remembered address that has become silent is replaced") {
     const listener good;
     auto silent = std::make_unique<silent_address>();
     wandb::detail::address_memory memory;
@@ -558,7 +558,7 @@ TEST_SUITE("http_transport") {
     CHECK(ordered == addresses);
   }
 
-  TEST_CASE("addresses of a host: one that fails makes way for the next at once") {
+  TEST_CASE("addresses of a host: after a failed address the next one is tried at once") {
     const listener good;
     wandb::detail::address_memory memory;
     const wandb::detail::socket_addresses addresses{made_up_address(AF_INET6, 0), refused_address(),
@@ -571,7 +571,7 @@ TEST_SUITE("http_transport") {
     ::close(outcome.socket);
   }
 
-  TEST_CASE("addresses of a host: none that answers, or a cancellation, leaves no socket open") {
+  TEST_CASE("addresses of a host: no socket stays open after a failure or a cancellation") {
     const silent_address silent;
     wandb::detail::address_memory memory;
     const std::size_t descriptors = open_descriptors();
@@ -607,7 +607,7 @@ TEST_SUITE("http_transport") {
     CHECK(wandb::detail::interleave_families({v4(1), v4(2), v6(3)}) == list{v4(1), v6(3), v4(2)});
   }
 
-  TEST_CASE("connections that do not come about say why") {
+  TEST_CASE("errors of failed connections name the cause") {
     listener gone;
     gone.close();
     collector sink;
@@ -626,7 +626,7 @@ TEST_SUITE("http_transport") {
     CHECK(peer.asked.at(0).find("\r\nHost: [::ffff:127.0.0.1]:") != std::string::npos);
   }
 
-  TEST_CASE("certificates: the wrong host, an expired one, an unknown authority are refused for good") {
+  TEST_CASE("certificates: a wrong host, an expired certificate and an unknown authority fail permanently") {
     using stand_in::certificate;
     for (const auto kind : {certificate::wrong_host, certificate::expired, certificate::other_authority}) {
       for (const char* host : {"127.0.0.1", "localhost"}) {
@@ -654,7 +654,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("certificates: a bundle with the intermediate authority alone is enough, another one is not") {
+  TEST_CASE("certificates: a bundle with the intermediate authority alone is accepted, another one is not") {
     stand_in::options how;
     how.through_intermediate = true;
     bench b(how), another(how);
@@ -678,7 +678,7 @@ TEST_SUITE("http_transport") {
 
   TEST_CASE("certificates: with SSL_CERT_DIR alone, the system's bundle is trusted as well") {
     const wandb::detail::path bundle = wandb::detail::system_bundle();
-    REQUIRE(std::filesystem::is_regular_file(bundle));  // what tests/run.sh installs has one
+    REQUIRE(std::filesystem::is_regular_file(bundle));  // tests/run.sh installs a package with one
     const support::temporary_directory files;
     for (const auto& [file, expected] :
          {std::pair<std::optional<std::string>, wandb::detail::path>{std::nullopt, bundle},
@@ -691,7 +691,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("certificates: without the CA of the server the system's own do not help") {
+  TEST_CASE("certificates: without the server's CA the system's certificates do not suffice") {
     bench b;
     b.add(10);
     wandb::http_transport transport;
@@ -717,7 +717,7 @@ TEST_SUITE("http_transport") {
     check_failed(transport.send(b.get(), sink), wandb::errc::invalid_argument, "absent");
   }
 
-  TEST_CASE("certificates: the CA file is read once for a transport") {
+  TEST_CASE("certificates: a transport reads the CA file once") {
     bench b;
     b.add(10);
     b.server.add_fault(stand_in::place::storage, stand_in::act::close_after());
@@ -729,7 +729,7 @@ TEST_SUITE("http_transport") {
     CHECK(b.connections() == 2);
   }
 
-  TEST_CASE("TLS against plain http, and plain http against TLS, fail for good and say what to use") {
+  TEST_CASE("TLS to a plain HTTP port, and the reverse, fail permanently and name the right scheme") {
     using namespace std::string_literals;
     const std::string text = "HTTP/1.1 400 Bad Request\r\nContent-Length: 100\r\n\r\n";
     struct example {
@@ -786,7 +786,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("a client certificate that is demanded is told at once, with each TLS version") {
+  TEST_CASE("a server that requires a client certificate is reported at once, with each TLS version") {
     for (const auto version : {stand_in::tls_versions::only_1_2, stand_in::tls_versions::only_1_3}) {
       stand_in::options how;
       how.versions = version;
@@ -801,7 +801,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("both TLS versions") {
+  TEST_CASE("TLS 1.2 and 1.3 work") {
     for (const auto version : {stand_in::tls_versions::only_1_2, stand_in::tls_versions::only_1_3}) {
       stand_in::options how;
       how.versions = version;
@@ -817,7 +817,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("a proxy: tunnels and whole addresses, and each credential goes where it belongs") {
+  TEST_CASE("a proxy gets tunnels and absolute addresses; each credential goes to its own recipient") {
     for (const bool tls : {true, false}) {
       CAPTURE(tls);
       stand_in::options how = tls ? stand_in::options{} : plain();
@@ -833,7 +833,7 @@ TEST_SUITE("http_transport") {
       with_user.headers.emplace_back("X-Secret", "for the origin");
       with_user.proxy = "http://us%20er:p%40ss@" + authority;
       auto with_header = with_user;
-      with_header.proxy = authority;  // without a scheme, too
+      with_header.proxy = authority;  // also without a scheme
       with_header.proxy_authorization = "Basic dXMgZXI6cEBzcw==";
       for (const auto& request : {with_user, with_user, with_header}) {
         collector sink;
@@ -860,7 +860,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("a proxy's address that cannot be used says so, without its password") {
+  TEST_CASE("an unusable proxy address is reported without its password") {
     for (const char* proxy :
          {"https://u:secret@127.0.0.1:1", "socks5://u:secret@127.0.0.1:1", "http://u:secret@"}) {
       wandb::http_request request;
@@ -873,7 +873,7 @@ TEST_SUITE("http_transport") {
     }
   }
 
-  TEST_CASE("many threads at once") {
+  TEST_CASE("many threads can send at once") {
     bench b;
     b.add(300'000);
     wandb::http_transport transport(b.trusting);
@@ -894,8 +894,8 @@ TEST_SUITE("http_transport") {
     CHECK(right == 80);
   }
 
-#ifndef __SANITIZE_THREAD__  // which cannot follow a thread that is made after a fork
-  TEST_CASE("after a fork, parent and child each get the files that they ask for") {
+#ifndef __SANITIZE_THREAD__  // the sanitizer does not support threads that start after a fork
+  TEST_CASE("after a fork, parent and child each get the files that they request") {
     for (const bool tls : {true, false}) {
       CAPTURE(tls);
       bench b(tls ? stand_in::options{} : plain());
@@ -918,7 +918,7 @@ TEST_SUITE("http_transport") {
         std::ifstream stream(settings.run_dir / name, std::ios::binary);
         return file && std::string(std::istreambuf_iterator<char>(stream), {}) == content_for(name);
       };
-      REQUIRE(restores("parent0"));  // leaves idle connections in the pool
+      REQUIRE(restores("parent0"));  // the pool now has idle connections
       int right = 0;
       for (int round = 1; round < 20; ++round) {
         const pid_t child = ::fork();
@@ -934,7 +934,7 @@ TEST_SUITE("http_transport") {
   }
 #endif
 
-  TEST_CASE("a child that ends, or drops the transport, does not end its parent's connections") {
+  TEST_CASE("a child that ends or destroys the transport does not close its parent's connections") {
     for (const bool tls : {true, false}) {
       CAPTURE(tls);
       bench b(tls ? stand_in::options{} : plain());
@@ -959,7 +959,7 @@ TEST_SUITE("http_transport") {
       CHECK(WEXITSTATUS(status) == 7);
       REQUIRE(transport->send(b.get(), second).has_value());
       CHECK(second.body == first.body);
-      CHECK(b.connections() == 2);  // the parent's, used twice, and the child's
+      CHECK(b.connections() == 2);  // one of the parent, used twice, and one of the child
     }
   }
 
@@ -994,8 +994,7 @@ TEST_SUITE("http_transport") {
     const listener leaver;
     int has_left[2];
     REQUIRE(::pipe(has_left) == 0);
-    const pid_t child =
-        ::fork();  // a child, so that a signal would end it alone; the server's threads stay behind
+    const pid_t child = ::fork();  // a signal ends only the child; the server's threads run in the parent
     REQUIRE(child >= 0);
     if (child == 0) {
       ::signal(SIGPIPE, SIG_DFL);
@@ -1007,7 +1006,7 @@ TEST_SUITE("http_transport") {
       (void)transport.send(request, sink).has_value();
       request.url = leaver.url("http");
       bool waited = false;
-      request.is_cancelled = [&] {  // asked between connecting and sending
+      request.is_cancelled = [&] {  // called between connecting and sending
         char byte = 0;
         if (!waited) waited = ::read(has_left[0], &byte, 1) == 1;
         return false;
@@ -1017,7 +1016,7 @@ TEST_SUITE("http_transport") {
     }
     const int peer = leaver.accept();
     ::shutdown(peer,
-               SHUT_RDWR);  // FIN, and RST for what comes after it: from then on writing raises the signal
+               SHUT_RDWR);  // FIN, then RST for later bytes: from then on writing raises the signal
     CHECK(::write(has_left[1], "x", 1) == 1);
     int status = 0;
     REQUIRE(::waitpid(child, &status, 0) == child);

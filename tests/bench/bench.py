@@ -1,4 +1,4 @@
-"""Runs the cases, prints and writes what came of them. Started by run.sh, which describes the arguments.
+"""Runs the cases of the benchmark, and prints and writes their results. run.sh starts it and describes the arguments.
 SPDX-License-Identifier: MIT"""
 
 import argparse
@@ -22,7 +22,7 @@ RATE = 20_000_000  # bytes a second of a paced connection
 LINK = 250_000_000  # bytes a second of the shaped link
 RUN = "entity/project/run"
 KEY = "0123456789012345678901234567890123456789"
-QUESTION = {  # as long as ours, so that curl asks the same
+QUESTION = {  # curl sends this query; it is as long as the library's
     "query": "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
              "$fileLimit: Int = 50, $fileNames: [String] = [], $pattern: String) { project(name: $project, entityName: "
              "$entity) { run(name: $name) { fileCount files(names: $fileNames, after: $fileCursor, first: $fileLimit, "
@@ -97,13 +97,13 @@ class Bench:
     def curl(self, site, file, kind="free", then=""):
         self.fresh()
         command = ["curl", "-sSf", "--cacert", self.ca, "-o", self.out / file, site.storage(file, kind)]
-        if then:  # what a script would do to be sure
+        if then:  # verify the md5, as a script would
             command = ["sh", "-c", '"$@" && [ "$(md5sum < "%s")" = "%s  -" ]' % (self.out / file, self.files.hex(file)),
                        "sh", *command]
         return self.checked(self.measure(command, before=site.from_), file)
 
     def curl_three(self, site, file, ca):
-        """The three requests of a restore, in one call."""
+        """The three requests of a restore, in one process."""
         self.fresh()
         base, _ = site.base(file)
         own = ["-sSf", "--cacert", ca, "-u", "api:" + KEY]
@@ -129,7 +129,7 @@ class Bench:
     # ---- many runs
 
     def rounds(self, case, contenders, count=None):
-        """Each contender takes its turn, again and again. The median time of each."""
+        """Runs the contenders in turn, `count` times. Returns the median time of each."""
         before = self.arguments.before
         if before:
             contenders = {"ours": contenders["ours"], "before": lambda ours=contenders["ours"]: self.with_programs(before, ours),
@@ -157,7 +157,7 @@ class Bench:
             self.programs = own
 
     def compare(self, case, size, times, over, target, at_most=True, what="times the time of", note=""):
-        """A row: how ours compares with one other."""
+        """Adds a row that compares ours with one contender."""
         ours = times["ours"]
         ratio = ours / times[over] if at_most else times[over] / ours
         ratio_shown = round(ratio, 2)
@@ -196,7 +196,7 @@ class Bench:
                           "(SO_MAX_PACING_RATE, tests/bench/pace.cpp). curl and aria2c do not verify in `capped`; ours does.")
 
     def far(self):
-        """A store that answers late: one connection and eight, with and without a cap for each."""
+        """A store with a delay, with and without a rate limit for each connection."""
         size = self.arguments.size
         for part in (5, 32):
             self.files.make("part%d" % part, size // part)
@@ -235,7 +235,7 @@ class Bench:
             return taken
         slow = iter(range(1000))
         times = self.rounds("slow-peer", {
-            "ours": lambda: ours(8, 1 + next(slow) % 8),  # each time another one
+            "ours": lambda: ours(8, 1 + next(slow) % 8),  # another connection is slow in each round
             "ours, 7 fast ones alone": lambda: ours(7, 0),
         })
         self.compare("slow-peer", size, times, "ours, 7 fast ones alone", 1.1)
@@ -328,7 +328,7 @@ class Bench:
         taken = self.ours(site, file, keep=True, more=["--refresh"])
         empty = self.measure([self.programs / "wandb-restore", "--version"])
         asked = [one["question"] for one in site.requests(taken["who"])]
-        # What the process read beside its own start: the CA file and the receipt.
+        # The bytes that the process read after its start: the CA file and the receipt.
         read = taken["read_bytes"] - empty["read_bytes"]
         counts = {one: asked.count(one) for one in ("graphql", "files", "storage")}
         self.raw["refresh"] = {"asked": asked, "read": read, "run": taken}
@@ -417,7 +417,7 @@ class Bench:
 
 
 def present_bytes(content, path, grain=4096):
-    """How much of a file is in place in a partial one."""
+    """Returns how many bytes of a partial file are those of the file."""
     partial = path.read_bytes()
     if partial[:len(content)] == content:
         return len(content)
@@ -482,7 +482,7 @@ def main():
         for name in (one for one in CASES if one in chosen):
             try:
                 getattr(bench, name.replace("-", "_"))()
-            except SystemExit as failure:  # a case that cannot be run costs its own rows, no others
+            except SystemExit as failure:  # the other cases still run
                 if not isinstance(failure.code, str):
                     raise
                 bench.row(name, failure.code.strip().replace("\n", " "), "", "", False)
@@ -507,7 +507,7 @@ def main():
         (out / "results.svg").write_text(report.chart(bench.groups, "Shorter is better; medians of %d rounds. %s."
                                                       % (arguments.rounds, caption)))
     print("\n" + text)
-    if any(row.verdict == "MISS" for row in bench.rows):  # also where a file was wrong
+    if any(row.verdict == "MISS" for row in bench.rows):  # a wrong file counts as a miss
         sys.exit(1)
 
 

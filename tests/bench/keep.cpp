@@ -1,6 +1,6 @@
-// How long it takes to restore a file that is there already, beside a bare stat and open of it.
+// Measures the restore of an existing local file, and for comparison a plain stat and open of it.
 //
-//   keep NAME RUN_PATH ROOT    one line of JSON: nanoseconds per call, the median of interleaved batches
+//   keep NAME RUN_PATH ROOT    prints one line of JSON: nanoseconds per call, medians of interleaved batches
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"
 
@@ -28,7 +28,7 @@ class timing {
   template <class Body>
   void batch(Body body) {
     constexpr int calls =
-        10;  // far less than a time slice, so that the median is not another program's doing
+        10;  // a batch is much shorter than a time slice, so that other programs do not disturb the median
     const auto begin = std::chrono::steady_clock::now();
     for (int i = 0; i < calls; ++i) body();
     const std::chrono::duration<double, std::nano> taken = std::chrono::steady_clock::now() - begin;

@@ -1,10 +1,10 @@
-// Runs a program and writes what it took, as a line of JSON.
+// Runs a program and writes its time, memory and I/O as one line of JSON.
 //
 //   measure [--kill-after SECONDS] OUTPUT PROGRAM [ARGUMENT...]
 //
-// OUTPUT gets: seconds, user and system (CPU time), peak_kib (resident memory), read_bytes and written_bytes (as the
-// program's system calls asked for them, sockets not included), switches (of the processor, voluntary), and status (of a
-// shell's kind: 128 + n for signal n). A parent's memory counts as its child's until exec, so this one is kept small.
+// Fields: seconds; user and system (CPU seconds); peak_kib (resident memory); read_bytes and written_bytes (by system calls,
+// without sockets); switches (voluntary context switches); status (exit status, or 128 + n after signal n). Until exec, the
+// kernel counts the parent's memory as the child's, so this program uses little.
 // SPDX-License-Identifier: MIT
 #include <fcntl.h>
 #include <poll.h>
@@ -30,7 +30,7 @@ double seconds_of(timeval time) {
   return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
 }
 
-// The kernel keeps a dead child's account until it is waited for.
+// Reads a counter of a child from /proc. The kernel keeps the counters of a dead child until waitpid.
 long long account_of(pid_t child, const char* field) {
   char name[64];
   std::snprintf(name, sizeof name, "/proc/%d/io", static_cast<int>(child));

@@ -1,9 +1,9 @@
-// Loaded into nginx (LD_PRELOAD): has the kernel pace each connection that is accepted on one port. nginx's own
-// limit_rate is per request, and gives each a second's worth at once, so that it caps nobody who asks for small ranges.
+// Loaded into nginx (LD_PRELOAD). Lets the kernel pace every connection that nginx accepts on one port. nginx's limit_rate is
+// not used: it applies per request and sends the first second's bytes at once, so it does not limit small ranges.
 //
-// PACE_FILE holds five 32-bit numbers, shared with the benchmark, which may change them at any time: the port; bytes a
-// second for a connection; the same for the slow one; which connection that is (1: the first; 0: none); how many there
-// were.
+// PACE_FILE contains five 32-bit numbers in shared memory, which the benchmark may change at any time: the port; bytes per
+// second of a connection; bytes per second of the slow connection; the number of the slow connection (1: the first; 0: none);
+// the number of accepted connections.
 // SPDX-License-Identifier: MIT
 #include <arpa/inet.h>
 #include <dlfcn.h>
@@ -31,7 +31,7 @@ control* open_control() {
   return shared != MAP_FAILED ? static_cast<control*>(shared) : nullptr;
 }
 
-control* const all = open_control();  // at the start: nginx's workers have no environment
+control* const all = open_control();  // opened at the start, because nginx's workers have no environment
 
 void pace(int connection) {
   sockaddr_in here{};

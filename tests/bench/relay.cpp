@@ -1,5 +1,5 @@
-// A TCP relay that delays what the server sends: relay LISTEN-PORT SERVER-PORT MILLISECONDS. Every byte from the server
-// reaches the client so much later, at full rate: a server that is far away, or slow to its first byte. Ends with SIGTERM.
+// A TCP relay that simulates a distant server: relay LISTEN-PORT SERVER-PORT MILLISECONDS. Delays every byte from the server
+// by MILLISECONDS, without limiting the rate. Ends with SIGTERM.
 // SPDX-License-Identifier: MIT
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -38,7 +38,7 @@ bool send_all(int socket, const char* bytes, std::size_t size) {
   return true;
 }
 
-/// A client's connection and the one to the server.
+/// The connections to one client and to the server.
 class relayed_connection {
  public:
   relayed_connection(int client, int server, std::chrono::milliseconds delay)

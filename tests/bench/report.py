@@ -1,4 +1,4 @@
-"""The results as Markdown and as a chart.
+"""Writes the results as Markdown and as a chart.
 SPDX-License-Identifier: MIT"""
 
 from html import escape
@@ -32,7 +32,7 @@ STYLE = """
 
 
 def chart(groups, caption):
-    """A group of bars for each case, each group with a scale of its own; shorter is better."""
+    """Draws a group of bars for each case. Every group has its own scale; shorter is better."""
     left, width, bar, gap, right = 190, 420, 18, 5, 110
     body, y = [], 26
     for title, note, bars in groups:

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Measures the library against curl and aria2c, side by side: nginx serves, over TLS; everything runs on this machine.
+# Measures the library against curl and aria2c. nginx serves over TLS; servers and clients run on this machine.
 #
 #   tests/bench/run.sh [SIZE] [--rounds N] [--only CASE,...] [--out DIR] [--work DIR]
 #
-#   SIZE      of the main case's file, 1G unless given; the other cases' files follow it
-#   --rounds  how often each contender takes its turn, 3 unless given; medians count
-#   --only    some of: capped far slow-peer link loopback small memory keep refresh kills herd
-#   --kills   how many processes the case `kills` kills, 100 unless given
-#   --before  a folder with the programs of another version (its build-bench), which take their turns beside these
-#   --out     where results.md, results.svg and results.json go, build-bench unless given
-#   --work    where files are served from and restored to, /dev/shm unless given; about six times SIZE is needed
+#   SIZE      size of the file in the main case (default: 1G); the other sizes are multiples and fractions of it
+#   --rounds  number of runs of each contender (default: 3); the results are medians
+#   --only    cases to run, from: capped far slow-peer link loopback small memory keep refresh kills herd
+#   --kills   number of processes that the case `kills` kills (default: 100)
+#   --before  folder with the programs of another version (its build-bench), which run in turn with these
+#   --out     folder for results.md, results.svg and results.json (default: build-bench)
+#   --work    folder for served and restored files (default: /dev/shm); needs about six times SIZE
 #
-# The network namespaces of the case `link` need root. Installs nothing: what is missing is named.
+# The case `link` needs root, for network namespaces. Installs nothing; names missing programs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -27,7 +27,7 @@ for tool in cmake c++ python3 nginx curl aria2c openssl; do
 done
 if [ ${#missing[@]} != 0 ]; then
   echo "tests/bench/run.sh needs ${missing[*]}." >&2
-  echo "On Debian and Ubuntu: cmake g++ python3 nginx-light curl aria2 openssl, and what tests/run.sh installs." >&2
+  echo "On Debian and Ubuntu: cmake g++ python3 nginx-light curl aria2 openssl, and the packages that tests/run.sh installs." >&2
   exit 1
 fi
 

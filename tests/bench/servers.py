@@ -1,4 +1,4 @@
-"""nginx as the service and as its storage, and the network between it and the contenders.
+"""Starts nginx as the service and its storage, and builds the network between nginx and the contenders.
 SPDX-License-Identifier: MIT"""
 
 import base64
@@ -36,7 +36,7 @@ http {{
   server_tokens off;
   keepalive_requests 100000;
 
-  # The service. The first segment of a base URL says which file is meant, from which storage, and who is asking.
+  # The service. The first segment of a base URL names the file, the storage and the run of the benchmark.
   map $file $md5 {{ {md5s} }}
   map $file $size {{ {sizes} }}
   map $kind $storage {{ free {free}; paced {paced}; far {far}; }}
@@ -80,7 +80,7 @@ def run(*command, **options):
 
 
 def make_certificates(folder, addresses):
-    """A CA of our own and a server's certificate; and the distribution's CAs with ours behind them."""
+    """Makes a CA, a server certificate, and a bundle of the distribution's CAs followed by this one."""
     run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=Benchmark CA",
         "-keyout", folder / "ca.key", "-out", folder / "ca.pem")
     run("openssl", "req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=benchmark",
@@ -97,7 +97,7 @@ def make_certificates(folder, addresses):
 
 
 class Files:
-    """Random files, made once and served by every server."""
+    """Random files. Each is made once; every server serves them."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -124,7 +124,7 @@ class Files:
 
 
 class Pace:
-    """What pace.cpp reads: how fast each connection to the paced port may be."""
+    """The memory that pace.cpp reads: the rates of connections to the paced port."""
 
     def __init__(self, path):
         self.path = path
@@ -140,7 +140,7 @@ class Pace:
 
 
 class Site:
-    """A running nginx. `inside` and `from_` are commands that run others in the server's and the clients' network."""
+    """A running nginx. `inside` and `from_` are command prefixes: they run a command in the server's or the clients' network."""
 
     def __init__(self, folder, files, pace_library, address="127.0.0.1", inside=(), from_=()):
         self.folder, self.files, self.address, self.from_ = folder, files, address, list(from_)
@@ -177,7 +177,7 @@ class Site:
         self.process.wait()
 
     def base(self, file, kind="free"):
-        """A base URL of its own for each run, so that the log tells them apart; and the name it has there."""
+        """Returns a new base URL for a run, and the run's name in the log."""
         self.counter += 1
         who = "r%d" % self.counter
         return "https://%s:%d/%s-%s-%s" % (self.address, self.service_port, file, kind, who), who
@@ -187,7 +187,7 @@ class Site:
         return "https://%s:%d/%s?who=peer" % (self.address, port, file)
 
     def requests(self, who):
-        """What the log says of one run, once nothing is added to it any more."""
+        """Returns the log entries of one run, once no more are written."""
         size = -1
         while size != self.log.stat().st_size:
             size = self.log.stat().st_size
@@ -204,7 +204,7 @@ class Site:
 
 
 class Relay:
-    """Stands before a port of a site: what the server sends arrives `milliseconds` later (relay.cpp)."""
+    """Delays the bytes from a port of a site by `milliseconds` (relay.cpp)."""
 
     def __init__(self, program, site, port, milliseconds):
         self.process = subprocess.Popen([str(program), str(site.far), str(port), str(milliseconds)], stdin=subprocess.DEVNULL)
@@ -234,7 +234,7 @@ def free_ports(count):
 
 
 class ShapedLink:
-    """Two network namespaces with a cable between them; what the server sends goes through a token bucket."""
+    """Two network namespaces with a virtual cable. A token bucket limits the bytes from the server."""
 
     address = "10.213.77.2"
 
@@ -256,7 +256,7 @@ class ShapedLink:
             for name, address in ((client, "10.213.77.1/24"), (server, self.address + "/24")):
                 run("ip", "-n", name, "address", "add", address, "dev", "wire")
                 run("ip", "-n", name, "link", "set", "wire", "up")
-            # The bucket holds 8 ms; the queue is long enough that nothing is dropped.
+            # The bucket holds the bytes of 8 ms. The queue is long enough that no packet is dropped.
             run("tc", "-n", server, "qdisc", "add", "dev", "wire", "root", "tbf", "rate", "%dbit" % (8 * bytes_per_second),
                 "burst", "2mb", "limit", "128mb")
         except subprocess.CalledProcessError as failure:
@@ -275,7 +275,7 @@ class ShapedLink:
 
 
 def machine(programs):
-    """What the figures depend on, as pairs of a name and a value."""
+    """Returns the machine and the versions that the figures depend on, as pairs of name and value."""
     def first(pattern, text):
         found = re.search(pattern, text, re.MULTILINE)
         return found.group(1).strip() if found else "unknown"

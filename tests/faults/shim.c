@@ -1,18 +1,18 @@
-/* A disk that fails on demand, for programs that are started with LD_PRELOAD. What fails is said in the
- * environment:
+/* Makes disk operations fail on demand, in programs that preload it (LD_PRELOAD). The environment selects the
+ * failures:
  *
  *   FAULT_LOCK=none | ENOLCK | ENOSYS    locks succeed without locking anything, or fail
- *   FAULT_FREE=BYTES | unknown           what statvfs says is free; unknown: 0 of everything
+ *   FAULT_FREE=BYTES | unknown           statvfs reports this free space; unknown: 0 in all fields
  *   FAULT_ALLOCATE=ERROR                 fallocate fails
- *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th one on; or writes half of what it got
+ *   FAULT_WRITE=ERROR[@N] | short        pwrite fails, from the N-th call on; or writes half of the bytes
  *   FAULT_SYNC=ERROR | kill              fsync and fdatasync fail, or the process is killed in fdatasync
- *   FAULT_SYNCED=PATH                    each fsync and fdatasync adds a letter to that file: d of a directory, f of
- *                                        another file
+ *   FAULT_SYNCED=PATH                    each fsync and fdatasync appends a letter to PATH: d for a directory, f for a
+ *                                        file
  *   FAULT_TRUNCATE=ERROR                 ftruncate fails
- *   FAULT_UNLINK=ERROR                   names that end in .lock cannot be removed
+ *   FAULT_UNLINK=ERROR                   removing a name that ends in .lock fails
  *   FAULT_DIRECTORY=PATH                 the process is killed when it reads that directory
- *   FAULT_RENAME=ERROR | kill            rename fails where the new name does not begin with a dot, or the
- *                                        process is killed in it
+ *   FAULT_RENAME=ERROR | kill            rename fails, or the process is killed in rename, if the new name does not
+ *                                        begin with a dot
  *   FAULT_LOOK=ERROR                     the first stat of a file named model.h5 fails
  *   FAULT_OPEN=ERROR                     the first open of a file named model.h5 fails
  *
@@ -20,7 +20,7 @@
  * EINTR or EMFILE. EINTR interrupts every other call: the next one goes through.
  */
 #define _GNU_SOURCE
-#undef _TIME_BITS /* programs call the functions by both names, whatever this build is set to */
+#undef _TIME_BITS /* programs call the functions by both names, independent of this build's setting */
 #undef _FILE_OFFSET_BITS
 #include <dirent.h>
 #include <dlfcn.h>
@@ -47,7 +47,7 @@ static int number_of(const char* name) {
   return EINVAL;
 }
 
-/* Sets errno and returns 1 where this call fails in that way. */
+/* Returns 1 and sets errno if this call is to fail with the given error. */
 static int strikes(const char* error) {
   static int interrupted = 0;
   errno = number_of(error);
@@ -114,7 +114,7 @@ static int lock_answer(int command, int* answer) {
     return ((int (*)(int, int, ...))dlsym(RTLD_NEXT, #name))(fd, command, argument);                         \
   }
 FCNTL(fcntl)
-#ifdef __GLIBC__ /* elsewhere there is but one of each */
+#ifdef __GLIBC__ /* other C libraries have one name for each function */
 FCNTL(fcntl64)
 #endif
 
@@ -162,7 +162,7 @@ STATVFS(statvfs, statvfs)
 STATVFS(statvfs64, statvfs64)
 #endif
 
-/* 1: fails; otherwise how much is written may be less. */
+/* Returns 1 if the write is to fail. Otherwise it may reduce the number of bytes. */
 static int write_fails(size_t* count) {
   static int writes = 0;
   const char* value = getenv("FAULT_WRITE");

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Every way to bring the library into a program, by a tiny program for each: built and run, without a network.
+# Builds and runs a tiny program for every way to use the library in a build, without a network.
 #
-#   tests/matrix/consumers.sh [NAME...]      all by default; prints "ok NAME" for each
-#   tests/matrix/consumers.sh --list         the names
+#   tests/matrix/consumers.sh [NAME...]      runs all, or the named ones; prints "ok NAME" for each
+#   tests/matrix/consumers.sh --list         prints the names
 #
-# CXX chooses the compiler.
+# CXX selects the compiler.
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 here=$top/tests/matrix/consumers
@@ -14,7 +14,7 @@ names=(add_subdirectory find_package find_package_refused pkg_config pkg_config_
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-export XDG_CACHE_HOME=$scratch/cache # nothing of the user's is touched
+export XDG_CACHE_HOME=$scratch/cache # keep the user's files unchanged
 export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1
 unset "${!WANDB_@}"
 
@@ -32,14 +32,14 @@ build_with_cmake() { # FOLDER CMAKE-ARGUMENT...
   cmake --build "$scratch/build"
 }
 
-# What a release holds that builds need, as a folder.
+# Copies the files of a release that builds need.
 copy_of_the_library() {
   mkdir -p "$1/subprojects"
   cp -r "$top"/{wandb_restore.hpp,CMakeLists.txt,meson.build,meson_options.txt,packaging,LICENSE} "$1"
   cp "$top"/subprojects/*.wrap "$1/subprojects"
 }
 
-# And as a repository; sets `commit`.
+# Makes a git repository of these files, and sets `commit`.
 repository_of_the_library() {
   copy_of_the_library "$1"
   git -C "$1" init -q
@@ -91,7 +91,7 @@ pkg_config() {
   run "$scratch/compiled" compiled
 }
 
-# Leaves with 77, which stands for "skipped", where Meson is older than meson.build asks for.
+# Exits with 77, "skipped", if Meson is older than meson.build requires.
 needs_meson() {
   local wanted found
   wanted=$(sed -n "s/.*meson_version: '>=\(.*\)',.*/\1/p" "$top/meson.build")
@@ -142,7 +142,7 @@ meson_wrap() {
   run "$scratch/build/inline" inline
 }
 
-# The folder of a header of the system.
+# Prints the folder of a system header.
 folder_of() {
   echo "#include <$1>" | "$cxx" -std=c++17 -x c++ -E - | sed -n "s|^# [0-9]* \"\(.*\)/$1\".*|\1|p" | head -n 1
 }
@@ -175,7 +175,7 @@ for name in "${names[@]}"; do
     exit 2
   fi
   rm -rf "${scratch:?}"/*
-  # In a shell of its own, and not as a condition: there `set -e` would not hold.
+  # Runs in a subshell, and not as a condition: `set -e` has no effect in a condition.
   set +e
   (set -e; "$name") > "$scratch/log" 2>&1 < /dev/null
   status=$?

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What the header costs: time to include it, and size in a program. Each pair is measured in turns, so that a busy machine
-# slows both, and the figure is the median of the pairs' ratios.
+# Measures the time to include the header, and its size in a program. The two parts of a pair are measured alternately, so
+# that other load slows both; the result is the median of the ratios.
 #
-#   tests/matrix/measure.sh [RUNS]     5 runs by default
+#   tests/matrix/measure.sh [RUNS]     default: 5 runs
 #
-# CXX chooses the compiler.
+# CXX selects the compiler.
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cxx=${CXX:-c++}
@@ -37,7 +37,7 @@ compare() { # WHAT LIMIT EXTRA-MS OURS THEIRS FLAG...
 }
 
 header=$top/wandb_restore.hpp
-# The standard headers of the declarations are those above the line where the implementation begins.
+# The declarations include the standard headers that stand above the beginning of the implementation.
 sed '/implementation from here on/q' "$header" | grep -E '^#include <[a-z_]+>' > standard.cpp
 printf '#define WANDB_RESTORE_SPLIT\n#include "wandb_restore.hpp"\n' > split.cpp
 printf '#include <openssl/ssl.h>\n#include <nlohmann/json.hpp>\n' > libraries.cpp
@@ -46,7 +46,7 @@ printf '#include "wandb_restore.hpp"\n' > full.cpp
 compare "include in split mode, -O0, against its standard headers alone" 1.25 150 split.cpp standard.cpp -O0 -c -o include.o
 compare "include in full mode, -fsyntax-only, against openssl/ssl.h and json.hpp alone" 1.5 0 full.cpp libraries.cpp -fsyntax-only
 
-# A program with nothing but the header over a Transport in memory.
+# A minimal program with a transport in memory.
 cat > small.cpp <<'CODE'
 #include "wandb_restore.hpp"
 struct memory {

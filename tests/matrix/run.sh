@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The matrix: which compilers, standards, modes, dependencies and machines the header is at home with. Every cell is built
-# with the strict warnings as errors, and run; what cannot be had here says why. Prints Markdown: the text of results.md.
+# Builds and runs the header with many compilers, standards, modes, dependencies and machines. Every combination is a cell: it is
+# built with strict warnings as errors, and run. An unavailable cell states the reason. Prints the text of results.md.
 #
-#   tests/matrix/run.sh              all of it, within some hours; makes roots of other Debian releases (that part needs
-#                                    root and debootstrap) and uses the cross-compilers, qemu-user and wine that there are
-#   tests/matrix/run.sh --quick      what this machine has installed: some minutes
-#   tests/matrix/run.sh ... PATTERN  only cells whose row ("clang++-16 | c++20 | split | ...") matches it
+#   tests/matrix/run.sh              all cells (hours): makes roots of other Debian releases, which needs root and debootstrap,
+#                                    and uses the installed cross-compilers, qemu-user and wine
+#   tests/matrix/run.sh --quick      the cells for this machine's installed compilers (minutes)
+#   tests/matrix/run.sh ... PATTERN  only cells whose row ("clang++-16 | c++20 | split | ...") matches PATTERN
 #
-# It works in build-matrix/; WANDB_RESTORE_MATRIX_FOLDER names another folder. The folder keeps the roots and headers of
-# the run before, and a log of each cell. WANDB_RESTORE_MATRIX_JOBS says how many cells are built at once.
+# It works in build-matrix/, or in $WANDB_RESTORE_MATRIX_FOLDER. The folder keeps roots and headers for the next run, and a log
+# of each cell. WANDB_RESTORE_MATRIX_JOBS is the number of cells built at once.
 set -uo pipefail
 shopt -s nullglob
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -18,15 +18,15 @@ bare=(-DWANDB_RESTORE_NO_OPENSSL)
 
 # ------------------------------------------------------------------------------------------------------ one cell
 #
-# A cell is described by: compiler, standard, mode, nlohmann/json, machine. A "bare" mode is one without OpenSSL. The machine is
-# "this" one, the "root" of another release, an architecture that qemu emulates, or "windows".
+# A cell consists of: compiler, standard, mode, nlohmann/json, machine. A "bare" mode has no OpenSSL. The machine is "this" one,
+# the "root" of another release, an architecture that qemu emulates, or "windows".
 
-say_why() { # an answer that is neither yes nor no
+say_why() { # the cell is unavailable: neither passed nor failed
   echo "not here: $*" > result
   exit 0
 }
 
-# Sets `inside`, the command in front of programs of the cell's machine, and `there`, the work folder as that machine sees it.
+# Sets `inside`, a command prefix that runs programs in the cell's machine, and `there`, the path of the work folder in it.
 enter_machine() {
   inside=() there=$work sources=$top target=''
   case $machine in
@@ -68,7 +68,7 @@ misuses() {
     read -r -a flags <<< "$(sed -n 's|^// mode: ||p' "$file")"
     if [ "${flags[0]:-}" = bare ]; then flags=("${bare[@]}" "${flags[@]:1}"); fi
     if grep -q '^// stage: link' "$file"; then
-      # Beside a file that is as the program's other files are: with exceptions, and with the code.
+      # Linked with a file that was compiled with exceptions and contains the implementation.
       local others=("$sources/tests/matrix/modes/implementation.cpp") mixed=()
       [[ " ${flags[*]} " == *SPLIT* ]] && mixed=(-DWANDB_RESTORE_SPLIT)
       "${inside[@]}" $compiler "$flag" "${json_flags[@]}" "${bare[@]}" "${mixed[@]}" -c "${others[@]}" -I"$sources" -o "$there/cells/$number/other.o" || failed=1
@@ -115,10 +115,10 @@ build_and_run() {
   case $mode in *no\ exceptions*) flags+=(-fno-exceptions -fno-rtti) ;; esac
   case $mode in *sanitized*) flags+=(-g1 -fsanitize=address,undefined -fno-sanitize-recover=all) ;; esac
   case $mode in *LTO*) flags+=(-O2 -flto -Wodr) ;; esac
-  # In the optimiser's sight the standard library's own code is full of null pointers.
+  # With LTO, GCC warns about null dereferences inside the standard library.
   case $mode in *LTO*) flags+=(-Wno-null-dereference) ;; esac
   if [ "$machine" = windows ]; then
-    # Without optimisation the inline functions are more sections than an object file of the usual kind can hold.
+    # Without optimisation the inline functions need more sections than a standard object file may have.
     flags+=(-D_WIN32_WINNT=0x0A00 -static -Wa,-mbig-obj) name=program.exe
     libraries=(-lws2_32)
   fi
@@ -126,7 +126,7 @@ build_and_run() {
   rm -f "$name" ./*.o
   "${inside[@]}" sh -c 'cd "$0" && exec "$@"' "$there/cells/$number" \
     $compiler "$flag" "${warnings[@]}" "${flags[@]}" -I"$sources" "${json_flags[@]}" "${files[@]}" -o "$name" "${libraries[@]}" || {
-    # Some releases do not get along with each other, whoever includes them.
+    # Some releases of compiler and nlohmann/json are incompatible, also without this header.
     echo '#include <nlohmann/json.hpp>
       int main(int count, char** texts) { return nlohmann::json::parse(texts[count - 1], nullptr, false).is_object(); }' |
       "${inside[@]}" $compiler "$flag" "${json_flags[@]}" -fsyntax-only -x c++ - ||
@@ -176,25 +176,25 @@ if [ "${1:-}" = --cell ]; then
   exit 0
 fi
 
-# ------------------------------------------------------------------------------------------------- what is needed
+# --------------------------------------------------------------------------- headers, roots and servers for the cells
 
-# Debian's mirror, as this system's apt is set up to use it.
+# Prints the Debian mirror that this system's apt uses.
 mirror() {
   apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 'Created-By: Packages' 2> /dev/null |
     awk '$1 == "Debian" && $2 == "Debian" { print $3; exit }'
 }
 
-# The upstream headers of several releases of nlohmann/json: out of Debian's packages, and what none of them has out of pip's. An apt state of its own leaves the system's alone. What is put by hand into a folder of the
-# same kind (headers/json-3.10/nlohmann/json.hpp) is used as well.
+# Fetches the headers of several releases of nlohmann/json from Debian's packages, and from pip. Uses its own apt state, so that
+# the system's is unchanged. Headers that a user puts into such a folder (headers/json-3.10/nlohmann/json.hpp) are used, too.
 fetch_headers() {
   mkdir -p "$work/headers" "$work/apt/lists/partial"
   local from state=() name release version folder fetched missing=()
   mkdir -p "$work/headers/json-system"
-  ln -sfn /usr/include/nlohmann "$work/headers/json-system/nlohmann" # for those who do not look into /usr/include
+  ln -sfn /usr/include/nlohmann "$work/headers/json-system/nlohmann" # for compilers that do not search /usr/include
   [ ! -e "$work/headers/complete" ] || return 0
   from=$(mirror)
   if [ -z "$from" ]; then
-    echo "packages of other releases are had from Debian only" > "$work/headers/why"
+    echo "packages of other releases are fetched on Debian only" > "$work/headers/why"
     return
   fi
   for release in bookworm trixie sid; do
@@ -205,7 +205,7 @@ fetch_headers() {
   state=(-o Dir::Etc::SourceList="$work/apt/sources.list" -o Dir::Etc::SourceParts=- -o Dir::State="$work/apt"
     -o Dir::State::status="$work/apt/status" -o Dir::Cache="$work/apt" -o APT::Sandbox::User="$(id -un)" -o Acquire::Retries=3)
   if ! apt-get "${state[@]}" -q update > "$work/apt/log" 2>&1 || ! command -v dpkg-source > /dev/null; then
-    echo "source packages are not to be had (apt, dpkg-source)" > "$work/headers/why"
+    echo "source packages are unavailable (apt, dpkg-source)" > "$work/headers/why"
     return
   fi
   name=nlohmann-json3
@@ -246,7 +246,7 @@ fetch_headers() {
   fi
 }
 
-# A root of another release: compilers that this one does not have.
+# Makes a root of another Debian release, for compilers that this system does not have.
 make_root() { # RELEASE PACKAGE,...
   local root=$work/roots/$1 from
   mkdir -p "$work/roots"
@@ -276,7 +276,7 @@ start_servers() {
   if [ ! -x "$program" ] || [ -n "$(find "$top/tests/stand_in" -newer "$program" -print -quit)" ]; then
     c++ "${flags[@]}" "$top"/tests/stand_in/*.cpp -o "$program" -lssl -lcrypto -pthread || return
   fi
-  # They end with this script: its end is the end of their input.
+  # The servers end with this script, because their standard input then ends.
   exec {hold}> >(exec "$program" --until-input-ends --generate big.bin=9000000 --ca "$work/ca.pem" --env "$work/tls.env" > /dev/null)
   exec {hold_too}> >(exec "$program" --until-input-ends --generate big.bin=9000000 --plain --env "$work/plain.env" > /dev/null)
   local tries
@@ -393,7 +393,7 @@ rm -rf "$work"/{tls,plain}.env "$work/cells"
 fetch_headers
 start_servers || exit 1
 "$list"
-# What is shared is made before the cells run side by side.
+# The roots are shared: they are made before the cells run in parallel.
 for name in $(printf '%s\n' "${cells[@]}" | sed -n 's/.*root \([a-z]*\)$/\1/p' | sort -u); do
   case $name in
     bullseye) make_root bullseye g++-9,g++-10,clang-9,clang-11,libc++-11-dev,libc++abi-11-dev ;;
@@ -462,12 +462,12 @@ for argument; do
 done
 commit=$(git -C "$top" describe --always --dirty 2> /dev/null || sed -n 's/^#define WANDB_RESTORE_VERSION "\(.*\)"$/\1/p' "$top/wandb_restore.hpp")
 cat << TEXT
-# What the matrix said last
+# Results of the last matrix run
 
 \`tests/matrix/run.sh$arguments\` at $commit: $passed passed, $failed failed, $skipped not here.
 
-Each cell was built with the strict warnings as errors, and run. "this" is the machine itself, $(os_release /etc/os-release PRETTY_NAME)
-on $(uname -m); other Debian releases are roots on it, other architectures emulated by qemu-user, windows is wine.
+Each cell was built with strict warnings as errors, and run. "this" is $(os_release /etc/os-release PRETTY_NAME) on $(uname -m);
+other Debian releases are roots on it, qemu-user emulates other architectures, and wine runs the programs for windows.
 
 | compiler | version | standard | mode | nlohmann/json | machine | result |
 | --- | --- | --- | --- | --- | --- | --- |

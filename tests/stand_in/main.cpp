@@ -1,4 +1,4 @@
-// wandb-stand-in: the stand-in service as a program, for shells and for tests in other languages.
+// wandb-stand-in: the stand-in server as a program, for shells and for tests in other languages.
 //
 // SPDX-License-Identifier: MIT
 #include <fcntl.h>
@@ -31,11 +31,12 @@ extern "C" void wake(int) {
   errno = kept;
 }
 
-/// Until SIGTERM or SIGINT or, if wanted, the end of standard input.
+/// Waits for SIGTERM, SIGINT or, if requested, the end of standard input.
 void wait_for_the_end(bool watch_input) {
   for (;;) {
     std::array<pollfd, 2> both{{{wake_pipe[0], POLLIN, 0}, {watch_input ? STDIN_FILENO : -1, POLLIN, 0}}};
-    if (poll(both.data(), both.size(), -1) < 0) continue;  // interrupted: the pipe tells why
+    if (poll(both.data(), both.size(), -1) < 0)
+      continue;  // interrupted: the signal handler wrote to the pipe
     if (both[0].revents != 0) return;
     std::array<char, 4096> waste;
     if (both[1].revents != 0 && read(STDIN_FILENO, waste.data(), waste.size()) <= 0) return;
@@ -63,7 +64,7 @@ std::string shell_quoted(const std::string& text) {
   return out + "'";
 }
 
-/// Written beside and renamed, so that whoever waits for the file never reads half of it.
+/// Writes a temporary file and renames it, so that a reader never sees a partial file.
 void write_whole(const std::filesystem::path& file, const std::string& text) {
   const std::filesystem::path beside = file.string() + ".part";
   {

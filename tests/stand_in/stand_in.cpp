@@ -1,7 +1,6 @@
-// The stand-in service. It is a blocking HTTP/1.1 server of its own, a thread per connection, over sockets
-// and OpenSSL: a server library would repair, buffer or refuse just what the tests are about, which is exact
-// control of each byte, each reset and each stall. TLS runs over memory BIOs, so that every byte passes
-// through send() with MSG_NOSIGNAL and the host process never sees SIGPIPE.
+// The stand-in server: a blocking HTTP/1.1 server with a thread per connection, over sockets and OpenSSL. The tests need exact
+// control of each byte, reset and stall; a server library would repair, buffer or refuse such responses. TLS runs over memory
+// BIOs, so that every byte passes through send() with MSG_NOSIGNAL and the process gets no SIGPIPE.
 //
 // SPDX-License-Identifier: MIT
 #ifndef _FILE_OFFSET_BITS
@@ -91,7 +90,7 @@ std::string_view trimmed(std::string_view text) {
   return text.substr(from, text.find_last_not_of(" \t\r\n") - from + 1);
 }
 
-/// The part before the first `separator`; `text` keeps what follows it (nothing where there is none).
+/// Returns the part before the first `separator`, and removes it and the separator from `text`.
 std::string_view take_until(std::string_view& text, char separator) {
   const auto at = text.find(separator);
   const auto part = text.substr(0, at);
@@ -164,7 +163,7 @@ std::string percent_decoded(std::string_view text, bool plus_is_space = false) {
   return out;
 }
 
-/// A field of a query or of a form.
+/// Returns a field of a query or a form.
 std::optional<std::string> form_field(std::string_view form, std::string_view name) {
   while (!form.empty()) {
     auto value = take_until(form, '&');
@@ -236,7 +235,7 @@ void set_non_blocking(int fd) {
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
-/// Raised once; ends every wait, be it in poll() or for a time.
+/// A flag that is raised once, and then ends every wait.
 class stop_signal {
  public:
   stop_signal() {
@@ -252,13 +251,14 @@ class stop_signal {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (raised_.exchange(true)) return;
     }
-    const ssize_t written = ::write(write_end_.get(), "x", 1);  // never read: the pipe stays readable for all
+    const ssize_t written =
+        ::write(write_end_.get(), "x", 1);  // never read, so that the pipe stays readable for all waits
     static_cast<void>(written);
     condition_.notify_all();
   }
   bool raised() const { return raised_; }
   int fd() const { return read_end_.get(); }
-  /// False if it was raised before the time came.
+  /// Returns false if the flag was raised before the deadline.
   bool wait_until(clock_type::time_point when) {
     std::unique_lock<std::mutex> lock(mutex_);
     return !condition_.wait_until(lock, when, [&] { return raised_.load(); });
@@ -271,7 +271,7 @@ class stop_signal {
   std::atomic<bool> raised_{false};
 };
 
-/// Waits until `fd` is ready. False: stopped, or `timeout` is up.
+/// Waits until `fd` is ready. Returns false if stopped, or after `timeout`.
 bool wait_ready(int fd, short events, const stop_signal& stop, int timeout = -1) {
   std::array<pollfd, 2> both{{{fd, events, 0}, {stop.fd(), POLLIN, 0}}};
   for (;;) {
@@ -296,7 +296,7 @@ bool send_all(int fd, const char* data, std::size_t count, const stop_signal& st
   return !stop.raised();
 }
 
-/// 0: end of file, error or stopped.
+/// Returns 0 at the end of file, after an error, or if stopped.
 std::size_t receive_some(int fd, char* out, std::size_t room, const stop_signal& stop) {
   for (;;) {
     if (!wait_ready(fd, POLLIN, stop)) return 0;
@@ -371,7 +371,7 @@ struct identity {
   owned<X509> certificate;
 };
 
-/// A certificate signed by `issuer`, or by itself where that is null.
+/// Makes a certificate signed by `issuer`, or self-signed if that is null.
 identity make_identity(const std::string& name, const identity* issuer, long from_seconds, long to_seconds,
                        const std::vector<std::pair<int, std::string>>& extensions) {
   identity made{make_key(), owned<X509>(X509_new())};
@@ -446,7 +446,7 @@ std::string pem_of(X509* x) {
   return text;
 }
 
-/// One accepted connection, plain or TLS. Its owner's thread alone uses it.
+/// An accepted connection, plain or TLS. Only its own thread uses it.
 class connection {
  public:
   connection(descriptor fd, SSL_CTX* context, stop_signal& stop) : fd_(std::move(fd)), stop_(stop) {
@@ -455,13 +455,13 @@ class connection {
     from_peer_ = BIO_new(BIO_s_mem());
     to_peer_ = BIO_new(BIO_s_mem());
     check(tls_ && from_peer_ && to_peer_, "cannot begin TLS");
-    SSL_set_bio(tls_.get(), from_peer_, to_peer_);  // which owns them from here on
+    SSL_set_bio(tls_.get(), from_peer_, to_peer_);  // the SSL object owns the BIOs from here on
     SSL_set_accept_state(tls_.get());
   }
 
   bool is_tls() const { return tls_ != nullptr; }
   int fd() const { return fd_.get(); }
-  /// Little waits in the kernel from now on: what has been sent was read by the peer, but for some 100 KiB.
+  /// Limits the kernel's buffer: from now on the peer has read all sent bytes except about 100 KiB.
   void buffer_little() const {
     const int bytes = 64 * 1024;
     setsockopt(fd(), SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
@@ -472,7 +472,7 @@ class connection {
     return advance([&] { return SSL_do_handshake(tls_.get()); }) > 0;
   }
 
-  /// Adds what comes next to the buffer. False: the peer closed, or stopped.
+  /// Appends received bytes to the buffer. Returns false if the peer closed, or if stopped.
   bool fill() {
     std::array<char, 16384> room;
     std::size_t got = 0;
@@ -498,8 +498,8 @@ class connection {
     return poll(&one, 1, 0) > 0 && (one.revents & peer_left) != 0;
   }
 
-  /// In good order: close_notify if asked for, FIN, then what the peer still sends is read away for a while,
-  /// because closing with unread bytes would turn into a reset that can overtake what was sent.
+  /// Closes in order: close_notify if requested, then FIN. Then it reads and discards bytes for a while: closing a socket with
+  /// unread bytes would send a reset, which can overtake the sent bytes.
   void close(bool notify) {
     if (!fd_) return;
     if (tls_ && notify && SSL_is_init_finished(tls_.get())) {
@@ -519,8 +519,7 @@ class connection {
     fd_.close();
   }
 
-  /// RST. Waits until the peer's system has all that was sent, so that the number of bytes it gets is
-  /// certain.
+  /// Closes with RST. First waits until the peer's system has received all sent bytes, so that their number is certain.
   void reset() {
     if (!fd_) return;
 #ifdef __linux__
@@ -536,7 +535,7 @@ class connection {
   }
 
  private:
-  /// Runs an OpenSSL step to its end, moving bytes between it and the socket. > 0: done.
+  /// Runs an OpenSSL operation, and moves bytes between OpenSSL and the socket. Returns > 0 on success.
   template <class Step>
   int advance(Step step) {
     for (;;) {
@@ -623,7 +622,7 @@ class generated_content : public content {
       const std::uint64_t word = mixed(offset / 8);
       std::array<char, 8> raw;
       for (unsigned i = 0; i < 8; ++i)
-        raw[i] = static_cast<char>(word >> (8 * i));  // the same on every machine
+        raw[i] = static_cast<char>(word >> (8 * i));  // little endian on every machine
       const auto skip = static_cast<std::size_t>(offset % 8);
       const std::size_t taken = std::min(count, raw.size() - skip);
       std::memcpy(out, raw.data() + skip, taken);
@@ -648,7 +647,7 @@ class generated_content : public content {
   std::uint64_t size_, seed_;
 };
 
-/// `head`, as much filler as it takes, `tail`.
+/// `head`, filler up to the size, `tail`.
 class filler_content : public content {
  public:
   filler_content(std::string head, std::uint64_t size, std::string tail)
@@ -672,7 +671,7 @@ class filler_content : public content {
   std::uint64_t size_;
 };
 
-/// Other bytes from an offset on.
+/// A content with other bytes from an offset on.
 class altered_content : public content {
  public:
   altered_content(content_ptr base, std::uint64_t from, std::uint64_t to = UINT64_MAX)
@@ -721,7 +720,7 @@ std::array<unsigned char, 16> md5_of(const content& of) {
   return hash.end();
 }
 
-/// A file of a run. Its md5 is computed once, when it is first asked for.
+/// A file of a run. Its md5 is computed once, on demand.
 class stored_file {
  public:
   stored_file(content_ptr what, file_attributes how)
@@ -735,7 +734,7 @@ class stored_file {
   const content_ptr& what() const { return content_; }
   const file_attributes& attributes() const { return attributes_; }
 
-  /// With its quotes; empty for none.
+  /// Returns the ETag with its quotes, or an empty string.
   std::string etag() const {
     switch (attributes_.etag) {
       case etag_form::strong: return etag_;
@@ -781,7 +780,7 @@ using file_ptr = std::shared_ptr<const stored_file>;
 
 // ---- GraphQL -------------------------------------------------------------------------------------------
 
-/// What a GraphQL server refuses a question for.
+/// An error of a GraphQL query.
 class question_error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -793,7 +792,7 @@ struct field {
   std::vector<field> fields;
 };
 
-/// Reads a query, its variables put in place. Knows what clients of runs and files use: one operation with
+/// Parses a query and substitutes its variables. Supports the syntax that clients of runs and files use: one operation with
 /// variables and their defaults, arguments, aliases and inline fragments.
 class query_reader {
  public:
@@ -974,7 +973,7 @@ class query_reader {
 using resolver = std::function<json(const field&)>;
 using resolvers = std::map<std::string, resolver, std::less<>>;
 
-/// The object that the selection asks for, and no more. A discarded value leaves its field out.
+/// Returns only the selected fields of an object. Discarded values are left out.
 json select(const std::vector<field>& fields, const std::string& type, const resolvers& known,
             const std::vector<std::string>& unknown) {
   if (fields.empty())
@@ -999,7 +998,7 @@ resolver constant(json value) {
   return [value = std::move(value)](const field&) { return value; };
 }
 
-/// SQL's LIKE: % is any text, _ any character.
+/// SQL's LIKE: % matches any text, _ any character.
 bool is_like(std::string_view text, std::string_view pattern) {
   if (pattern.empty()) return text.empty();
   if (pattern[0] == '%')
@@ -1031,16 +1030,16 @@ struct reply {
 
   opening begin = opening::answer;
   std::vector<int> interim;
-  std::optional<std::string> status_line;  // in place of the usual one
+  std::optional<std::string> status_line;  // instead of the usual status line
   int status = 0;
   header_list fields;
   unsigned filler_headers = 0;
   bool endless_header = false;
 
   content_ptr body;
-  std::uint64_t offset = 0, length = 0;  // the part of it that is sent
+  std::uint64_t offset = 0, length = 0;  // the part of the file that is sent
   bool endless_body = false;
-  bool from_storage = false;  // file bytes: paced
+  bool from_storage = false;  // file bytes, subject to the rate limits
   framing frame = framing::length;
   std::int64_t promised_more = 0;
 
@@ -1080,7 +1079,7 @@ reply json_reply(int status, const json& body) {
   return text_reply(status, body.dump(-1, ' ', false, json::error_handler_t::replace), "application/json");
 }
 
-/// An error as object stores word it.
+/// An error document in the format of object stores.
 reply xml_reply(int status, const std::string& code, const std::string& message) {
   return text_reply(status,
                     "<?xml version='1.0' encoding='UTF-8'?><Error><Code>" + code + "</Code><Message>" +
@@ -1253,7 +1252,7 @@ struct fault_word {
   const char* name;
   const char* arguments;
   const char* meaning;
-  std::size_t least, most;  // how many arguments
+  std::size_t least, most;  // the number of arguments
   action (*make)(const fault_arguments&);
 };
 
@@ -1459,21 +1458,21 @@ struct request {
   std::optional<std::string> header(std::string_view name) const { return find_header(headers, name); }
 };
 
-/// What a request is about.
+/// The interpretation of a request.
 struct route {
   request_kind kind = request_kind::other;
   place at = place::any;
-  std::string match;  // what a fault's text is looked for in
+  std::string match;  // the text in which a fault's pattern is searched
   run_ref run;
   std::string name;
-  bool direct = false;  // the service sends the file itself
+  bool direct = false;  // the service sends the file without a redirect
 };
 
 struct span {
-  std::uint64_t first, last;  // both inside
+  std::uint64_t first, last;  // inclusive
 };
 
-/// One range of a Range header. nullopt: to be ignored; first > last: cannot be satisfied.
+/// Parses a Range header with one range. nullopt: to be ignored; first > last: cannot be satisfied.
 std::optional<span> parse_range(const std::string& text, std::uint64_t size) {
   std::string_view rest = text;
   if (take_until(rest, '=') != "bytes" || rest.find(',') != std::string_view::npos) return std::nullopt;
@@ -1491,12 +1490,13 @@ bool lists_etag(const std::string& header, const std::string& etag) {
   if (trimmed(header) == "*") return true;
   std::string_view rest = header;
   while (!rest.empty()) {
-    if (trimmed(take_until(rest, ',')) == etag) return !etag.empty() && etag[0] == '"';  // strong ones only
+    if (trimmed(take_until(rest, ',')) == etag)
+      return !etag.empty() && etag[0] == '"';  // only strong tags match
   }
   return false;
 }
 
-/// Says when the next bytes may go out, so that `rate` bytes per second are kept.
+/// Schedules bytes so that `rate` bytes per second are not exceeded.
 class pacer {
  public:
   clock_type::time_point reserve(std::size_t count, std::uint64_t rate) {
@@ -1588,7 +1588,7 @@ class server::implementation {
       if (one.thread.joinable()) one.thread.join();
       one.fd.close();
     }
-    for (auto& one : workers_) one.thread.join();  // nobody adds any more: the acceptors are gone
+    for (auto& one : workers_) one.thread.join();  // complete: the acceptors have ended
     workers_.clear();
   }
 
@@ -1632,7 +1632,7 @@ class server::implementation {
     while (wait_ready(mine.fd.get(), POLLIN, stop_)) {
       descriptor fd(::accept(mine.fd.get(), nullptr, nullptr));
       if (!fd) {
-        // out of descriptors, say: the connection stays in the queue, so give others time to end
+        // for example out of descriptors: the connection stays in the queue until others end
         if (!would_block() && !stop_.wait_until(clock_type::now() + milliseconds(10))) break;
         continue;
       }
@@ -1656,7 +1656,7 @@ class server::implementation {
     }
   }
 
-  /// Signals are for the threads of the host process.
+  /// Blocks signals in this thread: the threads of the host process handle them.
   static void block_signals() {
     sigset_t all;
     sigfillset(&all);
@@ -1685,11 +1685,11 @@ class server::implementation {
         peer.close(end == reply::ending::clean);
       }
     } catch (const std::exception&) {
-      closed();  // a disk that fails, memory that is short: the peer sees a closed connection
+      closed();  // a disk error, or out of memory: the connection is closed
     }
   }
 
-  /// Everything between accepting and closing. Returns how to close.
+  /// Serves a connection from accept to close. Returns how to close it.
   reply::ending converse(origin at, std::uint64_t id, connection& peer) {
     reply at_connect;
     for (const auto& one : strike(place::connect, std::string(name_of(at)), std::nullopt)) {
@@ -1730,7 +1730,7 @@ class server::implementation {
     }
   }
 
-  /// Where a fault wants no answer: how to close. Hanging goes on with the answer once it is released.
+  /// Returns how to close if a fault prevents the answer. A hanging request is answered once it is released.
   std::optional<reply::ending> not_begun(const reply& what, connection& peer) {
     switch (what.begin) {
       case reply::opening::answer: return std::nullopt;
@@ -1743,7 +1743,7 @@ class server::implementation {
     return reply::ending::reset;
   }
 
-  /// Waits until release(). False: stopped, or the peer left.
+  /// Waits until release(). Returns false if stopped, or if the peer closed.
   bool hold(connection& peer) {
     std::unique_lock<std::mutex> lock(mutex_);
     const auto generation = releases_;
@@ -1761,7 +1761,7 @@ class server::implementation {
 
   // -- requests --
 
-  /// 0: read; < 0: the peer is done; > 0: the status to refuse it with.
+  /// Returns 0 after a request, < 0 if the peer closed, or the status to refuse the request with.
   int read_request(connection& peer, request& out) {
     std::string& buffer = peer.buffer;
     std::size_t end = 0;
@@ -1812,7 +1812,7 @@ class server::implementation {
         if (!size || *size > max_request_body_bytes || out.body.size() > max_request_body_bytes) return 400;
         buffer.erase(0, end + 2);
         if (!take(*size + 2))
-          return -1;  // the last chunk too ends with an empty line, as trailers are not sent
+          return -1;  // the last chunk ends with an empty line, because no trailers are sent
         out.body.resize(out.body.size() - 2);
         if (*size == 0) return 0;
       }
@@ -1877,11 +1877,12 @@ class server::implementation {
     return made.number;
   }
 
-  /// Applies to a request's record and to the counters of its kind.
+  /// Changes a request's record and the counters of its kind.
   template <class Change>
   void update(std::size_t number, Change apply) {
     change([&] {
-      if (requests_.empty() || number < requests_.front().number) return;  // the log was cleared meanwhile
+      if (requests_.empty() || number < requests_.front().number)
+        return;  // the log was cleared in the meantime
       auto& record = requests_[number - requests_.front().number];
       apply(record, counters_.by_kind.at(static_cast<std::size_t>(record.kind)));
     });
@@ -2110,7 +2111,7 @@ class server::implementation {
                   how_.unknown_fields);
   }
 
-  /// `file` is null for a name that was never uploaded, for which the service has a node all the same.
+  /// `file` is null for a name that was never uploaded, for which the service still has a node.
   json node_json(const field& asked, const run_ref& run, const std::string& name, const file_ptr& file) {
     const file_attributes given = file ? file->attributes() : file_attributes{};
     const auto url = [&](const field&) -> json {
@@ -2245,7 +2246,7 @@ class server::implementation {
     return made;
   }
 
-  /// Sends the answer as it says. True: the connection can take another request.
+  /// Sends the answer. Returns true if the connection can be used for another request.
   bool send(reply& answer, bool head_only, std::optional<std::size_t> number, connection& peer) {
     for (const int code : answer.interim) {
       if (!peer.send("HTTP/1.1 " + std::to_string(code) + " Interim\r\n\r\n")) return false;
@@ -2280,7 +2281,7 @@ class server::implementation {
     return answer.endless_header ? head : head + "\r\n";
   }
 
-  /// True: the body is out to its end.
+  /// Returns true if the whole body was sent.
   bool send_body(const reply& answer, std::optional<std::size_t> number, connection& peer) {
     if (answer.status == 204 || answer.status == 304) return true;
     std::uint64_t each_rate = 0, global_rate = 0;
@@ -2389,7 +2390,7 @@ class server::implementation {
     return false;
   }
 
-  /// The port of this stand-in that `authority` (host:port) means, or 0.
+  /// Returns the port of this stand-in for `authority` (host:port), or 0.
   std::uint16_t own_port(std::string authority) const {
     const auto colon = authority.rfind(':');
     const auto port = to_number(colon == std::string::npos ? "80" : authority.substr(colon + 1));
@@ -2407,7 +2408,7 @@ class server::implementation {
     return 0;
   }
 
-  /// Passes bytes both ways until one side ends.
+  /// Relays bytes in both directions until one side ends.
   void relay(connection& peer, int upstream, std::size_t number) {
     if (!send_all(upstream, peer.buffer.data(), peer.buffer.size(), stop_)) return;
     peer.buffer.clear();
@@ -2435,7 +2436,7 @@ class server::implementation {
     return file == found->second.files.end() ? nullptr : file->second;
   }
 
-  /// What strikes a request now, in the order in which the faults were added. Counts.
+  /// Returns the effects of all faults that apply to a request, in the order of the faults, and counts them.
   std::vector<action> strike(place at, const std::string& text, const std::optional<span>& range) {
     std::vector<action> struck;
     change([&] {
@@ -2454,7 +2455,7 @@ class server::implementation {
     return struck;
   }
 
-  /// A change of the state that somebody may wait for.
+  /// Notifies waiting threads of a change.
   template <class Change>
   void change(Change apply) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -2475,7 +2476,7 @@ class server::implementation {
   std::list<worker> workers_;
   pacer all_bodies_;
 
-  std::mutex mutex_;  // of everything below
+  std::mutex mutex_;  // guards everything below
   std::condition_variable changed_;
   std::map<std::string, stored_run> runs_;
   std::map<std::string, signature> signatures_;
@@ -2585,7 +2586,8 @@ std::size_t server::struck(std::size_t fault) const {
 }
 void server::clear_faults() {
   impl_->change([&] {
-    for (auto& rule : impl_->faults_) rule.active = false;  // their numbers stay good for struck()
+    for (auto& rule : impl_->faults_)
+      rule.active = false;  // kept, so that their numbers stay valid for struck()
   });
 }
 void server::release() {

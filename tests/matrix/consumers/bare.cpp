@@ -1,4 +1,4 @@
-// The same without OpenSSL: the program brings its transport, and links nothing.
+// As main.cpp, without OpenSSL: the program uses its own transport, and links no library.
 #define WANDB_RESTORE_NO_OPENSSL
 #include "wandb_restore.hpp"
 

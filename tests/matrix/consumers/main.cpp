@@ -1,4 +1,4 @@
-// What each consumer builds: enough to link all of the library, and to run without a network.
+// The program that each consumer builds. It links the whole library, and runs without a network.
 #include "wandb_restore.hpp"
 
 #include <fstream>

@@ -1,5 +1,5 @@
-// The header behaves where others do not: it comes after macros like those of windows.h, twice, beside names of a program
-// that are its own, and leaves nothing behind. Built with whatever the mode defines.
+// The header is included twice, after macros like those of windows.h, in a program whose names are those of the library. It must
+// compile, and define no macros beyond its own.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -42,7 +42,7 @@
 #include <unistd.h>
 #endif
 
-// From here on these are only the header's to trip over.
+// Every other header is included above, so that only wandb_restore.hpp meets these macros.
 #undef min
 #undef max
 #undef small
@@ -76,7 +76,7 @@
 #define unix 1
 #define linux 1
 
-// A program's own names, as functions, types and namespaces.
+// Functions, types and namespaces of the program.
 namespace detail {
 struct md5 {};
 }  // namespace detail
@@ -102,7 +102,7 @@ int trim(int c) { return c; }
 #endif
 
 int main() {
-  // Unqualified, they are still the program's.
+  // Unqualified names still mean those of the program.
   const error mine;
   const settings own;
   const detail::md5 digest;

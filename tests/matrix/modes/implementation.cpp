@@ -1,3 +1,3 @@
-// In split mode, the one source file that brings the code.
+// The source file with the implementation, in split mode.
 #define WANDB_RESTORE_IMPLEMENTATION
 #include "wandb_restore.hpp"

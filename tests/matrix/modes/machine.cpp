@@ -1,5 +1,5 @@
-// What depends on the machine and the system: byte order, the width of sizes, files over 4 GiB, locks, atomic replacing,
-// the home directory. Without OpenSSL, all inline, so that the parts can be looked at one by one.
+// Tests the parts that depend on the machine and the system: byte order, the width of sizes, files over 4 GiB, locks, atomic
+// replacement, the home directory. Compiled without OpenSSL, and inline, to reach the internals.
 #include "shared.hpp"
 
 #include <fstream>
@@ -95,7 +95,7 @@ void replacing_and_locks() {
   check(old.has_value(), "a first restore", old ? "" : old.error().what());
   state.files["file.txt"] = {200, {}};
 #ifdef _WIN32
-  if (old) old->close();  // there, what is open is not replaced
+  if (old) old->close();  // Windows does not replace an open file
 #endif
   auto fresh = client.try_restore("file.txt", "", true);
   check(fresh && fresh->size() == 200, "a second one in its place", fresh ? "" : fresh.error().what());
@@ -114,7 +114,7 @@ void replacing_and_locks() {
   {
     detail::place_lock next(at);
     check(next.try_acquire() == detail::place_lock::outcome::held, "and free again");
-    // Another process would see it so: not by the names that this one remembers, but through the file.
+    // As another process would find it: through the file, not through names in this process's memory.
 #ifdef _WIN32
     check(beside.open(at.lock(), detail::file::mode::read) != 0, "no other process can open it");
 #endif
@@ -129,7 +129,7 @@ void replacing_and_locks() {
   check(self.realm.empty() || gone.provably_dead(), "that one is not");
 }
 
-/// Offsets that do not fit 32 bits; the file has holes where nothing was written.
+/// Offsets beyond 32 bits. Unwritten parts of the file are holes.
 void large_files() {
   const scratch folder("large");
   const std::uint64_t size = (std::uint64_t{4} << 30) + 5 * detail::partial_file::block + 17;
@@ -152,7 +152,7 @@ void large_files() {
   std::error_code ignored;
   std::filesystem::remove(folder.where / "sparse", ignored);
 
-  // A partial file of that size goes on from where it was left, and is published. What was brought before is holes here.
+  // A partial file of that size is resumed and published. The earlier blocks are holes here.
   const std::string md5(32, '7');
   const std::uint64_t last = (size - 1) / detail::partial_file::block, missing[] = {last - 3, last};
   const detail::place at(folder.where / "large.bin");

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Which macros the header leaves behind, beyond those of the headers that it includes: only such as begin with WANDB_RESTORE_.
-# And which names, of those that its own text declares, are in the global namespace: none.
+# Checks that the header defines only macros whose names begin with WANDB_RESTORE_ (macros of included headers do not count), and
+# that it declares no name in the global namespace.
 #
 #   macros.sh COMPILER FLAG...
 set -euo pipefail
@@ -8,7 +8,7 @@ header=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)/wandb_restore.hpp
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# -dD keeps definitions in the preprocessed text, between line markers that tell whose they are.
+# -dD keeps definitions in the preprocessed text. The line markers tell which file each definition is from.
 echo '#include "wandb_restore.hpp"' > "$scratch/one.cpp"
 "$@" -I"$(dirname "$header")" -E -dD "$scratch/one.cpp" | awk '
   /^# [0-9]+ "/ { ours = $3 ~ /wandb_restore\.hpp"$/; next }
@@ -20,7 +20,7 @@ if [ -s "$scratch/macros" ]; then
   exit 1
 fi
 
-# What an object file defines, demangled: everything that comes from here has wandb:: in it.
+# Every symbol of the header has wandb:: in its demangled name.
 "$@" -I"$(dirname "$header")" -DWANDB_RESTORE_SPLIT -DWANDB_RESTORE_IMPLEMENTATION -c "$scratch/one.cpp" -o "$scratch/one.o"
 leaked=$(nm -C --defined-only "$scratch/one.o" | awk '$2 ~ /^[TDBR]$/' | grep -vE 'wandb::|nlohmann::' || true)
 if [ -n "$leaked" ]; then

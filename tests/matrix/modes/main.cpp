@@ -1,5 +1,5 @@
-// One program for every mode of the header: restores over a Transport in memory, and over the default one
-// from the server that the environment names (its file big.bin has 9,000,000 bytes). Prints "ok" and what it is made of.
+// One program for every mode of the header. Restores over a transport in memory, and over the default transport from the server
+// that the environment names (its file big.bin has 9,000,000 bytes). Prints "ok", and how it was compiled.
 #include "shared.hpp"
 
 namespace {
@@ -87,7 +87,7 @@ void restores_over_memory() {
   check(!cancelled && cancelled.error().code() == errc::cancelled, "a cancelled restore", why(cancelled));
 }
 
-/// What comes from others is of any shape: a failure, never an end.
+/// Malformed answers cause failures, and never a crash.
 void survives_answers() {
   const scratch folder("answers");
   memory_transport::state state;

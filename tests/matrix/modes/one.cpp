@@ -1,3 +1,3 @@
-// The sources of the other modes as one.
+// All sources of the program in one file.
 #include "main.cpp"
 #include "other.cpp"

@@ -1,12 +1,12 @@
-// A second source file that includes the header: in split mode it sees the declarations alone, and yet has a Transport and
-// a rule of its own.
+// A second source file that includes the header. It defines a transport and a cache rule; in split mode it sees only the
+// declarations of the library.
 #include "shared.hpp"
 
 namespace matrix {
 
 namespace {
 
-/// The memory's, with one thing more that a user's transport may have: a member that the library knows nothing of.
+/// The transport in memory with an additional member, which the library does not know.
 class counting_transport {
  public:
   explicit counting_transport(memory_transport::state& of, int& exchanges)
