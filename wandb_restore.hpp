@@ -38,13 +38,13 @@
 #define WANDB_RESTORE_VERSION_PATCH 0
 #define WANDB_RESTORE_VERSION "0.1.0"
 
-// Macros a program may define. The first three must be the same in every file of one program; each is part of the
-// inline namespace's name, so that files which disagree fail to link instead of running wrong.
-//   WANDB_RESTORE_SPLIT           an include brings declarations only; one source file defines the next macro
+// Macros a program may define. The first three must be the same in every file of one program. Each is part of the
+// inline namespace's name: files that disagree fail to link.
+//   WANDB_RESTORE_SPLIT           the header only declares; one source file defines WANDB_RESTORE_IMPLEMENTATION, too
 //   WANDB_RESTORE_NO_OPENSSL      plain HTTP only
-//   WANDB_RESTORE_EXCEPTIONS      0 or 1; default: what the compiler's flags allow
-//   WANDB_RESTORE_IMPLEMENTATION  in split mode, in exactly one source file: brings the rest
-//   WANDB_RESTORE_HTTPLIB         adds httplib_transport, over cpp-httplib; in split mode, also where the rest is brought
+//   WANDB_RESTORE_EXCEPTIONS      0 or 1; default: 1 if the compiler's flags allow exceptions
+//   WANDB_RESTORE_IMPLEMENTATION  in split mode, in exactly one source file: the header also defines
+//   WANDB_RESTORE_HTTPLIB         adds httplib_transport, over cpp-httplib; in split mode, define it in that file, too
 
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
 #error "wandb_restore.hpp needs C++17: compile with -std=c++17 (or /std:c++17) or later"
@@ -92,13 +92,13 @@
 #include <atomic>            // the caller's cancel flag
 #include <chrono>            // timeouts
 #include <cstdint>           // sizes
-#include <cstdlib>           // abort, where there are no exceptions
+#include <cstdlib>           // abort, if exceptions are off
 #include <filesystem>        // paths
 #include <fstream>           // restored_file is an ifstream
 #include <functional>        // callbacks
 #include <initializer_list>  //
 #include <memory>            // shared_ptr
-#include <optional>          // what may be unknown; result
+#include <optional>          // unknown values; result
 #include <stdexcept>         // error is a runtime_error
 #include <string>            //
 #include <string_view>       //
@@ -113,17 +113,17 @@ inline namespace WANDB_RESTORE_PRIVATE_ABI {
 
 /// The kind of a failure. README.md lists the situations that lead to each code.
 enum class errc {
-  invalid_argument = 1,  ///< empty name, name that leaves root, unusable root, option, base URL or API key
-  invalid_run_path,      ///< malformed run path; or no entity, project or run id is known
+  invalid_argument = 1,  ///< bad file name (empty, absolute, or with ".."), root, option, base URL or API key
+  invalid_run_path,      ///< malformed run path, or the entity, project or run id is missing
   run_not_found,         ///< the run does not exist, or this API key may not see it
   file_not_found,        ///< the run has no such file, or the file was never uploaded
   not_authenticated,     ///< the service answered 401
-  permission_denied,     ///< the service answered 403; or storage did, also at a newly requested URL
+  permission_denied,     ///< the service answered 403; or storage did, also for renewed URLs
   offline,               ///< WANDB_MODE forbids network access and there is no local copy to use
   connection_failed,     ///< no connection, certificate refused, peer too slow or silent, connection cut
-  http_failure,          ///< an error status that remained after all retries, or that is never retried
+  http_failure,          ///< any other error status, after the retries that it allows
   protocol_violation,    ///< the answer violates HTTP or the service's API
-  checksum_mismatch,     ///< size or md5 is wrong, also after the file was downloaded a second time
+  checksum_mismatch,     ///< the file was downloaded twice, and both times its size or md5 was wrong
   local_conflict,        ///< the local copy was restored from a different run
   disk_failure,          ///< disk full, permission denied, or a directory has the file's name
   cancelled,             ///< the caller cancelled; the next call resumes from the bytes that had arrived
@@ -159,7 +159,7 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
       : std::runtime_error(text), code_(code), http_status_(http_status),
         transient_(may_pass(code, http_status)) {}
 
-  /// Makes an error that is never retried, whatever its code: for a refused certificate, for example.
+  /// Makes an error with `is_transient()` false, whatever its code: for a refused certificate, for example.
   [[nodiscard]] static error permanent(errc code, const std::string& text, int http_status = 0) {
     error e(code, text, http_status);
     e.transient_ = false;
@@ -242,7 +242,7 @@ class [[nodiscard]] result : public detail::outcome {
   using value_type = T;  ///< as in std::expected
   using outcome::outcome;
 
-  // Two constructors instead of one that takes T by value: before Clang 13, `return local;` would copy into the latter.
+  // Two constructors, not one that takes T by value: before Clang 13, `return local;` would copy into that parameter.
   /// Success.
   result(const T& value) : value_(value) {}  // NOLINT: implicit, as in expected
   /// Success.
@@ -268,10 +268,10 @@ class [[nodiscard]] result : public detail::outcome {
   T&& value() && { return require(), std::move(value_); }
   /// @}
 
-  /// Returns the value, or after a failure `other` converted to T.
+  /// Returns the value, or after a failure `fallback` converted to T.
   template <class U>
-  T value_or(U&& other) && {
-    return has_value() ? std::move(value_) : static_cast<T>(std::forward<U>(other));
+  T value_or(U&& fallback) && {
+    return has_value() ? std::move(value_) : static_cast<T>(std::forward<U>(fallback));
   }
 
  private:
@@ -304,7 +304,7 @@ struct run_path {
   ///
   /// @param text      the run path; if empty, all three parts come from `defaults`.
   /// @param defaults  supplies the parts that `text` leaves out.
-  /// @return          the run, or errc::invalid_run_path if a part is malformed, or missing also in `defaults`.
+  /// @return          the run, or errc::invalid_run_path if a part is malformed or neither argument has it.
   /// Source: wandb/apis/public/api.py, Api._parse_path.
   static result<run_path> parse(std::string_view text, const run_path& defaults = {});
 
@@ -357,10 +357,11 @@ struct http_request {
   std::string proxy_authorization = {};  ///< the value of Proxy-Authorization; sent to the proxy only
   /// Limits TCP connection, CONNECT and TLS handshake together, without name resolution.
   std::chrono::milliseconds connect_timeout{30000};
-  std::chrono::milliseconds idle_timeout{30000};  ///< the longest time without a byte sent or received
-  std::function<bool()> is_cancelled = {};        ///< may be empty; may be called from any thread
+  std::chrono::milliseconds idle_timeout{
+      30000};                               ///< the exchange fails after this long without a byte either way
+  std::function<bool()> is_cancelled = {};  ///< may be empty; may be called from any thread
 
-  /// Returns true once the exchange is to end. A transport calls this at least once a second.
+  /// Returns true if the exchange shall end. A transport calls this at least once a second.
   [[nodiscard]] bool cancelled() const { return is_cancelled && is_cancelled(); }
 };
 
@@ -379,8 +380,8 @@ struct http_response {
 /// the connection and returns errc::cancelled.
 class body_sink {
  public:
-  /// Reports an established TCP connection to the server or proxy. Optional. Without this call a failed exchange is
-  /// retried for settings::connect_timeout only, with it for settings::retry_timeout.
+  /// Reports an established TCP connection to the server or proxy. Optional. If a transport makes this call, a failed
+  /// exchange is retried for settings::retry_timeout; otherwise for settings::connect_timeout only.
   virtual void connected() {}
   /// Delivers status and headers of the final response, also if it has no body. Returns false to stop.
   virtual bool start(const http_response& head) = 0;
@@ -416,10 +417,10 @@ struct is_transport<T, std::void_t<decltype(std::declval<T&>().send(std::declval
 
 // ==================================================================================================== files
 
-/// Describes a file of a run, as the service does.
+/// A file of a run, as the service describes it.
 struct file_info {
   std::string name;                   ///< path inside the run, '/'-separated
-  std::optional<std::uint64_t> size;  ///< bytes; empty if the service does not tell
+  std::optional<std::uint64_t> size;  ///< bytes; empty if unknown
   std::string md5;                    ///< 32 lower-case hex digits; empty if unknown
   std::string mimetype;               ///< e.g. "text/plain"; empty if unknown
   std::string updated_at;             ///< time of the last change in ISO 8601, as received; empty if unknown
@@ -427,8 +428,8 @@ struct file_info {
 
 /// The activity that a progress report is about.
 enum class phase {
-  downloading,  ///< bytes are fetched, or another process is waited for that fetches the same file
-  verifying,    ///< the md5 of a complete file is computed
+  downloading,  ///< this call fetches bytes, or waits for another process that fetches the same file
+  verifying,    ///< this call computes the md5 of a complete file
 };
 
 /// A progress report of one restore.
@@ -438,7 +439,7 @@ struct progress {
   /// While downloading: bytes present, including those of earlier tries. While verifying: bytes hashed.
   std::uint64_t bytes_done = 0;
   std::optional<std::uint64_t> bytes_total;  ///< the file's size; empty if unknown
-  double bytes_per_second = 0;  ///< recent rate of the network; 0 if nothing is known or received
+  double bytes_per_second = 0;               ///< recent rate of the network; 0 if unknown
 };
 
 /// The origin of a restored file's bytes.
@@ -452,7 +453,7 @@ enum class source {
 /// may be used by one thread at a time.
 class restored_file : public std::ifstream {
  public:
-  /// The properties of a restored file, for constructing one: the accessors of the same names describe them.
+  /// The properties of a restored file, as an argument of the constructor.
   struct facts {
     std::filesystem::path path;                   ///< see `restored_file::path()`
     std::uint64_t size = 0;                       ///< see `restored_file::size()`
@@ -460,9 +461,9 @@ class restored_file : public std::ifstream {
     wandb::source source = wandb::source::local;  ///< see `restored_file::source()`
     bool verified = false;                        ///< see `restored_file::verified()`
   };
-  /// Makes a stream without a file, which another can be moved to.
+  /// Makes a closed stream without properties, as a target for a move.
   restored_file() = default;
-  /// Takes over an open stream. The library makes its objects so; tests of a program may, too.
+  /// Takes over an open stream. Public so that a program's tests can make objects, too.
   restored_file(std::ifstream stream, facts known)
       : std::ifstream(std::move(stream)), facts_(std::move(known)) {}
   /// Moves stream and properties.
@@ -485,8 +486,8 @@ class restored_file : public std::ifstream {
   [[nodiscard]] const std::string& md5() const noexcept { return facts_.md5; }
   /// Returns where the bytes came from.
   [[nodiscard]] wandb::source source() const noexcept { return facts_.source; }
-  /// Returns true if the content has the md5 that the service told: checked by this call, or by an earlier one whose
-  /// receipt says that the file has not changed since (same size and time of modification).
+  /// Returns true if the content has the service's md5. This call has checked that, or an earlier call has, and the file
+  /// still has the size and the time of modification that are in its receipt.
   [[nodiscard]] bool verified() const noexcept { return facts_.verified; }
 
  private:
@@ -500,24 +501,24 @@ class restoring;
 class opened_copy;
 }  // namespace detail
 
-/// Describes an existing local copy to a cache policy. Everything is known without a request.
+/// Describes an existing local copy to a cache policy. Filling it in makes no request.
 class local_copy {
  public:
   std::filesystem::path path;                        ///< root / name
   std::uint64_t size = 0;                            ///< bytes
   std::chrono::system_clock::time_point modified{};  ///< time of the last modification
-  /// The run that the file was restored from, by its receipt. Empty without a receipt, or if the file has changed since.
+  /// The run that the file was restored from, by its receipt. Empty if there is no receipt, or if the file has changed since.
   std::optional<run_path> restored_from;
-  /// The name of the file in that run, as in file_info::name. Empty if restored_from is absent, or if the receipt does not
+  /// The name of the file in that run, as in file_info::name. Empty if restored_from is empty, or if the receipt does not
   /// record the name (version 0.1.0 did not).
   std::string restored_name;
-  /// The md5 that was verified when the receipt was written, in hex. Empty if there was none, or without a receipt.
+  /// The md5 in the receipt, in hex. Empty if there is no receipt, or if the file was restored without verification.
   std::string receipt_md5;
 
-  /// Returns the md5 of the content in hex. Takes it from the receipt; without one reads the file once, which blocks and
-  /// reports progress. During a restore it reads the file that the restore opened and would return; afterwards, the file
-  /// that `path` names. Returns an empty string if the file cannot be read, has changed since the restore looked at it, or
-  /// if the restore is cancelled. Not thread-safe.
+  /// Returns the md5 of the content in hex: the receipt's, or else computed by reading the file once, which blocks and
+  /// reports progress. During a restore this reads the file that the restore has open; afterwards, the file at `path`.
+  /// Returns an empty string if the file cannot be read or has changed since the restore opened it, or if the restore is
+  /// cancelled. Not thread-safe.
   [[nodiscard]] std::string md5() const;
 
  private:
@@ -526,7 +527,7 @@ class local_copy {
   mutable std::string known_md5_ = {};
 };
 
-/// Decides whether an existing local copy is used or replaced. Not consulted if there is no local copy.
+/// Decides whether an existing local copy is used or replaced. A restore without a local copy does not consult the policy.
 class cache_policy {
  public:
   /// A decision about a local copy.
@@ -535,14 +536,14 @@ class cache_policy {
     fetch,  ///< download the file and replace the local copy
     ask,    ///< request the file's properties from the service, then call the rule again with them
   };
-  /// A rule: called first with `remote` null and, if it then returns `ask`, a second time with the service's description
-  /// of the file. The second time `ask` means `fetch`. Called in the thread of the restore, so threads that share a client
-  /// may call it concurrently.
+  /// A rule. The first call has `remote` null. If it returns `ask`, a second call has the service's description of the
+  /// file; then `ask` means `fetch`. Both calls come from the restore's thread: threads that share a client may call the
+  /// rule concurrently.
   using rule = std::function<verdict(const local_copy& local, const file_info* remote)>;
 
   /// Makes a policy of a rule. `decide` must not be empty.
   cache_policy(rule decide)
-      : decide_(std::move(decide)) {}  // NOLINT: implicit, so that a lambda can stand for a policy
+      : decide_(std::move(decide)) {}  // NOLINT: implicit, so that a lambda converts to a policy
   /// Makes a policy of a function object that converts to `rule`, e.g. a lambda.
   template <class F, class = std::enable_if_t<std::is_constructible_v<rule, F> &&
                                               !std::is_same_v<std::decay_t<F>, cache_policy> &&
@@ -569,61 +570,63 @@ class cache_policy {
 
 /// A proxy for one scheme, and the hosts that are reached without it.
 struct proxy_settings {
-  std::string url;  ///< "http://[user:password@]host:port"; empty: none
-  std::string
-      bypass;  ///< as NO_PROXY: host, .domain, address, address/prefix, each with an optional :port; or "*"
+  std::string url;  ///< "http://[user:password@]host:port"; empty: no proxy
+  /// As NO_PROXY: host, .domain, address, address/prefix, each with an optional :port; or "*".
+  std::string bypass;
 };
 
-/// Server, credentials, default run and manners. A default-constructed object asks the public service without a key;
-/// `from_environment` resolves what the SDK would. What is wrong in settings is reported by the first call that needs it.
+/// Server, credentials, default run, time limits, proxies and certificates. A default-constructed object uses the public
+/// service without a key; `from_environment` finds the values that the SDK would use. The first call that needs an
+/// invalid setting reports it.
 struct settings {
   /// The address of the service's API; it may have a path prefix and trailing slashes. The public service has two names,
   /// api.forge.coreweave.com and api.wandb.ai: credentials stored under either count for both.
   std::string base_url = "https://api.forge.coreweave.com";
 
   std::string api_key = {};                     ///< 40 characters or more, or a JWT
-  std::string identity_token_file = {};         ///< a file with a JWT that is exchanged for an access token
-  std::filesystem::path credentials_file = {};  ///< where access tokens are shared with the SDK
-  std::filesystem::path netrc_file =
-      {};  ///< where a key is looked for if there is neither key nor token file
+  std::string identity_token_file = {};         ///< a file with a JWT to exchange for an access token
+  std::filesystem::path credentials_file = {};  ///< stores access tokens; shared with the SDK
+  std::filesystem::path netrc_file = {};  ///< searched for a key if api_key and identity_token_file are empty
 
-  std::string entity = {};   ///< default for run paths without one
-  std::string project = {};  ///< likewise
-  std::string run_id = {};   ///< the current run, meant where no run path is given
+  std::string entity = {};   ///< default for run paths without an entity
+  std::string project = {};  ///< default for run paths without a project
+  std::string run_id = {};   ///< default for run paths without a run id, and for calls without a run path
 
-  std::filesystem::path run_dir = {};    ///< default root where the program has a run directory; else "."
-  std::filesystem::path cache_dir = {};  ///< where receipts are kept; empty: none are
-  bool offline = false;                  ///< no network at all
+  std::filesystem::path run_dir = {};    ///< default of restore_options::root; if empty too: "."
+  std::filesystem::path cache_dir = {};  ///< stores receipts; empty: no receipts are written
+  bool offline = false;                  ///< true: make no request
 
-  std::chrono::milliseconds connect_timeout{30000};  ///< for a connection, TLS handshake included
-  std::chrono::milliseconds idle_timeout{
-      30000};                      ///< a peer that sends less than `low_speed` for this long has failed
-  std::uint64_t low_speed = 1024;  ///< bytes per second
-  std::chrono::milliseconds retry_timeout{300000};  ///< trying again without progress ends after this
-  std::chrono::milliseconds total_timeout{0};       ///< for a whole call; 0: none
+  /// Limits TCP connection, CONNECT and TLS handshake together.
+  std::chrono::milliseconds connect_timeout{30000};
+  /// A connection fails if it receives less than `low_speed` bytes per second for this long.
+  std::chrono::milliseconds idle_timeout{30000};
+  std::uint64_t low_speed = 1024;                   ///< bytes per second
+  std::chrono::milliseconds retry_timeout{300000};  ///< retries stop after this long without progress
+  std::chrono::milliseconds total_timeout{0};       ///< limits a whole call; 0: no limit
 
-  proxy_settings http_proxy = {};      ///< for http addresses
-  proxy_settings https_proxy = {};     ///< for https addresses, through CONNECT
-  std::filesystem::path ca_file = {};  ///< PEM bundle; this and the next empty: the system's own
-  std::filesystem::path ca_directory =
-      {};  ///< hashed directory of certificates; a list with ':' between (Windows: ';') is several
+  proxy_settings http_proxy = {};   ///< for http addresses
+  proxy_settings https_proxy = {};  ///< for https addresses, through CONNECT
+  std::filesystem::path ca_file =
+      {};  ///< PEM bundle; if ca_directory is empty too, the system's certificates
+  /// Directories of certificates with hashed names (openssl rehash), separated by ':' (Windows: ';').
+  std::filesystem::path ca_directory = {};
   bool verify_tls = true;  ///< false accepts any certificate, with a warning
 
-  http_headers extra_headers =
-      {};  ///< for the base URL's requests only; a Proxy-Authorization goes to the proxy only
-  std::string username = {};    ///< X-WANDB-USERNAME of questions to the service
-  std::string user_email = {};  ///< X-WANDB-USER-EMAIL, likewise
+  /// Sent with requests to base_url only; a Proxy-Authorization is sent to the proxy only.
+  http_headers extra_headers = {};
+  std::string username = {};    ///< X-WANDB-USERNAME of requests to the service
+  std::string user_email = {};  ///< X-WANDB-USER-EMAIL of requests to the service
   std::string user_agent = "wandb_restore.hpp/" WANDB_RESTORE_VERSION;  ///< the User-Agent of all requests
 
-  /// Receives warnings (insecure TLS, unreadable settings files). From any thread that uses the client, a download's own
-  /// included, and perhaps from several at once: it must not throw. Default: standard error.
+  /// Receives warnings (insecure TLS, unreadable settings files). Must not throw. May be called concurrently, from
+  /// threads that use the client and from threads of the library. Default: writes to standard error.
   std::function<void(std::string_view)> on_warning = {};
-  std::vector<std::string> warnings = {};  ///< what from_environment noticed; passed on at the first request
-  std::optional<wandb::error> problem =
-      {};  ///< what from_environment could not use; reported at the first request
+  /// Warnings of from_environment; the first request passes them to on_warning.
+  std::vector<std::string> warnings = {};
+  std::optional<wandb::error> problem = {};  ///< an error of from_environment; the first request returns it
 
-  /// Environment variables over settings files (local, then global) over wandb-resume.json (where WANDB_RESUME=auto), as
-  /// README.md lists them. Reads files, makes no request, never fails: see `problem`.
+  /// Reads environment variables, then settings files (local, then global), then wandb-resume.json (if WANDB_RESUME is
+  /// auto), as README.md lists them; the first source of a value counts. Makes no request. Never fails: see `problem`.
   static settings from_environment();
 };
 
@@ -631,31 +634,30 @@ struct settings {
 
 /// The options of one call. The first three are the Python SDK's.
 struct restore_options {
-  std::string run_path = {};  ///< any form that run_path::parse takes; empty: the current run
+  std::string run_path = {};  ///< any form that run_path::parse accepts; empty: the run in the settings
   bool replace = false;       ///< true: download even if there is a local copy
   /// The directory to put the file under, created if missing. Empty: settings::run_dir, or "." if that is empty too.
   std::filesystem::path root = {};
   std::optional<cache_policy> cache = {};  ///< overrides the client's policy; `replace = true` overrides both
-  /// Called about ten times a second in the thread of the call; returns false to cancel. It may throw: the exception
-  /// leaves the call, and the bytes that arrived are kept for the next one.
+  /// Called about ten times a second in the caller's thread; returns false to cancel. May throw: the exception leaves the
+  /// restore, and the next call resumes from the bytes that had arrived.
   std::function<bool(const progress&)> on_progress = {};
-  /// A flag of the caller's, or null; must exist until the call returns. Once it is true, the call returns
+  /// A flag that the caller sets to cancel, or null; must exist until the call returns. Once it is true, the call returns
   /// errc::cancelled within a second, except while a host name is resolved.
   const std::atomic<bool>* cancel = nullptr;
   int connections = 8;  ///< the most connections to use for one large file; at least 1
-  /// Whether to check the md5 that the service tells. Without the check one connection is used and nothing is resumed.
-  bool verify = true;
+  bool verify = true;   ///< false: do not check the md5, use one connection, resume nothing
 };
 
 /// The default transport: HTTP/1.1 (RFC 9112) over TCP and, for https, TLS 1.2 or later (OpenSSL). Keeps idle connections for
-/// later requests to the same server, and loads the certificates of authorities once. Copies share both. Tries the addresses
-/// of a host side by side (RFC 8305). Safe to use from several threads at once, and on both sides of a fork: the child
-/// opens connections of its own.
+/// later requests to the same server, and loads CA certificates once. Copies share both. Tries the addresses of a host side
+/// by side (RFC 8305). Safe to use from several threads at once, and in parent and child after a fork: the child opens
+/// connections of its own.
 class http_transport {
  public:
-  /// With the system's certificates of authorities.
+  /// Trusts the system's CA certificates.
   http_transport();
-  /// With ca_file, ca_directory and verify_tls of `configuration`; they are read by the first request over https.
+  /// Uses ca_file, ca_directory and verify_tls of `configuration`. The first https request reads the certificates.
   explicit http_transport(const settings& configuration);
   /// Makes one exchange, as is_transport says. Blocks; name resolution cannot be cancelled.
   result<http_response> send(const http_request& request, body_sink& sink);
@@ -669,22 +671,22 @@ class http_transport {
 /// A transport over cpp-httplib (0.11 to 0.53), for programs that use that library anyway. It keeps idle connections for later
 /// requests to the same server; copies share them. Safe to use from several threads at once.
 ///
-/// It uses the public interface of httplib::Client alone, and therefore cannot promise all that http_transport does. README.md
-/// lists the promises of a Transport that it does not keep; in short:
-/// - interim responses other than 100 fail;
-/// - a line of a response's head has at most 8 KiB: a longer Location, as some signed addresses are, fails;
-/// - 0.11 to 0.41 percent-decode header values and lose their order; 0.41 decodes and encodes the query of an address again;
-/// - lines and trailers without end are not bounded by all versions, and a status line without end crashes 0.11;
-/// - a response that breaks the protocol is errc::connection_failed, as one that is cut short is: they look the same;
-/// - 0.11 to 0.41 take a body that ends with the connection for whole although TLS was not closed in good order.
-/// Besides, the certificates of authorities are read again for each connection, and where ca_file is set, ca_directory may be
-/// ignored. Each exchange starts a thread that looks for its cancellation. On Windows, a cancellation waits until the
-/// connection stands or connect_timeout is over.
+/// It uses the public interface of httplib::Client only, and therefore breaks some promises of a Transport. README.md lists
+/// them; in short:
+/// - an interim response other than 100 fails the exchange;
+/// - a line of a response's head has at most 8 KiB: a longer Location (some signed addresses) fails the exchange;
+/// - 0.11 to 0.41 percent-decode header values and lose their order; 0.41 decodes and re-encodes the query of an address;
+/// - some versions accept endless lines and trailers, and an endless status line crashes 0.11;
+/// - a malformed response is errc::connection_failed: cpp-httplib reports it as it reports a cut connection;
+/// - if a body without a length ends without a TLS close_notify, 0.11 to 0.41 accept it as complete.
+/// Besides, each connection reads the CA certificates again, and if ca_file is set, ca_directory may be ignored. Each
+/// exchange starts a thread that polls for cancellation. On Windows, cancelling takes effect only after the connection is
+/// established or connect_timeout has passed.
 class httplib_transport {
  public:
-  /// With the certificates of authorities that cpp-httplib finds on the system.
+  /// Trusts the CA certificates that cpp-httplib finds on the system.
   httplib_transport();
-  /// With ca_file, ca_directory and verify_tls of `configuration`.
+  /// Uses ca_file, ca_directory and verify_tls of `configuration`.
   explicit httplib_transport(const settings& configuration);
   /// Makes one exchange, as is_transport says. Blocks; name resolution cannot be cancelled.
   result<http_response> send(const http_request& request, body_sink& sink);
@@ -697,7 +699,7 @@ class httplib_transport {
 
 namespace detail {
 
-/// What the engine sees of a Transport: two pointers, so that its bodies are compiled once.
+/// Refers to a Transport of any type. The engine uses this type, so that its functions are no templates.
 struct transport_ref {
   void* object;
   result<http_response> (*send)(void* object, const http_request&, body_sink&);
@@ -705,16 +707,16 @@ struct transport_ref {
 
 class session;
 std::shared_ptr<session> open_session(settings configuration, transport_ref transport, cache_policy policy);
-result<restored_file> restore(session& with, std::string_view name, const restore_options& options);
+result<restored_file> restore(session& current, std::string_view name, const restore_options& options);
 result<restored_file> restore(session& current, std::string_view name, std::string_view run_path,
                               bool replace, std::filesystem::path root);
 result<restored_file> restore(session& current, std::string_view name, const run_path& run, bool replace,
                               std::filesystem::path root);
-result<std::vector<file_info>> list_files(session& with, const restore_options& options);
+result<std::vector<file_info>> list_files(session& current, const restore_options& options);
 result<std::vector<file_info>> list_files(session& current, std::string_view run_path);
 result<std::vector<file_info>> list_files(session& current, const run_path& run);
 
-/// Whether T names a run: a text, or a run_path. Templates with this constraint leave braces to restore_options.
+/// Whether T names a run: a text, or a run_path. Braces match no template, so `{...}` makes a restore_options.
 template <class T>
 inline constexpr bool names_run =
     std::is_convertible_v<T, std::string_view> || std::is_convertible_v<T, run_path>;
@@ -730,10 +732,10 @@ class client {
                 "send(const wandb::http_request&, wandb::body_sink&)");
 
  public:
-  /// Uses settings::from_environment(). Invalid settings are reported by the first call that needs them, as
-  /// errc::invalid_argument.
+  /// Uses settings::from_environment(). The first call that needs an invalid setting returns errc::invalid_argument.
   client() : client(settings::from_environment()) {}
-  /// Uses the given settings and policy, and a Transport made from the settings, or default-constructed if it takes none.
+  /// Uses the given settings and policy. Constructs the Transport from the settings, or without arguments if it has no
+  /// such constructor.
   explicit client(settings configuration, cache_policy policy = cache_policy::keep())
       : transport_(make_transport(configuration)),
         session_(detail::open_session(std::move(configuration), ref(), std::move(policy))) {}
@@ -800,21 +802,22 @@ class client {
               return result<http_response>(static_cast<Transport*>(object)->send(request, sink));
             }};
   }
-  std::unique_ptr<Transport> transport_;  // its address is the session's; survives a move of the client
+  std::unique_ptr<Transport>
+      transport_;  // on the heap: the session keeps its address when the client is moved
   std::shared_ptr<detail::session> session_;
 };
 
 /// Downloads one file of a run, verifies it and opens the local copy. By default an existing local copy is opened without
 /// a request. Blocks. May be called from several threads and processes at once, also for the same file.
 ///
-/// Each call makes a client<> from the environment: settings are read and connections opened anew. To restore several
-/// files, make one client and use it for all of them.
+/// Each call makes a client<>, which reads the settings and opens connections anew. To restore several files, make one
+/// client and use it for all of them.
 ///
 /// @param name     the file's path inside the run, '/'-separated, e.g. "ckpt/best.h5". Must not be empty, absolute, or
 ///                 contain "..".
 /// @param options  see restore_options.
-/// @return         the open stream, or an error with any errc. After a failure the local path is unchanged; the bytes that
-///                 arrived are kept in a hidden file beside it, and the next call resumes from them.
+/// @return         the open stream, or an error with any errc. After a failure the file at the local path is unchanged; a
+///                 hidden file beside it keeps the bytes that arrived, and the next call resumes from them.
 /// Source: wandb.restore of the Python SDK (wandb/sdk/wandb_run.py).
 inline result<restored_file> try_restore(std::string_view name, const restore_options& options = {}) {
   return client<>().try_restore(name, options);
@@ -872,7 +875,7 @@ std::vector<file_info> list_files(const Run& run) {
 
 #include <algorithm>           // min, max
 #include <array>               //
-#include <condition_variable>  // workers, hash and coordinator wait for each other
+#include <condition_variable>  // waits between a download's threads
 #include <cstdio>              // warnings
 #include <cstring>             // memcpy
 #include <ctime>               // HTTP dates
@@ -905,8 +908,8 @@ std::vector<file_info> list_files(const Run& run) {
 #else
 #include <cerrno>          //
 #include <fcntl.h>         // open, record locks, fallocate
-#include <pthread.h>       // a thread whose failure to start is a value
-#include <signal.h>        // is that process alive
+#include <pthread.h>       // threads: pthread_create returns its error, std::thread throws it
+#include <signal.h>        // kill(pid, 0): is the process alive
 #include <sys/stat.h>      //
 #include <sys/resource.h>  // RLIMIT_FSIZE
 #include <sys/statvfs.h>
@@ -923,7 +926,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <winsock2.h>
 #include <ws2tcpip.h>  // getaddrinfo
 #ifndef WANDB_RESTORE_NO_OPENSSL
-#include <wincrypt.h>  // the system's certificates; before OpenSSL, which takes back some of its macros
+#include <wincrypt.h>  // the system's certificates; before OpenSSL, which undefines some of its macros
 #endif
 #ifdef _MSC_VER
 #pragma comment(lib, "ws2_32")
@@ -945,7 +948,7 @@ std::vector<file_info> list_files(const Run& run) {
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored                                                                               \
-    "-Wuseless-cast"  // a cast from 64 bits to std::size_t is of use on 32-bit machines
+    "-Wuseless-cast"  // a cast from 64 bits to std::size_t is needed on 32-bit machines
 #endif
 
 namespace wandb {
