@@ -983,7 +983,7 @@ inline bool has_control(std::string_view text) {
   }
   return false;
 }
-/// Letters, digits, - and _ only.
+/// Whether the text has only letters, digits, '-' and '_'.
 inline bool is_plain(std::string_view text) {
   for (const char c : text) {
     if (!is_letter(c) && !is_digit(c) && c != '-' && c != '_') return false;
@@ -991,10 +991,10 @@ inline bool is_plain(std::string_view text) {
   return true;
 }
 inline bool has_word(std::string_view text, std::string_view word) {
-  for (std::size_t at = 0; at + word.size() <= text.size(); ++at) {
-    const auto end = at + word.size();
-    if (equal_ignoring_case(text.substr(at, word.size()), word) &&
-        (at == 0 || !is_plain(text.substr(at - 1, 1))) &&
+  for (std::size_t begin = 0; begin + word.size() <= text.size(); ++begin) {
+    const auto end = begin + word.size();
+    if (equal_ignoring_case(text.substr(begin, word.size()), word) &&
+        (begin == 0 || !is_plain(text.substr(begin - 1, 1))) &&
         (end == text.size() || !is_plain(text.substr(end, 1)))) {
       return true;
     }
@@ -1014,21 +1014,21 @@ inline std::string_view trim(std::string_view text) {
 inline std::vector<std::string_view> split(std::string_view text, char separator) {
   std::vector<std::string_view> parts;
   for (;;) {
-    const auto at = text.find(separator);
-    parts.push_back(text.substr(0, at));
-    if (at == std::string_view::npos) return parts;
-    text.remove_prefix(at + 1);
+    const auto end = text.find(separator);
+    parts.push_back(text.substr(0, end));
+    if (end == std::string_view::npos) return parts;
+    text.remove_prefix(end + 1);
   }
 }
 
-/// The whole of `text` as a number without sign, or nothing. By hand: <charconv> is slow to compile.
+/// Converts the whole text, digits without a sign, to a number. Returns nothing for other texts and on overflow. Does not
+/// use <charconv>, which is slow to compile.
 inline std::optional<std::uint64_t> to_number(std::string_view text, unsigned base = 10) {
-  constexpr std::uint64_t most = ~std::uint64_t{0};
+  constexpr std::uint64_t greatest = ~std::uint64_t{0};
   std::uint64_t value = 0;
   for (const char c : text) {
-    const int known = is_digit(c) ? c - '0' : is_letter(c) ? lower(c) - 'a' + 10 : 36;
-    const auto digit = static_cast<unsigned>(known);
-    if (digit >= base || value > (most - digit) / base) return std::nullopt;
+    const auto digit = static_cast<unsigned>(is_digit(c) ? c - '0' : is_letter(c) ? lower(c) - 'a' + 10 : 36);
+    if (digit >= base || value > (greatest - digit) / base) return std::nullopt;
     value = value * base + digit;
   }
   return text.empty() ? std::nullopt : std::optional<std::uint64_t>(value);
@@ -1076,7 +1076,7 @@ inline std::string base64_encode(std::string_view bytes) {
   out.resize((out.size() + 3) / 4 * 4, '=');
   return out;
 }
-/// Strict: padding is needed, nothing else than the alphabet is taken.
+/// Returns nothing if padding is missing or a character is not in the alphabet.
 inline std::optional<std::string> base64_decode(std::string_view text) {
   if (text.size() % 4 != 0) return std::nullopt;
   std::size_t padding = 0;
@@ -1097,7 +1097,7 @@ inline std::optional<std::string> base64_decode(std::string_view text) {
   return out;
 }
 
-/// Everything but unreserved characters (RFC 3986, section 2.3) and those of `keep`.
+/// Encodes all bytes except unreserved characters (RFC 3986, section 2.3) and the characters in `keep`.
 inline std::string percent_encode(std::string_view bytes, std::string_view keep = "") {
   std::string out;
   for (const char c : bytes) {
@@ -1128,7 +1128,7 @@ inline std::optional<std::string> percent_decode(std::string_view text) {
   return out;
 }
 
-/// For messages: in double quotes, control characters escaped, cut at 200 bytes.
+/// Quotes a text for a message: in double quotes, control characters escaped, cut after 200 bytes.
 inline std::string in_quotes(std::string_view text) {
   std::string out = "\"";
   for (const char c : text.substr(0, 200)) {
@@ -1141,10 +1141,10 @@ inline std::string in_quotes(std::string_view text) {
   return out + (text.size() > 200 ? "...\"" : "\"");
 }
 
-/// A path as UTF-8, on every system: names of files inside runs, messages and records are UTF-8.
+/// Converts a path to UTF-8, the encoding of file names inside runs, of messages and of records.
 inline std::string utf8(const std::filesystem::path& path) {
 #ifdef _WIN32
-  const std::wstring& wide = path.native();  // u8string() throws where a surrogate stands alone
+  const std::wstring& wide = path.native();  // u8string() throws for a lone surrogate
   const int size = static_cast<int>(wide.size());
   std::string text(wide.size() * 3, '\0');
   text.resize(static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, text.data(),
@@ -1165,13 +1165,13 @@ inline std::filesystem::path from_utf8(std::string_view text) {
   return text;
 #endif
 }
-template <class Path, std::enable_if_t<std::is_same_v<Path, std::filesystem::path>, int> =
-                          0>  // strings have no overload here
+// A template, so that a string does not convert to a path.
+template <class Path, std::enable_if_t<std::is_same_v<Path, std::filesystem::path>, int> = 0>
 std::string in_quotes(const Path& path) {
   return in_quotes(std::string_view(utf8(path)));
 }
 
-/// A number of bytes for messages: "512 bytes", "11.8 MiB".
+/// Writes a number of bytes for a message: "512 bytes", "11.8 MiB".
 inline std::string readable_bytes(std::uint64_t count) {
   static constexpr const char* units[] = {"bytes", "KiB", "MiB", "GiB", "TiB"};
   double value = static_cast<double>(count);
@@ -1182,14 +1182,14 @@ inline std::string readable_bytes(std::uint64_t count) {
   return text.data();
 }
 
-/// FNV-1a, 64 bits, for names of files: two texts with the same hash may differ.
+/// Returns the 64-bit FNV-1a hash. Collisions can be made at will: use it for names, not as proof of equality.
 inline std::uint64_t name_hash(std::string_view text) {
   std::uint64_t hash = 0xcbf29ce484222325u;
   for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
   return hash;
 }
 
-/// Converts an md5 in base64 or hex to 32 lower-case hex digits. Returns "" for anything else: then the md5 is unknown.
+/// Converts an md5 in base64 or hex to 32 lower-case hex digits. Returns "" (md5 unknown) for other texts.
 inline std::string normalised_md5(std::string_view text) {
   if (text.size() == 32) {
     const auto bytes = hex_decode(text);
@@ -1199,14 +1199,14 @@ inline std::string normalised_md5(std::string_view text) {
   return bytes && bytes->size() == 16 ? hex_encode(*bytes) : std::string();
 }
 
-/// Days from 1970-01-01 to a date of the civil calendar. Years are counted from March on, so that a leap day is their last.
+/// Returns the days from 1970-01-01 to a Gregorian date. Its years begin in March, which makes a leap day the last day.
 inline std::int64_t days_from_civil(int year, int month, int day) {
-  const std::int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, of_era = y - era * 400;
-  const std::int64_t of_year = (153 * (month > 2 ? month - 3 : month + 9) + 2) / 5 + day - 1;
-  return era * 146097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719468;
+  const std::int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, year_of_era = y - era * 400;
+  const std::int64_t day_of_year = (153 * (month > 2 ? month - 3 : month + 9) + 2) / 5 + day - 1;
+  return era * 146097 + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year - 719468;
 }
 
-/// Converts an HTTP date (RFC 9110, section 5.6.7; the preferred form only) to seconds since 1970.
+/// Converts an HTTP date in the preferred format, IMF-fixdate (RFC 9110, section 5.6.7), to seconds since 1970.
 inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
   static constexpr std::string_view months = "JanFebMarAprMayJunJulAugSepOctNovDec";
   if (text.size() != 29 || text.substr(25) != " GMT") return std::nullopt;
@@ -1217,10 +1217,9 @@ inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
   if (month == std::string_view::npos || month % 3 != 0 || !day || !year || !hour || !minute || !second) {
     return std::nullopt;
   }
-  const std::uint64_t of_day = *hour * 3600 + *minute * 60 + *second;
-  return days_from_civil(static_cast<int>(*year), static_cast<int>(month / 3) + 1, static_cast<int>(*day)) *
-             86400 +
-         static_cast<std::int64_t>(of_day);
+  const std::int64_t days =
+      days_from_civil(static_cast<int>(*year), static_cast<int>(month / 3) + 1, static_cast<int>(*day));
+  return days * 86400 + static_cast<std::int64_t>(*hour * 3600 + *minute * 60 + *second);
 }
 
 // ---- header fields (RFC 9110, section 5)
@@ -1242,7 +1241,7 @@ inline bool is_field_value(std::string_view text) {
   return true;
 }
 
-/// The value of the first field of that name, or null.
+/// Returns the value of the first field with this name, or null.
 inline const std::string* find_header(const http_headers& fields, std::string_view name) {
   for (const auto& field : fields) {
     if (equal_ignoring_case(field.first, name)) return &field.second;
@@ -1253,8 +1252,8 @@ inline void add_header(http_headers& fields, std::string_view name, std::string_
   fields.push_back({std::string(name), std::string(value)});
 }
 
-/// An address that somebody wrote, well-formed or not, for messages: without user name and password, query and fragment,
-/// which may be secrets. A password may itself hold '?' and '/'.
+/// Removes user name, password, query and fragment from an address, for messages: each may be a secret. The address need
+/// not be well-formed, and a password may contain '?' and '/'.
 inline std::string redacted_address(std::string_view text) {
   const auto scheme_end = text.find("://");
   const auto authority = scheme_end == text.npos ? 0 : scheme_end + 3;
@@ -1293,9 +1292,9 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
   const std::string_view rest = text.substr(colon + 3);
   std::string_view authority = rest.substr(0, rest.find_first_of("/?"));
   const std::string_view target = rest.substr(authority.size());
-  if (const auto at = authority.rfind('@'); at != std::string_view::npos) {
-    parsed.user_info = authority.substr(0, at);
-    authority.remove_prefix(at + 1);
+  if (const auto user_end = authority.rfind('@'); user_end != std::string_view::npos) {
+    parsed.user_info = authority.substr(0, user_end);
+    authority.remove_prefix(user_end + 1);
   }
   std::string_view host = authority, port;
   if (!authority.empty() && authority.front() == '[') {
@@ -1304,10 +1303,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
     host = authority.substr(1, end - 1);
     port = authority.substr(end + 1);
     if (host.find_first_not_of("0123456789abcdefABCDEF:.") != std::string_view::npos)
-      return fail("bad IPv6 host");
-  } else if (const auto at = authority.find(':'); at != std::string_view::npos) {
-    host = authority.substr(0, at);
-    port = authority.substr(at);
+      return fail("its IPv6 host is malformed");
+  } else if (const auto host_end = authority.find(':'); host_end != std::string_view::npos) {
+    host = authority.substr(0, host_end);
+    port = authority.substr(host_end);
   }
   if (host.empty()) return fail("it has no host");
   if (host.find_first_of(" \"<>\\^`{|}%") != std::string_view::npos) return fail("its host is malformed");
@@ -1330,13 +1329,13 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::resolve(std::string_view location)
   const auto mark = location.find_first_of(":/?#");
   if (mark != std::string_view::npos && location[mark] == ':') return parse(location);
   if (detail::starts_with(location, "//")) return parse(scheme + ":" + std::string(location));
-  const std::string here = target.substr(0, target.find('?'));
+  const std::string base_path = target.substr(0, target.find('?'));
   if (location.empty() || location.front() == '#') return parse(str());
-  if (location.front() == '?') return parse(origin() + here + std::string(location));
+  if (location.front() == '?') return parse(origin() + base_path + std::string(location));
 
   std::string path(location.substr(0, location.find_first_of("?#")));
   const std::string tail(location.substr(path.size()));
-  if (path.front() != '/') path = here.substr(0, here.rfind('/') + 1) + path;
+  if (path.front() != '/') path = base_path.substr(0, base_path.rfind('/') + 1) + path;
   std::vector<std::string_view> kept;  // dot segments removed (RFC 3986, section 5.2.4)
   bool directory = false;
   for (const auto segment : detail::split(std::string_view(path).substr(1), '/')) {
@@ -1351,8 +1350,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::resolve(std::string_view location)
 }
 
 WANDB_RESTORE_PRIVATE_INLINE std::string url::origin() const {
-  const bool v6 = host.find(':') != std::string::npos;
-  std::string text = scheme + "://" + (v6 ? "[" + host + "]" : host);
+  const bool is_ipv6 = host.find(':') != std::string::npos;
+  std::string text = scheme + "://" + (is_ipv6 ? "[" + host + "]" : host);
   if (port != (scheme == "https" ? 443 : 80)) text += ":" + std::to_string(port);
   return text;
 }
@@ -1371,8 +1370,8 @@ inline std::vector<std::string_view> split_lines(std::string_view text) {
   return lines;
 }
 
-/// Replaces %% by %. Returns nothing for a single %: Python would read it as a reference to another value, `%(name)s`, and
-/// settings files have none.
+/// Replaces %% by %. Returns nothing if a % stands alone: Python's configparser refuses it, or expands `%(name)s`, which
+/// settings files do not use.
 inline std::optional<std::string> unescape_percent(std::string_view value) {
   std::string out;
   for (std::size_t i = 0; i < value.size(); ++i) {
@@ -1383,10 +1382,10 @@ inline std::optional<std::string> unescape_percent(std::string_view value) {
 }
 
 /// Reads the section [default] of a settings file, and the values that it inherits from [DEFAULT]; keys are in lower case.
-/// The syntax is that of Python's configparser: `key = value` or `key : value`, comments on lines of their own, and a line
-/// that is indented deeper continues the value above. A file that Python refuses is an error.
+/// The syntax is that of Python's configparser: `key = value` or `key : value`, comments on lines of their own; a line that
+/// is indented deeper continues the value above. Returns an error for a file that Python refuses.
 inline result<text_map> parse_ini(std::string_view text) {
-  text_map values, inherited, others;  // of [default], of [DEFAULT], of the current other section
+  text_map values, inherited, others;  // values in [default], in [DEFAULT], and in any other section
   std::set<std::string> sections;
   text_map* section = nullptr;
   std::string* value = nullptr;  // the value that an indented line continues
@@ -1442,13 +1441,13 @@ inline result<text_map> parse_ini(std::string_view text) {
   return values;
 }
 
-/// Reads lines of KEY=VALUE, as in a container's env file. Other lines are skipped; the last of equal keys counts.
+/// Reads lines of KEY=VALUE, as in a container's env file. Skips other lines. If a key appears twice, the last value counts.
 inline text_map parse_key_values(std::string_view text) {
   text_map values;
   for (auto line : split_lines(text)) {
     line = trim(line);
-    const auto at = line.find('=');
-    if (at != line.npos) values[std::string(line.substr(0, at))] = line.substr(at + 1);
+    const auto equals = line.find('=');
+    if (equals != line.npos) values[std::string(line.substr(0, equals))] = line.substr(equals + 1);
   }
   return values;
 }
@@ -1459,7 +1458,7 @@ class netrc_reader {
  public:
   explicit netrc_reader(std::string_view text) : rest_(text) {}
 
-  /// The next word, or nothing at the end. A quoted word may be empty.
+  /// Returns the next word, or nothing at the end. A quoted word may be empty.
   std::optional<std::string> word() {
     while (!rest_.empty() && is_space(rest_.front())) rest_.remove_prefix(1);
     if (rest_.empty()) return std::nullopt;
@@ -1474,7 +1473,7 @@ class netrc_reader {
     if (in_quotes && !rest_.empty()) rest_.remove_prefix(1);
     return text;
   }
-  /// The next word where a keyword is expected. Skips comments, which go to the end of their line.
+  /// Skips comments, then returns the next word, or nothing at the end.
   std::optional<std::string> keyword() {
     for (;;) {
       while (!rest_.empty() && is_space(rest_.front())) rest_.remove_prefix(1);
@@ -1495,8 +1494,8 @@ class netrc_reader {
   std::string_view rest_;
 };
 
-/// Reads the password of each machine; the entry `default` is stored under "default". The last entry of a machine counts,
-/// even if it has no password.
+/// Returns the password of each machine; the key "default" holds the entry `default`. If a machine has several entries, the
+/// last one counts, even without a password.
 inline result<text_map> parse_netrc(std::string_view text) {
   text_map passwords;
   std::string* password = nullptr;
@@ -1508,7 +1507,7 @@ inline result<text_map> parse_netrc(std::string_view text) {
     }
     const bool in_entry = *word == "login" || *word == "user" || *word == "account" || *word == "password";
     if (!(in_entry && password) && *word != "machine" && *word != "macdef") {
-      // The message leaves the word out: it may be a part of a password.
+      // Do not show the word: it may be a part of a password.
       return error(errc::invalid_argument,
                    "expected machine, default or macdef, then login, account or password");
     }
@@ -1523,18 +1522,18 @@ inline result<text_map> parse_netrc(std::string_view text) {
 
 // ----------------------------------------------------------------------------------------------------- JSON
 
-// Plain functions, so that nlohmann/json's templates are instantiated for few types. Each accepts any value: a value of
-// another type reads as an empty one.
+// These functions are no templates, so that nlohmann/json's templates are instantiated for few types. A function that reads
+// accepts any value: if the value has another type, it returns an empty result.
 
 using json = nlohmann::json;
 
-/// A JSON value for result<T>. A plain `json` will not do: nearly every type converts to it, an error, too.
+/// Wraps a JSON value for result<T>: `result<json>` would be ambiguous, since an error converts to json, too.
 struct json_document {
   json root;
 };
 
-/// Whether brackets are nested more than 64 levels deep; the service's answers have less than ten. Destroying a value that is
-/// nested without limit could overflow the stack.
+/// Whether brackets are nested more than 64 levels deep. The service's answers have less than ten levels; thousands could
+/// overflow the stack when the value is destroyed.
 inline bool is_nested_too_deep(std::string_view text) {
   constexpr int limit = 64;
   int depth = 0;
@@ -1581,18 +1580,18 @@ inline const json::array_t& elements(const json& value) {
 inline bool has_member(const json& object, std::string_view name) {
   return members(object).find(std::string(name)) != members(object).end();
 }
-/// The member of that name, or null.
+/// Returns the member with this name, or null.
 inline const json& member(const json& object, std::string_view name) {
   static const json null;
-  const auto at = members(object).find(std::string(name));
-  return at == members(object).end() ? null : at->second;
+  const auto found = members(object).find(std::string(name));
+  return found == members(object).end() ? null : found->second;
 }
-/// The text of a string; "" for other values.
+/// Returns the text of a string; "" for other values.
 inline std::string text_of(const json& value) {
   const auto* text = value.get_ptr<const json::string_t*>();
   return text ? *text : std::string();
 }
-/// The value of a number; 0 for other values.
+/// Returns the value of a number; 0 for other values.
 inline double number_of(const json& value) {
   if (const auto* fraction = value.get_ptr<const json::number_float_t*>()) return *fraction;
   if (const auto* count = value.get_ptr<const json::number_unsigned_t*>()) return static_cast<double>(*count);
@@ -1631,8 +1630,8 @@ inline void set_member(json& object, const std::string& name, json value) {
 
 // ------------------------------------------------------------------------------- the public service's names
 
-/// The hosts of a deployment of the public service. The API is at the root of both API hosts; the web host has the web
-/// pages, and the API below /api/wandb. Source: FORGE_HOSTS in wandb/sdk/lib/urls.py.
+/// The hosts of a deployment of the public service. Both API hosts serve the API at "/"; the web host serves the web pages,
+/// and the API below "/api/wandb". Source: FORGE_HOSTS in wandb/sdk/lib/urls.py.
 struct forge_deployment {
   std::string_view web_host, api_host, wandb_api_host;
 };
@@ -1641,10 +1640,11 @@ inline constexpr forge_deployment forge_deployments[] = {
     {"qa.forge.coreweave.com", "api.qa.forge.coreweave.com", "api.qa.wandb.ai"},
 };
 
-/// The deployment that a host, in lower case, belongs to, or null.
+/// Returns the deployment that a host (in lower case) belongs to, or null.
 inline const forge_deployment* forge_deployment_of(std::string_view host) {
-  for (const auto& one : forge_deployments) {
-    if (host == one.web_host || host == one.api_host || host == one.wandb_api_host) return &one;
+  for (const auto& deployment : forge_deployments) {
+    if (host == deployment.web_host || host == deployment.api_host || host == deployment.wandb_api_host)
+      return &deployment;
   }
   return nullptr;
 }
@@ -1664,14 +1664,14 @@ inline bool is_usable_part(std::string_view part) {
   return !part.empty() && part.find('/') == part.npos && !has_control(part);
 }
 
-/// Reads the forms that the SDK accepts. Parts that the text leaves out are empty. Returns nothing for other texts.
+/// Parses the forms that the SDK accepts, and leaves missing parts empty. Returns nothing for other texts.
 inline std::optional<run_path> plain_run_path(std::string_view text) {
   const std::string plain = replace_all(replace_all(text, "/runs/", "/"), "/sweeps/", "/");
   const auto first = plain.find_first_not_of("/ "), last = plain.find_last_not_of("/ ");
   if (first == plain.npos) return std::nullopt;
   auto parts = split(std::string_view(plain).substr(first, last - first + 1), '/');
   if (parts.size() == 4 && parts[2] == "runs") parts.erase(parts.begin() + 2);
-  if (parts.size() <= 2) {  // "project:id" at the end, as images are tagged
+  if (parts.size() <= 2) {  // the last part may be "project:id"
     const auto tail = parts.back();
     if (const auto colon = tail.find(':'); colon != tail.npos) {
       parts.back() = tail.substr(0, colon);
@@ -1694,8 +1694,8 @@ inline bool looks_like_host(std::string_view segment) {
   return segment == "localhost" || (segment.find_first_of(".:") != segment.npos && segment.back() != ':');
 }
 
-/// Reads the address of a run: [scheme://host[/prefix]/]entity/project/runs/run_id[/tail]. If the host is there, the parts
-/// are percent-decoded.
+/// Parses the address of a run: [scheme://host[/prefix]/]entity/project/runs/run_id[/tail]. Percent-decodes the parts if
+/// the address has a host.
 inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_scheme) {
   if (has_scheme) text.remove_prefix(text.find("://") + 3);
   std::vector<std::string_view> segments;
@@ -1716,17 +1716,17 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
   while (has_host && runs < segments.size() && segments[runs] != "runs") ++runs;
   if (runs + 1 >= segments.size() || segments[runs] != "runs") return std::nullopt;
   run_path found;
-  std::size_t at = runs - 2;
+  std::size_t next = runs - 2;
   for (std::string* part : {&found.entity, &found.project, &found.run_id}) {
-    if (at == runs) ++at;
-    const auto plain = has_host ? percent_decode(segments[at++]) : std::string(segments[at++]);
+    if (next == runs) ++next;
+    const auto plain = has_host ? percent_decode(segments[next++]) : std::string(segments[next++]);
     if (!plain || !is_usable_part(trim(*plain))) return std::nullopt;
     *part = trim(*plain);
   }
   return found;
 }
 
-/// Whether a path or address is that of a sweep: [scheme://host/][prefix/]entity/project/sweeps/ID[/tail].
+/// Whether a path or address names a sweep: [scheme://host/][prefix/]entity/project/sweeps/ID[/tail].
 inline bool names_sweep(std::string_view path, bool has_scheme) {
   if (has_scheme) path.remove_prefix(path.find("://") + 3);
   std::vector<std::string_view> segments;
@@ -1738,8 +1738,8 @@ inline bool names_sweep(std::string_view path, bool has_scheme) {
   return kind + 1 < segments.size() && segments[kind] == "sweeps";
 }
 
-/// Reads a run path. Parts that it leaves out are empty; an empty text leaves out all.
-/// @return  errc::invalid_run_path for other texts, and for a sweep's path, which the SDK reads as that of a run.
+/// Parses a run path, and leaves missing parts empty; all are missing in an empty text. Returns errc::invalid_run_path for
+/// other texts, and for a sweep's path, which the SDK would take for a run's.
 inline result<run_path> split_run_path(std::string_view text) {
   if (text.empty()) return run_path{};
   const auto fail = [&](std::string_view why) {
@@ -1757,11 +1757,12 @@ inline result<run_path> split_run_path(std::string_view text) {
   auto found = has_scheme ? std::nullopt : plain_run_path(path);
   if (!found) found = pasted_run_path(path, has_scheme);
   if (found) return *std::move(found);
-  return fail(has_scheme ? "this is no run's address, expected https://host/entity/project/runs/run_id"
-                         : "expected entity/project/run_id, project/run_id or run_id, with no empty part");
+  return fail(has_scheme
+                  ? "this is not the address of a run, expected https://host/entity/project/runs/run_id"
+                  : "expected entity/project/run_id, project/run_id or run_id, with no empty part");
 }
 
-/// Reads a run path, and takes the parts that it leaves out from `defaults`.
+/// Parses a run path, and takes missing parts from `defaults`.
 inline result<run_path> completed_run_path(std::string_view text, const run_path& defaults) {
   auto found = split_run_path(text);
   if (!found) return found;
@@ -1777,7 +1778,7 @@ struct run_path_part {
   const std::string& value;
 };
 
-/// Checks that none of these parts of a run path is missing or malformed. `text`: the run path as given, for the message.
+/// Checks that no part is missing or malformed. The message shows `text`, the run path that the caller gave.
 inline result<void> check_parts(std::string_view text, std::initializer_list<run_path_part> parts) {
   const auto subject = [&] {
     return text.empty() ? "no run path was given" : "invalid run path " + in_quotes(redacted_address(text));
