@@ -1822,13 +1822,13 @@ inline std::string system_text(int code) { return std::system_category().message
 inline std::error_condition system_condition(int code) {
   return std::system_category().default_error_condition(code);
 }
-/// The user lacks a permission: the file itself may be in good order.
+/// Whether the code means that the user lacks a permission.
 inline bool is_refusal(int code) {
   return system_condition(code) == std::errc::permission_denied ||
          system_condition(code) == std::errc::operation_not_permitted;
 }
 
-/// What the caller can do about a failure of the disk, for messages; empty where nothing general helps.
+/// Returns a remedy for a disk failure, to append to a message; empty if none is known.
 inline const char* disk_remedy(const std::error_condition& why) {
   if (why == std::errc::no_space_on_device) return "; free some space, or set root to another disk";
   if (why == std::errc::permission_denied || why == std::errc::operation_not_permitted ||
@@ -1840,26 +1840,26 @@ inline const char* disk_remedy(const std::error_condition& why) {
   return "";
 }
 
-/// "cannot <doing> "<where>": <the system's text><remedy>". `code` is the system's error code.
-inline error disk_error(std::string_view doing, const path& where, int code) {
-  return error(errc::disk_failure, "cannot " + std::string(doing) + " " + in_quotes(where) + ": " +
+/// Makes an error: cannot <action> "<where>": <the system's text><remedy>. `code` is the system's error code.
+inline error disk_error(std::string_view action, const path& where, int code) {
+  return error(errc::disk_failure, "cannot " + std::string(action) + " " + in_quotes(where) + ": " +
                                        system_text(code) + disk_remedy(system_condition(code)));
 }
 
-/// What a directory entry, or an open file, is.
+/// Properties of a directory entry or an open file. Windows leaves the members after `modified` at their defaults.
 struct file_facts {
   bool is_directory = false;
   bool is_file = false;                 // an ordinary file: no directory, link, device, pipe or socket
   std::uint64_t size = 0;               // bytes
-  std::uint64_t allocated = 0;          // bytes that have room on the disk already
-  std::int64_t modified = 0;            // nanoseconds since 1970
-  std::int64_t changed = 0;             // the same, of links and permissions too; 0 where the system has none
-  std::uint64_t device = 0, inode = 0;  // 0 where the system has none
-  std::uint64_t links = 1;              // names
-  std::uint64_t user = 0;               // who owns it; 0 where the system has no such numbers
+  std::uint64_t allocated = 0;          // bytes allocated on the disk
+  std::int64_t modified = 0;            // last change of the content, in nanoseconds since 1970
+  std::int64_t changed = 0;             // last change of content, name or permissions (ctime), likewise
+  std::uint64_t device = 0, inode = 0;  //
+  std::uint64_t links = 1;              // number of hard links
+  std::uint64_t user = 0;               // id of the owner
   unsigned mode = 0;                    // permission bits
 
-  /// The same file with, as far as times tell, the same content.
+  /// Compares identity, size and time of modification: equal facts mean, in all likelihood, the same content.
   friend bool operator==(const file_facts& a, const file_facts& b) {
     return a.size == b.size && a.modified == b.modified && a.device == b.device && a.inode == b.inode;
   }
@@ -1868,8 +1868,8 @@ struct file_facts {
   }
 };
 
-/// What a look at a path came to: facts, the certainty that nothing is there, or the reason why the system could not tell.
-/// These are three outcomes: a file that cannot be looked at must not count as missing, or it would be replaced.
+/// The outcome of examining a path or file: found, absent, or a failure that leaves both possible. A failure must not count
+/// as absent: the file would be replaced.
 class look_result {
  public:
   look_result(const file_facts& facts) : facts_(facts) {}  // NOLINT: implicit, as in result
@@ -1882,9 +1882,9 @@ class look_result {
 
   [[nodiscard]] bool found() const { return code_ == 0; }
   [[nodiscard]] bool absent() const;
-  /// The system's error code if it is not known what is there; otherwise 0.
+  /// Returns the system's error code if the examination failed, otherwise 0.
   [[nodiscard]] int failure() const { return absent() ? 0 : code_; }
-  /// Value-initialised facts unless found().
+  /// Returns the facts; value-initialised ones unless found().
   const file_facts& operator*() const { return facts_; }
   const file_facts* operator->() const { return &facts_; }
 
@@ -1893,17 +1893,16 @@ class look_result {
   int code_ = 0;
 };
 
-/// How a file is opened. No file that is written to is reached through a symbolic link, and none is waited for.
+/// How to open a file. Only the first two modes follow symbolic links; only the first may block, on a pipe.
 enum class file_mode {
-  read,       // follows links
-  keep_name,  // read, follows links, never blocks; on Windows the file keeps its name for as long as it is open
-  neighbour,  // read; never blocks: another user may have put a pipe there
+  read,       //
+  keep_name,  // read; on Windows, nobody can rename or replace the file while it is open
+  neighbour,  // read a file that another user may have made
   update,     // read and write
-  create,     // a new file; fails if the name is taken
+  create,     // read and write a new file; fails if the name is taken
 };
 
-// ---- what the systems call differently. Each system has one block with the same functions; codes are the system's, 0 is
-// ---- success.
+// ---- operating systems: one block for each, with the same functions. An error code is the system's; 0 means success.
 
 using process_id = std::uint64_t;
 
@@ -1936,7 +1935,7 @@ inline int open_file(file_handle& opened, const path& where, file_mode mode, uns
                        mode == file_mode::create ? CREATE_NEW : OPEN_EXISTING,
                        FILE_ATTRIBUTE_NORMAL | (follows ? 0 : FILE_FLAG_OPEN_REPARSE_POINT), nullptr);
   if (opened == no_file()) return last_os_error();
-  if (mode == file_mode::create) {  // sparse: else the first write far into it would write zeros all the way
+  if (mode == file_mode::create) {  // sparse, or a write at a high offset would fill the gap with zeros first
     constexpr DWORD set_sparse = 0x900c4;  // FSCTL_SET_SPARSE
     DWORD ignored = 0;
     DeviceIoControl(opened, set_sparse, nullptr, 0, nullptr, 0, &ignored, nullptr);
@@ -1946,25 +1945,25 @@ inline int open_file(file_handle& opened, const path& where, file_mode mode, uns
 inline void close_file(file_handle opened) { CloseHandle(opened); }
 
 inline OVERLAPPED file_offset(std::uint64_t offset) {
-  OVERLAPPED at{};
-  at.Offset = static_cast<DWORD>(offset);
-  at.OffsetHigh = static_cast<DWORD>(offset >> 32);
-  return at;
+  OVERLAPPED position{};
+  position.Offset = static_cast<DWORD>(offset);
+  position.OffsetHigh = static_cast<DWORD>(offset >> 32);
+  return position;
 }
 inline int write_some(file_handle opened, std::uint64_t offset, std::string_view bytes, std::size_t& count) {
-  OVERLAPPED at = file_offset(offset);
+  OVERLAPPED position = file_offset(offset);
   DWORD written = 0;
   const auto wanted = static_cast<DWORD>((std::min<std::size_t>)(bytes.size(), 1u << 30));
-  if (!WriteFile(opened, bytes.data(), wanted, &written, &at)) return last_os_error();
+  if (!WriteFile(opened, bytes.data(), wanted, &written, &position)) return last_os_error();
   count = written;
   return 0;
 }
 inline int read_some(file_handle opened, std::uint64_t offset, char* into, std::size_t size,
                      std::size_t& count) {
-  OVERLAPPED at = file_offset(offset);
+  OVERLAPPED position = file_offset(offset);
   DWORD got = 0;
   const auto wanted = static_cast<DWORD>((std::min<std::size_t>)(size, 1u << 30));
-  if (!ReadFile(opened, into, wanted, &got, &at) && GetLastError() != ERROR_HANDLE_EOF)
+  if (!ReadFile(opened, into, wanted, &got, &position) && GetLastError() != ERROR_HANDLE_EOF)
     return last_os_error();
   count = got;
   return 0;
@@ -2019,7 +2018,7 @@ inline std::uint64_t own_user() { return 0; }
 inline void sync_directory(const path&) {}
 inline const char* why_not_replaceable(const path&) { return nullptr; }
 inline std::size_t longest_name(const path&) { return 255; }
-/// In the system's own characters.
+/// Returns the length in UTF-16 units, the unit of longest_name.
 inline std::size_t name_length(std::string_view name) { return from_utf8(name).native().size(); }
 inline std::optional<std::uint64_t> free_space(const path& directory) {
   std::error_code failure;
@@ -2028,14 +2027,14 @@ inline std::optional<std::uint64_t> free_space(const path& directory) {
 }
 inline std::optional<std::uint64_t> file_size_limit() { return std::nullopt; }
 
-/// `opened` has to be of file_mode::keep_name: nothing else can get its name before the stream is open.
+/// The file must be open in file_mode::keep_name, so that its name cannot lead to another file.
 inline result<std::ifstream> stream_on(file_handle, const path& where) {
   std::ifstream stream(where, std::ios::binary);
   if (!stream) return disk_error("open", where, last_os_error());
   return stream;
 }
 
-/// The file goes when its last handle is closed, also that of a process that was killed: there is never an old one.
+/// Windows removes the file with its last handle, even if the process is killed: no process finds an old lock file.
 inline int open_lock_file(file_handle& opened, const path& where, bool& existed) {
   existed = true;
   opened = CreateFileW(where.c_str(), GENERIC_READ | GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
@@ -2043,7 +2042,7 @@ inline int open_lock_file(file_handle& opened, const path& where, bool& existed)
   return opened == no_file() ? last_os_error() : 0;
 }
 inline bool is_lock_busy(int code) { return code == ERROR_SHARING_VIOLATION; }
-inline int lock_file(file_handle) { return 0; }  // nobody else can have it open
+inline int lock_file(file_handle) { return 0; }  // open_lock_file shares the file with nobody
 inline bool are_locks_effective(file_handle, const path&) { return true; }
 
 inline process_id own_process() { return GetCurrentProcessId(); }
@@ -2074,7 +2073,8 @@ inline int last_os_error() { return errno; }
 constexpr int no_space_code = ENOSPC;
 constexpr int name_taken_code = EEXIST;
 
-// A header cannot set _FILE_OFFSET_BITS in time, so files over 2 GiB on 32-bit machines need glibc's explicit names.
+// Files over 2 GiB on 32-bit machines need glibc's explicit names: system headers may precede this one, and then it is too
+// late to set _FILE_OFFSET_BITS.
 #ifdef __GLIBC__
 #define WANDB_RESTORE_PRIVATE_LARGE(name) name##64
 #else
@@ -2083,7 +2083,7 @@ constexpr int name_taken_code = EEXIST;
 
 inline bool look_result::absent() const { return code_ == ENOENT || code_ == ENOTDIR; }
 
-/// Calls again what a signal interrupted. 0, or the system's error code.
+/// Repeats a system call while signals interrupt it. Returns 0 or the error code.
 template <class Call>
 int uninterrupted(const Call& call) {
   int outcome = 0;
@@ -2093,8 +2093,8 @@ int uninterrupted(const Call& call) {
   return outcome == -1 ? errno : 0;
 }
 
-/// Moves a new descriptor above 2, close-on-exec. A program that runs with descriptors 0 to 2 closed would otherwise print
-/// into the file that got one of these numbers. Returns the descriptor to use; negative, with errno set, after a failure.
+/// Moves a new descriptor above 2, close-on-exec: if a program has closed descriptors 0 to 2, a file that got one of these
+/// numbers would receive the program's output. Returns the descriptor; negative, with errno set, after a failure.
 inline int above_standard_streams(int descriptor) {
   if (descriptor < 0 || descriptor > 2) return descriptor;
   const int moved = ::fcntl(descriptor, F_DUPFD_CLOEXEC, 3);
@@ -2104,21 +2104,21 @@ inline int above_standard_streams(int descriptor) {
   return moved;
 }
 
-/// Occupies those of descriptors 0 to 2 that are closed, so that a stream, whose descriptor cannot be moved, is not opened
-/// on one of them. What is printed there meanwhile fails, as it would without this object: a directory cannot be written.
+/// Opens a directory on each closed descriptor from 0 to 2, so that no stream gets one of these numbers: the descriptor of
+/// a stream cannot be moved. Output to them fails, as it does while they are closed.
 class standard_streams_guard {
  public:
   standard_streams_guard() {
-    for (int& one : held_) {
+    for (int& held : held_) {
       const int descriptor = ::open("/", O_RDONLY | O_CLOEXEC);
       if (descriptor > 2) ::close(descriptor);
       if (descriptor < 0 || descriptor > 2) break;
-      one = descriptor;
+      held = descriptor;
     }
   }
   ~standard_streams_guard() {
-    for (const int one : held_)
-      if (one >= 0) ::close(one);
+    for (const int held : held_)
+      if (held >= 0) ::close(held);
   }
   standard_streams_guard(const standard_streams_guard&) = delete;
   standard_streams_guard& operator=(const standard_streams_guard&) = delete;
@@ -2164,7 +2164,7 @@ inline int set_modified(file_handle opened, std::chrono::nanoseconds since_1970)
   times[1].tv_nsec = static_cast<decltype(times[1].tv_nsec)>(since_1970.count() % 1000000000);
   return ::futimens(opened, times) == 0 ? 0 : errno;
 }
-/// By the file system's own clock.
+/// Sets the time of modification to now, by the file system's clock.
 inline void set_modified_now(file_handle opened) {
   struct timespec times[2]{};
   times[0].tv_nsec = UTIME_OMIT;
@@ -2206,7 +2206,7 @@ inline look_result facts_of(const path& where) {
   const int code = uninterrupted([&] { return WANDB_RESTORE_PRIVATE_LARGE(stat)(where.c_str(), &entry); });
   return code == 0 ? look_result(facts_of(entry)) : look_result::failed(code);
 }
-/// Of the directory entry itself: a link is a link.
+/// Does not follow symbolic links.
 inline look_result facts_of_entry(const path& where) {
   struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
   const int code = uninterrupted([&] { return WANDB_RESTORE_PRIVATE_LARGE(lstat)(where.c_str(), &entry); });
@@ -2214,27 +2214,26 @@ inline look_result facts_of_entry(const path& where) {
 }
 inline std::uint64_t own_user() { return static_cast<std::uint64_t>(::geteuid()); }
 
-/// Replaces `destination` in one step.
+/// Renames a file; replaces `destination` atomically.
 [[nodiscard]] inline int rename_over(const path& source, const path& destination) {
   return uninterrupted([&] { return ::rename(source.c_str(), destination.c_str()); });
 }
-/// A rename is on stable storage once its directory is.
+/// Brings renames in a directory to stable storage. Ignores failures: some file systems refuse the call.
 inline void sync_directory(const path& directory) {
   file_handle opened = no_file();
   if (open_file(opened, directory.empty() ? path(".") : directory, file_mode::read, 0) != 0) return;
-  (void)uninterrupted(
-      [&] { return ::fsync(opened); });  // some file systems refuse this: nothing better to do then
+  (void)uninterrupted([&] { return ::fsync(opened); });
   close_file(opened);
 }
 
-/// In bytes, of a name in that directory.
+/// Returns the limit, in bytes, for a name in the directory.
 inline std::size_t longest_name(const path& directory) {
   const long limit = ::pathconf(directory.empty() ? "." : directory.c_str(), _PC_NAME_MAX);
   return limit > 0 ? static_cast<std::size_t>(limit) : 255;
 }
 inline std::size_t name_length(std::string_view name) { return name.size(); }
 
-/// Bytes that an ordinary user may still write there; absent where the system does not tell.
+/// Returns the bytes that an unprivileged user may still write; nothing if unknown.
 inline std::optional<std::uint64_t> free_space(const path& directory) {
 #ifdef __GLIBC__
   struct statvfs64 volume;
@@ -2243,21 +2242,21 @@ inline std::optional<std::uint64_t> free_space(const path& directory) {
   struct statvfs volume;
   const int code = ::statvfs(directory.empty() ? "." : directory.c_str(), &volume);
 #endif
-  if (code != 0 || volume.f_blocks == 0) return std::nullopt;  // some remote file systems say 0 of everything
+  if (code != 0 || volume.f_blocks == 0) return std::nullopt;  // some remote file systems report only zeros
   return static_cast<std::uint64_t>(volume.f_bavail) * volume.f_frsize;
 }
-/// A process that writes beyond this many bytes is killed by SIGXFSZ.
+/// Returns RLIMIT_FSIZE in bytes: a write beyond it kills the process (SIGXFSZ).
 inline std::optional<std::uint64_t> file_size_limit() {
   struct rlimit limit {};
   if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return std::nullopt;
   return static_cast<std::uint64_t>(limit.rlim_cur);
 }
 
-/// A stream on the very file that `opened` has open, whatever its name leads to by now. An ifstream can only be opened by
-/// name, so the name has to be one that cannot lead elsewhere: /proc/self/fd/N (Linux) and /dev/fd/N (macOS, and others
-/// that mount it) name the open file itself. Where neither is mounted, the stream is opened by the file's name, between
-/// two looks that both have to find that file. (The descriptor keeps the inode's number from being used again, and a
-/// rename away and back changes the time of its last status change.) An error if the name leads to another file.
+/// Opens a stream on the file that `opened` has open, even if the file's name leads to another file by now. An ifstream
+/// opens by name only; /proc/self/fd/N (Linux) and /dev/fd/N (macOS and others) name the open file itself. If neither is
+/// mounted, opens the name `where`, and checks before and after that it leads to this file. (No other file can get the
+/// inode number while `opened` is open, and renaming the file away and back changes its ctime.) Returns an error if
+/// `where` leads to another file.
 inline result<std::ifstream> stream_on(file_handle opened, const path& where) {
   const auto facts = facts_of(opened);
   if (!facts.found()) return disk_error("look at", where, facts.failure());
@@ -2269,28 +2268,28 @@ inline result<std::ifstream> stream_on(file_handle opened, const path& where) {
     std::ifstream stream(link, std::ios::binary);
     if (stream) return stream;
   }
-  const auto is_named_so = [&] {
+  const auto name_leads_here = [&] {
     const auto named = facts_of(where);
     return named.found() && named->is_same_file(*facts) && named->changed == facts->changed;
   };
-  if (is_named_so()) {
+  if (name_leads_here()) {
     std::ifstream stream(where, std::ios::binary);
     if (!stream) return disk_error("open", where, errno);
-    if (is_named_so()) return stream;
+    if (name_leads_here()) return stream;
   }
   return error(errc::disk_failure,
-               "cannot open " + in_quotes(where) + ": it was replaced at that moment; try again");
+               "cannot open " + in_quotes(where) + ": another process has just replaced it; try again");
 }
 
-/// Opens the lock file, or makes it, readable by this user alone: others could hold it for ever. `existed`: some process
-/// left it, or has it. Another user's file is refused as if permission were denied.
+/// Opens or creates the lock file. Only this user may open it: another user could hold the lock for ever. Returns EACCES for
+/// a file of another user. Sets `existed` if the file was there already.
 inline int open_lock_file(file_handle& opened, const path& where, bool& existed) {
   existed = false;
   int code = open_file(opened, where, file_mode::create, 0600);
   if (code != EEXIST) return code;
   existed = true;
   code = open_file(opened, where, file_mode::update, 0);
-  if (code != 0) return code == ENOENT ? EAGAIN : code;  // its holder has just removed it
+  if (code != 0) return code == ENOENT ? EAGAIN : code;  // ENOENT: the holder has just removed the file
   const auto facts = facts_of(opened);
   if (facts.found() && facts->is_file && facts->links <= 1 && facts->user == own_user()) return 0;
   close_file(std::exchange(opened, no_file()));
@@ -2310,14 +2309,14 @@ inline struct WANDB_RESTORE_PRIVATE_LARGE(flock) whole_file_lock() {
   whole.l_whence = SEEK_SET;
   return whole;
 }
-/// 0: held. EAGAIN: another process holds it.
+/// Returns 0 if this process now holds the lock, EAGAIN if another one does.
 inline int lock_file(file_handle opened) {
   auto whole = whole_file_lock();
   const int code = uninterrupted([&] { return ::fcntl(opened, set_lock_command, &whole); });
   return code == EACCES ? EAGAIN : code;
 }
-/// Whether the lock that this process holds keeps out others on this machine: some file systems accept locks and ignore
-/// them. Only open-file-description locks can be seen from the process that holds them.
+/// Whether the lock of this process excludes other processes of this machine: some file systems accept locks and ignore
+/// them. Returns false if unknown: a process can query its own lock only if it is an open-file-description lock.
 inline bool are_locks_effective(file_handle, const path& where) {
 #if defined(F_OFD_SETLK)
   file_handle second = no_file();
@@ -2334,16 +2333,14 @@ inline bool are_locks_effective(file_handle, const path& where) {
 
 inline process_id own_process() { return static_cast<process_id>(::getpid()); }
 
-// What POSIX systems do differently.
-
 #if defined(__linux__)
 
 inline int sync_file(file_handle opened) {
   return uninterrupted([&] { return ::fdatasync(opened); });
 }
-/// Takes room for `size` bytes, without writing any. Of no effect, and 0, where the file system cannot do that.
+/// Allocates disk space for `size` bytes without writing any. Returns 0 without effect if the file system cannot do that.
 inline int reserve_room(file_handle opened, std::uint64_t size) {
-  // Memory-backed files would pay for each page before the first byte arrives; their free space is known exactly.
+  // Skip tmpfs: it would allocate all memory pages at once, and check_room knows its free space exactly.
   constexpr long tmpfs = 0x01021994;
   struct WANDB_RESTORE_PRIVATE_LARGE(statfs) volume;
   if (WANDB_RESTORE_PRIVATE_LARGE(fstatfs)(opened, &volume) == 0 && static_cast<long>(volume.f_type) == tmpfs)
@@ -2353,7 +2350,8 @@ inline int reserve_room(file_handle opened, std::uint64_t size) {
       [&] { return WANDB_RESTORE_PRIVATE_LARGE(fallocate)(opened, 0, 0, static_cast<std::int64_t>(size)); });
   return code == ENOSPC || code == EDQUOT || code == EFBIG ? code : 0;
 }
-/// Copies bytes inside the kernel; file systems that can share blocks do. Returns how many; 0: copy them by hand.
+/// Copies bytes inside the kernel; some file systems then share the blocks. Returns the number of bytes copied; after 0 the
+/// caller has to read and write.
 inline std::uint64_t clone_bytes(file_handle source, file_handle destination, std::uint64_t offset,
                                  std::uint64_t size) {
 #if defined(__GLIBC__)
@@ -2366,7 +2364,7 @@ inline std::uint64_t clone_bytes(file_handle source, file_handle destination, st
 #endif
   return (void)source, (void)destination, (void)offset, (void)size, std::uint64_t{0};
 }
-/// Why a rename over this file would fail although its directory can be written; null if nothing is known against it.
+/// Returns why a rename over this file would fail although its directory is writable; null if no reason is known.
 inline const char* why_not_replaceable(const path& where) {
 #if defined(STATX_ATTR_MOUNT_ROOT) && defined(STATX_ATTR_IMMUTABLE)
   struct statx entry {};
@@ -2397,9 +2395,9 @@ inline const char* why_not_replaceable(const path&) { return nullptr; }
 
 #endif  // POSIX
 
-// ---- files, on top of that
+// ---- files, on every system
 
-/// An open file, read and written at offsets; different offsets from several threads at once.
+/// An open file, or none. Several threads may read and write at different offsets at once.
 class file {
  public:
   using mode = file_mode;
@@ -2416,7 +2414,7 @@ class file {
   void close() {
     if (is_open()) close_file(std::exchange(handle_, no_file()));
   }
-  /// 0, or the system's error code. `permissions` are those of a new file, less what the process masks out (umask).
+  /// Returns 0 or the system's error code. A new file gets `permissions` without the bits of the umask.
   [[nodiscard]] int open(const path& where, mode how, unsigned permissions = 0666) {
     close();
     return open_file(handle_, where, how, permissions);
@@ -2427,7 +2425,7 @@ class file {
     return open_lock_file(handle_, where, existed);
   }
 
-  /// Writes all of it; 0, or the system's error code.
+  /// Writes all bytes. Returns 0 or the system's error code.
   [[nodiscard]] int write_at(std::uint64_t offset, std::string_view bytes) const {
     while (!bytes.empty()) {
       std::size_t count = 0;
@@ -2440,7 +2438,7 @@ class file {
     }
     return 0;
   }
-  /// Reads up to `size` bytes; fewer only at the end of the file. Negative: the system's error code.
+  /// Reads `size` bytes, fewer only at the end of the file. Returns their number, or the negated system error code.
   [[nodiscard]] std::int64_t read_at(std::uint64_t offset, char* into, std::size_t size) const {
     std::size_t done = 0;
     while (done < size) {
@@ -2454,12 +2452,12 @@ class file {
     return static_cast<std::int64_t>(done);
   }
   [[nodiscard]] int resize(std::uint64_t size) const { return resize_file(handle_, size); }
-  /// Content on stable storage; 0, or the system's error code.
+  /// Brings the content to stable storage. Returns 0 or the system's error code.
   [[nodiscard]] int sync() const { return sync_file(handle_); }
-  /// Takes room for `size` bytes, where the file system can.
+  /// Allocates disk space; see reserve_room.
   [[nodiscard]] int reserve(std::uint64_t size) const { return reserve_room(handle_, size); }
   [[nodiscard]] look_result facts() const { return facts_of(handle_); }
-  /// Whether it is what its name leads to, which a neighbour may have changed.
+  /// Whether the directory entry `where` is this file: another process may have replaced the entry.
   [[nodiscard]] bool is_named(const path& where) const {
     const auto own = facts(), named = facts_of_entry(where);
     return own.found() && named.found() && named->is_same_file(*own);
@@ -2470,13 +2468,12 @@ class file {
   file_handle handle_ = no_file();
 };
 
-/// A stream at offset 0 on the file that `opened` has open. `opened` is of file::mode::keep_name, or of a mode that writes.
+/// Opens a stream, at offset 0, on the file that `opened` has open, in file::mode::keep_name or a mode that writes.
 inline result<std::ifstream> stream_on(const file& opened, const path& where) {
   return stream_on(opened.native(), where);
 }
 
-/// A buffer for reading files that begins at a page: reading from the page cache to other places can take three times as
-/// long.
+/// A page-aligned buffer for reading files: reads from the page cache into other buffers can take three times as long.
 class page_buffer {
  public:
   static constexpr std::size_t size = 256 * 1024;
@@ -2509,11 +2506,11 @@ inline result<void> make_directories(const path& directory) {
                                        failure.message() + disk_remedy(failure.default_error_condition()));
 }
 
-/// The whole of an open file of at most `limit` bytes. errc::disk_failure for a longer or unreadable one.
+/// Reads a whole open file. Returns errc::disk_failure if it has more than `limit` bytes or cannot be read.
 inline result<std::string> read_small_file(const file& opened, const path& where, std::size_t limit) {
   std::string text;
-  for (std::size_t held = 0;
-       held == text.size() && held <= limit;) {  // the size is not asked for: /proc says 0
+  // Read until the end instead of asking for the size: files in /proc have size 0.
+  for (std::size_t held = 0; held == text.size() && held <= limit;) {
     text.resize((std::min)(limit + 1, held + 4096));
     const auto count = opened.read_at(held, text.data() + held, text.size() - held);
     if (count < 0) return disk_error("read", where, static_cast<int>(-count));
@@ -2535,8 +2532,8 @@ inline result<std::string> read_small_file(const path& where, std::size_t limit)
   return read_small_file(opened, where, limit);
 }
 
-/// Differs from call to call and from process to process: for names, and to spread retries; never for secrets.
-/// std::random_device throws where a system has no source of randomness.
+/// Returns a number that differs between calls and processes, for file names and for the jitter of retries, not for secrets.
+/// Does not use std::random_device, which throws if the system has no source of randomness.
 inline std::uint64_t some_number() {
   static std::atomic<std::uint64_t> calls{0};
   const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
@@ -2549,10 +2546,10 @@ inline std::uint64_t some_number() {
   return name_hash(text);
 }
 
-/// Whether a power cut may cost the new content of a small file. It never leaves a mixture of old and new.
+/// Whether a small file is synced before it replaces the old one. Without that, a power failure may leave it empty.
 enum class durability { lasting, best_effort };
 
-/// Replaces a small file atomically: readers see the old content or the new. A link in its place is replaced, not followed.
+/// Replaces a small file atomically: readers see the old content or the new. Replaces a symbolic link, does not follow it.
 inline result<void> replace_small_file(const path& where, std::string_view text, unsigned permissions = 0666,
                                        durability wanted = durability::lasting) {
   if (auto made = make_directories(where.parent_path()); !made) return made;
@@ -2569,28 +2566,28 @@ inline result<void> replace_small_file(const path& where, std::string_view text,
   return disk_error("write", where, code);
 }
 
-// ---- who is who: processes that own partial files
+// ---- processes: is the writer of a partial file, or the holder of a lock, still running?
 
 #ifndef _WIN32
 #if defined(__linux__)
 
-/// When that process started, in the system's own unit; absent if there is no such process (a zombie counts as gone), 0 if
-/// the system does not tell.
+/// Returns the start time of a process, in a unit of the system; 0 if the time is unknown; nothing if the process does not
+/// exist or is a zombie.
 inline std::optional<std::uint64_t> process_start(process_id id) {
   const auto text = read_small_file("/proc/" + std::to_string(id) + "/stat", 4096);
   if (!text)
     return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt
                                                                     : std::optional<std::uint64_t>(0);
-  // Field 2 is the program's name in parentheses and may hold anything; field 3 is the state, field 20 the number of
-  // threads, field 22 the start. A process whose first thread has ended looks like a zombie while others go on.
+  // Field 2, the program's name in parentheses, may contain any character; field 3 is the state, field 20 the number of
+  // threads, field 22 the start time. A process whose first thread has ended has state Z even while other threads run.
   const auto fields =
       split(std::string_view(*text).substr((std::min)(text->rfind(')') + 2, text->size())), ' ');
   if (fields.size() < 20) return 0;
   if ((fields[0] == "Z" && to_number(fields[17]).value_or(0) <= 1) || fields[0] == "X") return std::nullopt;
   return to_number(fields[19]).value_or(0);
 }
-/// Where the process ids of this process mean something: boot and pid namespace, hashed, eight hex digits each. Empty if
-/// that is unknown.
+/// Identifies the boot and the pid namespace, in which process ids are unique: a hash of each, eight hex digits long. Empty
+/// if unknown.
 inline std::string process_realm() {
   const auto boot = read_small_file("/proc/sys/kernel/random/boot_id", 64);
   std::error_code failure;
@@ -2632,13 +2629,13 @@ inline std::string process_realm() { return {}; }
 /// Names the writer of a partial file or the holder of a lock: "<realm>.<process>.<start>.<serial>".
 struct owner {
   std::string realm;
-  process_id process = 0;  // 0: nobody
+  process_id process = 0;  // 0: no owner
   std::uint64_t start = 0;
   std::uint64_t serial = 0;
 
   static owner self() {
     static std::atomic<std::uint64_t> next{0};
-    // The serial also tells apart what two copies of this header in one process write: it is unique by its address.
+    // A process may contain two copies of this header (in shared libraries): the address makes their serials differ.
     const auto salt = name_hash(std::to_string(reinterpret_cast<std::uintptr_t>(&next))) & 0xffff;
     return {process_realm(), own_process(), process_start(own_process()).value_or(0), (salt << 24) + next++};
   }
@@ -2646,7 +2643,7 @@ struct owner {
     return (realm.empty() ? "unknown" : realm) + '.' + std::to_string(process) + '.' + std::to_string(start) +
            '.' + std::to_string(serial);
   }
-  /// Nobody if the text is of another spelling.
+  /// Returns an owner with process 0 if the text is malformed.
   static owner parse(std::string_view text) {
     const auto parts = split(text, '.');
     if (parts.size() != 4) return {};
@@ -2655,14 +2652,14 @@ struct owner {
     if (!process || !start || !serial) return {};
     return {std::string(parts[0]), *process, *start, *serial};
   }
-  /// Of this host, boot and pid namespace: it can be asked.
+  /// Whether it runs in this boot and pid namespace, so that process_start can examine it.
   [[nodiscard]] bool is_here() const { return !realm.empty() && realm == process_realm(); }
-  /// Of this host and boot, if in another pid namespace (a container): locks that work keep the two apart.
+  /// Whether it runs in this boot, in any pid namespace (container): effective locks exclude it.
   [[nodiscard]] bool is_of_this_boot() const {
     const std::string here = process_realm();
     return here.size() == 16 && realm.size() == 16 && realm.compare(0, 8, here, 0, 8) == 0;
   }
-  /// Not merely silent: gone for certain.
+  /// Whether it has certainly ended. False if unknown.
   [[nodiscard]] bool is_provably_dead() const {
     if (process == 0 || !is_here()) return false;
     const auto now = process_start(process);
@@ -2672,30 +2669,30 @@ struct owner {
 
 // ---- places, and the hidden files beside them
 
-/// Beginning of the names of all hidden files. Files of a run that are called so are refused.
+/// The prefix of all hidden files' names. Files of a run whose names have it are refused.
 constexpr std::string_view hidden_prefix = ".wandb-restore-";
 
 /// The place a file is restored to, and the names of the hidden files beside it.
 struct place {
   path target;      // root / name
   path directory;   // of the target
-  std::string tag;  // tells hidden files of different targets apart
+  std::string tag;  // prefix of the target's hidden files
 
   explicit place(path where) : target(std::move(where)), directory(target.parent_path()) {
     tag = std::string(hidden_prefix) + hex64(name_hash(utf8(target.filename())));
   }
   [[nodiscard]] path lock() const { return directory / (tag + ".lock"); }
-  /// What a writer left for the next one. There is one of each target; its record says of which content it is.
+  /// A partial file that its writer has given up, for the next writer. Its record holds the md5 of its content.
   [[nodiscard]] path released() const { return directory / (tag + ".part"); }
-  /// What a writer is at work on, or was when it was killed.
+  /// A partial file in use. It remains if its writer is killed.
   [[nodiscard]] path partial(const std::string& md5, const std::string& writer) const {
     return directory / (tag + '-' + key(md5) + '-' + writer + ".part");
   }
-  /// Half of an md5 is enough to find a candidate; the record holds the whole.
+  /// Shortens an md5 for a file name; the record holds the whole md5.
   static std::string key(const std::string& md5) { return md5.empty() ? "unknown" : md5.substr(0, 16); }
 };
 
-/// An error, before a byte is fetched, if the finished file could not be put in its place.
+/// Returns an error if a rename over the target would fail. Call before downloading.
 inline result<void> check_replaceable(const place& at) {
   const auto old = facts_of_entry(at.target);
   if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
@@ -2709,15 +2706,15 @@ inline result<void> check_replaceable(const place& at) {
   const auto directory = facts_of(at.directory.empty() ? path(".") : at.directory);
   if (directory.found() && (directory->mode & 01000u) != 0 && own_user() != 0 && old->user != own_user() &&
       directory->user != own_user()) {
-    return refuse("it is another user's, in a directory where only owners may replace files");
+    return refuse("it belongs to another user, and in this directory only owners may replace files");
   }
   return {};
 }
 
-// ---- locks: a courtesy that spares duplicate work; correctness never rests on them
+// ---- locks: they avoid duplicate work; correctness does not depend on them
 
-/// Keeps other threads and, where the file system's locks work, other processes away from a place. Never blocks. The
-/// holder writes its name into the lock file: a process that was forked from it would hold the lock beyond its end.
+/// Excludes other threads and, if the file system's locks work, other processes from a place. Never blocks. The holder
+/// writes its name into the lock file: a forked child inherits the lock, which then outlives the holder.
 class place_lock {
  public:
   enum class outcome { held, busy, unavailable };
@@ -2726,8 +2723,7 @@ class place_lock {
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
-    if (outcome_ == outcome::held && !leave_)
-      remove_quietly(where_);  // while it is still held: see is_named below
+    if (outcome_ == outcome::held && !leave_) remove_quietly(where_);  // before unlocking: see is_named below
     out_.close();
     if (outcome_ != outcome::busy) {
       const std::lock_guard<std::mutex> guard(mutex());
@@ -2748,17 +2744,17 @@ class place_lock {
     }
     return outcome_;
   }
-  /// It is held, and nobody had left a lock file: no process was killed here since the last one ended well.
+  /// Whether the lock is held and its file is new: then no earlier holder was killed or left its file.
   [[nodiscard]] bool is_first() const { return outcome_ == outcome::held && !existed_; }
-  /// It is held, and known to keep out every process of this machine that asks for it.
+  /// Whether the lock is held and certainly excludes the other processes of this machine.
   [[nodiscard]] bool is_effective() const {
     return outcome_ == outcome::held && are_locks_effective(out_.native(), where_);
   }
-  /// Leaves the lock file, so that the next call looks for what else was left.
+  /// Makes the destructor keep the lock file, so that the next holder looks for hidden files to clean up.
   void leave_file() { leave_ = true; }
   void remove_file() { leave_ = false; }
-  /// Removes the lock file of a holder that is gone for certain, though a process that was forked from it still has the
-  /// lock. True if it did: try_acquire makes a new one.
+  /// Removes the lock file if its holder has certainly ended: a forked child may still have the lock. Returns true if it
+  /// did; try_acquire then makes a new file.
   bool take_from_dead() const {
     file held;
     if (held.open(where_, file::mode::neighbour) != 0) return false;
@@ -2767,7 +2763,7 @@ class place_lock {
     std::error_code failure;
     return std::filesystem::remove(where_, failure);
   }
-  /// Nanoseconds since 1970 by the file system's own clock, as far as that can be told.
+  /// Returns nanoseconds since 1970 by the file system's clock, or by the system's clock if the former is unknown.
   [[nodiscard]] std::int64_t now() const {
     if (out_.is_open()) set_modified_now(out_.native());
     const auto facts = out_.is_open() ? out_.facts() : look_result::failed(no_space_code);
@@ -2778,12 +2774,13 @@ class place_lock {
 
  private:
   static std::mutex& mutex() {
-    static std::mutex one;
-    return one;
+    static std::mutex guards_threads;
+    return guards_threads;
   }
+  /// The targets that threads of this process have locked.
   static std::set<std::string>& threads() {
-    static std::set<std::string> one;
-    return one;
+    static std::set<std::string> targets;
+    return targets;
   }
   outcome try_file() {
     int code = out_.open_lock(where_, existed_);
@@ -2792,10 +2789,10 @@ class place_lock {
     if (code != 0) {
       out_.close();
       if (is_lock_busy(code)) return outcome::busy;
-      remove_quietly(where_);  // nobody can hold it
+      remove_quietly(where_);  // the file system has no locks, so nobody holds this one
       return outcome::unavailable;
     }
-    // The holder before may have removed the file between our open and our lock: then the next try makes a new one.
+    // The previous holder may have removed the file after it was opened here: the next try makes a new one.
     if (!out_.is_named(where_)) {
       out_.close();
       return outcome::busy;
@@ -2815,22 +2812,23 @@ class place_lock {
 
 // ---- partial files
 
-/// A hidden partial file found beside a target. Whoever can write to the directory may have put it there.
+/// A hidden partial file found beside a target. Do not trust it: any user who may write to the directory may have made it.
 struct found_partial {
   path where;
-  std::string key;  // place::key of its content; empty: only the record tells
-  owner writer;     // nobody: released, or not of this spelling
+  std::string key;  // place::key of its content; empty for a released file
+  owner writer;     // process 0: released, or the name is malformed
   bool released = false;
-  file_facts facts;  // of the entry: a link is a link
+  file_facts facts;  // of the entry itself, even if it is a link
 
-  /// Nobody writes to it any more, for certain.
+  /// Whether certainly no process writes to it.
   [[nodiscard]] bool abandoned() const { return released || writer.is_provably_dead(); }
+  /// Whether it was not written for `time`. `now` is the file system's clock in nanoseconds since 1970.
   [[nodiscard]] bool is_silent(std::int64_t now, std::chrono::nanoseconds time) const {
     return now - facts.modified > time.count();
   }
 };
 
-/// Reads the directory.
+/// Finds the partial files beside a target.
 inline std::vector<found_partial> find_partials(const place& at) {
   std::vector<found_partial> found;
   std::error_code failure;
@@ -2843,45 +2841,45 @@ inline std::vector<found_partial> find_partials(const place& at) {
         name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) {
       continue;
     }
-    found_partial one;
-    one.where = where;
+    found_partial partial;
+    partial.where = where;
     std::string_view middle = name;
     middle = middle.substr(at.tag.size(), name.size() - at.tag.size() - suffix.size());
     if (middle.empty()) {
-      one.released = true;
+      partial.released = true;
     } else {
       const auto dash = middle.find('-', 1);
       if (middle[0] != '-' || dash == std::string_view::npos || dash + 1 == middle.size()) continue;
-      one.key = middle.substr(1, dash - 1);
-      one.writer = owner::parse(middle.substr(dash + 1));
+      partial.key = middle.substr(1, dash - 1);
+      partial.writer = owner::parse(middle.substr(dash + 1));
     }
     const auto facts = facts_of_entry(where);
     if (!facts.found()) continue;
-    one.facts = *facts;
-    found.push_back(std::move(one));
+    partial.facts = *facts;
+    found.push_back(std::move(partial));
   }
   return found;
 }
 
-/// Is told now and then how many bytes are done; returns false to end what may take long.
+/// A long operation calls this now and then with the number of bytes done, and stops if it returns false.
 using watcher = std::function<bool(std::uint64_t done)>;
 
-/// A file on its way: content at its own offsets, and behind it a record of the blocks that are present. One inode holds
-/// both, so that a rename hands over both. A block is recorded after it was written; the record is a claim that only the
-/// whole file's md5 proves.
+/// A partially downloaded file: the content at its final offsets, then a record of the blocks that are present. Both are in
+/// one file, so that one rename moves both. Blocks are written before they are recorded, but a crash may lose a write: only
+/// the md5 of the whole file proves the content.
 class partial_file {
  public:
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
-  static constexpr std::uint64_t quiet =
-      60;  // seconds after which a writer that cannot be asked counts as gone
+  // Seconds without a write after which a writer counts as dead if its process cannot be examined.
+  static constexpr std::uint64_t quiet = 60;
 
-  /// Goes on from what earlier writers left of this content, or starts a new file. `size` is in bytes. A file that is this
-  /// user's own and has no writer is taken over; of others' the recorded blocks are copied, until the watcher says false.
-  /// `lock`, if given, is the place's.
+  /// Reuses partial files of this content, or starts a new one. Takes over an abandoned file of this user; copies the
+  /// recorded blocks of other files that no live process writes, until `go_on` returns false. `lock` is the lock of the
+  /// place, or null.
   static result<std::unique_ptr<partial_file>> open(const place& at, const std::string& md5,
                                                     std::uint64_t size, const watcher& go_on = {},
                                                     const place_lock* lock = nullptr);
-  /// Starts a new file: a new inode, whatever there is. It has at most the permissions of the file that it will replace.
+  /// Starts a new file without reusing any. Others get no more permissions than for the file that it will replace.
   static result<std::unique_ptr<partial_file>> create(const place& at, const std::string& md5,
                                                       std::uint64_t size);
   partial_file(const partial_file&) = delete;
@@ -2900,12 +2898,12 @@ class partial_file {
   }
   [[nodiscard]] std::uint64_t blocks() const { return (size_ + block - 1) / block; }
 
-  /// Writes bytes at their offset. Several threads at once.
+  /// Writes bytes at their offset. Safe to call from several threads at once.
   result<void> write(std::uint64_t offset, std::string_view bytes) const {
     if (const int code = out_.write_at(offset, bytes)) return disk_error("write", where_, code);
     return {};
   }
-  /// Records that blocks [first, last) have been written. One thread at a time.
+  /// Records that blocks [first, last) have been written. Call from one thread at a time.
   result<void> record(std::uint64_t first, std::uint64_t last) {
     if (first >= last) return {};
     for (auto i = first; i < last; ++i)
@@ -2913,23 +2911,23 @@ class partial_file {
     const auto begin = byte_of(first), end = byte_of(last - 1) + 1;
     return write(record_offset() + header_size + begin, std::string_view(bits_).substr(begin, end - begin));
   }
-  /// Shows others, who wait for signs of work, that there is some although nothing is written.
+  /// Updates the time of modification without a write, so that other processes do not take this writer for dead.
   void touch() const { set_modified_now(out_.native()); }
-  /// Content of unknown length: the size is known only at its end.
+  /// Sets the size of content that was started with an unknown size.
   void set_size(std::uint64_t size) { size_ = size; }
 
-  /// An error if the disk has no room for the rest; otherwise the room is taken, where the file system can.
+  /// Allocates disk space for the missing blocks, if the file system can. Returns an error if there is not enough.
   result<void> reserve() const;
-  /// An error if this process may not write files of so many bytes.
-  static result<void> check_limit(std::uint64_t whole);
-  /// An error if a directory's disk has no room for so many bytes more.
-  static result<void> check_room(const path& directory, std::uint64_t missing);
+  /// Returns an error if this process may not write a file of this size.
+  static result<void> check_limit(std::uint64_t bytes);
+  /// Returns an error if the directory's disk has less free space.
+  static result<void> check_room(const path& directory, std::uint64_t bytes);
 
-  /// It holds a part of something that another try can recognise.
+  /// Whether it holds blocks that a later restore can recognise and reuse.
   [[nodiscard]] bool is_worth_keeping(const std::string& md5) const {
     return !md5.empty() && !is_unreliable_ && bits_.find_first_not_of('\0') != std::string::npos;
   }
-  /// Keeps the file for whoever restores this content next. Of no effect once it was published.
+  /// Closes the file, and keeps it for the next restore of this content. Has no effect on a published file.
   void release(const place& at, const std::string& md5) {
     if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && !has_better_successor(at)) {
       if (is_finished_) write_record();
@@ -2938,13 +2936,12 @@ class partial_file {
     out_.close();
   }
 
-  /// Cuts the record off and brings the content to stable storage. May take long, and cannot be interrupted.
+  /// Cuts the record off and brings the content to stable storage. May take long; cannot be cancelled.
   result<void> finish();
-  /// Puts the content in the target's place, after finish() where that was not called, and returns a stream on this very
-  /// file.
-  /// `announce` is told of the facts that the published file will have, just before it is in place.
+  /// Calls finish() if nobody has, replaces the target with this file, and returns a stream on it. Calls `announce` just
+  /// before the replacement, with the facts that the published file will have.
   result<std::ifstream> publish(const place& at, const std::function<void(const file_facts&)>& announce = {});
-  /// Facts of the published file, whatever its name leads to by now.
+  /// Facts of the published file, even if its name leads to another file by now.
   [[nodiscard]] const std::optional<file_facts>& published() const { return published_; }
 
  private:
@@ -2955,7 +2952,7 @@ class partial_file {
       : out_(std::move(out)), where_(std::move(where)), md5_(md5), size_(size),
         bits_(byte_of(blocks() + 7), '\0') {}
   static std::size_t byte_of(std::uint64_t index) { return static_cast<std::size_t>(index / 8); }
-  /// Bytes of content and record.
+  /// Returns the bytes of content and record.
   [[nodiscard]] std::uint64_t whole() const { return record_offset() + header_size + bits_.size(); }
   [[nodiscard]] std::uint64_t record_offset() const { return (size_ + block - 1) / block * block; }
   [[nodiscard]] std::string header() const {
@@ -2966,7 +2963,7 @@ class partial_file {
     return text;
   }
   void write_record() const { (void)out_.write_at(record_offset(), header() + bits_); }
-  /// Takes over the record that the file holds; false if there is none of this content.
+  /// Reads the record from the file. Returns false if it is missing or describes other content.
   bool load_record() {
     std::string text(header_size, '\0');
     if (out_.read_at(record_offset(), text.data(), text.size()) != static_cast<std::int64_t>(text.size()) ||
@@ -2981,15 +2978,15 @@ class partial_file {
     for (std::uint64_t i = 0; i < blocks(); ++i) count += has(i) ? 1u : 0u;
     return count;
   }
-  /// Opens what was found and reads its record; null if it holds nothing of this content. It is writable only if it is
-  /// this user's own, with one name: what another can change later must not be published.
+  /// Opens a candidate and reads its record. Returns null if it has no record of this content. Sets is_own_ if the file
+  /// belongs to this user and has one name: others could change another file after it was published.
   static std::unique_ptr<partial_file> inspect(const found_partial& candidate, const std::string& md5,
                                                std::uint64_t size);
-  /// Makes a candidate that was inspected, and has no writer, this object's alone. False if another was faster.
+  /// Renames an abandoned candidate so that no other process claims it. Returns false if another process was faster.
   bool claim(const place& at);
-  /// Copies what another partial file says is present; what cannot be copied is fetched again.
+  /// Copies the blocks that `source` has and this file lacks. Stops at a failure: the other blocks will be downloaded.
   void adopt(const partial_file& source, const watcher& go_on);
-  /// Another writer has released more of the same content meanwhile.
+  /// Whether another writer has released a file with more blocks of the same content.
   [[nodiscard]] bool has_better_successor(const place& at) const {
     found_partial released;
     released.where = at.released();
@@ -3000,24 +2997,24 @@ class partial_file {
 
   file out_;
   path where_;
-  std::string md5_;  // of the content; empty: nothing identifies it
+  std::string md5_;  // of the content; empty if unknown
   std::uint64_t size_;
-  std::string bits_;
-  bool is_claimed_ = false;     // the entry is this object's alone, and goes with it
-  bool is_own_ = true;          // this user's file, to be written to
-  bool is_finished_ = false;    // no record; the content is on stable storage
-  bool is_unreliable_ = false;  // a sync failed: the kernel may have dropped pages
+  std::string bits_;            // the record: one bit for each block, lowest bit first
+  bool is_claimed_ = false;     // no other object uses the directory entry; the destructor removes it
+  bool is_own_ = true;          // this user's file; may be written and published
+  bool is_finished_ = false;    // the record is cut off; the content is on stable storage
+  bool is_unreliable_ = false;  // a sync failed: the kernel may have dropped written pages
   std::optional<file_facts> published_;
 };
 
-/// Permissions for a new file that will replace `old`: never more than the old file's, but its own user can go on with it.
+/// Returns the permissions of a partial file that will replace `old`: those of `old`, and read and write for its owner.
 inline unsigned permissions_beside(const look_result& old) {
   return old.found() ? (old->mode & 0666u) | 0600u : 0666u;
 }
 
 inline result<std::unique_ptr<partial_file>> partial_file::create(const place& at, const std::string& md5,
                                                                   std::uint64_t size) {
-  // Before anything is made of a size that the service tells.
+  // Check first: the record of an absurd size from the service would need absurd memory.
   if (auto room = check_room(at.directory, size); !room) return room.error();
   const auto old = facts_of(at.target);
   if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
@@ -3048,7 +3045,7 @@ inline std::unique_ptr<partial_file> partial_file::inspect(const found_partial& 
   std::unique_ptr<partial_file> made(new partial_file(std::move(out), candidate.where, md5, size));
   made->is_own_ = is_own;
   if (!candidate.key.empty() && facts->size == size) {
-    // Its writer was killed between cutting off the record and the rename: all of the content counts as present.
+    // The writer was killed between finish() and the rename: all blocks are present.
     made->bits_.assign(made->bits_.size(), '\xff');
     return made;
   }
@@ -3059,9 +3056,8 @@ inline bool partial_file::claim(const place& at) {
   const path own = at.partial(md5_, owner::self().str());
   if (rename_over(where_, own) != 0) return false;
   const auto opened = out_.facts();
-  if (!out_.is_named(own) || !opened.found() ||
-      opened->links != 1) {  // something else was put there meanwhile
-    remove_quietly(own);
+  if (!out_.is_named(own) || !opened.found() || opened->links != 1) {
+    remove_quietly(own);  // not the inspected file: somebody replaced the entry before the rename
     return false;
   }
   where_ = own;
@@ -3077,70 +3073,71 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
                                                                 std::uint64_t size, const watcher& go_on,
                                                                 const place_lock* lock) {
   if (md5.empty() || size == 0) return create(at, md5, size);
-  struct source {
+  struct inspected {
     found_partial found;
     std::unique_ptr<partial_file> content;
   };
-  std::vector<source> sources;  // the fullest first
-  const found_partial* unasked = nullptr;
+  std::vector<inspected> sources;  // in order of recorded blocks, most first
+  const found_partial* in_use = nullptr;
   auto candidates = find_partials(at);
-  for (auto& one : candidates) {
-    auto content = inspect(one, md5, size);
+  for (auto& candidate : candidates) {
+    auto content = inspect(candidate, md5, size);
     if (!content) {
-      // A torn record, or one of another size, goes with its writer; other content may be wanted by somebody.
-      if (one.abandoned() && one.key == place::key(md5)) remove_quietly(one.where);
+      // Remove an abandoned file if its record is damaged or has another size. Keep other content for its own restore.
+      if (candidate.abandoned() && candidate.key == place::key(md5)) remove_quietly(candidate.where);
       continue;
     }
-    if (!one.abandoned()) unasked = &one;
+    if (!candidate.abandoned()) in_use = &candidate;
     auto position = sources.begin();
     while (position != sources.end() && position->content->recorded() >= content->recorded()) ++position;
-    content->out_.close();  // there may be more of them than a process may have open
-    sources.insert(position, {std::move(one), std::move(content)});
+    content->out_.close();  // all candidates together may exceed the limit on open files
+    sources.insert(position, {std::move(candidate), std::move(content)});
   }
   std::unique_ptr<partial_file> made;
-  for (auto& one : sources) {
-    if (made || !one.content->is_own_ || !one.found.abandoned()) continue;
-    auto content = inspect(one.found, md5, size);
+  for (auto& source : sources) {
+    if (made || !source.content->is_own_ || !source.found.abandoned()) continue;
+    auto content = inspect(source.found, md5, size);
     if (content && content->is_own_ && content->claim(at)) {
       made = std::move(content);
-      one.content.reset();
+      source.content.reset();
     }
   }
   if (!made) {
     auto created = create(at, md5, size);
-    if (!created && unasked != nullptr && created.error().code() == errc::disk_failure &&
+    if (!created && in_use != nullptr && created.error().code() == errc::disk_failure &&
         !check_room(at.directory, size)) {
       return error(created.error().code(),
-                   std::string(created.error().what()) + "; also, " + in_quotes(unasked->where) +
-                       " holds a part of it for a process that may be at work: remove it if none is");
+                   std::string(created.error().what()) + "; also, " + in_quotes(in_use->where) +
+                       " holds a part of the file: if no process is downloading it, remove that part");
     }
     if (!created) return created;
     made = *std::move(created);
   }
   made->touch();
-  const auto now = made->out_.facts();  // the file system's own clock
-  for (const auto& one : sources) {
-    if (!one.content) continue;
-    const bool is_abandoned = one.found.abandoned();
-    // A live process of this machine would hold the lock, or have lost it by its silence. It may come back: copy.
-    const bool is_locked_out = lock != nullptr && !one.found.writer.is_here() &&
-                               one.found.writer.is_of_this_boot() && lock->is_effective();
-    const bool is_silent = now.found() && !one.found.writer.is_here() &&
-                           one.found.is_silent(now->modified, std::chrono::seconds(quiet));
+  const auto now = made->out_.facts();  // touched just now, by the file system's clock
+  for (const auto& source : sources) {
+    if (!source.content) continue;
+    const auto& writer = source.found.writer;
+    const bool is_abandoned = source.found.abandoned();
+    // A live writer of this machine holds the lock, unless it was silent and lost it. It may resume: copy, do not claim.
+    const bool is_locked_out =
+        lock != nullptr && !writer.is_here() && writer.is_of_this_boot() && lock->is_effective();
+    const bool is_silent = now.found() && !writer.is_here() &&
+                           source.found.is_silent(now->modified, std::chrono::seconds(quiet));
     if (!is_abandoned && !is_locked_out && !is_silent) continue;
-    if (const auto content = inspect(one.found, md5, size)) made->adopt(*content, go_on);
-    if (is_abandoned || is_locked_out) remove_quietly(one.found.where);
+    if (const auto content = inspect(source.found, md5, size)) made->adopt(*content, go_on);
+    if (is_abandoned || is_locked_out) remove_quietly(source.found.where);
   }
   return made;
 }
 
 inline void partial_file::adopt(const partial_file& source, const watcher& go_on) {
   page_buffer buffer;
-  constexpr std::uint64_t most = 16;  // blocks copied between two calls of the watcher
+  constexpr std::uint64_t stride = 16;  // blocks copied between two calls of the watcher
   for (std::uint64_t first = 0, last = 0; first < blocks(); first = last) {
     last = first + 1;
     if (has(first) || !source.has(first)) continue;
-    while (last < blocks() && last - first < most && !has(last) && source.has(last)) ++last;
+    while (last < blocks() && last - first < stride && !has(last) && source.has(last)) ++last;
     if (go_on && !go_on(first * block)) return;
     const auto end = (std::min)(last * block, size_);
     auto offset = first * block;
@@ -3157,29 +3154,28 @@ inline void partial_file::adopt(const partial_file& source, const watcher& go_on
   }
 }
 
-inline result<void> partial_file::check_limit(std::uint64_t whole) {
+inline result<void> partial_file::check_limit(std::uint64_t bytes) {
   const auto limit = file_size_limit();
-  if (!limit || whole <= *limit) return {};
-  return error(errc::disk_failure, "this process may not write files of " + std::to_string(whole) +
-                                       " bytes, at most " + std::to_string(*limit) +
-                                       ": raise the limit (ulimit -f)");
+  if (!limit || bytes <= *limit) return {};
+  return error(errc::disk_failure, "cannot write a file of " + std::to_string(bytes) +
+                                       " bytes: the limit of this process is " + std::to_string(*limit) +
+                                       "; raise it (ulimit -f)");
 }
 
-inline result<void> partial_file::check_room(const path& directory, std::uint64_t missing) {
+inline result<void> partial_file::check_room(const path& directory, std::uint64_t bytes) {
   const auto space = free_space(directory);
-  if (!space || missing <= *space) return {};
+  if (!space || bytes <= *space) return {};
   return error(errc::disk_failure,
                "not enough room in " + in_quotes(directory.empty() ? path(".") : directory) + ": " +
-                   std::to_string(missing) + " bytes are needed, " + std::to_string(*space) + " are free, " +
-                   std::to_string(missing - *space) + " are missing; free some, or set root to another disk");
+                   std::to_string(bytes) + " bytes are needed, " + std::to_string(*space) + " are free, " +
+                   std::to_string(bytes - *space) + " are missing; free some, or set root to another disk");
 }
 
 inline result<void> partial_file::reserve() const {
   const auto facts = out_.facts();
   if (auto allowed = check_limit(whole()); !allowed) return allowed;
-  std::uint64_t present =
-      facts.found() ? facts->allocated : 0;  // less than what was written if it is compressed
-  present = (std::max)(present, recorded() * block);
+  // On a file system that compresses, written blocks may have less space allocated than their size.
+  const auto present = (std::max)(facts.found() ? facts->allocated : 0, recorded() * block);
   const std::uint64_t missing = present < whole() ? whole() - present : 0;
   const path directory = where_.parent_path();
   if (auto room = check_room(directory, missing); !room) return room;
@@ -3204,34 +3200,34 @@ inline result<void> partial_file::finish() {
 inline result<std::ifstream> partial_file::publish(const place& at,
                                                    const std::function<void(const file_facts&)>& announce) {
   const auto old = facts_of(at.target);
-  // Without its record the file could not be released: the next try would have to find it by its writer's end.
+  // Restore the record, so that release() can keep the file.
   const auto failed = [&](const error& failure) {
     if (out_.is_open() || out_.open(where_, file::mode::update) == 0) write_record();
     return failure;
   };
   if (old.failure() != 0) return failed(disk_error("look at", at.target, old.failure()));
   if (old.found() && !old->is_file) {
-    return failed(error(errc::disk_failure, "cannot put a file in the place of " + in_quotes(at.target) +
-                                                ", which is no ordinary file"));
+    return failed(
+        error(errc::disk_failure, "cannot replace " + in_quotes(at.target) + ": it is no ordinary file"));
   }
   if (!is_finished_) {
     if (auto done = finish(); !done) return is_unreliable_ ? done.error() : failed(done.error());
   }
-  // The old file's permissions stay, if it was this user's own.
+  // Keep the old file's permissions, if it belonged to this user.
   if (old.found() && old->user == own_user()) set_permissions(out_.native(), old->mode & 0777);
-  // The file's time is set to before now, by more than any file system's clock ticks: a change that comes later, however
-  // soon, gives it another time, and the receipt no longer fits.
+  // Set the time of modification back by more than a tick of any file system's clock, so that any later change, however
+  // soon, gives the file another time and makes its receipt invalid.
   using namespace std::chrono;
   (void)set_modified(out_.native(), system_clock::now().time_since_epoch() - seconds(3));
   const auto facts = out_.facts();
   if (facts.found() && announce) announce(*facts);
 #ifdef _WIN32
-  out_.close();  // a stream that is open would forbid the rename here
+  out_.close();  // Windows does not rename an open file
   if (const int code = rename_over(where_, at.target)) {
     const error failure = failed(disk_error("rename a finished file to", at.target, code));
     if (code != ERROR_ACCESS_DENIED && code != ERROR_SHARING_VIOLATION) return failure;
     return error(failure.code(), "cannot replace " + in_quotes(at.target) + ": " + system_text(code) +
-                                     "; close what has it open, such as a stream of an earlier restore");
+                                     "; close it where it is open, e.g. a stream of an earlier restore");
   }
   is_claimed_ = false;
   file published;
@@ -3243,8 +3239,7 @@ inline result<std::ifstream> partial_file::publish(const place& at,
   if (!stream) return failed(stream.error());
   if (!out_.is_named(where_)) {
     return error(errc::disk_failure,
-                 in_quotes(where_) +
-                     " was replaced by another file: who else writes to this directory? try again");
+                 "cannot use " + in_quotes(where_) + ": another program has replaced it; try again");
   }
   if (const int code = rename_over(where_, at.target))
     return failed(disk_error("rename a finished file to", at.target, code));
@@ -3256,36 +3251,36 @@ inline result<std::ifstream> partial_file::publish(const place& at,
   return stream;
 }
 
-/// Removes hidden files that nobody uses any more, if nothing was written to them for `age`. `now` is the file system's own
-/// clock, in nanoseconds: an owner that cannot be asked, on another host, and wrote nothing for an hour, is taken for gone.
-/// True if nothing is left but, maybe, a released file, which is found without reading the directory.
+/// Removes abandoned partial files that were not written for `age`, and files whose writer cannot be examined (on another
+/// host, for example) and that were not written for an hour. `now` is the file system's clock in nanoseconds since 1970.
+/// Returns true if no partial file is left, except for a released one, whose name is known without reading the directory.
 inline bool clean_up(const place& at, std::int64_t now, std::chrono::nanoseconds age = {}) {
   bool is_clean = true;
-  for (const auto& one : find_partials(at)) {
-    const bool is_over = age.count() == 0 || one.is_silent(now, age);
-    const bool is_lost = !one.writer.is_here() && one.is_silent(now, std::chrono::hours(1));
-    if ((one.abandoned() && is_over) || is_lost) {
-      remove_quietly(one.where);
-    } else if (!one.released) {
+  for (const auto& partial : find_partials(at)) {
+    const bool is_old = age.count() == 0 || partial.is_silent(now, age);
+    const bool is_lost = !partial.writer.is_here() && partial.is_silent(now, std::chrono::hours(1));
+    if ((partial.abandoned() && is_old) || is_lost) {
+      remove_quietly(partial.where);
+    } else if (!partial.released) {
       is_clean = false;
     }
   }
   return is_clean;
 }
 
-// ---- receipts: what is remembered of a restored file, in the user's cache directory
+// ---- receipts: records of restored files, in the user's cache directory
 
 struct receipt {
   run_path run;
-  std::string name;  // of the file in the run; empty in receipts of version 0.1.0, which did not record it
+  std::string name;           // the file's name in the run; version 0.1.0 left it empty
   std::uint64_t size = 0;     // bytes
   std::int64_t modified = 0;  // nanoseconds since 1970
-  std::string md5;            // verified, in hex; or empty
+  std::string md5;            // in hex; empty if it was not verified
 
-  explicit operator bool() const { return !run.run_id.empty(); }  // false: there is none
+  explicit operator bool() const { return !run.run_id.empty(); }  // false: no receipt
 };
 
-/// The same path for whatever leads to a directory: links are common where home and scratch directories are large.
+/// Resolves the links in the directory's path, so that a file has one receipt whichever path leads to it.
 inline path real_path(const path& where) {
   std::error_code failure;
   const path directory = std::filesystem::canonical(absolute_path(where).parent_path(), failure);
@@ -3294,15 +3289,15 @@ inline path real_path(const path& where) {
 inline path receipt_path(const path& cache, const path& real_target) {
   return cache / "receipts" / hex64(name_hash(utf8(real_target)));
 }
-/// Whether a file was changed so lately that another change might give it the same time: the clocks of some file systems
-/// tick every 2 seconds. What is known of its content would not be known to be of the changed one.
+/// Whether another change now could leave a file's time of modification as it is: some file systems' clocks tick every 2
+/// seconds. A receipt must not record the md5 of such a file.
 inline bool is_too_fresh(std::int64_t modified) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   return modified + 2000000000 > std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
-/// Removes receipts of files that are gone from a directory that is still there, and what a killed process left of a receipt
-/// it was writing, if they are older than a day.
+/// Removes receipts, older than a day, of files that no longer exist in directories that do, and unfinished receipts of
+/// killed processes.
 inline void sweep_receipts(const path& directory) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   const auto old = std::chrono::duration_cast<std::chrono::nanoseconds>(now - std::chrono::hours(24)).count();
@@ -3323,7 +3318,7 @@ inline void sweep_receipts(const path& directory) {
   }
 }
 
-/// Reads the receipts that are kept for a path. Those that another user wrote do not count.
+/// Reads the receipts that are stored in a receipt file. Returns "" if another user wrote it.
 inline std::string receipts_at(const path& where) {
   file opened;
   if (opened.open(where, file::mode::neighbour) != 0) return {};
@@ -3334,9 +3329,9 @@ inline std::string receipts_at(const path& where) {
 
 inline constexpr std::string_view end_of_receipt = "end=yes\n";
 
-/// Writes the receipt of a file that is about to be put in place. The receipt of the file that is there until then is kept
-/// behind it, so that a call in between recognises either. Without a cache directory none is written: the file counts as the
-/// user's own.
+/// Writes the receipt of a file just before its publication. Appends the receipt of the file that it replaces, so that a
+/// call at that moment recognises either file. Does nothing without a cache directory: then later calls take the file for
+/// the user's own.
 inline result<void> write_receipt(const path& cache, const path& target, const receipt& facts) {
   if (cache.empty()) return {};
   const path real = real_path(target);
@@ -3348,14 +3343,14 @@ inline result<void> write_receipt(const path& cache, const path& target, const r
       "\nmd5=" + (is_too_fresh(facts.modified) ? std::string() : facts.md5) + '\n';
   record += end_of_receipt;
   const path where = receipt_path(cache, real);
-  const std::string before = receipts_at(where);
-  if (const auto end = before.find(end_of_receipt); end != before.npos)
-    record += before.substr(0, end + end_of_receipt.size());
+  const std::string previous = receipts_at(where);
+  if (const auto end = previous.find(end_of_receipt); end != previous.npos)
+    record += previous.substr(0, end + end_of_receipt.size());
   if (some_number() % 64 == 0) sweep_receipts(where.parent_path());
   return replace_small_file(where, record, 0666, durability::best_effort);
 }
 
-/// Finds the receipt for that very path that is of the file as it is now.
+/// Reads the receipt that is stored under exactly this path. Returns an empty one if the file has changed since.
 inline receipt receipt_of(const path& cache, const path& real, const file_facts& now) {
   const std::string text = receipts_at(receipt_path(cache, real));
   std::string_view rest = text;
@@ -3376,12 +3371,12 @@ inline receipt receipt_of(const path& cache, const path& real, const file_facts&
   return {};
 }
 
-/// The receipt for a file, if there is one and the file has not changed since.
+/// Reads the receipt of a file. Returns an empty one if there is none or the file has changed since.
 inline receipt read_receipt(const path& cache, const path& target, const file_facts& now) {
   if (cache.empty()) return {};
   const path plain = absolute_path(target);
   if (auto found = receipt_of(cache, plain, now)) return found;
-  const path real = real_path(target);  // asking for each directory on the way takes its time
+  const path real = real_path(target);  // slow: it examines each directory of the path
   return real == plain ? receipt() : receipt_of(cache, real, now);
 }
 
@@ -3391,7 +3386,7 @@ inline receipt read_receipt(const path& cache, const path& target, const file_fa
 
 namespace detail {
 
-/// MD5 (RFC 1321), streamed. Our own, since FIPS configurations of OpenSSL refuse it, and as fast as theirs.
+/// Computes an MD5 (RFC 1321) piece by piece. Does not use OpenSSL, whose FIPS configurations refuse MD5; as fast as OpenSSL.
 class md5 {
  public:
   void update(std::string_view bytes) {
@@ -3412,7 +3407,7 @@ class md5 {
     held_ = bytes.size();
   }
 
-  /// 32 lower-case hex digits of all that was given. The object is spent then.
+  /// Returns the digest in 32 lower-case hex digits. Do not use the object afterwards.
   std::string finish() {
     const std::uint64_t bits = length_ * 8;
     std::string tail(1, '\x80');
@@ -3429,7 +3424,7 @@ class md5 {
  private:
   using words = std::array<std::uint32_t, 4>;
 
-  // Most of the time of a verified download on a fast network goes here, in programs built without optimisation as well.
+  // Optimised in debug builds, too: a verified download on a fast network spends most of its time here.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__OPTIMIZE__)
   __attribute__((optimize("O2")))
 #endif
@@ -3445,8 +3440,8 @@ class md5 {
                static_cast<std::uint32_t>(byte[2]) << 16 | static_cast<std::uint32_t>(byte[3]) << 24;
       }
       const auto a0 = a, b0 = b, c0 = c, d0 = d;
-// One step of each round. The terms stand in an order that keeps what depends on the step before short: in the second
-// round the two halves of G share no bit, so that their sum may be taken apart.
+// One step of a round. The terms that depend on the previous step come last, which shortens the chain of dependent
+// operations. G is (p & r) | (q & ~r); the two terms share no bit, so adding each to w equals adding G.
 #define WANDB_RESTORE_PRIVATE_STEP(mix, w, p, q, r, k, s, t)                                                 \
   w += x[k] + t##u;                                                                                          \
   mix(w, p, q, r);                                                                                           \
@@ -3509,7 +3504,7 @@ class md5 {
   std::uint64_t length_ = 0;
 };
 
-/// The md5 of a whole file in hex; empty where it cannot be read, or the watcher ended it.
+/// Returns the md5 of a whole file in hex; empty if the file cannot be read or the watcher returned false.
 inline std::string md5_of_file(const file& opened, const watcher& go_on = {}) {
   md5 hash;
   page_buffer buffer;
