@@ -4333,33 +4333,33 @@ inline std::string seconds_text(milliseconds time) {
   return text.data();
 }
 
-/// One call of the user: how it may be ended, and whether anything was reached yet.
+/// The state of one call by the user: cancellation, total_timeout, and whether any server was reached. Thread-safe.
 class call {
  public:
   call(const settings& configuration, const std::atomic<bool>* cancel)
       : config(configuration), cancel_(cancel), began_(clock::now()) {}
-  /// A part of another call, which ends with that one or with a flag of its own.
-  call(const call& outer, const std::atomic<bool>& also)
-      : config(outer.config), reached(outer.reached.load()), outer_(&outer), cancel_(&also),
+  /// Makes a part of another call. It is cancelled with that call, or by a flag of its own.
+  call(const call& outer, const std::atomic<bool>& cancel)
+      : config(outer.config), reached(outer.reached.load()), outer_(&outer), cancel_(&cancel),
         began_(outer.began_) {}
 
   const settings& config;
-  std::atomic<bool> reached{false};  // some server took a connection, or answered
+  std::atomic<bool> reached{false};  // a server has accepted a connection or answered
 
   [[nodiscard]] bool cancelled() const {
     return stopped_ || (cancel_ != nullptr && cancel_->load(std::memory_order_relaxed)) || out_of_time() ||
            (outer_ != nullptr && outer_->cancelled());
   }
-  void stop() { stopped_ = true; }  // as the caller's flag does
+  void stop() { stopped_ = true; }
   [[nodiscard]] error why_cancelled() const {
     if (!stopped_ && out_of_time()) {
       return error::permanent(errc::connection_failed,
                               "not done within " + seconds_text(config.total_timeout) +
-                                  " (total_timeout): raise it, or call again, which goes on from there");
+                                  " (total_timeout): raise the limit, or call again to resume");
     }
     return error(errc::cancelled, "cancelled");
   }
-  /// False if cancelled meanwhile.
+  /// Blocks for this time. Returns false, at once, if the call is cancelled.
   [[nodiscard]] bool sleep(milliseconds time) const {
     for (const auto end = clock::now() + time; !cancelled();) {
       const auto left = std::chrono::duration_cast<milliseconds>(end - clock::now());
@@ -4379,14 +4379,14 @@ class call {
   clock::time_point began_;
 };
 
-/// Measures the time without progress, and ends trying again when it is used up: after settings::retry_timeout, or after
-/// connect_timeout while no server was reached. One clock for each transfer, shared by its connections. Thread-safe.
+/// Measures the time without progress. The limit is settings::retry_timeout, or connect_timeout if no server was reached;
+/// then retries end. A transfer has one clock for all of its connections. Thread-safe.
 class retry_clock {
  public:
   explicit retry_clock(const call& user_call) : call_(user_call) {}
 
-  /// Tells of bytes that arrived. Progress is `low_speed` bytes a second since the clock started: a few bytes with each try
-  /// would take for ever.
+  /// Counts bytes that arrived. Restarts the clock, and returns true, if `low_speed` bytes a second have arrived since it
+  /// started: with only a few bytes for each try a transfer would never end.
   bool progressed(std::uint64_t bytes) {
     const std::lock_guard<std::mutex> guard(mutex_);
     arrived_ += bytes;
@@ -4399,19 +4399,19 @@ class retry_clock {
     last_failure_.reset();
     return true;
   }
-  /// Tells of a failure that is to be followed by another try. Returns the time that is left for it.
+  /// Counts a failure. Returns the time that is left for another try.
   milliseconds failed(const error& failure) {
     const std::lock_guard<std::mutex> guard(mutex_);
     ++failures_;
     last_failure_ = failure;
     return (std::max)(limit() - spent(), milliseconds(0));
   }
-  /// The last failure, with what was tried.
+  /// Returns the last failure; the text adds the number of tries, the time and a remedy.
   [[nodiscard]] error gave_up() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return gave_up_locked();
   }
-  /// As gave_up, if the time is used up and the last try failed.
+  /// Returns gave_up() if the time is used up and the last try failed.
   [[nodiscard]] std::optional<error> expired() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (!last_failure_ || spent() < limit()) return std::nullopt;
@@ -4434,36 +4434,36 @@ class retry_clock {
             seconds_text(spent()) + "; the limit without progress is " + seconds_text(limit()) + ")";
     text += failure.code() == errc::connection_failed ? ": check the network, WANDB_BASE_URL and HTTPS_PROXY"
                                                       : ": try again later";
-    error last(failure.code(), text, failure.http_status());  // another time it may pass: still transient
+    error last(failure.code(), text, failure.http_status());
     last.retry_after(failure.retry_after());
     return last;
   }
 
   const call& call_;
   mutable std::mutex mutex_;  // guards the rest
-  int failures_ = 0;          // since the last progress
+  int failures_ = 0;          // since `since_`
   std::optional<error> last_failure_;
-  std::uint64_t arrived_ = 0;  // bytes since then
-  clock::time_point since_ = clock::now();
+  std::uint64_t arrived_ = 0;               // bytes since `since_`
+  clock::time_point since_ = clock::now();  // the last progress
 };
 
-/// The waits between tries: exponential backoff with full jitter, or what Retry-After asks for.
+/// Computes the wait before each retry: exponential backoff with full jitter, at least the server's Retry-After.
 class backoff {
  public:
   explicit backoff(const call& user_call) : call_(user_call), own_clock_(user_call), clock_(own_clock_) {}
-  /// With a clock that others share.
+  /// Uses a clock that several connections share.
   backoff(const call& user_call, retry_clock& shared_clock)
       : call_(user_call), own_clock_(user_call), clock_(shared_clock) {}
 
-  /// The waits begin with the shortest again.
+  /// Starts again with the shortest wait.
   void reset() { tries_ = 0; }
-  /// Tells the clock of bytes that arrived.
+  /// Reports bytes that arrived to the clock.
   void progressed(std::uint64_t bytes) {
     if (clock_.progressed(bytes)) reset();
   }
-  /// Failures in a row.
+  /// Returns the number of failures since the last reset.
   [[nodiscard]] int failures() const { return tries_; }
-  /// After a failure: how long to wait before the next try, or the error to give up with.
+  /// Returns the wait before the next try, or, if there shall be none, the error to give up with.
   [[nodiscard]] result<milliseconds> after(const error& failure) {
     if (call_.cancelled()) return call_.why_cancelled();
     if (!failure.is_transient()) return failure;
@@ -4473,7 +4473,7 @@ class backoff {
       return (std::max)((std::min)(jitter(ceiling), left), failure.retry_after());
     return clock_.gave_up();
   }
-  /// The same with the waiting done: nothing, or the error to give up with.
+  /// Waits for the next try. Returns the error to give up with if there shall be none.
   [[nodiscard]] std::optional<error> wait_after(const error& failure) {
     const auto wait = after(failure);
     if (!wait) return wait.error();
@@ -4491,7 +4491,7 @@ class backoff {
   int tries_ = 0;
 };
 
-/// RFC 9110, section 10.2.3: seconds (fractions are met, too) or a date; past ones mean now.
+/// Parses Retry-After: seconds or a date (RFC 9110, section 10.2.3). Rounds fractions up; returns 0 for a past date.
 inline milliseconds parse_retry_after(const http_response& head) {
   const std::string* field = head.header("Retry-After");
   if (field == nullptr) return milliseconds(0);
@@ -4506,28 +4506,29 @@ inline milliseconds parse_retry_after(const http_response& head) {
   return std::chrono::seconds(static_cast<std::int64_t>(seconds));
 }
 
-/// What came back in the end, from the last hop.
+/// The last response after all redirects.
 struct answer {
   http_response head;
-  std::string body;  // of answers that are not streamed: its beginning
+  std::string body;  // the beginning of a body that was not streamed
 };
 
-/// Between a transport and whoever takes the bytes: bounds the head, watches the pace, and keeps the beginning of bodies
-/// that are no good (redirects, errors) away from the taker.
+/// Stands between a transport and the destination of the bytes. Bounds the head, ends a transfer that is too slow, and
+/// streams only bodies of status 200 and 206 to the destination; keeps the beginning of other bodies.
 class guarded_sink final : public body_sink {
  public:
   static constexpr std::size_t max_fields = 200, max_error_body = 16 * 1024;
 
-  guarded_sink(call& of, body_sink& taker, std::string what)
-      : call_(of), taker_(taker), what_(std::move(what)), since_(clock::now()) {}
+  /// `label` names the request in messages.
+  guarded_sink(call& user_call, body_sink& destination, std::string label)
+      : call_(user_call), destination_(destination), label_(std::move(label)), since_(clock::now()) {}
 
   void connected() override { call_.reached = true; }
   bool start(const http_response& head) override { return go_on_ = begin(head); }
   bool write(std::string_view bytes) override { return go_on_ = go_on_ && take(bytes); }
-  /// It was said that no more is wanted: then a transport's "done" is none.
+  /// Whether the transport was told to stop. If it then reports success, the body is incomplete nevertheless.
   [[nodiscard]] bool said_stop() const { return !go_on_; }
 
-  /// For http_request::is_cancelled: the call is, or the peer is too slow.
+  /// For http_request::is_cancelled. Returns true if the call is cancelled or the peer is too slow.
   bool cancelled() {
     if (slow_ || call_.cancelled()) return true;
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -4536,24 +4537,24 @@ class guarded_sink final : public body_sink {
     const auto allowed =
         call_.config.idle_timeout + (started_ ? milliseconds(0) : call_.config.connect_timeout);
     if (span < allowed) return false;
-    const auto least = call_.config.low_speed * static_cast<std::uint64_t>(span.count()) / 1000;
-    slow_ = slow_ || !started_ || window_bytes_ < least;
+    const auto minimum = call_.config.low_speed * static_cast<std::uint64_t>(span.count()) / 1000;
+    slow_ = slow_ || !started_ || window_bytes_ < minimum;
     since_ = now;
     window_bytes_ = 0;
     return slow_;
   }
 
-  /// What a transport's failure was really about.
+  /// Returns the cause of a transport's failure, or nothing if the head suffices: the body of an error or a redirect need
+  /// not be complete.
   [[nodiscard]] std::optional<error> verdict(const error& failure) const {
     if (refused_) return refused_;
     if (call_.cancelled()) return call_.why_cancelled();
-    if (head_.status != 0 && !streamed_)
-      return std::nullopt;  // the status tells, whatever became of the body
+    if (head_.status != 0 && !streamed_) return std::nullopt;
     if (slow_) {
       return error(errc::connection_failed,
-                   what_ + (started_ ? ": sent less than " + readable_bytes(call_.config.low_speed) +
-                                           " a second for " + seconds_text(call_.config.idle_timeout)
-                                     : std::string(": no answer in time")));
+                   label_ + (started_ ? ": sent less than " + readable_bytes(call_.config.low_speed) +
+                                            " a second for " + seconds_text(call_.config.idle_timeout)
+                                      : std::string(": no answer in time")));
     }
     return failure;
   }
@@ -4565,7 +4566,7 @@ class guarded_sink final : public body_sink {
     connected();
     {
       const std::lock_guard<std::mutex> guard(mutex_);
-      started_ = true;  // from here on the body's pace counts, not what it took to get here
+      started_ = true;  // the pace of the body does not include the wait for the head
       since_ = clock::now();
       window_bytes_ = 0;
     }
@@ -4576,9 +4577,9 @@ class guarded_sink final : public body_sink {
     streamed_ = head.status == 200 || head.status == 206;
     const std::string* coding = head.header("Content-Encoding");
     if (streamed_ && coding != nullptr && !equal_ignoring_case(trim(*coding), "identity")) {
-      return refuse("it is encoded (" + in_quotes(*coding) + "), although identity was asked for");
+      return refuse("its Content-Encoding is " + in_quotes(*coding) + ", the request accepts identity only");
     }
-    return !streamed_ || taker_.start(head);
+    return !streamed_ || destination_.start(head);
   }
 
   bool take(std::string_view bytes) {
@@ -4589,22 +4590,22 @@ class guarded_sink final : public body_sink {
     if (cancelled()) return false;
     if (streamed_) {
       const auto before = clock::now();
-      const bool more = taker_.write(bytes);
+      const bool more = destination_.write(bytes);
       const std::lock_guard<std::mutex> guard(mutex_);
-      since_ += clock::now() - before;  // a slow disk is not the peer's fault
+      since_ += clock::now() - before;  // a slow disk does not make the peer slow
       return more;
     }
     kept_.append(bytes.substr(0, max_error_body - kept_.size()));
-    return kept_.size() < max_error_body;  // no answer of that kind is worth more
+    return kept_.size() < max_error_body;
   }
 
   bool refuse(const std::string& why) {
-    refused_ = error(errc::protocol_violation, what_ + ": cannot use the answer: " + why);
+    refused_ = error(errc::protocol_violation, label_ + ": cannot use the answer: " + why);
     return false;
   }
   call& call_;
-  body_sink& taker_;
-  std::string what_;
+  body_sink& destination_;
+  std::string label_;
   http_response head_;
   std::string kept_;
   std::optional<error> refused_;
@@ -4616,7 +4617,7 @@ class guarded_sink final : public body_sink {
   std::uint64_t window_bytes_ = 0;
 };
 
-/// Takes a body of at most `limit` bytes into memory.
+/// Collects a body of at most `limit` bytes in memory.
 class collecting_sink final : public body_sink {
  public:
   explicit collecting_sink(std::size_t limit) : limit_(limit) {}
@@ -4644,7 +4645,7 @@ inline url join_path(url base, std::string_view suffix) {
   return base;
 }
 
-/// Limits all times to a year: a longer one, meant as "for ever", would overflow when it is added to a point in time.
+/// Limits all durations to a year: `milliseconds::max()` would overflow when it is added to a time point.
 inline settings with_bounded_times(settings configuration) {
   constexpr std::chrono::hours year(365 * 24);
   for (auto* time : {&configuration.connect_timeout, &configuration.idle_timeout,
@@ -4654,7 +4655,7 @@ inline settings with_bounded_times(settings configuration) {
   return configuration;
 }
 
-/// Settings, transport, credentials, and answers that later calls need again. Safe to use from several threads.
+/// The state that calls of one client share: settings, transport, credentials, cached answers. Thread-safe.
 class session {
  public:
   session(settings configuration, transport_ref transport, cache_policy policy_)
@@ -4665,26 +4666,26 @@ class session {
   const cache_policy policy;
   const result<url> base;  // the base URL, or the reason why it cannot be used
 
-  /// Checks that the settings allow a request. Passes their warnings on, once.
+  /// Checks that the settings allow a request. The first call reports their warnings.
   result<void> ready();
 
-  /// One exchange, redirects followed (RFC 9110, section 15.4; at most 10, never from https to http). `here` is where to
-  /// begin and, from the sink's first call on, where one has got to. The Authorization value and the extra headers go
-  /// to addresses under the base URL only. 200 and 206 are streamed to the sink; any other answer is returned with the
-  /// beginning of its body. Statuses are not judged here. `redirected` is told of each address that a redirect leads to.
-  result<answer> send(call& of, http_request request, const std::string& authorization, body_sink& sink,
-                      url& here, const std::function<void(const url&)>& redirected = {});
+  /// Sends a request to `address` and follows redirects (RFC 9110, section 15.4; at most 10, never from https to http).
+  /// Updates `address` and calls `redirected` for each redirect. Sends the Authorization value and the extra headers only
+  /// to addresses under the base URL. Streams the body of a 200 or 206 to the sink; returns any other answer with the
+  /// beginning of its body. No status is an error here.
+  result<answer> send(call& user_call, http_request request, const std::string& authorization,
+                      body_sink& sink, url& address, const std::function<void(const url&)>& redirected = {});
 
-  /// The value of Authorization for the base URL, or "" if there are no credentials.
+  /// Returns the value of Authorization for the base URL, or "" if there are no credentials.
   result<std::string> authorization(call& user_call);
-  /// Removes credentials from a server's words, for messages: a server may repeat the request's header in them.
+  /// Removes credentials from a server's message: a server may quote the request's headers.
   [[nodiscard]] std::string without_secrets(std::string said, const std::string& authorization) const;
-  /// The part of a message that says which credentials were refused or missing, and what to do.
+  /// Says, for a message, which credentials were refused or missing, and what to do.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
-  /// The HTTP status for messages, with the service's words if the answer has any.
+  /// Returns the HTTP status and the service's message, if the answer has one.
   [[nodiscard]] std::string status_text(const answer& got, const url& address,
                                         const std::string& authorization) const;
-  /// The error for an unexpected HTTP status.
+  /// Makes the error for an unexpected HTTP status.
   [[nodiscard]] error status_error(const std::string& task, const answer& got, const url& address,
                                    const std::string& authorization) const;
 
@@ -4696,12 +4697,12 @@ class session {
     }
   }
 
-  std::atomic<bool> told_of_receipts{false};  // the warning that receipts cannot be written is given once
+  std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be written
   std::mutex mutex;                           // guards the members below
-  std::optional<std::string> default_entity;  // the account's, once the service was asked
+  std::optional<std::string> default_entity;  // the account's, once the service has told it
 
  private:
-  void add_credentials(http_request& request, bool home, const std::string& authorization) const;
+  void add_credentials(http_request& request, bool is_under_base, const std::string& authorization) const;
   std::string error_message(const answer& got, const url& address, const std::string& authorization) const;
   result<std::string> bearer(call& user_call);
   result<access_token> exchange_identity(call& user_call);
@@ -4710,7 +4711,7 @@ class session {
   std::atomic<bool> warned_{false};
   std::optional<std::string> netrc_key_;
   access_token token_;
-  bool exchanging_ = false;  // one call exchanges the identity token, the others wait
+  bool exchanging_ = false;  // a call exchanges the identity token; the others wait
   std::condition_variable exchanged_;
 };
 
@@ -4718,7 +4719,7 @@ inline result<void> session::ready() {
   if (config.offline) {
     return error(errc::offline, "offline mode (WANDB_MODE): no requests to " +
                                     (base ? base->redacted() : "the service") +
-                                    ". Restore the file where there is a network first, or unset WANDB_MODE");
+                                    ". Restore the file in online mode first, or unset WANDB_MODE");
   }
   if (config.problem) return *config.problem;
   auto fields = config.extra_headers;
@@ -4743,30 +4744,30 @@ inline result<void> session::ready() {
   return {};
 }
 
-inline result<answer> session::send(call& of, http_request request, const std::string& authorization,
-                                    body_sink& sink, url& here,
+inline result<answer> session::send(call& user_call, http_request request, const std::string& authorization,
+                                    body_sink& sink, url& address,
                                     const std::function<void(const url&)>& redirected) {
   if (!base) return base.error();
-  const http_headers own = std::move(request.headers);
-  const auto unwanted = std::move(request.is_cancelled);
-  const std::string first = here.redacted();
+  const http_headers headers = std::move(request.headers);
+  const auto is_cancelled = std::move(request.is_cancelled);
+  const std::string first_address = address.redacted();
   request.connect_timeout = config.connect_timeout;
   request.idle_timeout = config.idle_timeout;
   for (int hop = 0; hop <= 10; ++hop) {
-    request.url = here.str();
-    request.proxy = proxy_for(config, here);
+    request.url = address.str();
+    request.proxy = proxy_for(config, address);
     request.headers.clear();
     add_header(request.headers, "User-Agent", config.user_agent);
     add_header(request.headers, "Accept", "*/*");
     add_header(request.headers, "Accept-Encoding", "identity");
-    for (const auto& field : own) request.headers.push_back(field);
-    add_credentials(request, under_base(*base, here), authorization);
+    for (const auto& field : headers) request.headers.push_back(field);
+    add_credentials(request, under_base(*base, address), authorization);
 
-    guarded_sink guard(of, sink, request.method + " " + here.redacted());
-    request.is_cancelled = [&] { return guard.cancelled() || (unwanted && unwanted()); };
+    const std::string label = request.method + " " + address.redacted();
+    guarded_sink guard(user_call, sink, label);
+    request.is_cancelled = [&] { return guard.cancelled() || (is_cancelled && is_cancelled()); };
     auto got = transport_.send(transport_.object, request, guard);
-    if (got && guard.said_stop())
-      got = error(errc::cancelled, request.method + " " + here.redacted() + ": stopped");
+    if (got && guard.said_stop()) got = error(errc::cancelled, label + ": stopped");
     if (!got) {
       if (auto failure = guard.verdict(got.error())) return *std::move(failure);
       got = guard.head();
@@ -4774,35 +4775,36 @@ inline result<answer> session::send(call& of, http_request request, const std::s
     const std::string* location = got->header("Location");
     if (!is_redirect(got->status) || location == nullptr) return answer{*std::move(got), guard.take_body()};
 
-    // A POST's body is for the service alone, and a POST that is redirected otherwise than by 307 and 308 would become a
-    // GET: then the base URL is wrong.
-    auto next = here.resolve(trim(*location));
-    const bool kept = (got->status == 307 || got->status == 308) && next && under_base(*base, *next);
-    const bool repeatable = request.method == "GET" || kept;
-    const bool downgrade = next && here.scheme == "https" && next->scheme == "http";
+    // Repeat a POST only under the base URL, since its body may hold secrets, and only after 307 and 308: the other
+    // redirects would make it a GET. Usually a wrong base URL is the cause.
+    auto next = address.resolve(trim(*location));
+    const bool keeps_method = got->status == 307 || got->status == 308;
+    const bool repeatable = request.method == "GET" || (keeps_method && next && under_base(*base, *next));
+    const bool downgrade = next && address.scheme == "https" && next->scheme == "http";
     if (!repeatable || !next || downgrade) {
       return error(errc::protocol_violation,
-                   request.method + " " + here.redacted() + " was redirected to " +
+                   label + " was redirected to " +
                        (next ? next->redacted() : std::string("an address that cannot be used")) +
                        (downgrade ? ", from https to http: refused" : ": refused; is the base URL right?"),
                    got->status);
     }
-    here = *std::move(next);
-    if (redirected) redirected(here);
+    address = *std::move(next);
+    if (redirected) redirected(address);
   }
-  return error(errc::protocol_violation, "more than 10 redirects from " + first +
+  return error(errc::protocol_violation, "more than 10 redirects from " + first_address +
                                              ": is the base URL right, or does a proxy ask for a login?");
 }
 
-/// Adds the credentials to a request. `home`: it goes to an address under the base URL; other addresses get none of them.
-inline void session::add_credentials(http_request& request, bool home,
+/// Adds the Authorization value and the extra headers to a request to an address under the base URL; the
+/// Proxy-Authorization, for the proxy, to any request.
+inline void session::add_credentials(http_request& request, bool is_under_base,
                                      const std::string& authorization) const {
-  if (home && !authorization.empty()) add_header(request.headers, "Authorization", authorization);
+  if (is_under_base && !authorization.empty()) add_header(request.headers, "Authorization", authorization);
   for (const auto& field : config.extra_headers) {
     const bool set = find_header(request.headers, field.first) != nullptr;
     if (equal_ignoring_case(field.first, "Proxy-Authorization")) {
       request.proxy_authorization = field.second;
-    } else if (home && !set) {
+    } else if (is_under_base && !set) {
       request.headers.push_back(field);
     }
   }
@@ -4812,9 +4814,9 @@ inline result<std::string> session::authorization(call& user_call) {
   if (auto good = ready(); !good) return good.error();
   const bool has_key = !trim(config.api_key).empty();
   if (!config.identity_token_file.empty() && !has_key) return bearer(user_call);
-  std::string key(trim(config.api_key));  // secrets are often mounted with a line break at their end
+  std::string key(trim(config.api_key));  // a mounted secret often ends with a line break
   if (!has_key) {
-    std::vector<std::string> warnings;  // given without the lock: the program's function may use this client
+    std::vector<std::string> warnings;  // reported without the lock: on_warning may use this client
     {
       const std::lock_guard<std::mutex> guard(mutex);
       if (!netrc_key_) netrc_key_ = api_key_from_netrc(config, *base, warnings);
@@ -4831,8 +4833,8 @@ inline result<std::string> session::authorization(call& user_call) {
   return "Basic " + base64_encode("api:" + key);
 }
 
-/// The access token of this session or of the shared file, if it does not expire soon. Otherwise one call exchanges the
-/// identity token, and the others wait for it.
+/// Returns "Bearer" and the access token of this session or of the shared file, if it does not expire soon. Otherwise one
+/// call exchanges the identity token while the others wait.
 inline result<std::string> session::bearer(call& user_call) {
   if (!base) return base.error();
   const auto keys = shared_token_keys(config.base_url, *base);
@@ -4886,12 +4888,12 @@ inline result<access_token> session::exchange_identity(call& user_call) {
   add_header(request.headers, "Content-Type", "application/x-www-form-urlencoded");
   request.body = "grant_type=" + percent_encode("urn:ietf:params:oauth:grant-type:jwt-bearer") +
                  "&assertion=" + percent_encode(trim(*identity));
-  const std::string what = "exchanging the identity token at " + base->redacted();
+  const std::string task = "exchanging the identity token at " + base->redacted();
   for (backoff tries(user_call);;) {
     collecting_sink body(64 * 1024);
-    url here = join_path(*base, "/oidc/token");
-    auto got = send(user_call, request, {}, body, here);
-    error failure(errc::protocol_violation, what + ": the answer has no access token; is " + config.base_url +
+    url address = join_path(*base, "/oidc/token");
+    auto got = send(user_call, request, {}, body, address);
+    error failure(errc::protocol_violation, task + ": the answer has no access token; is " + config.base_url +
                                                 " the base URL of a W&B server?");
     if (body.overflow) return failure;
     if (!got) {
@@ -4903,7 +4905,7 @@ inline result<access_token> session::exchange_identity(call& user_call) {
           status == 401   ? errc::not_authenticated
           : status == 403 ? errc::permission_denied
                           : errc::http_failure,
-          what + ": " + status_text(*got, here, "Bearer " + std::string(trim(*identity))) +
+          task + ": " + status_text(*got, address, "Bearer " + std::string(trim(*identity))) +
               (refused
                    ? "; is the identity token (WANDB_IDENTITY_TOKEN_FILE) current, and made for this server?"
                    : ""),
@@ -4929,8 +4931,8 @@ inline std::string session::credentials_hint(const std::string& authorization) c
   const std::string page = base ? key_page(*base) : "the settings of your account";
   if (authorization.empty()) {
     return "no API key for " + host + ": set WANDB_API_KEY to one from " + page +
-           ", or run `wandb login` (looked in the settings, the environment and " +
-           (config.netrc_file.empty() ? std::string("no netrc file") : in_quotes(config.netrc_file)) + ")";
+           ", or run `wandb login` (searched: settings, environment" +
+           (config.netrc_file.empty() ? std::string() : ", " + in_quotes(config.netrc_file)) + ")";
   }
   return starts_with(authorization, "Bearer")
              ? "the access token for " + host +
@@ -4942,50 +4944,51 @@ inline std::string session::credentials_hint(const std::string& authorization) c
                    page;
 }
 
-/// The messages of an error body, joined: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
+/// Joins the messages of an error body: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
 inline std::string backend_message(const json& body) {
   std::string joined;
-  const auto add = [&](const json& one) {
-    const std::string text = text_of(one.is_string() ? one : member(one, "message"));
+  const auto add = [&](const json& entry) {
+    const std::string text = text_of(entry.is_string() ? entry : member(entry, "message"));
     if (!text.empty()) joined.append(joined.empty() ? "" : "; ").append(text);
   };
   add(member(body, "error"));
-  for (const json& one : elements(member(body, "errors"))) add(one);
+  for (const json& entry : elements(member(body, "errors"))) add(entry);
   return joined;
 }
 
 inline std::string session::without_secrets(std::string said, const std::string& authorization) const {
-  const auto behind = [](const std::string& text, char mark) {
-    const auto at = text.find(mark);
-    return at == text.npos ? std::string() : text.substr(at + 1);
+  const auto text_after = [](const std::string& text, char mark) {
+    const auto found = text.find(mark);
+    return found == text.npos ? std::string() : text.substr(found + 1);
   };
-  constexpr std::size_t shortest = 4;  // a shorter value is no secret, and occurs in many words
+  constexpr std::size_t shortest = 4;  // a shorter value is no secret, and is part of many words
   const auto hide = [&](const std::string& secret) {
     if (secret.size() >= shortest) said = replace_all(said, secret, "***");
   };
   const auto hide_credentials = [&](const std::string& value) {
-    const auto secret = behind(value, ' ');
+    const auto secret = text_after(value, ' ');
     hide(value);
     hide(secret);
-    if (starts_with(value, "Basic ")) hide(behind(base64_decode(secret).value_or(""), ':'));
+    if (starts_with(value, "Basic ")) hide(text_after(base64_decode(secret).value_or(""), ':'));
   };
   hide_credentials(authorization);
   for (const auto& field : config.extra_headers) hide_credentials(field.second);
   return said;
 }
 
-/// The code for an error message of the service which says that a run or file does not exist; `otherwise` for others. "not
-/// found" alone is not enough: a web server says so of any page, and programs start afresh where a run is missing.
+/// Returns run_not_found or file_not_found if the service's message says that a run or file does not exist, else
+/// `otherwise`. The message must name the thing: any web server says "not found", and a program that takes a run for
+/// missing starts a new one.
 inline errc code_of_missing(std::string_view said, errc otherwise) {
   if (!contains_ignoring_case(said, "not found") && !contains_ignoring_case(said, "could not find"))
     return otherwise;
-  for (const char* one : {"run", "project", "entity"}) {
-    if (has_word(said, one)) return errc::run_not_found;
+  for (const char* word : {"run", "project", "entity"}) {
+    if (has_word(said, word)) return errc::run_not_found;
   }
   return has_word(said, "file") ? errc::file_not_found : otherwise;
 }
 
-/// The service's words in an answer. Empty for answers of storage, which may contain signatures.
+/// Returns the service's message in an answer. Empty for answers of storage, which may contain signatures.
 inline std::string session::error_message(const answer& got, const url& address,
                                           const std::string& authorization) const {
   if (!base || !under_base(*base, address)) return {};
@@ -5013,7 +5016,7 @@ inline error session::status_error(const std::string& task, const answer& got, c
                    text + "; " +
                        (authorization.empty()
                             ? credentials_hint(authorization)
-                            : "this account may not see it: ask the owner, or use another key"),
+                            : "this account has no access: ask the owner, or use another key"),
                    status);
     }
     if (status == 404 && missing != errc::http_failure) {
