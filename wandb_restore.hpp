@@ -1586,12 +1586,10 @@ inline const json& member(const json& object, std::string_view name) {
   const auto found = members(object).find(std::string(name));
   return found == members(object).end() ? null : found->second;
 }
-/// Returns the text of a string; "" for other values.
 inline std::string text_of(const json& value) {
   const auto* text = value.get_ptr<const json::string_t*>();
   return text ? *text : std::string();
 }
-/// Returns the value of a number; 0 for other values.
 inline double number_of(const json& value) {
   if (const auto* fraction = value.get_ptr<const json::number_float_t*>()) return *fraction;
   if (const auto* count = value.get_ptr<const json::number_unsigned_t*>()) return static_cast<double>(*count);
@@ -2419,7 +2417,6 @@ class file {
     close();
     return open_file(handle_, where, how, permissions);
   }
-  /// Opens a lock file; see open_lock_file.
   [[nodiscard]] int open_lock(const path& where, bool& existed) {
     close();
     return open_lock_file(handle_, where, existed);
@@ -2454,7 +2451,6 @@ class file {
   [[nodiscard]] int resize(std::uint64_t size) const { return resize_file(handle_, size); }
   /// Brings the content to stable storage. Returns 0 or the system's error code.
   [[nodiscard]] int sync() const { return sync_file(handle_); }
-  /// Allocates disk space; see reserve_room.
   [[nodiscard]] int reserve(std::uint64_t size) const { return reserve_room(handle_, size); }
   [[nodiscard]] look_result facts() const { return facts_of(handle_); }
   /// Whether the directory entry `where` is this file: another process may have replaced the entry.
@@ -2828,7 +2824,6 @@ struct found_partial {
   }
 };
 
-/// Finds the partial files beside a target.
 inline std::vector<found_partial> find_partials(const place& at) {
   std::vector<found_partial> found;
   std::error_code failure;
@@ -5443,7 +5438,7 @@ inline result<std::string> service::default_entity() {
 
 namespace detail {
 
-/// A thread whose failure to start is a value: std::thread throws, which would end a program without exceptions.
+/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions.
 class thread {
  public:
   thread() = default;
@@ -5494,7 +5489,7 @@ class thread {
 /// Whether a transfer is running, complete or stopped, for all of its threads. Thread-safe.
 class transfer_state {
  public:
-  /// Every byte is on disk. Later failures are void.
+  /// Call when every byte is on disk. Later failures are ignored.
   void complete() { end(nullptr, complete_); }
   /// Stops every thread. Only the first failure counts.
   void fail(const error& failure) { end(&failure, stopped_); }
@@ -5505,7 +5500,7 @@ class transfer_state {
   [[nodiscard]] bool is_stopped() const { return stopped_; }
   /// For detail::call: true once the transfer is stopped.
   [[nodiscard]] const std::atomic<bool>& stop_flag() const { return stopped_; }
-  /// Blocks until the transfer is complete or stopped, at most `limit`. Returns whether it is.
+  /// Blocks until the transfer is complete or stopped, at most for `limit`. Returns whether it is.
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
     return ended_.wait_for(held, limit, [&] { return complete_ || stopped_; });
@@ -5530,14 +5525,14 @@ class transfer_state {
   std::optional<error> failure_;
 };
 
-/// Tells the caller's on_progress how far a restore is, at most about ten times a second. For the caller's thread alone.
+/// Calls on_progress, about ten times a second at most. Use from the caller's thread only.
 class progress_reporter {
  public:
   progress_reporter(call& user_call, const restore_options& options, const std::string& name)
       : call_(user_call), options_(options), name_(name) {}
 
   [[nodiscard]] bool is_due() const { return clock::now() - reported_ >= milliseconds(90); }
-  /// The seconds since the last report, at least 0.001.
+  /// Returns the seconds since the last report, at least 0.001.
   [[nodiscard]] double elapsed() const {
     return (std::max)(std::chrono::duration<double>(clock::now() - reported_).count(), 0.001);
   }
@@ -5569,24 +5564,24 @@ struct byte_range {
 /// Assigns byte ranges to connections, lowest offsets first: the digest consumes the file in order and must not wait for a
 /// gap. Thread-safe.
 ///
-/// A request costs its delay, the time to the first byte of its response. Ranges are as large as the delay demands, and
-/// shrink towards the end so that all connections finish together; a connection without work takes over half of the range
-/// that would finish last. Times are passed in, so that tests can use a clock of their own.
+/// The delay of a request is the time to the first byte of its response. Ranges are large enough to make the delay a small
+/// part of the time, and shrink towards the end so that all connections finish together; a connection without work takes
+/// over half of the range that would finish last. Callers pass the time, so that tests need no real clock.
 class range_plan {
  public:
   static constexpr std::uint64_t block = partial_file::block;
   static constexpr std::uint64_t mebibyte = 1024 * 1024;
   static constexpr std::uint64_t first_piece = 4 * mebibyte, smallest_piece = mebibyte;
-  static constexpr std::uint64_t largest_unmeasured_piece = 32 * mebibyte;  // while no response has come
-  static constexpr std::uint64_t smallest_share = mebibyte / 2;             // a smaller rest is not divided
-  static constexpr std::uint64_t worth_splitting = 2 * first_piece;
-  static constexpr milliseconds probe_time{50};  // how long the others wait for the first response
+  static constexpr std::uint64_t largest_unmeasured_piece = 32 * mebibyte;  // before the first response
+  static constexpr std::uint64_t smallest_share = mebibyte / 2;      // do not divide into smaller parts
+  static constexpr std::uint64_t worth_splitting = 2 * first_piece;  // use one connection for less
+  static constexpr milliseconds probe_time{50};  // the other connections wait so long for the first response
 
   /// The range of one connection. The connection's thread advances `position` and `received`; the plan may lower `end`.
   struct cursor {
-    std::atomic<std::uint64_t> position{0};  // the next byte to arrive
+    std::atomic<std::uint64_t> position{0};  // offset of the next byte to arrive
     std::atomic<std::uint64_t> end{0};
-    std::atomic<bool> revoked{false};        // `end` was lowered: bytes behind it are not wanted any more
+    std::atomic<bool> revoked{false};        // `end` was lowered: ignore bytes beyond it
     std::atomic<std::uint64_t> received{0};  // bytes of all responses
 
     [[nodiscard]] bool is_wanted() const { return position < end; }
@@ -5619,29 +5614,29 @@ class range_plan {
     }
     return take_over(asking, now);
   }
-  /// The address of the file is known: a request that is not answered from now on waits for the file's server.
+  /// Call when the final address is known: restarts the delay, which is that of the file's server only.
   void address_found(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slots_[connection].asked = now;
     if (probe_began_ == clock::time_point{}) probe_began_ = now;
   }
-  /// A request for the connection's range is about to be sent. Returns the bytes to ask for: the whole file where ranges
-  /// do not work, none where another connection has taken the range over.
+  /// Call before each request. Returns the bytes to request: the rest of the connection's range; the whole file if ranges
+  /// do not work; none if another connection has taken the range over.
   byte_range request(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slot& asking = slots_[connection];
     if (!asking.is_busy || !asking.range.is_wanted()) return {};
     asking.asked = now;
     asking.is_waiting = true;
-    if (whole_) start(asking, {0, file_size_}, false);  // the response begins with the first byte again
+    if (whole_) start(asking, {0, file_size_}, false);  // the response will begin at offset 0 again
     return {asking.range.position, asking.range.end};
   }
-  /// The connection to the server stands: the delay is counted from here.
+  /// Call when the connection to the server is established: the delay starts now.
   void connected(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slots_[connection].asked = now;
   }
-  /// The head of a response came.
+  /// Call when the head of a response has arrived: the delay ends now.
   void responded(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slot& asking = slots_[connection];
@@ -5649,12 +5644,12 @@ class range_plan {
     asking.is_waiting = false;
     asking.measured = asking.range.received;
   }
-  /// The request ended, whatever came of it.
+  /// Call after each request, also a failed one.
   void ended(std::size_t connection) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slots_[connection].is_waiting = false;
   }
-  /// Bytes of the connection's range before `offset` are on disk and recorded.
+  /// Call when the bytes of the connection's range before `offset` are on disk and recorded.
   void stored(std::size_t connection, std::uint64_t offset) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slots_[connection].stored = offset;
@@ -5671,8 +5666,8 @@ class range_plan {
     if (releasing.is_busy && !whole_ && rest.begin < rest.end) gaps_.push_back(rest);
     releasing.is_busy = false;
   }
-  /// Ranges do not work at this server: from now on one connection, `connection` if it has a range, fetches the whole file.
-  /// Returns false if that was so before.
+  /// Call when the server does not support ranges: from now on one connection fetches the whole file, `connection` first.
+  /// Returns false if that has been so before.
   bool use_whole(std::size_t connection) {
     const std::lock_guard<std::mutex> guard(mutex_);
     const bool is_new = !std::exchange(whole_, true);
@@ -5689,7 +5684,7 @@ class range_plan {
     const std::lock_guard<std::mutex> guard(mutex_);
     return whole_;
   }
-  /// Every byte is on disk: no connection gets another range.
+  /// Call when every byte is on disk: no connection gets another range.
   void finish() {
     const std::lock_guard<std::mutex> guard(mutex_);
     stored_everything_ = true;
@@ -5710,7 +5705,7 @@ class range_plan {
     slots_[connection].is_parked = false;
   }
 
-  /// Bytes that have arrived but are not on disk yet.
+  /// Returns the number of bytes that have arrived but are not on disk yet.
   [[nodiscard]] std::uint64_t buffered() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     std::uint64_t sum = 0;
@@ -5720,13 +5715,13 @@ class range_plan {
     }
     return sum;
   }
-  /// Bytes of all responses so far.
+  /// Returns the number of bytes in all responses so far.
   [[nodiscard]] std::uint64_t received() const {
     std::uint64_t sum = 0;
     for (const slot& each : slots_) sum += each.range.received;
     return sum;
   }
-  /// Measures each connection's pace over the last `seconds`. A connection that waits for its first byte has none.
+  /// Measures each connection's pace over the last `seconds`. Skips connections that wait for a response.
   void measure(double seconds) {
     const std::lock_guard<std::mutex> guard(mutex_);
     for (slot& each : slots_) {
@@ -5748,7 +5743,7 @@ class range_plan {
     clock::time_point asked{};
     bool is_waiting = false;  // for the first byte of a response
     bool is_busy = false;
-    bool was_taken_over = false;  // this range was another connection's before: it is not taken over again
+    bool was_taken_over = false;  // the range was another connection's: do not take it over again as a whole
     bool is_parked = false;
   };
 
@@ -5779,7 +5774,7 @@ class range_plan {
   [[nodiscard]] bool is_probe_over(clock::time_point now) const {
     return probe_began_ != clock::time_point{} && now - probe_began_ >= probe_time;
   }
-  /// The mean pace of the connections whose pace is known; negative if none is.
+  /// Returns the mean pace of the connections whose pace is known; negative if none is.
   [[nodiscard]] double mean_pace() const {
     double sum = 0;
     int known = 0;
@@ -5789,7 +5784,7 @@ class range_plan {
     return known > 0 ? sum / known : -1;
   }
 
-  /// The size of the next range for a connection, in bytes.
+  /// Returns the size of the next range for a connection, in bytes.
   [[nodiscard]] std::uint64_t piece(const slot& asking) const {
     if (slots_.size() == 1) return file_size_;
     std::uint64_t unassigned = 0, idle = 0;
@@ -5802,7 +5797,8 @@ class range_plan {
     }
     const auto in_blocks = [](std::uint64_t size) { return (size + block - 1) / block * block; };
     if (!is_delay_known()) {
-      // The first connection measures. Others that have waited for it long enough know only that requests are dear.
+      // The first connection measures the delay with a small piece. If probe_time passes without a response, the delay is
+      // long: the other connections request larger pieces.
       return is_any_busy() ? in_blocks(std::clamp(unassigned / idle, first_piece, largest_unmeasured_piece))
                            : first_piece;
     }
@@ -5810,18 +5806,18 @@ class range_plan {
     const double mean = mean_pace(), pace = asking.pace >= 0 ? asking.pace : mean >= 0 ? mean : presumed_pace;
     const double delay = asking.delay >= 0 ? asking.delay : longest_delay();
     const auto bytes = [](double value) { return static_cast<std::uint64_t>(value); };
-    // The fair share lets all connections finish together, a slower one with less.
+    // The fair share is in proportion to the pace, so that all connections finish together.
     const double share = mean > 0 ? std::clamp(pace / mean, 0.05, 1.0) : 1.0;
     const auto fair = bytes(static_cast<double>(missing) / static_cast<double>(slots_.size()) * share);
-    // Near servers: half a second's worth, so that the frontier never waits long. Far ones: a request may cost a
-    // fiftieth of the time it takes, a tenth at the end, where ranges shrink.
+    // After a short delay: half a second's bytes, so that the digest does not wait long for a gap to close. After a long
+    // one: more, so that the delay is 1/50 of the transfer time, or 1/10 at the end, where ranges shrink.
     const auto usual = mean >= 0 ? std::clamp(bytes(pace / 2), smallest_piece, 2 * first_piece) : first_piece;
     const auto wanted = (std::max)(usual, bytes(50 * pace * delay)), least = bytes(10 * pace * delay);
     const auto size = (std::min)(fair, (std::max)((std::min)(wanted, fair / 2), least));
     return in_blocks((std::max)(size, smallest_piece));
   }
 
-  /// Assigns half of the range that would finish last; all of it where its connection has come to a halt.
+  /// Assigns half of the range that would finish last, or all of it if its connection is stalled.
   bool take_over(slot& asking, clock::time_point now) {
     const double delay = asking.delay >= 0 ? asking.delay : longest_delay();
     if (delay < 0) return false;
@@ -5831,7 +5827,7 @@ class range_plan {
       if (&each == &asking || !each.is_busy || !each.range.is_wanted()) continue;
       double left = static_cast<double>(each.range.end - each.range.position) / (std::max)(each.pace, 1.0);
       if (each.is_waiting) {
-        // A connection that waits for its first byte is not slow until it has waited longer than others had to.
+        // A connection that waits for a response counts as stalled after twice the longest delay, and 0.25 s.
         const double waited = std::chrono::duration<double>(now - each.asked).count();
         if (waited < 2 * longest_delay() + 0.25) continue;
         left = never;
@@ -5852,7 +5848,7 @@ class range_plan {
     if (slowest->was_taken_over) return false;
     const byte_range rest{slowest->stored, end};
     const double alone = static_cast<double>(rest.size()) / (std::max)(asking.pace, 1.0) + delay;
-    if (longest < 2 * alone) return false;  // the bytes under way would be fetched twice for little
+    if (longest < 2 * alone) return false;  // too little gain for fetching the unstored bytes twice
     revoke(*slowest, rest.begin);
     start(asking, rest, true);
     return true;
@@ -5861,21 +5857,20 @@ class range_plan {
   static constexpr double never = 1e18;  // seconds
 
   const std::uint64_t file_size_;
-  mutable std::mutex mutex_;  // guards the rest, but for the cursors' atomics
+  mutable std::mutex mutex_;  // guards the rest, except the cursors' atomics
   bool whole_ = false;        // ranges do not work: one connection fetches the whole file
   bool stored_everything_ = false;
   clock::time_point probe_began_{};
-  std::vector<byte_range> gaps_;  // assigned to no connection; the first of the file is the last element
+  std::vector<byte_range> gaps_;  // unassigned ranges; the next one to assign is the last element
   std::vector<slot> slots_;
 };
 
-// ---- what is on disk
+// ---- blocks on disk
 
-/// Which blocks of a file are claimed by a writer, and which are on disk. Writes, records, and advances the frontier, the
-/// offset before which every byte is on disk. Thread-safe.
+/// Writes and records the blocks of a file. Keeps the frontier, the offset before which every byte is on disk. Thread-safe.
 ///
-/// Each block is written once, however often it arrives: the digest of a block that was hashed stays the digest of the
-/// bytes on disk.
+/// The first writer of a block claims it. Nobody writes a block twice, even if it arrives twice: a block that was hashed
+/// must not change on disk.
 class block_table {
  public:
   explicit block_table(partial_file& file) : file_(file), claimed_(static_cast<std::size_t>(file.blocks())) {
@@ -5886,7 +5881,7 @@ class block_table {
     advance();
   }
 
-  /// The ranges that are not on disk, in order.
+  /// Returns the ranges that are not on disk, lowest offsets first.
   [[nodiscard]] std::vector<byte_range> missing() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     std::vector<byte_range> gaps;
@@ -5901,12 +5896,12 @@ class block_table {
     }
     return gaps;
   }
-  /// Writes and records the whole blocks of these bytes that no writer has claimed. `offset` is a multiple of the block
-  /// size. A rest that is no whole block is not written, unless it ends the file.
+  /// Writes and records the blocks that no writer has claimed. `offset` is a multiple of the block size. Ignores an
+  /// incomplete last block, unless it ends the file.
   result<void> store(std::uint64_t offset, std::string_view bytes) {
     const auto end = offset + bytes.size();
     const auto first = offset / block, last = end == file_.size() ? file_.blocks() : end / block;
-    std::vector<byte_range> claims;  // in blocks; mostly one run
+    std::vector<byte_range> claims;  // in blocks, not bytes
     {
       const std::lock_guard<std::mutex> guard(mutex_);
       for (auto i = first; i < last; ++i) {
@@ -5931,7 +5926,7 @@ class block_table {
     return {};
   }
 
-  /// Bytes on disk.
+  /// Returns the number of bytes on disk.
   [[nodiscard]] std::uint64_t present() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return present_;
@@ -5974,36 +5969,35 @@ class block_table {
   bool closed_ = false;
 };
 
-/// Computes the MD5 of a file while it arrives: a thread follows the frontier. MD5 is sequential and about as fast as a fast
-/// network, so that a verified download takes no longer than an unverified one.
+/// Computes the MD5 of a file during its download: a thread hashes the bytes before the frontier. MD5 is sequential, and as
+/// slow as a fast network: hashing afterwards could double the time.
 class digest_follower {
  public:
   digest_follower(const partial_file& file, block_table& table, transfer_state& state)
       : file_(file), table_(table), state_(state) {}
 
-  /// Returns false if the system starts no thread: the digest is computed in the end then.
+  /// Returns false if the system starts no thread: then compute the digest after the download.
   [[nodiscard]] bool start() {
     return is_started_ = thread_.start([this] { follow(); });
   }
   [[nodiscard]] bool is_started() const { return is_started_; }
-  /// Blocks until the whole file is hashed or the follower has ended early, at most `limit`. Returns whether it is.
+  /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has ended.
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
     return ended_.wait_for(held, limit, [&] { return has_ended_; });
   }
   void join() { thread_.join(); }
 
-  /// Bytes that are hashed.
   [[nodiscard]] std::uint64_t hashed() const { return hashed_; }
-  /// Whether bytes arrive faster than they are hashed and the backlog has grown large. More connections would only take
-  /// the digest's processor time then.
+  /// Whether bytes arrive faster than they are hashed and the backlog is large. Then more connections would only take
+  /// processor time from the digest.
   [[nodiscard]] bool is_behind(double bytes_per_second) const {
     constexpr std::uint64_t backlog = 64 * 1024 * 1024;
     return is_started_ && bytes_per_second > pace_ && table_.frontier() - hashed_ > backlog;
   }
-  /// 32 lower-case hex digits after the whole file was hashed, else empty. Valid after join().
+  /// Returns 32 lower-case hex digits, or "" if the thread ended early. Call after join().
   [[nodiscard]] const std::string& digest() const { return digest_; }
-  /// The file could not be read back. Valid after join().
+  /// Returns the error if the file could not be read back. Call after join().
   [[nodiscard]] const std::optional<error>& failure() const { return failure_; }
 
  private:
@@ -6019,9 +6013,10 @@ class digest_follower {
             static_cast<std::size_t>((std::min<std::uint64_t>)(page_buffer::size, until - offset));
         const auto count = file_.content().read_at(offset, buffer.data(), wanted);
         if (count != static_cast<std::int64_t>(wanted)) {
-          failure_ = count < 0 ? disk_error("read back", file_.where(), static_cast<int>(-count))
-                               : error(errc::disk_failure, "cannot read back " + in_quotes(file_.where()) +
-                                                               ": somebody made it shorter; try again");
+          failure_ = count < 0
+                         ? disk_error("read back", file_.where(), static_cast<int>(-count))
+                         : error(errc::disk_failure, "cannot read back " + in_quotes(file_.where()) +
+                                                         ": another program has shortened it; try again");
           state_.fail(*failure_);
           state_.stop();
           break;
@@ -6042,36 +6037,37 @@ class digest_follower {
   block_table& table_;
   transfer_state& state_;
   std::atomic<std::uint64_t> hashed_{0};
-  std::atomic<double> pace_{0};  // bytes a second while there is something to hash
+  std::atomic<double> pace_{0};  // bytes a second, without the waits for the frontier
   std::mutex mutex_;             // guards the next two
   std::condition_variable ended_;
   bool has_ended_ = false;
   std::string digest_;
   std::optional<error> failure_;
   bool is_started_ = false;
-  thread thread_;  // last: joined before anything it uses is destroyed
+  thread thread_;  // last: joined before the members that it uses are destroyed
 };
 
-// ---- where the file is
+// ---- the address of the file
 
-/// Where the bytes of a file are: the address that the service's redirects lead to. One connection finds it for all; when
-/// it expires, one connection asks the service for a new one. Thread-safe.
+/// The final address of a file, to which the service's redirects lead. One connection resolves it for all. If it expires,
+/// one connection asks the service for a new one. Thread-safe.
 class file_location {
  public:
-  /// An address that a request is made to.
+  /// The address for one request.
   struct lease {
     url address;
     std::uint64_t generation = 0;
-    bool is_resolving = false;  // the address is the service's: redirects are to be followed, others wait
+    bool is_resolving =
+        false;  // the service's address: this request follows redirects, the others wait for it
   };
-  /// Asks the service for the file again and returns the new address, which is on the service.
+  /// Asks the service for the file again. Returns the new address at the service.
   using renewal = std::function<result<url>(call& asking_call)>;
-  static constexpr int most_renewals = 3;  // in a row, without a response in between
+  static constexpr int most_renewals = 3;  // without a response between them
 
   file_location(url service_address, renewal renew)
       : service_address_(std::move(service_address)), renew_(std::move(renew)) {}
 
-  /// Returns the address for the next request. Blocks while another connection resolves it. Each lease has to be returned.
+  /// Returns the address for the next request. Blocks while another connection resolves it. Pass each lease to release().
   result<lease> acquire(call& asking_call) {
     std::unique_lock<std::mutex> held(mutex_);
     while (is_resolving_ && !asking_call.cancelled()) changed_.wait_for(held, milliseconds(20));
@@ -6094,7 +6090,7 @@ class file_location {
     }
     return lease{service_address_, generation, true};
   }
-  /// The redirects led to this address: every connection may use it.
+  /// Call when redirects have led to this address: every connection may use it.
   void found(const lease& current, const url& final_address) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (!current.is_resolving || current.generation != generation_) return;
@@ -6102,20 +6098,20 @@ class file_location {
     is_resolving_ = false;
     changed_.notify_all();
   }
-  /// The address was good for a response: earlier renewals do not count any more.
+  /// Call when the address has led to a response: the count of renewals starts again.
   void served(const lease& current) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (current.generation == generation_) renewals_ = 0, was_served_ = true;
   }
-  /// The request has ended. If it was to resolve the address and did not, another connection may.
+  /// Call when the request has ended. If it failed to resolve the address, another connection tries.
   void release(const lease& current) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (!current.is_resolving || current.generation != generation_ || !final_address_.host.empty()) return;
     is_resolving_ = false;
     changed_.notify_all();
   }
-  /// The file's server refused the address, which may have expired. Returns whether a new one will be asked for; false if
-  /// too many new ones were refused in a row.
+  /// Call when the file's server has refused the address: it may have expired. Returns true if the next acquire() asks for
+  /// a new one, false after most_renewals.
   bool renew(const lease& refused) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (refused.generation != generation_) return true;  // another connection was faster
@@ -6125,12 +6121,12 @@ class file_location {
     reset();
     return true;
   }
-  /// The file's server cannot be reached: the redirects are followed anew.
+  /// Call when the file's server cannot be reached: the next request follows the redirects again.
   void forget(const lease& unreachable) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (unreachable.generation == generation_ && !unreachable.is_resolving) reset();
   }
-  /// Whether any address was good for a response.
+  /// Whether any address has led to a response.
   [[nodiscard]] bool was_served() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return was_served_;
@@ -6148,16 +6144,16 @@ class file_location {
   std::condition_variable changed_;
   url service_address_;
   const renewal renew_;
-  url final_address_;  // no host: not known
+  url final_address_;  // unknown if it has no host
   std::uint64_t generation_ = 0;
   int renewals_ = 0;
   bool is_resolving_ = false, is_renewal_due_ = false, was_served_ = false;
 };
 
-/// The entity tag (RFC 9110, section 8.8.3) of the first response: later ones must have the same. Thread-safe.
+/// The entity tag (RFC 9110, section 8.8.3) of the first response. Later responses must have the same. Thread-safe.
 class entity_pin {
  public:
-  /// Returns false if the response is of another entity.
+  /// Returns false if the response has another tag.
   bool accept(const http_response& head) {
     const std::string* tag = head.header("ETag");
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -6165,17 +6161,17 @@ class entity_pin {
     if (tag_.empty()) tag_ = *tag;
     return *tag == tag_;
   }
-  /// For If-Range, which takes strong tags only (RFC 9110, section 13.1.5). Empty: none is known.
+  /// Returns the tag for If-Range, which allows strong tags only (RFC 9110, section 13.1.5). Empty if unknown or weak.
   [[nodiscard]] std::string strong_tag() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return is_ignored_ || starts_with(tag_, "W/") ? std::string() : tag_;
   }
-  /// Servers of the same file have tags of their own: tags say nothing.
+  /// Ignores all tags from now on. Call if several servers of the same content have different tags.
   void ignore() {
     const std::lock_guard<std::mutex> guard(mutex_);
     is_ignored_ = true;
   }
-  /// The transfer starts over: the next response's tag counts.
+  /// Forgets the tag. The next response sets it anew.
   void reset() {
     const std::lock_guard<std::mutex> guard(mutex_);
     tag_.clear();
@@ -6187,8 +6183,8 @@ class entity_pin {
   bool is_ignored_ = false;
 };
 
-/// Content-Range: bytes first-last/size (RFC 9110, section 14.4). `bytes.end` is exclusive; a size of "*" is absent. No bytes
-/// if the text is malformed.
+/// Content-Range: bytes first-last/size (RFC 9110, section 14.4). `size` is empty for "*". `bytes` is empty if the text is
+/// malformed.
 struct content_range {
   byte_range bytes;
   std::optional<std::uint64_t> size;
@@ -6209,7 +6205,7 @@ struct content_range {
 
 // ---- one request for a file
 
-/// What a transfer is about.
+/// The file to transfer, and the call that asks for it.
 struct transfer_job {
   session& service_session;
   call& user_call;
@@ -6219,10 +6215,11 @@ struct transfer_job {
   const remote_file& remote;
 
   [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
-  /// Whether the md5 of the file is known and to be checked.
+  /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
-  [[nodiscard]] error failure(errc code, const url& source, const std::string& what) const {
-    return error(code, label() + ": " + source.redacted() + " " + what);
+  /// Makes an error: <label>: <address> <problem>.
+  [[nodiscard]] error failure(errc code, const url& address, const std::string& problem) const {
+    return error(code, label() + ": " + address.redacted() + " " + problem);
   }
   [[nodiscard]] error wrong_size(const url& source, std::uint64_t size) const {
     return failure(errc::checksum_mismatch, source,
@@ -6232,27 +6229,27 @@ struct transfer_job {
   [[nodiscard]] error no_thread() const {
     return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
   }
-  /// Asks the service for the file again. errc::protocol_violation if it is another one by now.
+  /// Asks the service for the file again. Returns errc::protocol_violation if the file has changed.
   result<remote_file> ask_again(call& asking_call) const {
     auto fresh = service(service_session, asking_call).find_file(run, name);
     if (!fresh)
       return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
     if (fresh->info.md5 != remote.info.md5 || fresh->info.size != remote.info.size) {
       return error(errc::protocol_violation,
-                   label() + ": the run replaced the file while it was being fetched; try again");
+                   label() + ": the run replaced the file during the download; try again");
     }
     return fresh;
   }
 };
 
-/// Why a request did not bring all of its bytes, and what cures that.
+/// Why a request did not bring all of its bytes, and how the transfer reacts.
 struct setback {
   enum class remedy {
-    none,     // there was no failure, or it is cured: go on
+    none,     // no failure, or already remedied: continue
     retry,    // try again if the error is transient
-    fewer,    // as retry, but the server may want fewer connections
-    whole,    // ranges do not work here: fetch the whole file
-    restart,  // the file is another one by now: fetch it from nothing
+    fewer,    // as retry; the server may accept fewer connections only
+    whole,    // the server does not support ranges: fetch the whole file
+    restart,  // the file has changed: start a new download
   };
   remedy cure = remedy::none;
   std::optional<error> failure = {};
@@ -6260,10 +6257,10 @@ struct setback {
   explicit operator bool() const { return failure.has_value(); }
 };
 
-/// Takes the response to one request for a file.
+/// Receives the response to one request for a file.
 class response_taker {
  public:
-  /// A connection to the file's server stands.
+  /// Reports an established connection to the file's server.
   virtual void connected() {}
   /// Checks the head of a response of status 200 or 206.
   virtual setback begin(const http_response& head, const url& source) = 0;
@@ -6277,7 +6274,7 @@ class response_taker {
   ~response_taker() = default;
 };
 
-/// Requests a file from wherever it is, with the entity that the first response had. Thread-safe.
+/// Requests parts of a file from its final address. All parts have the entity tag of the first response. Thread-safe.
 class file_source {
  public:
   file_source(const transfer_job& job, const url& service_address)
@@ -6287,20 +6284,19 @@ class file_source {
           return url::parse(fresh->address);
         }) {}
 
-  /// What came of a request.
   struct outcome {
     setback problem = {};
-    url address = {};        // where the redirects led
-    bool has_ended = false;  // a response of status 200 or 206 came to its end
+    url address = {};        // the last address, after redirects
+    bool has_ended = false;  // the transport delivered a response of status 200 or 206 to its end
   };
-  /// Makes one request for the bytes from `begin` on; up to `end`, or up to the end of the file if `end` is 0. A request
-  /// for the whole file has no Range. `address_found` is called when the redirects have led away from the service.
+  /// Makes one request for a range. An `end` of 0 stands for the end of the file; {0, 0} requests the whole file, without a
+  /// Range field. Calls `address_found` when redirects have led away from the service.
   outcome fetch(call& asking_call, byte_range range, std::function<bool()> is_cancelled,
                 response_taker& taker, const std::function<void()>& address_found = {});
 
-  /// Whether a later response may continue an earlier one without an md5 (RFC 9110, section 15.3.7.3).
+  /// Whether parts of several responses may be combined without an md5 (RFC 9110, section 15.3.7.3).
   [[nodiscard]] bool is_pinned() const { return !entity_.strong_tag().empty(); }
-  /// The transfer starts over: the next response may be of another entity.
+  /// Accepts any entity tag from the next response. Call when the transfer starts over.
   void start_over() { entity_.reset(); }
 
  private:
@@ -6315,7 +6311,7 @@ class file_source {
   entity_pin entity_;
 };
 
-/// Between the session and the taker: notes the address and the entity of a response.
+/// Stands between the session and a response_taker. Checks the entity tag, and reports the address of the response.
 class file_source::guard final : public body_sink {
  public:
   guard(file_source& source, const file_location::lease& lease, const url& address, response_taker& taker)
@@ -6381,7 +6377,7 @@ inline file_source::outcome file_source::fetch(call& asking_call, byte_range ran
   const auto got = job_.service_session.send(
       job_.user_call, std::move(request), *authorization, sink, now.address, [&](const url& hop) {
         if (!address_found || (base && under_base(*base, hop))) return;
-        location_.found(*lease, hop);  // other connections need not wait for the response
+        location_.found(*lease, hop);  // now, so that other connections do not wait for the response
         address_found();
       });
   if (sink.is_other_entity()) {
@@ -6410,7 +6406,7 @@ inline setback file_source::refused(const file_location::lease& lease, const ans
   const auto& base = job_.service_session.base;
   const bool is_own =
       base && under_base(*base, address) && address.str() == lease.address.str() && lease.is_resolving;
-  // Some stores answer 400 to an expired signature, and name it in the body. A node that has lost the file answers 404.
+  // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
   const bool has_expired = status == 401 || status == 403 || status == 410 ||
                            (status == 404 && location_.was_served()) ||
                            (status == 400 && contains_ignoring_case(got.body, "expired"));
@@ -6427,8 +6423,8 @@ inline setback file_source::refused(const file_location::lease& lease, const ans
   return {failure.is_transient() ? remedy::fewer : remedy::retry, failure};
 }
 
-/// A response had another entity tag. Either the run has replaced the file, or its servers have tags of their own: the
-/// service knows. In the second case the md5 decides; without one, the parts cannot be combined.
+/// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
+/// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
 inline setback file_source::other_entity(call& asking_call, const url& address) {
   using remedy = setback::remedy;
   const auto same = job_.ask_again(asking_call);
@@ -6446,12 +6442,12 @@ inline setback file_source::other_entity(call& asking_call, const url& address) 
 
 // ---- transfers
 
-/// What the two kinds of transfer share: the end, the limits, and the reports to the caller.
+/// The base of both kinds of transfer: supervises the threads, enforces the limits, reports progress.
 class transfer {
  public:
   transfer(const transfer&) = delete;
   transfer& operator=(const transfer&) = delete;
-  /// The file is another one than when the transfer began.
+  /// Whether the run has replaced the file since the transfer began.
   [[nodiscard]] bool is_replaced() const { return is_replaced_; }
 
  protected:
@@ -6479,7 +6475,7 @@ class transfer {
     received_before_ = received;
     pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
   }
-  /// Tells the retry clock of progress, if `arrived`, the bytes that are here, has grown. Returns the most there were.
+  /// Reports progress to the retry clock if `arrived`, the number of bytes present, has a new maximum. Returns the maximum.
   std::uint64_t advance(std::uint64_t arrived) {
     if (arrived > arrived_) retries_.progressed(arrived - arrived_);
     return arrived_ = (std::max)(arrived_, arrived);
@@ -6492,27 +6488,27 @@ class transfer {
   transfer_state state_;
   progress_reporter reporter_;
   std::atomic<bool> is_replaced_{false};
-  std::atomic<double> pace_{0};  // bytes a second that arrive
+  std::atomic<double> pace_{0};  // of all connections together, in bytes a second
 
  private:
-  std::uint64_t received_before_ = 0;  // bytes, at the last tick
-  std::uint64_t arrived_ = 0;          // bytes
+  std::uint64_t received_before_ = 0;  // `received` of the last measure()
+  std::uint64_t arrived_ = 0;          // the maximum, in bytes
 };
 
-/// A file of known size and md5: fetched in ranges by several connections, hashed while it arrives.
+/// Transfers a file of known size and md5: several connections fetch ranges while the digest_follower hashes.
 class ranged_transfer final : public transfer {
  public:
   ranged_transfer(const transfer_job& job, partial_file& destination, const url& service_address)
       : transfer(job, destination, service_address), table_(destination),
         plan_(connections(), destination.size(), table_.missing()), digest_(destination, table_, state_) {}
-  ~ranged_transfer() { end(); }  // also where the caller's on_progress throws
+  ~ranged_transfer() { end(); }  // on_progress may have thrown
 
-  /// Fetches what is missing. Returns the md5 of the whole file.
+  /// Fetches the missing blocks. Returns the md5 of the whole file.
   result<std::string> run();
 
  private:
   class range_taker;
-  static constexpr int patience = 3;  // failures in a row after which the server may want fewer connections
+  static constexpr int patience = 3;  // failures of a connection before the transfer tries with fewer
   static constexpr int most_connections = 64;
 
   [[nodiscard]] std::size_t connections() const {
@@ -6536,10 +6532,10 @@ class ranged_transfer final : public transfer {
   range_plan plan_;
   clock::time_point touched_ = clock::now();
   digest_follower digest_;
-  std::vector<thread> workers_;  // last: joined before anything they use is destroyed
+  std::vector<thread> workers_;  // last: joined before the members that they use are destroyed
 };
 
-/// Checks a response against the range that was asked for, and stores its bytes.
+/// Checks a response against the requested range, and stores its bytes.
 class ranged_transfer::range_taker final : public response_taker {
  public:
   static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
@@ -6554,7 +6550,7 @@ class ranged_transfer::range_taker final : public response_taker {
     transfer_.plan_.responded(connection_, clock::now());
     const std::string* field = head.header("Content-Range");
     const auto range = content_range::parse(field != nullptr ? *field : "");
-    // Some stores answer 200 to a range. The Content-Range tells such a part from the whole file.
+    // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
     if (head.status == 206 || (is_range_ && range.bytes.end != 0)) return begin_part(range, field, source);
     return begin_whole(head, source);
   }
@@ -6581,16 +6577,16 @@ class ranged_transfer::range_taker final : public response_taker {
   }
 
   [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
-  /// More bytes came than were promised or are still wanted.
+  /// Whether more bytes arrived than the response announced or the range has.
   [[nodiscard]] bool is_surplus() const { return is_surplus_; }
-  /// A shorter range than asked for has come whole (RFC 9110, section 15.3.7), and is long enough to ask for the rest.
+  /// Whether the response is complete but a part of the requested range (RFC 9110, section 15.3.7), at least a block long.
   [[nodiscard]] bool is_short() const {
     return cursor_.position == promised_end_ && cursor_.position >= begin_ + partial_file::block;
   }
 
  private:
-  [[nodiscard]] setback violation(const url& source, const std::string& what) const {
-    return {setback::remedy::whole, transfer_.job_.failure(errc::protocol_violation, source, what)};
+  [[nodiscard]] setback violation(const url& source, const std::string& problem) const {
+    return {setback::remedy::whole, transfer_.job_.failure(errc::protocol_violation, source, problem)};
   }
   /// RFC 9110, section 15.3.7.
   [[nodiscard]] setback begin_part(const content_range& range, const std::string* field, const url& source) {
@@ -6603,7 +6599,7 @@ class ranged_transfer::range_taker final : public response_taker {
     promised_end_ = range.bytes.end;
     return {};
   }
-  /// A server that ignores Range sends everything from the start: this connection takes it.
+  /// Prepares for the whole file. If the server has ignored Range, this connection becomes the only one.
   [[nodiscard]] setback begin_whole(const http_response& head, const url& source) {
     const std::uint64_t size = transfer_.file_.size();
     const std::string* field = head.header("Content-Length");
@@ -6624,7 +6620,7 @@ class ranged_transfer::range_taker final : public response_taker {
   range_plan::cursor& cursor_;
   const byte_range asked_;
   const bool is_range_;
-  std::uint64_t begin_, promised_end_;  // of the response's bytes
+  std::uint64_t begin_, promised_end_;  // the range that the response announces
   std::string& buffer_;
   std::optional<error> disk_problem_;
   bool is_surplus_ = false;
@@ -6632,7 +6628,7 @@ class ranged_transfer::range_taker final : public response_taker {
 
 inline result<std::string> ranged_transfer::run() {
   static_assert(range_plan::smallest_share >= range_taker::chunk,
-                "a connection's buffer must not reach into the half that another connection takes over");
+                "a buffer must not reach into the half of a range that another connection takes over");
   const bool is_followed = digest_.start();
   if (table_.is_complete()) {
     state_.complete();
@@ -6679,7 +6675,7 @@ inline void ranged_transfer::end() {
 inline void ranged_transfer::tick(phase now) {
   plan_.measure(reporter_.elapsed());
   measure(plan_.received());
-  // Buffered bytes count. A connection that loses its range to another loses them: that is not reported.
+  // Count buffered bytes. A take-over discards some of them: advance() keeps the reported number from falling.
   const auto arrived = advance((std::min)(table_.present() + plan_.buffered(), file_.size()));
   if (now == phase::verifying && clock::now() - touched_ > std::chrono::seconds(partial_file::quiet / 6)) {
     touched_ = clock::now();
@@ -6688,7 +6684,7 @@ inline void ranged_transfer::tick(phase now) {
   reporter_.report(now, now == phase::verifying ? digest_.hashed() : arrived, file_.size(), pace_);
 }
 
-/// Stores the buffer of a connection, which begins where the stored part of its range ends.
+/// Stores the buffer of a connection. The buffer begins at the end of the stored part of the range.
 inline result<void> ranged_transfer::flush(std::size_t connection, std::string& buffer) {
   if (buffer.empty()) return {};
   const auto begin = plan_.stored(connection);
@@ -6698,7 +6694,7 @@ inline result<void> ranged_transfer::flush(std::size_t connection, std::string& 
   return {};
 }
 
-/// Stores the whole blocks of the buffer when a connection ends: only whole blocks can be recorded.
+/// Stores the complete blocks in the buffer when a connection gives its range up: the record has complete blocks only.
 inline void ranged_transfer::flush_whole_blocks(std::size_t connection, std::string& buffer) {
   const auto stored = plan_.stored(connection);
   const auto end = (std::min)(stored + buffer.size(), plan_[connection].end.load());
@@ -6721,7 +6717,7 @@ inline void ranged_transfer::work(std::size_t connection) {
   }
 }
 
-/// Waits for a range to fetch. Returns false when there is nothing more to do.
+/// Waits for a range to fetch. Returns false when the transfer is complete or stopped.
 inline bool ranged_transfer::wait_for_range(std::size_t connection) {
   while (!is_over()) {
     if (table_.is_complete()) {
@@ -6729,7 +6725,7 @@ inline bool ranged_transfer::wait_for_range(std::size_t connection) {
       state_.complete();
       return false;
     }
-    // The first two connections work in any case: they may hold the range that the digest waits for.
+    // Never hold up the first two connections: the digest may wait for their ranges.
     const bool is_needed = connection < 2 || !digest_.is_behind(pace_);
     if (is_needed && plan_.assign(connection, clock::now())) return true;
     state_.wait(milliseconds(20));
@@ -6737,8 +6733,8 @@ inline bool ranged_transfer::wait_for_range(std::size_t connection) {
   return false;
 }
 
-/// Fetches the connection's range, with as many requests as it takes. Returns early if another connection takes the range
-/// over, or if the server wants fewer connections: then after `park_time`, which grows.
+/// Fetches the connection's range with as many requests as necessary. Returns early if another connection takes the range
+/// over. If the server seems to want fewer connections, returns the range, waits for `park_time` and doubles that.
 inline void ranged_transfer::fetch_range(std::size_t connection, std::string& buffer,
                                          milliseconds& park_time) {
   using remedy = setback::remedy;
@@ -6753,17 +6749,17 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
     if (!now || is_over()) continue;
     if (now.cure == remedy::whole && plan_.use_whole(connection)) continue;
     if (now.cure == remedy::restart) is_replaced_ = true;
-    // A try that brought a block or more is followed by the next at once. Waiting is for tries that bring nothing.
-    const bool has_brought = plan_.is_whole() ? table_.present() >= present + partial_file::block
-                                              : cursor.position >= position + partial_file::block;
-    if (has_brought && now.failure->is_transient()) {
+    // Retry at once if the try has brought at least a block.
+    const bool has_progress = plan_.is_whole() ? table_.present() >= present + partial_file::block
+                                               : cursor.position >= position + partial_file::block;
+    if (has_progress && now.failure->is_transient()) {
       tries.reset();
       continue;
     }
     const bool is_last_try = !now.failure->is_transient() || tries.failures() + 1 >= patience;
     if (now.cure == remedy::fewer && is_last_try && received_by_others() != others_before &&
         plan_.park(connection)) {
-      // The other connections get on: the server wants fewer. Perhaps not for long.
+      // The other connections received bytes meanwhile: the server may limit their number. Try again later.
       flush_whole_blocks(connection, buffer);
       plan_.release(connection);
       state_.wait(park_time);
@@ -6789,7 +6785,7 @@ inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffe
   call inner(job_.user_call, state_.stop_flag());
   const byte_range asked = plan_.request(connection, clock::now());
   if (asked.size() == 0) return {};      // another connection has taken the range over
-  if (asked.begin == 0) buffer.clear();  // the whole file, perhaps again
+  if (asked.begin == 0) buffer.clear();  // the whole file: earlier bytes will arrive again
   range_taker taker(*this, connection, asked, buffer);
   const auto now = source_.fetch(
       inner, asked.size() < file_.size() ? asked : byte_range(),
@@ -6807,15 +6803,15 @@ inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffe
                        "ended " + std::to_string(cursor.end - cursor.position) + " bytes early")};
 }
 
-/// A file whose size or md5 is not known: fetched by one connection, because ranges cannot be verified together. It is
-/// hashed as it arrives if the md5 is known.
+/// Transfers a file of unknown size or md5: one connection fetches it, because ranges could not be verified together. Hashes
+/// the bytes as they arrive if the md5 is known.
 class stream_transfer final : public transfer {
  public:
   stream_transfer(const transfer_job& job, partial_file& destination, const url& service_address)
       : transfer(job, destination, service_address), total_(job.remote.info.size) {}
   ~stream_transfer() { end(); }
 
-  /// Fetches the file. Returns its md5, or "" if there is none to compare it with.
+  /// Fetches the file. Returns its md5, or "" if it is not verified.
   result<std::string> run();
 
  private:
@@ -6826,9 +6822,9 @@ class stream_transfer final : public transfer {
   void start_over();
   [[nodiscard]] setback shorter(const url& source) const {
     return {setback::remedy::restart,
-            job_.failure(errc::protocol_violation, source, "became shorter while it was being fetched")};
+            job_.failure(errc::protocol_violation, source, "became shorter during the download")};
   }
-  /// Whether the md5 proves that the bytes that are here are the whole file.
+  /// Whether the md5 proves that all bytes have arrived.
   [[nodiscard]] bool is_proved() const {
     return job_.is_verified() && md5(hash_).finish() == job_.remote.info.md5;
   }
@@ -6838,11 +6834,11 @@ class stream_transfer final : public transfer {
   }
 
   std::atomic<std::uint64_t> received_{0};  // bytes of all responses
-  std::atomic<std::uint64_t> position_{0};  // the next byte to arrive
-  // The worker's alone:
+  std::atomic<std::uint64_t> position_{0};  // offset of the next byte to arrive
+  // Only the worker uses the next two.
   md5 hash_;                            // of the bytes before `position_`
-  std::optional<std::uint64_t> total_;  // the size of the file, once something tells it
-  thread worker_;                       // last: joined before anything it uses is destroyed
+  std::optional<std::uint64_t> total_;  // the file's size, from the service or a response; empty if unknown
+  thread worker_;                       // last: joined before the members that it uses are destroyed
 };
 
 /// Checks a response and appends its bytes to the file.
@@ -6858,11 +6854,11 @@ class stream_transfer::stream_taker final : public response_taker {
         return violation(source, "answers 206 without a range that was asked for");
       if (range.bytes.begin != transfer_.position_)
         return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
-      if (!range.size) return violation(source, "does not say how long the file is");
+      if (!range.size) return violation(source, "does not tell the size of the file");
       return check_total(range.size, source);
     }
     if (transfer_.position_ > 0) {
-      // The whole file again. With an md5 the bytes that are here count; without one the new response does.
+      // The response has the whole file. With an md5, skip the bytes already present; without one, start over.
       if (transfer_.job_.is_verified()) {
         skipped_ = transfer_.position_;
       } else {
@@ -6891,27 +6887,27 @@ class stream_transfer::stream_taker final : public response_taker {
   }
 
   [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
-  /// More bytes came than were promised.
+  /// Whether more bytes arrived than the file has.
   [[nodiscard]] bool is_surplus() const { return is_surplus_; }
-  /// The response ended before it reached the bytes that are here already.
+  /// Whether the response ended before the end of the bytes that were present already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
 
  private:
-  [[nodiscard]] setback violation(const url& source, const std::string& what) const {
-    return {setback::remedy::retry, transfer_.job_.failure(errc::protocol_violation, source, what)};
+  [[nodiscard]] setback violation(const url& source, const std::string& problem) const {
+    return {setback::remedy::retry, transfer_.job_.failure(errc::protocol_violation, source, problem)};
   }
-  [[nodiscard]] setback check_total(std::optional<std::uint64_t> told, const url& source) {
-    if (!told) return {};
-    if (transfer_.job_.remote.info.size && *told != *transfer_.job_.remote.info.size)
-      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *told)};
-    if (*told < transfer_.position_) return transfer_.shorter(source);
-    transfer_.total_ = told;
+  [[nodiscard]] setback check_total(std::optional<std::uint64_t> size, const url& source) {
+    if (!size) return {};
+    if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
+      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *size)};
+    if (*size < transfer_.position_) return transfer_.shorter(source);
+    transfer_.total_ = size;
     return {};
   }
 
   stream_transfer& transfer_;
   const bool is_range_;
-  std::uint64_t skipped_ = 0;  // bytes that are here already, and come again
+  std::uint64_t skipped_ = 0;  // bytes still to skip: they are present already
   std::optional<error> disk_problem_;
   bool is_surplus_ = false;
 };
@@ -6940,17 +6936,17 @@ inline void stream_transfer::start_over() {
 inline void stream_transfer::work() {
   using remedy = setback::remedy;
   backoff tries(job_.user_call, retries_);
-  std::uint64_t furthest = 0;  // of all tries
+  std::uint64_t furthest = 0;  // the highest position of all tries
   while (!state_.is_stopped() && !state_.is_complete()) {
     const setback now = fetch();
     if (!now || state_.is_stopped()) continue;
     is_replaced_ = now.cure == remedy::restart;
     if (now.failure->is_transient()) {
-      // All bytes may have come although the response did not end as it should. Only the md5 can tell.
+      // All bytes may have arrived although the response did not end properly. Only the md5 can tell.
       if (is_proved()) return state_.complete();
       if (position_ >= furthest + partial_file::block) {
         furthest = position_;
-        tries.reset();  // a try that brought bytes is followed by the next at once
+        tries.reset();  // retry at once: the try has brought at least a block
         continue;
       }
     }
@@ -6960,7 +6956,7 @@ inline void stream_transfer::work() {
   }
 }
 
-/// Makes one request for the rest of the file. Completes the transfer if the response ended as it should.
+/// Makes one request for the rest of the file. Completes the transfer if the response ended properly.
 inline setback stream_transfer::fetch() {
   using remedy = setback::remedy;
   call inner(job_.user_call, state_.stop_flag());
@@ -6987,8 +6983,7 @@ inline setback stream_transfer::fetch() {
   return {};
 }
 
-/// Brings the content of a file into a partial file and checks it. One object makes one try: from the blocks that are
-/// present, or from nothing.
+/// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Use an object once.
 class download {
  public:
   download(session& service_session, call& user_call, const run_path& run, const std::string& name,
@@ -7004,9 +6999,9 @@ class download {
     if (remote_.info.size && job_.is_verified()) return run_as<ranged_transfer>(destination, *address);
     return run_as<stream_transfer>(destination, *address);
   }
-  /// The file is another one than when the download began: worth another start from nothing.
+  /// Whether the run has replaced the file since the download began: then start a new download.
   [[nodiscard]] bool entity_changed() const { return entity_changed_; }
-  /// All bytes arrived, and have another md5.
+  /// Whether all bytes arrived, with a wrong md5.
   [[nodiscard]] bool content_wrong() const { return content_wrong_; }
 
  private:
