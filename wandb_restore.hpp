@@ -38,13 +38,13 @@
 #define WANDB_RESTORE_VERSION_PATCH 0
 #define WANDB_RESTORE_VERSION "0.1.0"
 
-// Macros a program may define. The first three must be the same in every file of one program; each is part of the
-// inline namespace's name, so that files which disagree fail to link instead of running wrong.
-//   WANDB_RESTORE_SPLIT           an include brings declarations only; one source file defines the next macro
+// Macros a program may define. The first three must be the same in every file of one program. Each is part of the
+// inline namespace's name: files that disagree fail to link.
+//   WANDB_RESTORE_SPLIT           the header only declares; one source file defines WANDB_RESTORE_IMPLEMENTATION, too
 //   WANDB_RESTORE_NO_OPENSSL      plain HTTP only
-//   WANDB_RESTORE_EXCEPTIONS      0 or 1; default: what the compiler's flags allow
-//   WANDB_RESTORE_IMPLEMENTATION  in split mode, in exactly one source file: brings the rest
-//   WANDB_RESTORE_HTTPLIB         adds httplib_transport, over cpp-httplib; in split mode, also where the rest is brought
+//   WANDB_RESTORE_EXCEPTIONS      0 or 1; default: 1 if the compiler's flags allow exceptions
+//   WANDB_RESTORE_IMPLEMENTATION  in split mode, in exactly one source file: the header also defines
+//   WANDB_RESTORE_HTTPLIB         adds httplib_transport, over cpp-httplib; in split mode, define it in that file, too
 
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
 #error "wandb_restore.hpp needs C++17: compile with -std=c++17 (or /std:c++17) or later"
@@ -92,13 +92,13 @@
 #include <atomic>            // the caller's cancel flag
 #include <chrono>            // timeouts
 #include <cstdint>           // sizes
-#include <cstdlib>           // abort, where there are no exceptions
+#include <cstdlib>           // abort, if exceptions are off
 #include <filesystem>        // paths
 #include <fstream>           // restored_file is an ifstream
 #include <functional>        // callbacks
 #include <initializer_list>  //
 #include <memory>            // shared_ptr
-#include <optional>          // what may be unknown; result
+#include <optional>          // unknown values; result
 #include <stdexcept>         // error is a runtime_error
 #include <string>            //
 #include <string_view>       //
@@ -113,17 +113,17 @@ inline namespace WANDB_RESTORE_PRIVATE_ABI {
 
 /// The kind of a failure. README.md lists the situations that lead to each code.
 enum class errc {
-  invalid_argument = 1,  ///< empty name, name that leaves root, unusable root, option, base URL or API key
-  invalid_run_path,      ///< malformed run path; or no entity, project or run id is known
+  invalid_argument = 1,  ///< bad file name (empty, absolute, or with ".."), root, option, base URL or API key
+  invalid_run_path,      ///< malformed run path, or the entity, project or run id is missing
   run_not_found,         ///< the run does not exist, or this API key may not see it
   file_not_found,        ///< the run has no such file, or the file was never uploaded
   not_authenticated,     ///< the service answered 401
-  permission_denied,     ///< the service answered 403; or storage did, also at a newly requested URL
+  permission_denied,     ///< the service answered 403; or storage did, also for renewed URLs
   offline,               ///< WANDB_MODE forbids network access and there is no local copy to use
   connection_failed,     ///< no connection, certificate refused, peer too slow or silent, connection cut
-  http_failure,          ///< an error status that remained after all retries, or that is never retried
+  http_failure,          ///< any other error status, after the retries that it allows
   protocol_violation,    ///< the answer violates HTTP or the service's API
-  checksum_mismatch,     ///< size or md5 is wrong, also after the file was downloaded a second time
+  checksum_mismatch,     ///< the file was downloaded twice, and both times its size or md5 was wrong
   local_conflict,        ///< the local copy was restored from a different run
   disk_failure,          ///< disk full, permission denied, or a directory has the file's name
   cancelled,             ///< the caller cancelled; the next call resumes from the bytes that had arrived
@@ -159,7 +159,7 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
       : std::runtime_error(text), code_(code), http_status_(http_status),
         transient_(may_pass(code, http_status)) {}
 
-  /// Makes an error that is never retried, whatever its code: for a refused certificate, for example.
+  /// Makes an error with `is_transient()` false, whatever its code: for a refused certificate, for example.
   [[nodiscard]] static error permanent(errc code, const std::string& text, int http_status = 0) {
     error e(code, text, http_status);
     e.transient_ = false;
@@ -242,7 +242,7 @@ class [[nodiscard]] result : public detail::outcome {
   using value_type = T;  ///< as in std::expected
   using outcome::outcome;
 
-  // Two constructors instead of one that takes T by value: before Clang 13, `return local;` would copy into the latter.
+  // Two constructors, not one that takes T by value: before Clang 13, `return local;` would copy into that parameter.
   /// Success.
   result(const T& value) : value_(value) {}  // NOLINT: implicit, as in expected
   /// Success.
@@ -268,10 +268,10 @@ class [[nodiscard]] result : public detail::outcome {
   T&& value() && { return require(), std::move(value_); }
   /// @}
 
-  /// Returns the value, or after a failure `other` converted to T.
+  /// Returns the value, or after a failure `fallback` converted to T.
   template <class U>
-  T value_or(U&& other) && {
-    return has_value() ? std::move(value_) : static_cast<T>(std::forward<U>(other));
+  T value_or(U&& fallback) && {
+    return has_value() ? std::move(value_) : static_cast<T>(std::forward<U>(fallback));
   }
 
  private:
@@ -304,7 +304,7 @@ struct run_path {
   ///
   /// @param text      the run path; if empty, all three parts come from `defaults`.
   /// @param defaults  supplies the parts that `text` leaves out.
-  /// @return          the run, or errc::invalid_run_path if a part is malformed, or missing also in `defaults`.
+  /// @return          the run, or errc::invalid_run_path if a part is malformed or neither argument has it.
   /// Source: wandb/apis/public/api.py, Api._parse_path.
   static result<run_path> parse(std::string_view text, const run_path& defaults = {});
 
@@ -357,10 +357,11 @@ struct http_request {
   std::string proxy_authorization = {};  ///< the value of Proxy-Authorization; sent to the proxy only
   /// Limits TCP connection, CONNECT and TLS handshake together, without name resolution.
   std::chrono::milliseconds connect_timeout{30000};
-  std::chrono::milliseconds idle_timeout{30000};  ///< the longest time without a byte sent or received
-  std::function<bool()> is_cancelled = {};        ///< may be empty; may be called from any thread
+  std::chrono::milliseconds idle_timeout{
+      30000};                               ///< the exchange fails after this long without a byte either way
+  std::function<bool()> is_cancelled = {};  ///< may be empty; may be called from any thread
 
-  /// Returns true once the exchange is to end. A transport calls this at least once a second.
+  /// Returns true if the exchange shall end. A transport calls this at least once a second.
   [[nodiscard]] bool cancelled() const { return is_cancelled && is_cancelled(); }
 };
 
@@ -379,8 +380,8 @@ struct http_response {
 /// the connection and returns errc::cancelled.
 class body_sink {
  public:
-  /// Reports an established TCP connection to the server or proxy. Optional. Without this call a failed exchange is
-  /// retried for settings::connect_timeout only, with it for settings::retry_timeout.
+  /// Reports an established TCP connection to the server or proxy. Optional. If a transport makes this call, a failed
+  /// exchange is retried for settings::retry_timeout; otherwise for settings::connect_timeout only.
   virtual void connected() {}
   /// Delivers status and headers of the final response, also if it has no body. Returns false to stop.
   virtual bool start(const http_response& head) = 0;
@@ -416,10 +417,10 @@ struct is_transport<T, std::void_t<decltype(std::declval<T&>().send(std::declval
 
 // ==================================================================================================== files
 
-/// Describes a file of a run, as the service does.
+/// A file of a run, as the service describes it.
 struct file_info {
   std::string name;                   ///< path inside the run, '/'-separated
-  std::optional<std::uint64_t> size;  ///< bytes; empty if the service does not tell
+  std::optional<std::uint64_t> size;  ///< bytes; empty if unknown
   std::string md5;                    ///< 32 lower-case hex digits; empty if unknown
   std::string mimetype;               ///< e.g. "text/plain"; empty if unknown
   std::string updated_at;             ///< time of the last change in ISO 8601, as received; empty if unknown
@@ -427,8 +428,8 @@ struct file_info {
 
 /// The activity that a progress report is about.
 enum class phase {
-  downloading,  ///< bytes are fetched, or another process is waited for that fetches the same file
-  verifying,    ///< the md5 of a complete file is computed
+  downloading,  ///< this call fetches bytes, or waits for another process that fetches the same file
+  verifying,    ///< this call computes the md5 of a complete file
 };
 
 /// A progress report of one restore.
@@ -438,7 +439,7 @@ struct progress {
   /// While downloading: bytes present, including those of earlier tries. While verifying: bytes hashed.
   std::uint64_t bytes_done = 0;
   std::optional<std::uint64_t> bytes_total;  ///< the file's size; empty if unknown
-  double bytes_per_second = 0;  ///< recent rate of the network; 0 if nothing is known or received
+  double bytes_per_second = 0;               ///< recent rate of the network; 0 if unknown
 };
 
 /// The origin of a restored file's bytes.
@@ -452,7 +453,7 @@ enum class source {
 /// may be used by one thread at a time.
 class restored_file : public std::ifstream {
  public:
-  /// The properties of a restored file, for constructing one: the accessors of the same names describe them.
+  /// The properties of a restored file, as an argument of the constructor.
   struct facts {
     std::filesystem::path path;                   ///< see `restored_file::path()`
     std::uint64_t size = 0;                       ///< see `restored_file::size()`
@@ -460,9 +461,9 @@ class restored_file : public std::ifstream {
     wandb::source source = wandb::source::local;  ///< see `restored_file::source()`
     bool verified = false;                        ///< see `restored_file::verified()`
   };
-  /// Makes a stream without a file, which another can be moved to.
+  /// Makes a closed stream without properties, as a target for a move.
   restored_file() = default;
-  /// Takes over an open stream. The library makes its objects so; tests of a program may, too.
+  /// Takes over an open stream. Public so that a program's tests can make objects, too.
   restored_file(std::ifstream stream, facts known)
       : std::ifstream(std::move(stream)), facts_(std::move(known)) {}
   /// Moves stream and properties.
@@ -485,8 +486,8 @@ class restored_file : public std::ifstream {
   [[nodiscard]] const std::string& md5() const noexcept { return facts_.md5; }
   /// Returns where the bytes came from.
   [[nodiscard]] wandb::source source() const noexcept { return facts_.source; }
-  /// Returns true if the content has the md5 that the service told: checked by this call, or by an earlier one whose
-  /// receipt says that the file has not changed since (same size and time of modification).
+  /// Returns true if the content has the service's md5. This call has checked that, or an earlier call has, and the file
+  /// still has the size and the time of modification that are in its receipt.
   [[nodiscard]] bool verified() const noexcept { return facts_.verified; }
 
  private:
@@ -500,24 +501,24 @@ class restoring;
 class opened_copy;
 }  // namespace detail
 
-/// Describes an existing local copy to a cache policy. Everything is known without a request.
+/// Describes an existing local copy to a cache policy. Filling it in makes no request.
 class local_copy {
  public:
   std::filesystem::path path;                        ///< root / name
   std::uint64_t size = 0;                            ///< bytes
   std::chrono::system_clock::time_point modified{};  ///< time of the last modification
-  /// The run that the file was restored from, by its receipt. Empty without a receipt, or if the file has changed since.
+  /// The run that the file was restored from, by its receipt. Empty if there is no receipt, or if the file has changed since.
   std::optional<run_path> restored_from;
-  /// The name of the file in that run, as in file_info::name. Empty if restored_from is absent, or if the receipt does not
+  /// The name of the file in that run, as in file_info::name. Empty if restored_from is empty, or if the receipt does not
   /// record the name (version 0.1.0 did not).
   std::string restored_name;
-  /// The md5 that was verified when the receipt was written, in hex. Empty if there was none, or without a receipt.
+  /// The md5 in the receipt, in hex. Empty if there is no receipt, or if the file was restored without verification.
   std::string receipt_md5;
 
-  /// Returns the md5 of the content in hex. Takes it from the receipt; without one reads the file once, which blocks and
-  /// reports progress. During a restore it reads the file that the restore opened and would return; afterwards, the file
-  /// that `path` names. Returns an empty string if the file cannot be read, has changed since the restore looked at it, or
-  /// if the restore is cancelled. Not thread-safe.
+  /// Returns the md5 of the content in hex: the receipt's, or else computed by reading the file once, which blocks and
+  /// reports progress. During a restore this reads the file that the restore has open; afterwards, the file at `path`.
+  /// Returns an empty string if the file cannot be read or has changed since the restore opened it, or if the restore is
+  /// cancelled. Not thread-safe.
   [[nodiscard]] std::string md5() const;
 
  private:
@@ -526,7 +527,7 @@ class local_copy {
   mutable std::string known_md5_ = {};
 };
 
-/// Decides whether an existing local copy is used or replaced. Not consulted if there is no local copy.
+/// Decides whether an existing local copy is used or replaced. A restore without a local copy does not consult the policy.
 class cache_policy {
  public:
   /// A decision about a local copy.
@@ -535,14 +536,14 @@ class cache_policy {
     fetch,  ///< download the file and replace the local copy
     ask,    ///< request the file's properties from the service, then call the rule again with them
   };
-  /// A rule: called first with `remote` null and, if it then returns `ask`, a second time with the service's description
-  /// of the file. The second time `ask` means `fetch`. Called in the thread of the restore, so threads that share a client
-  /// may call it concurrently.
+  /// A rule. The first call has `remote` null. If it returns `ask`, a second call has the service's description of the
+  /// file; then `ask` means `fetch`. Both calls come from the restore's thread: threads that share a client may call the
+  /// rule concurrently.
   using rule = std::function<verdict(const local_copy& local, const file_info* remote)>;
 
   /// Makes a policy of a rule. `decide` must not be empty.
   cache_policy(rule decide)
-      : decide_(std::move(decide)) {}  // NOLINT: implicit, so that a lambda can stand for a policy
+      : decide_(std::move(decide)) {}  // NOLINT: implicit, so that a lambda converts to a policy
   /// Makes a policy of a function object that converts to `rule`, e.g. a lambda.
   template <class F, class = std::enable_if_t<std::is_constructible_v<rule, F> &&
                                               !std::is_same_v<std::decay_t<F>, cache_policy> &&
@@ -569,61 +570,63 @@ class cache_policy {
 
 /// A proxy for one scheme, and the hosts that are reached without it.
 struct proxy_settings {
-  std::string url;  ///< "http://[user:password@]host:port"; empty: none
-  std::string
-      bypass;  ///< as NO_PROXY: host, .domain, address, address/prefix, each with an optional :port; or "*"
+  std::string url;  ///< "http://[user:password@]host:port"; empty: no proxy
+  /// As NO_PROXY: host, .domain, address, address/prefix, each with an optional :port; or "*".
+  std::string bypass;
 };
 
-/// Server, credentials, default run and manners. A default-constructed object asks the public service without a key;
-/// `from_environment` resolves what the SDK would. What is wrong in settings is reported by the first call that needs it.
+/// Server, credentials, default run, time limits, proxies and certificates. A default-constructed object uses the public
+/// service without a key; `from_environment` finds the values that the SDK would use. The first call that needs an
+/// invalid setting reports it.
 struct settings {
   /// The address of the service's API; it may have a path prefix and trailing slashes. The public service has two names,
   /// api.forge.coreweave.com and api.wandb.ai: credentials stored under either count for both.
   std::string base_url = "https://api.forge.coreweave.com";
 
   std::string api_key = {};                     ///< 40 characters or more, or a JWT
-  std::string identity_token_file = {};         ///< a file with a JWT that is exchanged for an access token
-  std::filesystem::path credentials_file = {};  ///< where access tokens are shared with the SDK
-  std::filesystem::path netrc_file =
-      {};  ///< where a key is looked for if there is neither key nor token file
+  std::string identity_token_file = {};         ///< a file with a JWT to exchange for an access token
+  std::filesystem::path credentials_file = {};  ///< stores access tokens; shared with the SDK
+  std::filesystem::path netrc_file = {};  ///< searched for a key if api_key and identity_token_file are empty
 
-  std::string entity = {};   ///< default for run paths without one
-  std::string project = {};  ///< likewise
-  std::string run_id = {};   ///< the current run, meant where no run path is given
+  std::string entity = {};   ///< default for run paths without an entity
+  std::string project = {};  ///< default for run paths without a project
+  std::string run_id = {};   ///< default for run paths without a run id, and for calls without a run path
 
-  std::filesystem::path run_dir = {};    ///< default root where the program has a run directory; else "."
-  std::filesystem::path cache_dir = {};  ///< where receipts are kept; empty: none are
-  bool offline = false;                  ///< no network at all
+  std::filesystem::path run_dir = {};    ///< default of restore_options::root; if empty too: "."
+  std::filesystem::path cache_dir = {};  ///< stores receipts; empty: no receipts are written
+  bool offline = false;                  ///< true: make no request
 
-  std::chrono::milliseconds connect_timeout{30000};  ///< for a connection, TLS handshake included
-  std::chrono::milliseconds idle_timeout{
-      30000};                      ///< a peer that sends less than `low_speed` for this long has failed
-  std::uint64_t low_speed = 1024;  ///< bytes per second
-  std::chrono::milliseconds retry_timeout{300000};  ///< trying again without progress ends after this
-  std::chrono::milliseconds total_timeout{0};       ///< for a whole call; 0: none
+  /// Limits TCP connection, CONNECT and TLS handshake together.
+  std::chrono::milliseconds connect_timeout{30000};
+  /// A connection fails if it receives less than `low_speed` bytes per second for this long.
+  std::chrono::milliseconds idle_timeout{30000};
+  std::uint64_t low_speed = 1024;                   ///< bytes per second
+  std::chrono::milliseconds retry_timeout{300000};  ///< retries stop after this long without progress
+  std::chrono::milliseconds total_timeout{0};       ///< limits a whole call; 0: no limit
 
-  proxy_settings http_proxy = {};      ///< for http addresses
-  proxy_settings https_proxy = {};     ///< for https addresses, through CONNECT
-  std::filesystem::path ca_file = {};  ///< PEM bundle; this and the next empty: the system's own
-  std::filesystem::path ca_directory =
-      {};  ///< hashed directory of certificates; a list with ':' between (Windows: ';') is several
+  proxy_settings http_proxy = {};   ///< for http addresses
+  proxy_settings https_proxy = {};  ///< for https addresses, through CONNECT
+  std::filesystem::path ca_file =
+      {};  ///< PEM bundle; if ca_directory is empty too, the system's certificates
+  /// Directories of certificates with hashed names (openssl rehash), separated by ':' (Windows: ';').
+  std::filesystem::path ca_directory = {};
   bool verify_tls = true;  ///< false accepts any certificate, with a warning
 
-  http_headers extra_headers =
-      {};  ///< for the base URL's requests only; a Proxy-Authorization goes to the proxy only
-  std::string username = {};    ///< X-WANDB-USERNAME of questions to the service
-  std::string user_email = {};  ///< X-WANDB-USER-EMAIL, likewise
+  /// Sent with requests to base_url only; a Proxy-Authorization is sent to the proxy only.
+  http_headers extra_headers = {};
+  std::string username = {};    ///< X-WANDB-USERNAME of requests to the service
+  std::string user_email = {};  ///< X-WANDB-USER-EMAIL of requests to the service
   std::string user_agent = "wandb_restore.hpp/" WANDB_RESTORE_VERSION;  ///< the User-Agent of all requests
 
-  /// Receives warnings (insecure TLS, unreadable settings files). From any thread that uses the client, a download's own
-  /// included, and perhaps from several at once: it must not throw. Default: standard error.
+  /// Receives warnings (insecure TLS, unreadable settings files). Must not throw. May be called concurrently, from
+  /// threads that use the client and from threads of the library. Default: writes to standard error.
   std::function<void(std::string_view)> on_warning = {};
-  std::vector<std::string> warnings = {};  ///< what from_environment noticed; passed on at the first request
-  std::optional<wandb::error> problem =
-      {};  ///< what from_environment could not use; reported at the first request
+  /// Warnings of from_environment; the first request passes them to on_warning.
+  std::vector<std::string> warnings = {};
+  std::optional<wandb::error> problem = {};  ///< an error of from_environment; the first request returns it
 
-  /// Environment variables over settings files (local, then global) over wandb-resume.json (where WANDB_RESUME=auto), as
-  /// README.md lists them. Reads files, makes no request, never fails: see `problem`.
+  /// Reads environment variables, then settings files (local, then global), then wandb-resume.json (if WANDB_RESUME is
+  /// auto), as README.md lists them; the first source of a value counts. Makes no request. Never fails: see `problem`.
   static settings from_environment();
 };
 
@@ -631,31 +634,30 @@ struct settings {
 
 /// The options of one call. The first three are the Python SDK's.
 struct restore_options {
-  std::string run_path = {};  ///< any form that run_path::parse takes; empty: the current run
+  std::string run_path = {};  ///< any form that run_path::parse accepts; empty: the run in the settings
   bool replace = false;       ///< true: download even if there is a local copy
   /// The directory to put the file under, created if missing. Empty: settings::run_dir, or "." if that is empty too.
   std::filesystem::path root = {};
   std::optional<cache_policy> cache = {};  ///< overrides the client's policy; `replace = true` overrides both
-  /// Called about ten times a second in the thread of the call; returns false to cancel. It may throw: the exception
-  /// leaves the call, and the bytes that arrived are kept for the next one.
+  /// Called about ten times a second in the caller's thread; returns false to cancel. May throw: the exception leaves the
+  /// restore, and the next call resumes from the bytes that had arrived.
   std::function<bool(const progress&)> on_progress = {};
-  /// A flag of the caller's, or null; must exist until the call returns. Once it is true, the call returns
+  /// A flag that the caller sets to cancel, or null; must exist until the call returns. Once it is true, the call returns
   /// errc::cancelled within a second, except while a host name is resolved.
   const std::atomic<bool>* cancel = nullptr;
   int connections = 8;  ///< the most connections to use for one large file; at least 1
-  /// Whether to check the md5 that the service tells. Without the check one connection is used and nothing is resumed.
-  bool verify = true;
+  bool verify = true;   ///< false: do not check the md5, use one connection, resume nothing
 };
 
 /// The default transport: HTTP/1.1 (RFC 9112) over TCP and, for https, TLS 1.2 or later (OpenSSL). Keeps idle connections for
-/// later requests to the same server, and loads the certificates of authorities once. Copies share both. Tries the addresses
-/// of a host side by side (RFC 8305). Safe to use from several threads at once, and on both sides of a fork: the child
-/// opens connections of its own.
+/// later requests to the same server, and loads CA certificates once. Copies share both. Tries the addresses of a host side
+/// by side (RFC 8305). Safe to use from several threads at once, and in parent and child after a fork: the child opens
+/// connections of its own.
 class http_transport {
  public:
-  /// With the system's certificates of authorities.
+  /// Trusts the system's CA certificates.
   http_transport();
-  /// With ca_file, ca_directory and verify_tls of `configuration`; they are read by the first request over https.
+  /// Uses ca_file, ca_directory and verify_tls of `configuration`. The first https request reads the certificates.
   explicit http_transport(const settings& configuration);
   /// Makes one exchange, as is_transport says. Blocks; name resolution cannot be cancelled.
   result<http_response> send(const http_request& request, body_sink& sink);
@@ -669,22 +671,22 @@ class http_transport {
 /// A transport over cpp-httplib (0.11 to 0.53), for programs that use that library anyway. It keeps idle connections for later
 /// requests to the same server; copies share them. Safe to use from several threads at once.
 ///
-/// It uses the public interface of httplib::Client alone, and therefore cannot promise all that http_transport does. README.md
-/// lists the promises of a Transport that it does not keep; in short:
-/// - interim responses other than 100 fail;
-/// - a line of a response's head has at most 8 KiB: a longer Location, as some signed addresses are, fails;
-/// - 0.11 to 0.41 percent-decode header values and lose their order; 0.41 decodes and encodes the query of an address again;
-/// - lines and trailers without end are not bounded by all versions, and a status line without end crashes 0.11;
-/// - a response that breaks the protocol is errc::connection_failed, as one that is cut short is: they look the same;
-/// - 0.11 to 0.41 take a body that ends with the connection for whole although TLS was not closed in good order.
-/// Besides, the certificates of authorities are read again for each connection, and where ca_file is set, ca_directory may be
-/// ignored. Each exchange starts a thread that looks for its cancellation. On Windows, a cancellation waits until the
-/// connection stands or connect_timeout is over.
+/// It uses the public interface of httplib::Client only, and therefore breaks some promises of a Transport. README.md lists
+/// them; in short:
+/// - an interim response other than 100 fails the exchange;
+/// - a line of a response's head has at most 8 KiB: a longer Location (some signed addresses) fails the exchange;
+/// - 0.11 to 0.41 percent-decode header values and lose their order; 0.41 decodes and re-encodes the query of an address;
+/// - some versions accept endless lines and trailers, and an endless status line crashes 0.11;
+/// - a malformed response is errc::connection_failed: cpp-httplib reports it as it reports a cut connection;
+/// - if a body without a length ends without a TLS close_notify, 0.11 to 0.41 accept it as complete.
+/// Besides, each connection reads the CA certificates again, and if ca_file is set, ca_directory may be ignored. Each
+/// exchange starts a thread that polls for cancellation. On Windows, cancelling takes effect only after the connection is
+/// established or connect_timeout has passed.
 class httplib_transport {
  public:
-  /// With the certificates of authorities that cpp-httplib finds on the system.
+  /// Trusts the CA certificates that cpp-httplib finds on the system.
   httplib_transport();
-  /// With ca_file, ca_directory and verify_tls of `configuration`.
+  /// Uses ca_file, ca_directory and verify_tls of `configuration`.
   explicit httplib_transport(const settings& configuration);
   /// Makes one exchange, as is_transport says. Blocks; name resolution cannot be cancelled.
   result<http_response> send(const http_request& request, body_sink& sink);
@@ -697,7 +699,7 @@ class httplib_transport {
 
 namespace detail {
 
-/// What the engine sees of a Transport: two pointers, so that its bodies are compiled once.
+/// Refers to a Transport of any type. The engine uses this type, so that its functions are no templates.
 struct transport_ref {
   void* object;
   result<http_response> (*send)(void* object, const http_request&, body_sink&);
@@ -705,16 +707,16 @@ struct transport_ref {
 
 class session;
 std::shared_ptr<session> open_session(settings configuration, transport_ref transport, cache_policy policy);
-result<restored_file> restore(session& with, std::string_view name, const restore_options& options);
+result<restored_file> restore(session& current, std::string_view name, const restore_options& options);
 result<restored_file> restore(session& current, std::string_view name, std::string_view run_path,
                               bool replace, std::filesystem::path root);
 result<restored_file> restore(session& current, std::string_view name, const run_path& run, bool replace,
                               std::filesystem::path root);
-result<std::vector<file_info>> list_files(session& with, const restore_options& options);
+result<std::vector<file_info>> list_files(session& current, const restore_options& options);
 result<std::vector<file_info>> list_files(session& current, std::string_view run_path);
 result<std::vector<file_info>> list_files(session& current, const run_path& run);
 
-/// Whether T names a run: a text, or a run_path. Templates with this constraint leave braces to restore_options.
+/// Whether T names a run: a text, or a run_path. Braces match no template, so `{...}` makes a restore_options.
 template <class T>
 inline constexpr bool names_run =
     std::is_convertible_v<T, std::string_view> || std::is_convertible_v<T, run_path>;
@@ -730,10 +732,10 @@ class client {
                 "send(const wandb::http_request&, wandb::body_sink&)");
 
  public:
-  /// Uses settings::from_environment(). Invalid settings are reported by the first call that needs them, as
-  /// errc::invalid_argument.
+  /// Uses settings::from_environment(). The first call that needs an invalid setting returns errc::invalid_argument.
   client() : client(settings::from_environment()) {}
-  /// Uses the given settings and policy, and a Transport made from the settings, or default-constructed if it takes none.
+  /// Uses the given settings and policy. Constructs the Transport from the settings, or without arguments if it has no
+  /// such constructor.
   explicit client(settings configuration, cache_policy policy = cache_policy::keep())
       : transport_(make_transport(configuration)),
         session_(detail::open_session(std::move(configuration), ref(), std::move(policy))) {}
@@ -800,21 +802,22 @@ class client {
               return result<http_response>(static_cast<Transport*>(object)->send(request, sink));
             }};
   }
-  std::unique_ptr<Transport> transport_;  // its address is the session's; survives a move of the client
+  std::unique_ptr<Transport>
+      transport_;  // on the heap: the session keeps its address when the client is moved
   std::shared_ptr<detail::session> session_;
 };
 
 /// Downloads one file of a run, verifies it and opens the local copy. By default an existing local copy is opened without
 /// a request. Blocks. May be called from several threads and processes at once, also for the same file.
 ///
-/// Each call makes a client<> from the environment: settings are read and connections opened anew. To restore several
-/// files, make one client and use it for all of them.
+/// Each call makes a client<>, which reads the settings and opens connections anew. To restore several files, make one
+/// client and use it for all of them.
 ///
 /// @param name     the file's path inside the run, '/'-separated, e.g. "ckpt/best.h5". Must not be empty, absolute, or
 ///                 contain "..".
 /// @param options  see restore_options.
-/// @return         the open stream, or an error with any errc. After a failure the local path is unchanged; the bytes that
-///                 arrived are kept in a hidden file beside it, and the next call resumes from them.
+/// @return         the open stream, or an error with any errc. After a failure the file at the local path is unchanged; a
+///                 hidden file beside it keeps the bytes that arrived, and the next call resumes from them.
 /// Source: wandb.restore of the Python SDK (wandb/sdk/wandb_run.py).
 inline result<restored_file> try_restore(std::string_view name, const restore_options& options = {}) {
   return client<>().try_restore(name, options);
@@ -872,7 +875,7 @@ std::vector<file_info> list_files(const Run& run) {
 
 #include <algorithm>           // min, max
 #include <array>               //
-#include <condition_variable>  // workers, hash and coordinator wait for each other
+#include <condition_variable>  // waits between a download's threads
 #include <cstdio>              // warnings
 #include <cstring>             // memcpy
 #include <ctime>               // HTTP dates
@@ -905,8 +908,8 @@ std::vector<file_info> list_files(const Run& run) {
 #else
 #include <cerrno>          //
 #include <fcntl.h>         // open, record locks, fallocate
-#include <pthread.h>       // a thread whose failure to start is a value
-#include <signal.h>        // is that process alive
+#include <pthread.h>       // threads: pthread_create returns its error, std::thread throws it
+#include <signal.h>        // kill(pid, 0): is the process alive
 #include <sys/stat.h>      //
 #include <sys/resource.h>  // RLIMIT_FSIZE
 #include <sys/statvfs.h>
@@ -923,7 +926,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <winsock2.h>
 #include <ws2tcpip.h>  // getaddrinfo
 #ifndef WANDB_RESTORE_NO_OPENSSL
-#include <wincrypt.h>  // the system's certificates; before OpenSSL, which takes back some of its macros
+#include <wincrypt.h>  // the system's certificates; before OpenSSL, which undefines some of its macros
 #endif
 #ifdef _MSC_VER
 #pragma comment(lib, "ws2_32")
@@ -945,7 +948,7 @@ std::vector<file_info> list_files(const Run& run) {
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored                                                                               \
-    "-Wuseless-cast"  // a cast from 64 bits to std::size_t is of use on 32-bit machines
+    "-Wuseless-cast"  // a cast from 64 bits to std::size_t is needed on 32-bit machines
 #endif
 
 namespace wandb {
@@ -980,7 +983,7 @@ inline bool has_control(std::string_view text) {
   }
   return false;
 }
-/// Letters, digits, - and _ only.
+/// Whether the text has only letters, digits, '-' and '_'.
 inline bool is_plain(std::string_view text) {
   for (const char c : text) {
     if (!is_letter(c) && !is_digit(c) && c != '-' && c != '_') return false;
@@ -988,10 +991,10 @@ inline bool is_plain(std::string_view text) {
   return true;
 }
 inline bool has_word(std::string_view text, std::string_view word) {
-  for (std::size_t at = 0; at + word.size() <= text.size(); ++at) {
-    const auto end = at + word.size();
-    if (equal_ignoring_case(text.substr(at, word.size()), word) &&
-        (at == 0 || !is_plain(text.substr(at - 1, 1))) &&
+  for (std::size_t begin = 0; begin + word.size() <= text.size(); ++begin) {
+    const auto end = begin + word.size();
+    if (equal_ignoring_case(text.substr(begin, word.size()), word) &&
+        (begin == 0 || !is_plain(text.substr(begin - 1, 1))) &&
         (end == text.size() || !is_plain(text.substr(end, 1)))) {
       return true;
     }
@@ -1011,21 +1014,21 @@ inline std::string_view trim(std::string_view text) {
 inline std::vector<std::string_view> split(std::string_view text, char separator) {
   std::vector<std::string_view> parts;
   for (;;) {
-    const auto at = text.find(separator);
-    parts.push_back(text.substr(0, at));
-    if (at == std::string_view::npos) return parts;
-    text.remove_prefix(at + 1);
+    const auto end = text.find(separator);
+    parts.push_back(text.substr(0, end));
+    if (end == std::string_view::npos) return parts;
+    text.remove_prefix(end + 1);
   }
 }
 
-/// The whole of `text` as a number without sign, or nothing. By hand: <charconv> is slow to compile.
+/// Converts the whole text, digits without a sign, to a number. Returns nothing for other texts and on overflow. Does not
+/// use <charconv>, which is slow to compile.
 inline std::optional<std::uint64_t> to_number(std::string_view text, unsigned base = 10) {
-  constexpr std::uint64_t most = ~std::uint64_t{0};
+  constexpr std::uint64_t greatest = ~std::uint64_t{0};
   std::uint64_t value = 0;
   for (const char c : text) {
-    const int known = is_digit(c) ? c - '0' : is_letter(c) ? lower(c) - 'a' + 10 : 36;
-    const auto digit = static_cast<unsigned>(known);
-    if (digit >= base || value > (most - digit) / base) return std::nullopt;
+    const auto digit = static_cast<unsigned>(is_digit(c) ? c - '0' : is_letter(c) ? lower(c) - 'a' + 10 : 36);
+    if (digit >= base || value > (greatest - digit) / base) return std::nullopt;
     value = value * base + digit;
   }
   return text.empty() ? std::nullopt : std::optional<std::uint64_t>(value);
@@ -1073,7 +1076,7 @@ inline std::string base64_encode(std::string_view bytes) {
   out.resize((out.size() + 3) / 4 * 4, '=');
   return out;
 }
-/// Strict: padding is needed, nothing else than the alphabet is taken.
+/// Returns nothing if padding is missing or a character is not in the alphabet.
 inline std::optional<std::string> base64_decode(std::string_view text) {
   if (text.size() % 4 != 0) return std::nullopt;
   std::size_t padding = 0;
@@ -1094,7 +1097,7 @@ inline std::optional<std::string> base64_decode(std::string_view text) {
   return out;
 }
 
-/// Everything but unreserved characters (RFC 3986, section 2.3) and those of `keep`.
+/// Encodes all bytes except unreserved characters (RFC 3986, section 2.3) and the characters in `keep`.
 inline std::string percent_encode(std::string_view bytes, std::string_view keep = "") {
   std::string out;
   for (const char c : bytes) {
@@ -1125,7 +1128,7 @@ inline std::optional<std::string> percent_decode(std::string_view text) {
   return out;
 }
 
-/// For messages: in double quotes, control characters escaped, cut at 200 bytes.
+/// Quotes a text for a message: in double quotes, control characters escaped, cut after 200 bytes.
 inline std::string in_quotes(std::string_view text) {
   std::string out = "\"";
   for (const char c : text.substr(0, 200)) {
@@ -1138,10 +1141,10 @@ inline std::string in_quotes(std::string_view text) {
   return out + (text.size() > 200 ? "...\"" : "\"");
 }
 
-/// A path as UTF-8, on every system: names of files inside runs, messages and records are UTF-8.
+/// Converts a path to UTF-8, the encoding of file names inside runs, of messages and of records.
 inline std::string utf8(const std::filesystem::path& path) {
 #ifdef _WIN32
-  const std::wstring& wide = path.native();  // u8string() throws where a surrogate stands alone
+  const std::wstring& wide = path.native();  // u8string() throws for a lone surrogate
   const int size = static_cast<int>(wide.size());
   std::string text(wide.size() * 3, '\0');
   text.resize(static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, text.data(),
@@ -1162,13 +1165,13 @@ inline std::filesystem::path from_utf8(std::string_view text) {
   return text;
 #endif
 }
-template <class Path, std::enable_if_t<std::is_same_v<Path, std::filesystem::path>, int> =
-                          0>  // strings have no overload here
+// A template, so that a string does not convert to a path.
+template <class Path, std::enable_if_t<std::is_same_v<Path, std::filesystem::path>, int> = 0>
 std::string in_quotes(const Path& path) {
   return in_quotes(std::string_view(utf8(path)));
 }
 
-/// A number of bytes for messages: "512 bytes", "11.8 MiB".
+/// Writes a number of bytes for a message: "512 bytes", "11.8 MiB".
 inline std::string readable_bytes(std::uint64_t count) {
   static constexpr const char* units[] = {"bytes", "KiB", "MiB", "GiB", "TiB"};
   double value = static_cast<double>(count);
@@ -1179,14 +1182,14 @@ inline std::string readable_bytes(std::uint64_t count) {
   return text.data();
 }
 
-/// FNV-1a, 64 bits, for names of files: two texts with the same hash may differ.
+/// Returns the 64-bit FNV-1a hash. Collisions can be made at will: use it for names, not as proof of equality.
 inline std::uint64_t name_hash(std::string_view text) {
   std::uint64_t hash = 0xcbf29ce484222325u;
   for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
   return hash;
 }
 
-/// Converts an md5 in base64 or hex to 32 lower-case hex digits. Returns "" for anything else: then the md5 is unknown.
+/// Converts an md5 in base64 or hex to 32 lower-case hex digits. Returns "" (md5 unknown) for other texts.
 inline std::string normalised_md5(std::string_view text) {
   if (text.size() == 32) {
     const auto bytes = hex_decode(text);
@@ -1196,14 +1199,14 @@ inline std::string normalised_md5(std::string_view text) {
   return bytes && bytes->size() == 16 ? hex_encode(*bytes) : std::string();
 }
 
-/// Days from 1970-01-01 to a date of the civil calendar. Years are counted from March on, so that a leap day is their last.
+/// Returns the days from 1970-01-01 to a Gregorian date. Its years begin in March, which makes a leap day the last day.
 inline std::int64_t days_from_civil(int year, int month, int day) {
-  const std::int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, of_era = y - era * 400;
-  const std::int64_t of_year = (153 * (month > 2 ? month - 3 : month + 9) + 2) / 5 + day - 1;
-  return era * 146097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719468;
+  const std::int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, year_of_era = y - era * 400;
+  const std::int64_t day_of_year = (153 * (month > 2 ? month - 3 : month + 9) + 2) / 5 + day - 1;
+  return era * 146097 + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year - 719468;
 }
 
-/// Converts an HTTP date (RFC 9110, section 5.6.7; the preferred form only) to seconds since 1970.
+/// Converts an HTTP date in the preferred format, IMF-fixdate (RFC 9110, section 5.6.7), to seconds since 1970.
 inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
   static constexpr std::string_view months = "JanFebMarAprMayJunJulAugSepOctNovDec";
   if (text.size() != 29 || text.substr(25) != " GMT") return std::nullopt;
@@ -1214,10 +1217,9 @@ inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
   if (month == std::string_view::npos || month % 3 != 0 || !day || !year || !hour || !minute || !second) {
     return std::nullopt;
   }
-  const std::uint64_t of_day = *hour * 3600 + *minute * 60 + *second;
-  return days_from_civil(static_cast<int>(*year), static_cast<int>(month / 3) + 1, static_cast<int>(*day)) *
-             86400 +
-         static_cast<std::int64_t>(of_day);
+  const std::int64_t days =
+      days_from_civil(static_cast<int>(*year), static_cast<int>(month / 3) + 1, static_cast<int>(*day));
+  return days * 86400 + static_cast<std::int64_t>(*hour * 3600 + *minute * 60 + *second);
 }
 
 // ---- header fields (RFC 9110, section 5)
@@ -1239,7 +1241,7 @@ inline bool is_field_value(std::string_view text) {
   return true;
 }
 
-/// The value of the first field of that name, or null.
+/// Returns the value of the first field with this name, or null.
 inline const std::string* find_header(const http_headers& fields, std::string_view name) {
   for (const auto& field : fields) {
     if (equal_ignoring_case(field.first, name)) return &field.second;
@@ -1250,8 +1252,8 @@ inline void add_header(http_headers& fields, std::string_view name, std::string_
   fields.push_back({std::string(name), std::string(value)});
 }
 
-/// An address that somebody wrote, well-formed or not, for messages: without user name and password, query and fragment,
-/// which may be secrets. A password may itself hold '?' and '/'.
+/// Removes user name, password, query and fragment from an address, for messages: each may be a secret. The address need
+/// not be well-formed, and a password may contain '?' and '/'.
 inline std::string redacted_address(std::string_view text) {
   const auto scheme_end = text.find("://");
   const auto authority = scheme_end == text.npos ? 0 : scheme_end + 3;
@@ -1290,9 +1292,9 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
   const std::string_view rest = text.substr(colon + 3);
   std::string_view authority = rest.substr(0, rest.find_first_of("/?"));
   const std::string_view target = rest.substr(authority.size());
-  if (const auto at = authority.rfind('@'); at != std::string_view::npos) {
-    parsed.user_info = authority.substr(0, at);
-    authority.remove_prefix(at + 1);
+  if (const auto user_end = authority.rfind('@'); user_end != std::string_view::npos) {
+    parsed.user_info = authority.substr(0, user_end);
+    authority.remove_prefix(user_end + 1);
   }
   std::string_view host = authority, port;
   if (!authority.empty() && authority.front() == '[') {
@@ -1301,10 +1303,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
     host = authority.substr(1, end - 1);
     port = authority.substr(end + 1);
     if (host.find_first_not_of("0123456789abcdefABCDEF:.") != std::string_view::npos)
-      return fail("bad IPv6 host");
-  } else if (const auto at = authority.find(':'); at != std::string_view::npos) {
-    host = authority.substr(0, at);
-    port = authority.substr(at);
+      return fail("its IPv6 host is malformed");
+  } else if (const auto host_end = authority.find(':'); host_end != std::string_view::npos) {
+    host = authority.substr(0, host_end);
+    port = authority.substr(host_end);
   }
   if (host.empty()) return fail("it has no host");
   if (host.find_first_of(" \"<>\\^`{|}%") != std::string_view::npos) return fail("its host is malformed");
@@ -1327,13 +1329,13 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::resolve(std::string_view location)
   const auto mark = location.find_first_of(":/?#");
   if (mark != std::string_view::npos && location[mark] == ':') return parse(location);
   if (detail::starts_with(location, "//")) return parse(scheme + ":" + std::string(location));
-  const std::string here = target.substr(0, target.find('?'));
+  const std::string base_path = target.substr(0, target.find('?'));
   if (location.empty() || location.front() == '#') return parse(str());
-  if (location.front() == '?') return parse(origin() + here + std::string(location));
+  if (location.front() == '?') return parse(origin() + base_path + std::string(location));
 
   std::string path(location.substr(0, location.find_first_of("?#")));
   const std::string tail(location.substr(path.size()));
-  if (path.front() != '/') path = here.substr(0, here.rfind('/') + 1) + path;
+  if (path.front() != '/') path = base_path.substr(0, base_path.rfind('/') + 1) + path;
   std::vector<std::string_view> kept;  // dot segments removed (RFC 3986, section 5.2.4)
   bool directory = false;
   for (const auto segment : detail::split(std::string_view(path).substr(1), '/')) {
@@ -1348,8 +1350,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::resolve(std::string_view location)
 }
 
 WANDB_RESTORE_PRIVATE_INLINE std::string url::origin() const {
-  const bool v6 = host.find(':') != std::string::npos;
-  std::string text = scheme + "://" + (v6 ? "[" + host + "]" : host);
+  const bool is_ipv6 = host.find(':') != std::string::npos;
+  std::string text = scheme + "://" + (is_ipv6 ? "[" + host + "]" : host);
   if (port != (scheme == "https" ? 443 : 80)) text += ":" + std::to_string(port);
   return text;
 }
@@ -1368,8 +1370,8 @@ inline std::vector<std::string_view> split_lines(std::string_view text) {
   return lines;
 }
 
-/// Replaces %% by %. Returns nothing for a single %: Python would read it as a reference to another value, `%(name)s`, and
-/// settings files have none.
+/// Replaces %% by %. Returns nothing if a % stands alone: Python's configparser refuses it, or expands `%(name)s`, which
+/// settings files do not use.
 inline std::optional<std::string> unescape_percent(std::string_view value) {
   std::string out;
   for (std::size_t i = 0; i < value.size(); ++i) {
@@ -1380,10 +1382,10 @@ inline std::optional<std::string> unescape_percent(std::string_view value) {
 }
 
 /// Reads the section [default] of a settings file, and the values that it inherits from [DEFAULT]; keys are in lower case.
-/// The syntax is that of Python's configparser: `key = value` or `key : value`, comments on lines of their own, and a line
-/// that is indented deeper continues the value above. A file that Python refuses is an error.
+/// The syntax is that of Python's configparser: `key = value` or `key : value`, comments on lines of their own; a line that
+/// is indented deeper continues the value above. Returns an error for a file that Python refuses.
 inline result<text_map> parse_ini(std::string_view text) {
-  text_map values, inherited, others;  // of [default], of [DEFAULT], of the current other section
+  text_map values, inherited, others;  // values in [default], in [DEFAULT], and in any other section
   std::set<std::string> sections;
   text_map* section = nullptr;
   std::string* value = nullptr;  // the value that an indented line continues
@@ -1439,13 +1441,13 @@ inline result<text_map> parse_ini(std::string_view text) {
   return values;
 }
 
-/// Reads lines of KEY=VALUE, as in a container's env file. Other lines are skipped; the last of equal keys counts.
+/// Reads lines of KEY=VALUE, as in a container's env file. Skips other lines. If a key appears twice, the last value counts.
 inline text_map parse_key_values(std::string_view text) {
   text_map values;
   for (auto line : split_lines(text)) {
     line = trim(line);
-    const auto at = line.find('=');
-    if (at != line.npos) values[std::string(line.substr(0, at))] = line.substr(at + 1);
+    const auto equals = line.find('=');
+    if (equals != line.npos) values[std::string(line.substr(0, equals))] = line.substr(equals + 1);
   }
   return values;
 }
@@ -1456,7 +1458,7 @@ class netrc_reader {
  public:
   explicit netrc_reader(std::string_view text) : rest_(text) {}
 
-  /// The next word, or nothing at the end. A quoted word may be empty.
+  /// Returns the next word, or nothing at the end. A quoted word may be empty.
   std::optional<std::string> word() {
     while (!rest_.empty() && is_space(rest_.front())) rest_.remove_prefix(1);
     if (rest_.empty()) return std::nullopt;
@@ -1471,7 +1473,7 @@ class netrc_reader {
     if (in_quotes && !rest_.empty()) rest_.remove_prefix(1);
     return text;
   }
-  /// The next word where a keyword is expected. Skips comments, which go to the end of their line.
+  /// Skips comments, then returns the next word, or nothing at the end.
   std::optional<std::string> keyword() {
     for (;;) {
       while (!rest_.empty() && is_space(rest_.front())) rest_.remove_prefix(1);
@@ -1492,8 +1494,8 @@ class netrc_reader {
   std::string_view rest_;
 };
 
-/// Reads the password of each machine; the entry `default` is stored under "default". The last entry of a machine counts,
-/// even if it has no password.
+/// Returns the password of each machine; the key "default" holds the entry `default`. If a machine has several entries, the
+/// last one counts, even without a password.
 inline result<text_map> parse_netrc(std::string_view text) {
   text_map passwords;
   std::string* password = nullptr;
@@ -1505,7 +1507,7 @@ inline result<text_map> parse_netrc(std::string_view text) {
     }
     const bool in_entry = *word == "login" || *word == "user" || *word == "account" || *word == "password";
     if (!(in_entry && password) && *word != "machine" && *word != "macdef") {
-      // The message leaves the word out: it may be a part of a password.
+      // Do not show the word: it may be a part of a password.
       return error(errc::invalid_argument,
                    "expected machine, default or macdef, then login, account or password");
     }
@@ -1520,18 +1522,18 @@ inline result<text_map> parse_netrc(std::string_view text) {
 
 // ----------------------------------------------------------------------------------------------------- JSON
 
-// Plain functions, so that nlohmann/json's templates are instantiated for few types. Each accepts any value: a value of
-// another type reads as an empty one.
+// These functions are no templates, so that nlohmann/json's templates are instantiated for few types. A function that reads
+// accepts any value: if the value has another type, it returns an empty result.
 
 using json = nlohmann::json;
 
-/// A JSON value for result<T>. A plain `json` will not do: nearly every type converts to it, an error, too.
+/// Wraps a JSON value for result<T>: `result<json>` would be ambiguous, since an error converts to json, too.
 struct json_document {
   json root;
 };
 
-/// Whether brackets are nested more than 64 levels deep; the service's answers have less than ten. Destroying a value that is
-/// nested without limit could overflow the stack.
+/// Whether brackets are nested more than 64 levels deep. The service's answers have less than ten levels; thousands could
+/// overflow the stack when the value is destroyed.
 inline bool is_nested_too_deep(std::string_view text) {
   constexpr int limit = 64;
   int depth = 0;
@@ -1578,18 +1580,16 @@ inline const json::array_t& elements(const json& value) {
 inline bool has_member(const json& object, std::string_view name) {
   return members(object).find(std::string(name)) != members(object).end();
 }
-/// The member of that name, or null.
+/// Returns the member with this name, or null.
 inline const json& member(const json& object, std::string_view name) {
   static const json null;
-  const auto at = members(object).find(std::string(name));
-  return at == members(object).end() ? null : at->second;
+  const auto found = members(object).find(std::string(name));
+  return found == members(object).end() ? null : found->second;
 }
-/// The text of a string; "" for other values.
 inline std::string text_of(const json& value) {
   const auto* text = value.get_ptr<const json::string_t*>();
   return text ? *text : std::string();
 }
-/// The value of a number; 0 for other values.
 inline double number_of(const json& value) {
   if (const auto* fraction = value.get_ptr<const json::number_float_t*>()) return *fraction;
   if (const auto* count = value.get_ptr<const json::number_unsigned_t*>()) return static_cast<double>(*count);
@@ -1628,8 +1628,8 @@ inline void set_member(json& object, const std::string& name, json value) {
 
 // ------------------------------------------------------------------------------- the public service's names
 
-/// The hosts of a deployment of the public service. The API is at the root of both API hosts; the web host has the web
-/// pages, and the API below /api/wandb. Source: FORGE_HOSTS in wandb/sdk/lib/urls.py.
+/// The hosts of a deployment of the public service. Both API hosts serve the API at "/"; the web host serves the web pages,
+/// and the API below "/api/wandb". Source: FORGE_HOSTS in wandb/sdk/lib/urls.py.
 struct forge_deployment {
   std::string_view web_host, api_host, wandb_api_host;
 };
@@ -1638,10 +1638,11 @@ inline constexpr forge_deployment forge_deployments[] = {
     {"qa.forge.coreweave.com", "api.qa.forge.coreweave.com", "api.qa.wandb.ai"},
 };
 
-/// The deployment that a host, in lower case, belongs to, or null.
+/// Returns the deployment that a host (in lower case) belongs to, or null.
 inline const forge_deployment* forge_deployment_of(std::string_view host) {
-  for (const auto& one : forge_deployments) {
-    if (host == one.web_host || host == one.api_host || host == one.wandb_api_host) return &one;
+  for (const auto& deployment : forge_deployments) {
+    if (host == deployment.web_host || host == deployment.api_host || host == deployment.wandb_api_host)
+      return &deployment;
   }
   return nullptr;
 }
@@ -1661,14 +1662,14 @@ inline bool is_usable_part(std::string_view part) {
   return !part.empty() && part.find('/') == part.npos && !has_control(part);
 }
 
-/// Reads the forms that the SDK accepts. Parts that the text leaves out are empty. Returns nothing for other texts.
+/// Parses the forms that the SDK accepts, and leaves missing parts empty. Returns nothing for other texts.
 inline std::optional<run_path> plain_run_path(std::string_view text) {
   const std::string plain = replace_all(replace_all(text, "/runs/", "/"), "/sweeps/", "/");
   const auto first = plain.find_first_not_of("/ "), last = plain.find_last_not_of("/ ");
   if (first == plain.npos) return std::nullopt;
   auto parts = split(std::string_view(plain).substr(first, last - first + 1), '/');
   if (parts.size() == 4 && parts[2] == "runs") parts.erase(parts.begin() + 2);
-  if (parts.size() <= 2) {  // "project:id" at the end, as images are tagged
+  if (parts.size() <= 2) {  // the last part may be "project:id"
     const auto tail = parts.back();
     if (const auto colon = tail.find(':'); colon != tail.npos) {
       parts.back() = tail.substr(0, colon);
@@ -1691,8 +1692,8 @@ inline bool looks_like_host(std::string_view segment) {
   return segment == "localhost" || (segment.find_first_of(".:") != segment.npos && segment.back() != ':');
 }
 
-/// Reads the address of a run: [scheme://host[/prefix]/]entity/project/runs/run_id[/tail]. If the host is there, the parts
-/// are percent-decoded.
+/// Parses the address of a run: [scheme://host[/prefix]/]entity/project/runs/run_id[/tail]. Percent-decodes the parts if
+/// the address has a host.
 inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_scheme) {
   if (has_scheme) text.remove_prefix(text.find("://") + 3);
   std::vector<std::string_view> segments;
@@ -1713,17 +1714,17 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
   while (has_host && runs < segments.size() && segments[runs] != "runs") ++runs;
   if (runs + 1 >= segments.size() || segments[runs] != "runs") return std::nullopt;
   run_path found;
-  std::size_t at = runs - 2;
+  std::size_t next = runs - 2;
   for (std::string* part : {&found.entity, &found.project, &found.run_id}) {
-    if (at == runs) ++at;
-    const auto plain = has_host ? percent_decode(segments[at++]) : std::string(segments[at++]);
+    if (next == runs) ++next;
+    const auto plain = has_host ? percent_decode(segments[next++]) : std::string(segments[next++]);
     if (!plain || !is_usable_part(trim(*plain))) return std::nullopt;
     *part = trim(*plain);
   }
   return found;
 }
 
-/// Whether a path or address is that of a sweep: [scheme://host/][prefix/]entity/project/sweeps/ID[/tail].
+/// Whether a path or address names a sweep: [scheme://host/][prefix/]entity/project/sweeps/ID[/tail].
 inline bool names_sweep(std::string_view path, bool has_scheme) {
   if (has_scheme) path.remove_prefix(path.find("://") + 3);
   std::vector<std::string_view> segments;
@@ -1735,8 +1736,8 @@ inline bool names_sweep(std::string_view path, bool has_scheme) {
   return kind + 1 < segments.size() && segments[kind] == "sweeps";
 }
 
-/// Reads a run path. Parts that it leaves out are empty; an empty text leaves out all.
-/// @return  errc::invalid_run_path for other texts, and for a sweep's path, which the SDK reads as that of a run.
+/// Parses a run path, and leaves missing parts empty; all are missing in an empty text. Returns errc::invalid_run_path for
+/// other texts, and for a sweep's path, which the SDK would take for a run's.
 inline result<run_path> split_run_path(std::string_view text) {
   if (text.empty()) return run_path{};
   const auto fail = [&](std::string_view why) {
@@ -1754,11 +1755,12 @@ inline result<run_path> split_run_path(std::string_view text) {
   auto found = has_scheme ? std::nullopt : plain_run_path(path);
   if (!found) found = pasted_run_path(path, has_scheme);
   if (found) return *std::move(found);
-  return fail(has_scheme ? "this is no run's address, expected https://host/entity/project/runs/run_id"
-                         : "expected entity/project/run_id, project/run_id or run_id, with no empty part");
+  return fail(has_scheme
+                  ? "this is not the address of a run, expected https://host/entity/project/runs/run_id"
+                  : "expected entity/project/run_id, project/run_id or run_id, with no empty part");
 }
 
-/// Reads a run path, and takes the parts that it leaves out from `defaults`.
+/// Parses a run path, and takes missing parts from `defaults`.
 inline result<run_path> completed_run_path(std::string_view text, const run_path& defaults) {
   auto found = split_run_path(text);
   if (!found) return found;
@@ -1774,7 +1776,7 @@ struct run_path_part {
   const std::string& value;
 };
 
-/// Checks that none of these parts of a run path is missing or malformed. `text`: the run path as given, for the message.
+/// Checks that no part is missing or malformed. The message shows `text`, the run path that the caller gave.
 inline result<void> check_parts(std::string_view text, std::initializer_list<run_path_part> parts) {
   const auto subject = [&] {
     return text.empty() ? "no run path was given" : "invalid run path " + in_quotes(redacted_address(text));
@@ -1818,13 +1820,13 @@ inline std::string system_text(int code) { return std::system_category().message
 inline std::error_condition system_condition(int code) {
   return std::system_category().default_error_condition(code);
 }
-/// The user lacks a permission: the file itself may be in good order.
+/// Whether the code means that the user lacks a permission.
 inline bool is_refusal(int code) {
   return system_condition(code) == std::errc::permission_denied ||
          system_condition(code) == std::errc::operation_not_permitted;
 }
 
-/// What the caller can do about a failure of the disk, for messages; empty where nothing general helps.
+/// Returns a remedy for a disk failure, to append to a message; empty if none is known.
 inline const char* disk_remedy(const std::error_condition& why) {
   if (why == std::errc::no_space_on_device) return "; free some space, or set root to another disk";
   if (why == std::errc::permission_denied || why == std::errc::operation_not_permitted ||
@@ -1836,26 +1838,26 @@ inline const char* disk_remedy(const std::error_condition& why) {
   return "";
 }
 
-/// "cannot <doing> "<where>": <the system's text><remedy>". `code` is the system's error code.
-inline error disk_error(std::string_view doing, const path& where, int code) {
-  return error(errc::disk_failure, "cannot " + std::string(doing) + " " + in_quotes(where) + ": " +
+/// Makes an error: cannot <action> "<where>": <the system's text><remedy>. `code` is the system's error code.
+inline error disk_error(std::string_view action, const path& where, int code) {
+  return error(errc::disk_failure, "cannot " + std::string(action) + " " + in_quotes(where) + ": " +
                                        system_text(code) + disk_remedy(system_condition(code)));
 }
 
-/// What a directory entry, or an open file, is.
+/// Properties of a directory entry or an open file. Windows leaves the members after `modified` at their defaults.
 struct file_facts {
   bool is_directory = false;
   bool is_file = false;                 // an ordinary file: no directory, link, device, pipe or socket
   std::uint64_t size = 0;               // bytes
-  std::uint64_t allocated = 0;          // bytes that have room on the disk already
-  std::int64_t modified = 0;            // nanoseconds since 1970
-  std::int64_t changed = 0;             // the same, of links and permissions too; 0 where the system has none
-  std::uint64_t device = 0, inode = 0;  // 0 where the system has none
-  std::uint64_t links = 1;              // names
-  std::uint64_t user = 0;               // who owns it; 0 where the system has no such numbers
+  std::uint64_t allocated = 0;          // bytes allocated on the disk
+  std::int64_t modified = 0;            // last change of the content, in nanoseconds since 1970
+  std::int64_t changed = 0;             // last change of content, name or permissions (ctime), likewise
+  std::uint64_t device = 0, inode = 0;  //
+  std::uint64_t links = 1;              // number of hard links
+  std::uint64_t user = 0;               // id of the owner
   unsigned mode = 0;                    // permission bits
 
-  /// The same file with, as far as times tell, the same content.
+  /// Compares identity, size and time of modification: equal facts mean, in all likelihood, the same content.
   friend bool operator==(const file_facts& a, const file_facts& b) {
     return a.size == b.size && a.modified == b.modified && a.device == b.device && a.inode == b.inode;
   }
@@ -1864,8 +1866,8 @@ struct file_facts {
   }
 };
 
-/// What a look at a path came to: facts, the certainty that nothing is there, or the reason why the system could not tell.
-/// These are three outcomes: a file that cannot be looked at must not count as missing, or it would be replaced.
+/// The outcome of examining a path or file: found, absent, or a failure that leaves both possible. A failure must not count
+/// as absent: the file would be replaced.
 class look_result {
  public:
   look_result(const file_facts& facts) : facts_(facts) {}  // NOLINT: implicit, as in result
@@ -1878,9 +1880,9 @@ class look_result {
 
   [[nodiscard]] bool found() const { return code_ == 0; }
   [[nodiscard]] bool absent() const;
-  /// The system's error code if it is not known what is there; otherwise 0.
+  /// Returns the system's error code if the examination failed, otherwise 0.
   [[nodiscard]] int failure() const { return absent() ? 0 : code_; }
-  /// Value-initialised facts unless found().
+  /// Returns the facts; value-initialised ones unless found().
   const file_facts& operator*() const { return facts_; }
   const file_facts* operator->() const { return &facts_; }
 
@@ -1889,17 +1891,16 @@ class look_result {
   int code_ = 0;
 };
 
-/// How a file is opened. No file that is written to is reached through a symbolic link, and none is waited for.
+/// How to open a file. Only the first two modes follow symbolic links; only the first may block, on a pipe.
 enum class file_mode {
-  read,       // follows links
-  keep_name,  // read, follows links, never blocks; on Windows the file keeps its name for as long as it is open
-  neighbour,  // read; never blocks: another user may have put a pipe there
+  read,       //
+  keep_name,  // read; on Windows, nobody can rename or replace the file while it is open
+  neighbour,  // read a file that another user may have made
   update,     // read and write
-  create,     // a new file; fails if the name is taken
+  create,     // read and write a new file; fails if the name is taken
 };
 
-// ---- what the systems call differently. Each system has one block with the same functions; codes are the system's, 0 is
-// ---- success.
+// ---- operating systems: one block for each, with the same functions. An error code is the system's; 0 means success.
 
 using process_id = std::uint64_t;
 
@@ -1932,7 +1933,7 @@ inline int open_file(file_handle& opened, const path& where, file_mode mode, uns
                        mode == file_mode::create ? CREATE_NEW : OPEN_EXISTING,
                        FILE_ATTRIBUTE_NORMAL | (follows ? 0 : FILE_FLAG_OPEN_REPARSE_POINT), nullptr);
   if (opened == no_file()) return last_os_error();
-  if (mode == file_mode::create) {  // sparse: else the first write far into it would write zeros all the way
+  if (mode == file_mode::create) {  // sparse, or a write at a high offset would fill the gap with zeros first
     constexpr DWORD set_sparse = 0x900c4;  // FSCTL_SET_SPARSE
     DWORD ignored = 0;
     DeviceIoControl(opened, set_sparse, nullptr, 0, nullptr, 0, &ignored, nullptr);
@@ -1942,25 +1943,25 @@ inline int open_file(file_handle& opened, const path& where, file_mode mode, uns
 inline void close_file(file_handle opened) { CloseHandle(opened); }
 
 inline OVERLAPPED file_offset(std::uint64_t offset) {
-  OVERLAPPED at{};
-  at.Offset = static_cast<DWORD>(offset);
-  at.OffsetHigh = static_cast<DWORD>(offset >> 32);
-  return at;
+  OVERLAPPED position{};
+  position.Offset = static_cast<DWORD>(offset);
+  position.OffsetHigh = static_cast<DWORD>(offset >> 32);
+  return position;
 }
 inline int write_some(file_handle opened, std::uint64_t offset, std::string_view bytes, std::size_t& count) {
-  OVERLAPPED at = file_offset(offset);
+  OVERLAPPED position = file_offset(offset);
   DWORD written = 0;
   const auto wanted = static_cast<DWORD>((std::min<std::size_t>)(bytes.size(), 1u << 30));
-  if (!WriteFile(opened, bytes.data(), wanted, &written, &at)) return last_os_error();
+  if (!WriteFile(opened, bytes.data(), wanted, &written, &position)) return last_os_error();
   count = written;
   return 0;
 }
 inline int read_some(file_handle opened, std::uint64_t offset, char* into, std::size_t size,
                      std::size_t& count) {
-  OVERLAPPED at = file_offset(offset);
+  OVERLAPPED position = file_offset(offset);
   DWORD got = 0;
   const auto wanted = static_cast<DWORD>((std::min<std::size_t>)(size, 1u << 30));
-  if (!ReadFile(opened, into, wanted, &got, &at) && GetLastError() != ERROR_HANDLE_EOF)
+  if (!ReadFile(opened, into, wanted, &got, &position) && GetLastError() != ERROR_HANDLE_EOF)
     return last_os_error();
   count = got;
   return 0;
@@ -2015,7 +2016,7 @@ inline std::uint64_t own_user() { return 0; }
 inline void sync_directory(const path&) {}
 inline const char* why_not_replaceable(const path&) { return nullptr; }
 inline std::size_t longest_name(const path&) { return 255; }
-/// In the system's own characters.
+/// Returns the length in UTF-16 units, the unit of longest_name.
 inline std::size_t name_length(std::string_view name) { return from_utf8(name).native().size(); }
 inline std::optional<std::uint64_t> free_space(const path& directory) {
   std::error_code failure;
@@ -2024,14 +2025,14 @@ inline std::optional<std::uint64_t> free_space(const path& directory) {
 }
 inline std::optional<std::uint64_t> file_size_limit() { return std::nullopt; }
 
-/// `opened` has to be of file_mode::keep_name: nothing else can get its name before the stream is open.
+/// The file must be open in file_mode::keep_name, so that its name cannot lead to another file.
 inline result<std::ifstream> stream_on(file_handle, const path& where) {
   std::ifstream stream(where, std::ios::binary);
   if (!stream) return disk_error("open", where, last_os_error());
   return stream;
 }
 
-/// The file goes when its last handle is closed, also that of a process that was killed: there is never an old one.
+/// Windows removes the file with its last handle, even if the process is killed: no process finds an old lock file.
 inline int open_lock_file(file_handle& opened, const path& where, bool& existed) {
   existed = true;
   opened = CreateFileW(where.c_str(), GENERIC_READ | GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
@@ -2039,7 +2040,7 @@ inline int open_lock_file(file_handle& opened, const path& where, bool& existed)
   return opened == no_file() ? last_os_error() : 0;
 }
 inline bool is_lock_busy(int code) { return code == ERROR_SHARING_VIOLATION; }
-inline int lock_file(file_handle) { return 0; }  // nobody else can have it open
+inline int lock_file(file_handle) { return 0; }  // open_lock_file shares the file with nobody
 inline bool are_locks_effective(file_handle, const path&) { return true; }
 
 inline process_id own_process() { return GetCurrentProcessId(); }
@@ -2070,7 +2071,8 @@ inline int last_os_error() { return errno; }
 constexpr int no_space_code = ENOSPC;
 constexpr int name_taken_code = EEXIST;
 
-// A header cannot set _FILE_OFFSET_BITS in time, so files over 2 GiB on 32-bit machines need glibc's explicit names.
+// Files over 2 GiB on 32-bit machines need glibc's explicit names: system headers may precede this one, and then it is too
+// late to set _FILE_OFFSET_BITS.
 #ifdef __GLIBC__
 #define WANDB_RESTORE_PRIVATE_LARGE(name) name##64
 #else
@@ -2079,7 +2081,7 @@ constexpr int name_taken_code = EEXIST;
 
 inline bool look_result::absent() const { return code_ == ENOENT || code_ == ENOTDIR; }
 
-/// Calls again what a signal interrupted. 0, or the system's error code.
+/// Repeats a system call while signals interrupt it. Returns 0 or the error code.
 template <class Call>
 int uninterrupted(const Call& call) {
   int outcome = 0;
@@ -2089,8 +2091,8 @@ int uninterrupted(const Call& call) {
   return outcome == -1 ? errno : 0;
 }
 
-/// Moves a new descriptor above 2, close-on-exec. A program that runs with descriptors 0 to 2 closed would otherwise print
-/// into the file that got one of these numbers. Returns the descriptor to use; negative, with errno set, after a failure.
+/// Moves a new descriptor above 2, close-on-exec: if a program has closed descriptors 0 to 2, a file that got one of these
+/// numbers would receive the program's output. Returns the descriptor; negative, with errno set, after a failure.
 inline int above_standard_streams(int descriptor) {
   if (descriptor < 0 || descriptor > 2) return descriptor;
   const int moved = ::fcntl(descriptor, F_DUPFD_CLOEXEC, 3);
@@ -2100,21 +2102,21 @@ inline int above_standard_streams(int descriptor) {
   return moved;
 }
 
-/// Occupies those of descriptors 0 to 2 that are closed, so that a stream, whose descriptor cannot be moved, is not opened
-/// on one of them. What is printed there meanwhile fails, as it would without this object: a directory cannot be written.
+/// Opens a directory on each closed descriptor from 0 to 2, so that no stream gets one of these numbers: the descriptor of
+/// a stream cannot be moved. Output to them fails, as it does while they are closed.
 class standard_streams_guard {
  public:
   standard_streams_guard() {
-    for (int& one : held_) {
+    for (int& held : held_) {
       const int descriptor = ::open("/", O_RDONLY | O_CLOEXEC);
       if (descriptor > 2) ::close(descriptor);
       if (descriptor < 0 || descriptor > 2) break;
-      one = descriptor;
+      held = descriptor;
     }
   }
   ~standard_streams_guard() {
-    for (const int one : held_)
-      if (one >= 0) ::close(one);
+    for (const int held : held_)
+      if (held >= 0) ::close(held);
   }
   standard_streams_guard(const standard_streams_guard&) = delete;
   standard_streams_guard& operator=(const standard_streams_guard&) = delete;
@@ -2160,7 +2162,7 @@ inline int set_modified(file_handle opened, std::chrono::nanoseconds since_1970)
   times[1].tv_nsec = static_cast<decltype(times[1].tv_nsec)>(since_1970.count() % 1000000000);
   return ::futimens(opened, times) == 0 ? 0 : errno;
 }
-/// By the file system's own clock.
+/// Sets the time of modification to now, by the file system's clock.
 inline void set_modified_now(file_handle opened) {
   struct timespec times[2]{};
   times[0].tv_nsec = UTIME_OMIT;
@@ -2202,7 +2204,7 @@ inline look_result facts_of(const path& where) {
   const int code = uninterrupted([&] { return WANDB_RESTORE_PRIVATE_LARGE(stat)(where.c_str(), &entry); });
   return code == 0 ? look_result(facts_of(entry)) : look_result::failed(code);
 }
-/// Of the directory entry itself: a link is a link.
+/// Does not follow symbolic links.
 inline look_result facts_of_entry(const path& where) {
   struct WANDB_RESTORE_PRIVATE_LARGE(stat) entry;
   const int code = uninterrupted([&] { return WANDB_RESTORE_PRIVATE_LARGE(lstat)(where.c_str(), &entry); });
@@ -2210,27 +2212,26 @@ inline look_result facts_of_entry(const path& where) {
 }
 inline std::uint64_t own_user() { return static_cast<std::uint64_t>(::geteuid()); }
 
-/// Replaces `destination` in one step.
+/// Renames a file; replaces `destination` atomically.
 [[nodiscard]] inline int rename_over(const path& source, const path& destination) {
   return uninterrupted([&] { return ::rename(source.c_str(), destination.c_str()); });
 }
-/// A rename is on stable storage once its directory is.
+/// Brings renames in a directory to stable storage. Ignores failures: some file systems refuse the call.
 inline void sync_directory(const path& directory) {
   file_handle opened = no_file();
   if (open_file(opened, directory.empty() ? path(".") : directory, file_mode::read, 0) != 0) return;
-  (void)uninterrupted(
-      [&] { return ::fsync(opened); });  // some file systems refuse this: nothing better to do then
+  (void)uninterrupted([&] { return ::fsync(opened); });
   close_file(opened);
 }
 
-/// In bytes, of a name in that directory.
+/// Returns the limit, in bytes, for a name in the directory.
 inline std::size_t longest_name(const path& directory) {
   const long limit = ::pathconf(directory.empty() ? "." : directory.c_str(), _PC_NAME_MAX);
   return limit > 0 ? static_cast<std::size_t>(limit) : 255;
 }
 inline std::size_t name_length(std::string_view name) { return name.size(); }
 
-/// Bytes that an ordinary user may still write there; absent where the system does not tell.
+/// Returns the bytes that an unprivileged user may still write; nothing if unknown.
 inline std::optional<std::uint64_t> free_space(const path& directory) {
 #ifdef __GLIBC__
   struct statvfs64 volume;
@@ -2239,21 +2240,21 @@ inline std::optional<std::uint64_t> free_space(const path& directory) {
   struct statvfs volume;
   const int code = ::statvfs(directory.empty() ? "." : directory.c_str(), &volume);
 #endif
-  if (code != 0 || volume.f_blocks == 0) return std::nullopt;  // some remote file systems say 0 of everything
+  if (code != 0 || volume.f_blocks == 0) return std::nullopt;  // some remote file systems report only zeros
   return static_cast<std::uint64_t>(volume.f_bavail) * volume.f_frsize;
 }
-/// A process that writes beyond this many bytes is killed by SIGXFSZ.
+/// Returns RLIMIT_FSIZE in bytes: a write beyond it kills the process (SIGXFSZ).
 inline std::optional<std::uint64_t> file_size_limit() {
   struct rlimit limit {};
   if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return std::nullopt;
   return static_cast<std::uint64_t>(limit.rlim_cur);
 }
 
-/// A stream on the very file that `opened` has open, whatever its name leads to by now. An ifstream can only be opened by
-/// name, so the name has to be one that cannot lead elsewhere: /proc/self/fd/N (Linux) and /dev/fd/N (macOS, and others
-/// that mount it) name the open file itself. Where neither is mounted, the stream is opened by the file's name, between
-/// two looks that both have to find that file. (The descriptor keeps the inode's number from being used again, and a
-/// rename away and back changes the time of its last status change.) An error if the name leads to another file.
+/// Opens a stream on the file that `opened` has open, even if the file's name leads to another file by now. An ifstream
+/// opens by name only; /proc/self/fd/N (Linux) and /dev/fd/N (macOS and others) name the open file itself. If neither is
+/// mounted, opens the name `where`, and checks before and after that it leads to this file. (No other file can get the
+/// inode number while `opened` is open, and renaming the file away and back changes its ctime.) Returns an error if
+/// `where` leads to another file.
 inline result<std::ifstream> stream_on(file_handle opened, const path& where) {
   const auto facts = facts_of(opened);
   if (!facts.found()) return disk_error("look at", where, facts.failure());
@@ -2265,28 +2266,28 @@ inline result<std::ifstream> stream_on(file_handle opened, const path& where) {
     std::ifstream stream(link, std::ios::binary);
     if (stream) return stream;
   }
-  const auto is_named_so = [&] {
+  const auto name_leads_here = [&] {
     const auto named = facts_of(where);
     return named.found() && named->is_same_file(*facts) && named->changed == facts->changed;
   };
-  if (is_named_so()) {
+  if (name_leads_here()) {
     std::ifstream stream(where, std::ios::binary);
     if (!stream) return disk_error("open", where, errno);
-    if (is_named_so()) return stream;
+    if (name_leads_here()) return stream;
   }
   return error(errc::disk_failure,
-               "cannot open " + in_quotes(where) + ": it was replaced at that moment; try again");
+               "cannot open " + in_quotes(where) + ": another process has just replaced it; try again");
 }
 
-/// Opens the lock file, or makes it, readable by this user alone: others could hold it for ever. `existed`: some process
-/// left it, or has it. Another user's file is refused as if permission were denied.
+/// Opens or creates the lock file. Only this user may open it: another user could hold the lock for ever. Returns EACCES for
+/// a file of another user. Sets `existed` if the file was there already.
 inline int open_lock_file(file_handle& opened, const path& where, bool& existed) {
   existed = false;
   int code = open_file(opened, where, file_mode::create, 0600);
   if (code != EEXIST) return code;
   existed = true;
   code = open_file(opened, where, file_mode::update, 0);
-  if (code != 0) return code == ENOENT ? EAGAIN : code;  // its holder has just removed it
+  if (code != 0) return code == ENOENT ? EAGAIN : code;  // ENOENT: the holder has just removed the file
   const auto facts = facts_of(opened);
   if (facts.found() && facts->is_file && facts->links <= 1 && facts->user == own_user()) return 0;
   close_file(std::exchange(opened, no_file()));
@@ -2306,14 +2307,14 @@ inline struct WANDB_RESTORE_PRIVATE_LARGE(flock) whole_file_lock() {
   whole.l_whence = SEEK_SET;
   return whole;
 }
-/// 0: held. EAGAIN: another process holds it.
+/// Returns 0 if this process now holds the lock, EAGAIN if another one does.
 inline int lock_file(file_handle opened) {
   auto whole = whole_file_lock();
   const int code = uninterrupted([&] { return ::fcntl(opened, set_lock_command, &whole); });
   return code == EACCES ? EAGAIN : code;
 }
-/// Whether the lock that this process holds keeps out others on this machine: some file systems accept locks and ignore
-/// them. Only open-file-description locks can be seen from the process that holds them.
+/// Whether the lock of this process excludes other processes of this machine: some file systems accept locks and ignore
+/// them. Returns false if unknown: a process can query its own lock only if it is an open-file-description lock.
 inline bool are_locks_effective(file_handle, const path& where) {
 #if defined(F_OFD_SETLK)
   file_handle second = no_file();
@@ -2330,16 +2331,14 @@ inline bool are_locks_effective(file_handle, const path& where) {
 
 inline process_id own_process() { return static_cast<process_id>(::getpid()); }
 
-// What POSIX systems do differently.
-
 #if defined(__linux__)
 
 inline int sync_file(file_handle opened) {
   return uninterrupted([&] { return ::fdatasync(opened); });
 }
-/// Takes room for `size` bytes, without writing any. Of no effect, and 0, where the file system cannot do that.
+/// Allocates disk space for `size` bytes without writing any. Returns 0 without effect if the file system cannot do that.
 inline int reserve_room(file_handle opened, std::uint64_t size) {
-  // Memory-backed files would pay for each page before the first byte arrives; their free space is known exactly.
+  // Skip tmpfs: it would allocate all memory pages at once, and check_room knows its free space exactly.
   constexpr long tmpfs = 0x01021994;
   struct WANDB_RESTORE_PRIVATE_LARGE(statfs) volume;
   if (WANDB_RESTORE_PRIVATE_LARGE(fstatfs)(opened, &volume) == 0 && static_cast<long>(volume.f_type) == tmpfs)
@@ -2349,7 +2348,8 @@ inline int reserve_room(file_handle opened, std::uint64_t size) {
       [&] { return WANDB_RESTORE_PRIVATE_LARGE(fallocate)(opened, 0, 0, static_cast<std::int64_t>(size)); });
   return code == ENOSPC || code == EDQUOT || code == EFBIG ? code : 0;
 }
-/// Copies bytes inside the kernel; file systems that can share blocks do. Returns how many; 0: copy them by hand.
+/// Copies bytes inside the kernel; some file systems then share the blocks. Returns the number of bytes copied; after 0 the
+/// caller has to read and write.
 inline std::uint64_t clone_bytes(file_handle source, file_handle destination, std::uint64_t offset,
                                  std::uint64_t size) {
 #if defined(__GLIBC__)
@@ -2362,7 +2362,7 @@ inline std::uint64_t clone_bytes(file_handle source, file_handle destination, st
 #endif
   return (void)source, (void)destination, (void)offset, (void)size, std::uint64_t{0};
 }
-/// Why a rename over this file would fail although its directory can be written; null if nothing is known against it.
+/// Returns why a rename over this file would fail although its directory is writable; null if no reason is known.
 inline const char* why_not_replaceable(const path& where) {
 #if defined(STATX_ATTR_MOUNT_ROOT) && defined(STATX_ATTR_IMMUTABLE)
   struct statx entry {};
@@ -2393,9 +2393,9 @@ inline const char* why_not_replaceable(const path&) { return nullptr; }
 
 #endif  // POSIX
 
-// ---- files, on top of that
+// ---- files, on every system
 
-/// An open file, read and written at offsets; different offsets from several threads at once.
+/// An open file, or none. Several threads may read and write at different offsets at once.
 class file {
  public:
   using mode = file_mode;
@@ -2412,18 +2412,17 @@ class file {
   void close() {
     if (is_open()) close_file(std::exchange(handle_, no_file()));
   }
-  /// 0, or the system's error code. `permissions` are those of a new file, less what the process masks out (umask).
+  /// Returns 0 or the system's error code. A new file gets `permissions` without the bits of the umask.
   [[nodiscard]] int open(const path& where, mode how, unsigned permissions = 0666) {
     close();
     return open_file(handle_, where, how, permissions);
   }
-  /// Opens a lock file; see open_lock_file.
   [[nodiscard]] int open_lock(const path& where, bool& existed) {
     close();
     return open_lock_file(handle_, where, existed);
   }
 
-  /// Writes all of it; 0, or the system's error code.
+  /// Writes all bytes. Returns 0 or the system's error code.
   [[nodiscard]] int write_at(std::uint64_t offset, std::string_view bytes) const {
     while (!bytes.empty()) {
       std::size_t count = 0;
@@ -2436,7 +2435,7 @@ class file {
     }
     return 0;
   }
-  /// Reads up to `size` bytes; fewer only at the end of the file. Negative: the system's error code.
+  /// Reads `size` bytes, fewer only at the end of the file. Returns their number, or the negated system error code.
   [[nodiscard]] std::int64_t read_at(std::uint64_t offset, char* into, std::size_t size) const {
     std::size_t done = 0;
     while (done < size) {
@@ -2450,12 +2449,11 @@ class file {
     return static_cast<std::int64_t>(done);
   }
   [[nodiscard]] int resize(std::uint64_t size) const { return resize_file(handle_, size); }
-  /// Content on stable storage; 0, or the system's error code.
+  /// Brings the content to stable storage. Returns 0 or the system's error code.
   [[nodiscard]] int sync() const { return sync_file(handle_); }
-  /// Takes room for `size` bytes, where the file system can.
   [[nodiscard]] int reserve(std::uint64_t size) const { return reserve_room(handle_, size); }
   [[nodiscard]] look_result facts() const { return facts_of(handle_); }
-  /// Whether it is what its name leads to, which a neighbour may have changed.
+  /// Whether the directory entry `where` is this file: another process may have replaced the entry.
   [[nodiscard]] bool is_named(const path& where) const {
     const auto own = facts(), named = facts_of_entry(where);
     return own.found() && named.found() && named->is_same_file(*own);
@@ -2466,13 +2464,12 @@ class file {
   file_handle handle_ = no_file();
 };
 
-/// A stream at offset 0 on the file that `opened` has open. `opened` is of file::mode::keep_name, or of a mode that writes.
+/// Opens a stream, at offset 0, on the file that `opened` has open, in file::mode::keep_name or a mode that writes.
 inline result<std::ifstream> stream_on(const file& opened, const path& where) {
   return stream_on(opened.native(), where);
 }
 
-/// A buffer for reading files that begins at a page: reading from the page cache to other places can take three times as
-/// long.
+/// A page-aligned buffer for reading files: reads from the page cache into other buffers can take three times as long.
 class page_buffer {
  public:
   static constexpr std::size_t size = 256 * 1024;
@@ -2505,11 +2502,11 @@ inline result<void> make_directories(const path& directory) {
                                        failure.message() + disk_remedy(failure.default_error_condition()));
 }
 
-/// The whole of an open file of at most `limit` bytes. errc::disk_failure for a longer or unreadable one.
+/// Reads a whole open file. Returns errc::disk_failure if it has more than `limit` bytes or cannot be read.
 inline result<std::string> read_small_file(const file& opened, const path& where, std::size_t limit) {
   std::string text;
-  for (std::size_t held = 0;
-       held == text.size() && held <= limit;) {  // the size is not asked for: /proc says 0
+  // Read until the end instead of asking for the size: files in /proc have size 0.
+  for (std::size_t held = 0; held == text.size() && held <= limit;) {
     text.resize((std::min)(limit + 1, held + 4096));
     const auto count = opened.read_at(held, text.data() + held, text.size() - held);
     if (count < 0) return disk_error("read", where, static_cast<int>(-count));
@@ -2531,8 +2528,8 @@ inline result<std::string> read_small_file(const path& where, std::size_t limit)
   return read_small_file(opened, where, limit);
 }
 
-/// Differs from call to call and from process to process: for names, and to spread retries; never for secrets.
-/// std::random_device throws where a system has no source of randomness.
+/// Returns a number that differs between calls and processes, for file names and for the jitter of retries, not for secrets.
+/// Does not use std::random_device, which throws if the system has no source of randomness.
 inline std::uint64_t some_number() {
   static std::atomic<std::uint64_t> calls{0};
   const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
@@ -2545,10 +2542,10 @@ inline std::uint64_t some_number() {
   return name_hash(text);
 }
 
-/// Whether a power cut may cost the new content of a small file. It never leaves a mixture of old and new.
+/// Whether a small file is synced before it replaces the old one. Without that, a power failure may leave it empty.
 enum class durability { lasting, best_effort };
 
-/// Replaces a small file atomically: readers see the old content or the new. A link in its place is replaced, not followed.
+/// Replaces a small file atomically: readers see the old content or the new. Replaces a symbolic link, does not follow it.
 inline result<void> replace_small_file(const path& where, std::string_view text, unsigned permissions = 0666,
                                        durability wanted = durability::lasting) {
   if (auto made = make_directories(where.parent_path()); !made) return made;
@@ -2565,28 +2562,28 @@ inline result<void> replace_small_file(const path& where, std::string_view text,
   return disk_error("write", where, code);
 }
 
-// ---- who is who: processes that own partial files
+// ---- processes: is the writer of a partial file, or the holder of a lock, still running?
 
 #ifndef _WIN32
 #if defined(__linux__)
 
-/// When that process started, in the system's own unit; absent if there is no such process (a zombie counts as gone), 0 if
-/// the system does not tell.
+/// Returns the start time of a process, in a unit of the system; 0 if the time is unknown; nothing if the process does not
+/// exist or is a zombie.
 inline std::optional<std::uint64_t> process_start(process_id id) {
   const auto text = read_small_file("/proc/" + std::to_string(id) + "/stat", 4096);
   if (!text)
     return ::kill(static_cast<pid_t>(id), 0) != 0 && errno == ESRCH ? std::nullopt
                                                                     : std::optional<std::uint64_t>(0);
-  // Field 2 is the program's name in parentheses and may hold anything; field 3 is the state, field 20 the number of
-  // threads, field 22 the start. A process whose first thread has ended looks like a zombie while others go on.
+  // Field 2, the program's name in parentheses, may contain any character; field 3 is the state, field 20 the number of
+  // threads, field 22 the start time. A process whose first thread has ended has state Z even while other threads run.
   const auto fields =
       split(std::string_view(*text).substr((std::min)(text->rfind(')') + 2, text->size())), ' ');
   if (fields.size() < 20) return 0;
   if ((fields[0] == "Z" && to_number(fields[17]).value_or(0) <= 1) || fields[0] == "X") return std::nullopt;
   return to_number(fields[19]).value_or(0);
 }
-/// Where the process ids of this process mean something: boot and pid namespace, hashed, eight hex digits each. Empty if
-/// that is unknown.
+/// Identifies the boot and the pid namespace, in which process ids are unique: a hash of each, eight hex digits long. Empty
+/// if unknown.
 inline std::string process_realm() {
   const auto boot = read_small_file("/proc/sys/kernel/random/boot_id", 64);
   std::error_code failure;
@@ -2628,13 +2625,13 @@ inline std::string process_realm() { return {}; }
 /// Names the writer of a partial file or the holder of a lock: "<realm>.<process>.<start>.<serial>".
 struct owner {
   std::string realm;
-  process_id process = 0;  // 0: nobody
+  process_id process = 0;  // 0: no owner
   std::uint64_t start = 0;
   std::uint64_t serial = 0;
 
   static owner self() {
     static std::atomic<std::uint64_t> next{0};
-    // The serial also tells apart what two copies of this header in one process write: it is unique by its address.
+    // A process may contain two copies of this header (in shared libraries): the address makes their serials differ.
     const auto salt = name_hash(std::to_string(reinterpret_cast<std::uintptr_t>(&next))) & 0xffff;
     return {process_realm(), own_process(), process_start(own_process()).value_or(0), (salt << 24) + next++};
   }
@@ -2642,7 +2639,7 @@ struct owner {
     return (realm.empty() ? "unknown" : realm) + '.' + std::to_string(process) + '.' + std::to_string(start) +
            '.' + std::to_string(serial);
   }
-  /// Nobody if the text is of another spelling.
+  /// Returns an owner with process 0 if the text is malformed.
   static owner parse(std::string_view text) {
     const auto parts = split(text, '.');
     if (parts.size() != 4) return {};
@@ -2651,14 +2648,14 @@ struct owner {
     if (!process || !start || !serial) return {};
     return {std::string(parts[0]), *process, *start, *serial};
   }
-  /// Of this host, boot and pid namespace: it can be asked.
+  /// Whether it runs in this boot and pid namespace, so that process_start can examine it.
   [[nodiscard]] bool is_here() const { return !realm.empty() && realm == process_realm(); }
-  /// Of this host and boot, if in another pid namespace (a container): locks that work keep the two apart.
+  /// Whether it runs in this boot, in any pid namespace (container): effective locks exclude it.
   [[nodiscard]] bool is_of_this_boot() const {
     const std::string here = process_realm();
     return here.size() == 16 && realm.size() == 16 && realm.compare(0, 8, here, 0, 8) == 0;
   }
-  /// Not merely silent: gone for certain.
+  /// Whether it has certainly ended. False if unknown.
   [[nodiscard]] bool is_provably_dead() const {
     if (process == 0 || !is_here()) return false;
     const auto now = process_start(process);
@@ -2668,30 +2665,30 @@ struct owner {
 
 // ---- places, and the hidden files beside them
 
-/// Beginning of the names of all hidden files. Files of a run that are called so are refused.
+/// The prefix of all hidden files' names. Files of a run whose names have it are refused.
 constexpr std::string_view hidden_prefix = ".wandb-restore-";
 
 /// The place a file is restored to, and the names of the hidden files beside it.
 struct place {
   path target;      // root / name
   path directory;   // of the target
-  std::string tag;  // tells hidden files of different targets apart
+  std::string tag;  // prefix of the target's hidden files
 
   explicit place(path where) : target(std::move(where)), directory(target.parent_path()) {
     tag = std::string(hidden_prefix) + hex64(name_hash(utf8(target.filename())));
   }
   [[nodiscard]] path lock() const { return directory / (tag + ".lock"); }
-  /// What a writer left for the next one. There is one of each target; its record says of which content it is.
+  /// A partial file that its writer has given up, for the next writer. Its record holds the md5 of its content.
   [[nodiscard]] path released() const { return directory / (tag + ".part"); }
-  /// What a writer is at work on, or was when it was killed.
+  /// A partial file in use. It remains if its writer is killed.
   [[nodiscard]] path partial(const std::string& md5, const std::string& writer) const {
     return directory / (tag + '-' + key(md5) + '-' + writer + ".part");
   }
-  /// Half of an md5 is enough to find a candidate; the record holds the whole.
+  /// Shortens an md5 for a file name; the record holds the whole md5.
   static std::string key(const std::string& md5) { return md5.empty() ? "unknown" : md5.substr(0, 16); }
 };
 
-/// An error, before a byte is fetched, if the finished file could not be put in its place.
+/// Returns an error if a rename over the target would fail. Call before downloading.
 inline result<void> check_replaceable(const place& at) {
   const auto old = facts_of_entry(at.target);
   if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
@@ -2705,15 +2702,15 @@ inline result<void> check_replaceable(const place& at) {
   const auto directory = facts_of(at.directory.empty() ? path(".") : at.directory);
   if (directory.found() && (directory->mode & 01000u) != 0 && own_user() != 0 && old->user != own_user() &&
       directory->user != own_user()) {
-    return refuse("it is another user's, in a directory where only owners may replace files");
+    return refuse("it belongs to another user, and in this directory only owners may replace files");
   }
   return {};
 }
 
-// ---- locks: a courtesy that spares duplicate work; correctness never rests on them
+// ---- locks: they avoid duplicate work; correctness does not depend on them
 
-/// Keeps other threads and, where the file system's locks work, other processes away from a place. Never blocks. The
-/// holder writes its name into the lock file: a process that was forked from it would hold the lock beyond its end.
+/// Excludes other threads and, if the file system's locks work, other processes from a place. Never blocks. The holder
+/// writes its name into the lock file: a forked child inherits the lock, which then outlives the holder.
 class place_lock {
  public:
   enum class outcome { held, busy, unavailable };
@@ -2722,8 +2719,7 @@ class place_lock {
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
-    if (outcome_ == outcome::held && !leave_)
-      remove_quietly(where_);  // while it is still held: see is_named below
+    if (outcome_ == outcome::held && !leave_) remove_quietly(where_);  // before unlocking: see is_named below
     out_.close();
     if (outcome_ != outcome::busy) {
       const std::lock_guard<std::mutex> guard(mutex());
@@ -2744,17 +2740,17 @@ class place_lock {
     }
     return outcome_;
   }
-  /// It is held, and nobody had left a lock file: no process was killed here since the last one ended well.
+  /// Whether the lock is held and its file is new: then no earlier holder was killed or left its file.
   [[nodiscard]] bool is_first() const { return outcome_ == outcome::held && !existed_; }
-  /// It is held, and known to keep out every process of this machine that asks for it.
+  /// Whether the lock is held and certainly excludes the other processes of this machine.
   [[nodiscard]] bool is_effective() const {
     return outcome_ == outcome::held && are_locks_effective(out_.native(), where_);
   }
-  /// Leaves the lock file, so that the next call looks for what else was left.
+  /// Makes the destructor keep the lock file, so that the next holder looks for hidden files to clean up.
   void leave_file() { leave_ = true; }
   void remove_file() { leave_ = false; }
-  /// Removes the lock file of a holder that is gone for certain, though a process that was forked from it still has the
-  /// lock. True if it did: try_acquire makes a new one.
+  /// Removes the lock file if its holder has certainly ended: a forked child may still have the lock. Returns true if it
+  /// did; try_acquire then makes a new file.
   bool take_from_dead() const {
     file held;
     if (held.open(where_, file::mode::neighbour) != 0) return false;
@@ -2763,7 +2759,7 @@ class place_lock {
     std::error_code failure;
     return std::filesystem::remove(where_, failure);
   }
-  /// Nanoseconds since 1970 by the file system's own clock, as far as that can be told.
+  /// Returns nanoseconds since 1970 by the file system's clock, or by the system's clock if the former is unknown.
   [[nodiscard]] std::int64_t now() const {
     if (out_.is_open()) set_modified_now(out_.native());
     const auto facts = out_.is_open() ? out_.facts() : look_result::failed(no_space_code);
@@ -2774,12 +2770,13 @@ class place_lock {
 
  private:
   static std::mutex& mutex() {
-    static std::mutex one;
-    return one;
+    static std::mutex guards_threads;
+    return guards_threads;
   }
+  /// The targets that threads of this process have locked.
   static std::set<std::string>& threads() {
-    static std::set<std::string> one;
-    return one;
+    static std::set<std::string> targets;
+    return targets;
   }
   outcome try_file() {
     int code = out_.open_lock(where_, existed_);
@@ -2788,10 +2785,10 @@ class place_lock {
     if (code != 0) {
       out_.close();
       if (is_lock_busy(code)) return outcome::busy;
-      remove_quietly(where_);  // nobody can hold it
+      remove_quietly(where_);  // the file system has no locks, so nobody holds this one
       return outcome::unavailable;
     }
-    // The holder before may have removed the file between our open and our lock: then the next try makes a new one.
+    // The previous holder may have removed the file after it was opened here: the next try makes a new one.
     if (!out_.is_named(where_)) {
       out_.close();
       return outcome::busy;
@@ -2811,22 +2808,22 @@ class place_lock {
 
 // ---- partial files
 
-/// A hidden partial file found beside a target. Whoever can write to the directory may have put it there.
+/// A hidden partial file found beside a target. Do not trust it: any user who may write to the directory may have made it.
 struct found_partial {
   path where;
-  std::string key;  // place::key of its content; empty: only the record tells
-  owner writer;     // nobody: released, or not of this spelling
+  std::string key;  // place::key of its content; empty for a released file
+  owner writer;     // process 0: released, or the name is malformed
   bool released = false;
-  file_facts facts;  // of the entry: a link is a link
+  file_facts facts;  // of the entry itself, even if it is a link
 
-  /// Nobody writes to it any more, for certain.
+  /// Whether certainly no process writes to it.
   [[nodiscard]] bool abandoned() const { return released || writer.is_provably_dead(); }
+  /// Whether it was not written for `time`. `now` is the file system's clock in nanoseconds since 1970.
   [[nodiscard]] bool is_silent(std::int64_t now, std::chrono::nanoseconds time) const {
     return now - facts.modified > time.count();
   }
 };
 
-/// Reads the directory.
 inline std::vector<found_partial> find_partials(const place& at) {
   std::vector<found_partial> found;
   std::error_code failure;
@@ -2839,45 +2836,45 @@ inline std::vector<found_partial> find_partials(const place& at) {
         name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) {
       continue;
     }
-    found_partial one;
-    one.where = where;
+    found_partial partial;
+    partial.where = where;
     std::string_view middle = name;
     middle = middle.substr(at.tag.size(), name.size() - at.tag.size() - suffix.size());
     if (middle.empty()) {
-      one.released = true;
+      partial.released = true;
     } else {
       const auto dash = middle.find('-', 1);
       if (middle[0] != '-' || dash == std::string_view::npos || dash + 1 == middle.size()) continue;
-      one.key = middle.substr(1, dash - 1);
-      one.writer = owner::parse(middle.substr(dash + 1));
+      partial.key = middle.substr(1, dash - 1);
+      partial.writer = owner::parse(middle.substr(dash + 1));
     }
     const auto facts = facts_of_entry(where);
     if (!facts.found()) continue;
-    one.facts = *facts;
-    found.push_back(std::move(one));
+    partial.facts = *facts;
+    found.push_back(std::move(partial));
   }
   return found;
 }
 
-/// Is told now and then how many bytes are done; returns false to end what may take long.
+/// A long operation calls this now and then with the number of bytes done, and stops if it returns false.
 using watcher = std::function<bool(std::uint64_t done)>;
 
-/// A file on its way: content at its own offsets, and behind it a record of the blocks that are present. One inode holds
-/// both, so that a rename hands over both. A block is recorded after it was written; the record is a claim that only the
-/// whole file's md5 proves.
+/// A partially downloaded file: the content at its final offsets, then a record of the blocks that are present. Both are in
+/// one file, so that one rename moves both. Blocks are written before they are recorded, but a crash may lose a write: only
+/// the md5 of the whole file proves the content.
 class partial_file {
  public:
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
-  static constexpr std::uint64_t quiet =
-      60;  // seconds after which a writer that cannot be asked counts as gone
+  // Seconds without a write after which a writer counts as dead if its process cannot be examined.
+  static constexpr std::uint64_t quiet = 60;
 
-  /// Goes on from what earlier writers left of this content, or starts a new file. `size` is in bytes. A file that is this
-  /// user's own and has no writer is taken over; of others' the recorded blocks are copied, until the watcher says false.
-  /// `lock`, if given, is the place's.
+  /// Reuses partial files of this content, or starts a new one. Takes over an abandoned file of this user; copies the
+  /// recorded blocks of other files that no live process writes, until `go_on` returns false. `lock` is the lock of the
+  /// place, or null.
   static result<std::unique_ptr<partial_file>> open(const place& at, const std::string& md5,
                                                     std::uint64_t size, const watcher& go_on = {},
                                                     const place_lock* lock = nullptr);
-  /// Starts a new file: a new inode, whatever there is. It has at most the permissions of the file that it will replace.
+  /// Starts a new file without reusing any. Others get no more permissions than for the file that it will replace.
   static result<std::unique_ptr<partial_file>> create(const place& at, const std::string& md5,
                                                       std::uint64_t size);
   partial_file(const partial_file&) = delete;
@@ -2896,12 +2893,12 @@ class partial_file {
   }
   [[nodiscard]] std::uint64_t blocks() const { return (size_ + block - 1) / block; }
 
-  /// Writes bytes at their offset. Several threads at once.
+  /// Writes bytes at their offset. Safe to call from several threads at once.
   result<void> write(std::uint64_t offset, std::string_view bytes) const {
     if (const int code = out_.write_at(offset, bytes)) return disk_error("write", where_, code);
     return {};
   }
-  /// Records that blocks [first, last) have been written. One thread at a time.
+  /// Records that blocks [first, last) have been written. Call from one thread at a time.
   result<void> record(std::uint64_t first, std::uint64_t last) {
     if (first >= last) return {};
     for (auto i = first; i < last; ++i)
@@ -2909,23 +2906,23 @@ class partial_file {
     const auto begin = byte_of(first), end = byte_of(last - 1) + 1;
     return write(record_offset() + header_size + begin, std::string_view(bits_).substr(begin, end - begin));
   }
-  /// Shows others, who wait for signs of work, that there is some although nothing is written.
+  /// Updates the time of modification without a write, so that other processes do not take this writer for dead.
   void touch() const { set_modified_now(out_.native()); }
-  /// Content of unknown length: the size is known only at its end.
+  /// Sets the size of content that was started with an unknown size.
   void set_size(std::uint64_t size) { size_ = size; }
 
-  /// An error if the disk has no room for the rest; otherwise the room is taken, where the file system can.
+  /// Allocates disk space for the missing blocks, if the file system can. Returns an error if there is not enough.
   result<void> reserve() const;
-  /// An error if this process may not write files of so many bytes.
-  static result<void> check_limit(std::uint64_t whole);
-  /// An error if a directory's disk has no room for so many bytes more.
-  static result<void> check_room(const path& directory, std::uint64_t missing);
+  /// Returns an error if this process may not write a file of this size.
+  static result<void> check_limit(std::uint64_t bytes);
+  /// Returns an error if the directory's disk has less free space.
+  static result<void> check_room(const path& directory, std::uint64_t bytes);
 
-  /// It holds a part of something that another try can recognise.
+  /// Whether it holds blocks that a later restore can recognise and reuse.
   [[nodiscard]] bool is_worth_keeping(const std::string& md5) const {
     return !md5.empty() && !is_unreliable_ && bits_.find_first_not_of('\0') != std::string::npos;
   }
-  /// Keeps the file for whoever restores this content next. Of no effect once it was published.
+  /// Closes the file, and keeps it for the next restore of this content. Has no effect on a published file.
   void release(const place& at, const std::string& md5) {
     if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && !has_better_successor(at)) {
       if (is_finished_) write_record();
@@ -2934,13 +2931,12 @@ class partial_file {
     out_.close();
   }
 
-  /// Cuts the record off and brings the content to stable storage. May take long, and cannot be interrupted.
+  /// Cuts the record off and brings the content to stable storage. May take long; cannot be cancelled.
   result<void> finish();
-  /// Puts the content in the target's place, after finish() where that was not called, and returns a stream on this very
-  /// file.
-  /// `announce` is told of the facts that the published file will have, just before it is in place.
+  /// Calls finish() if nobody has, replaces the target with this file, and returns a stream on it. Calls `announce` just
+  /// before the replacement, with the facts that the published file will have.
   result<std::ifstream> publish(const place& at, const std::function<void(const file_facts&)>& announce = {});
-  /// Facts of the published file, whatever its name leads to by now.
+  /// Facts of the published file, even if its name leads to another file by now.
   [[nodiscard]] const std::optional<file_facts>& published() const { return published_; }
 
  private:
@@ -2951,7 +2947,7 @@ class partial_file {
       : out_(std::move(out)), where_(std::move(where)), md5_(md5), size_(size),
         bits_(byte_of(blocks() + 7), '\0') {}
   static std::size_t byte_of(std::uint64_t index) { return static_cast<std::size_t>(index / 8); }
-  /// Bytes of content and record.
+  /// Returns the bytes of content and record.
   [[nodiscard]] std::uint64_t whole() const { return record_offset() + header_size + bits_.size(); }
   [[nodiscard]] std::uint64_t record_offset() const { return (size_ + block - 1) / block * block; }
   [[nodiscard]] std::string header() const {
@@ -2962,7 +2958,7 @@ class partial_file {
     return text;
   }
   void write_record() const { (void)out_.write_at(record_offset(), header() + bits_); }
-  /// Takes over the record that the file holds; false if there is none of this content.
+  /// Reads the record from the file. Returns false if it is missing or describes other content.
   bool load_record() {
     std::string text(header_size, '\0');
     if (out_.read_at(record_offset(), text.data(), text.size()) != static_cast<std::int64_t>(text.size()) ||
@@ -2977,15 +2973,15 @@ class partial_file {
     for (std::uint64_t i = 0; i < blocks(); ++i) count += has(i) ? 1u : 0u;
     return count;
   }
-  /// Opens what was found and reads its record; null if it holds nothing of this content. It is writable only if it is
-  /// this user's own, with one name: what another can change later must not be published.
+  /// Opens a candidate and reads its record. Returns null if it has no record of this content. Sets is_own_ if the file
+  /// belongs to this user and has one name: others could change another file after it was published.
   static std::unique_ptr<partial_file> inspect(const found_partial& candidate, const std::string& md5,
                                                std::uint64_t size);
-  /// Makes a candidate that was inspected, and has no writer, this object's alone. False if another was faster.
+  /// Renames an abandoned candidate so that no other process claims it. Returns false if another process was faster.
   bool claim(const place& at);
-  /// Copies what another partial file says is present; what cannot be copied is fetched again.
+  /// Copies the blocks that `source` has and this file lacks. Stops at a failure: the other blocks will be downloaded.
   void adopt(const partial_file& source, const watcher& go_on);
-  /// Another writer has released more of the same content meanwhile.
+  /// Whether another writer has released a file with more blocks of the same content.
   [[nodiscard]] bool has_better_successor(const place& at) const {
     found_partial released;
     released.where = at.released();
@@ -2996,24 +2992,24 @@ class partial_file {
 
   file out_;
   path where_;
-  std::string md5_;  // of the content; empty: nothing identifies it
+  std::string md5_;  // of the content; empty if unknown
   std::uint64_t size_;
-  std::string bits_;
-  bool is_claimed_ = false;     // the entry is this object's alone, and goes with it
-  bool is_own_ = true;          // this user's file, to be written to
-  bool is_finished_ = false;    // no record; the content is on stable storage
-  bool is_unreliable_ = false;  // a sync failed: the kernel may have dropped pages
+  std::string bits_;            // the record: one bit for each block, lowest bit first
+  bool is_claimed_ = false;     // no other object uses the directory entry; the destructor removes it
+  bool is_own_ = true;          // this user's file; may be written and published
+  bool is_finished_ = false;    // the record is cut off; the content is on stable storage
+  bool is_unreliable_ = false;  // a sync failed: the kernel may have dropped written pages
   std::optional<file_facts> published_;
 };
 
-/// Permissions for a new file that will replace `old`: never more than the old file's, but its own user can go on with it.
+/// Returns the permissions of a partial file that will replace `old`: those of `old`, and read and write for its owner.
 inline unsigned permissions_beside(const look_result& old) {
   return old.found() ? (old->mode & 0666u) | 0600u : 0666u;
 }
 
 inline result<std::unique_ptr<partial_file>> partial_file::create(const place& at, const std::string& md5,
                                                                   std::uint64_t size) {
-  // Before anything is made of a size that the service tells.
+  // Check first: the record of an absurd size from the service would need absurd memory.
   if (auto room = check_room(at.directory, size); !room) return room.error();
   const auto old = facts_of(at.target);
   if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
@@ -3044,7 +3040,7 @@ inline std::unique_ptr<partial_file> partial_file::inspect(const found_partial& 
   std::unique_ptr<partial_file> made(new partial_file(std::move(out), candidate.where, md5, size));
   made->is_own_ = is_own;
   if (!candidate.key.empty() && facts->size == size) {
-    // Its writer was killed between cutting off the record and the rename: all of the content counts as present.
+    // The writer was killed between finish() and the rename: all blocks are present.
     made->bits_.assign(made->bits_.size(), '\xff');
     return made;
   }
@@ -3055,9 +3051,8 @@ inline bool partial_file::claim(const place& at) {
   const path own = at.partial(md5_, owner::self().str());
   if (rename_over(where_, own) != 0) return false;
   const auto opened = out_.facts();
-  if (!out_.is_named(own) || !opened.found() ||
-      opened->links != 1) {  // something else was put there meanwhile
-    remove_quietly(own);
+  if (!out_.is_named(own) || !opened.found() || opened->links != 1) {
+    remove_quietly(own);  // not the inspected file: somebody replaced the entry before the rename
     return false;
   }
   where_ = own;
@@ -3073,70 +3068,71 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
                                                                 std::uint64_t size, const watcher& go_on,
                                                                 const place_lock* lock) {
   if (md5.empty() || size == 0) return create(at, md5, size);
-  struct source {
+  struct inspected {
     found_partial found;
     std::unique_ptr<partial_file> content;
   };
-  std::vector<source> sources;  // the fullest first
-  const found_partial* unasked = nullptr;
+  std::vector<inspected> sources;  // in order of recorded blocks, most first
+  const found_partial* in_use = nullptr;
   auto candidates = find_partials(at);
-  for (auto& one : candidates) {
-    auto content = inspect(one, md5, size);
+  for (auto& candidate : candidates) {
+    auto content = inspect(candidate, md5, size);
     if (!content) {
-      // A torn record, or one of another size, goes with its writer; other content may be wanted by somebody.
-      if (one.abandoned() && one.key == place::key(md5)) remove_quietly(one.where);
+      // Remove an abandoned file if its record is damaged or has another size. Keep other content for its own restore.
+      if (candidate.abandoned() && candidate.key == place::key(md5)) remove_quietly(candidate.where);
       continue;
     }
-    if (!one.abandoned()) unasked = &one;
+    if (!candidate.abandoned()) in_use = &candidate;
     auto position = sources.begin();
     while (position != sources.end() && position->content->recorded() >= content->recorded()) ++position;
-    content->out_.close();  // there may be more of them than a process may have open
-    sources.insert(position, {std::move(one), std::move(content)});
+    content->out_.close();  // all candidates together may exceed the limit on open files
+    sources.insert(position, {std::move(candidate), std::move(content)});
   }
   std::unique_ptr<partial_file> made;
-  for (auto& one : sources) {
-    if (made || !one.content->is_own_ || !one.found.abandoned()) continue;
-    auto content = inspect(one.found, md5, size);
+  for (auto& source : sources) {
+    if (made || !source.content->is_own_ || !source.found.abandoned()) continue;
+    auto content = inspect(source.found, md5, size);
     if (content && content->is_own_ && content->claim(at)) {
       made = std::move(content);
-      one.content.reset();
+      source.content.reset();
     }
   }
   if (!made) {
     auto created = create(at, md5, size);
-    if (!created && unasked != nullptr && created.error().code() == errc::disk_failure &&
+    if (!created && in_use != nullptr && created.error().code() == errc::disk_failure &&
         !check_room(at.directory, size)) {
       return error(created.error().code(),
-                   std::string(created.error().what()) + "; also, " + in_quotes(unasked->where) +
-                       " holds a part of it for a process that may be at work: remove it if none is");
+                   std::string(created.error().what()) + "; also, " + in_quotes(in_use->where) +
+                       " holds a part of the file: if no process is downloading it, remove that part");
     }
     if (!created) return created;
     made = *std::move(created);
   }
   made->touch();
-  const auto now = made->out_.facts();  // the file system's own clock
-  for (const auto& one : sources) {
-    if (!one.content) continue;
-    const bool is_abandoned = one.found.abandoned();
-    // A live process of this machine would hold the lock, or have lost it by its silence. It may come back: copy.
-    const bool is_locked_out = lock != nullptr && !one.found.writer.is_here() &&
-                               one.found.writer.is_of_this_boot() && lock->is_effective();
-    const bool is_silent = now.found() && !one.found.writer.is_here() &&
-                           one.found.is_silent(now->modified, std::chrono::seconds(quiet));
+  const auto now = made->out_.facts();  // touched just now, by the file system's clock
+  for (const auto& source : sources) {
+    if (!source.content) continue;
+    const auto& writer = source.found.writer;
+    const bool is_abandoned = source.found.abandoned();
+    // A live writer of this machine holds the lock, unless it was silent and lost it. It may resume: copy, do not claim.
+    const bool is_locked_out =
+        lock != nullptr && !writer.is_here() && writer.is_of_this_boot() && lock->is_effective();
+    const bool is_silent = now.found() && !writer.is_here() &&
+                           source.found.is_silent(now->modified, std::chrono::seconds(quiet));
     if (!is_abandoned && !is_locked_out && !is_silent) continue;
-    if (const auto content = inspect(one.found, md5, size)) made->adopt(*content, go_on);
-    if (is_abandoned || is_locked_out) remove_quietly(one.found.where);
+    if (const auto content = inspect(source.found, md5, size)) made->adopt(*content, go_on);
+    if (is_abandoned || is_locked_out) remove_quietly(source.found.where);
   }
   return made;
 }
 
 inline void partial_file::adopt(const partial_file& source, const watcher& go_on) {
   page_buffer buffer;
-  constexpr std::uint64_t most = 16;  // blocks copied between two calls of the watcher
+  constexpr std::uint64_t stride = 16;  // blocks copied between two calls of the watcher
   for (std::uint64_t first = 0, last = 0; first < blocks(); first = last) {
     last = first + 1;
     if (has(first) || !source.has(first)) continue;
-    while (last < blocks() && last - first < most && !has(last) && source.has(last)) ++last;
+    while (last < blocks() && last - first < stride && !has(last) && source.has(last)) ++last;
     if (go_on && !go_on(first * block)) return;
     const auto end = (std::min)(last * block, size_);
     auto offset = first * block;
@@ -3153,29 +3149,28 @@ inline void partial_file::adopt(const partial_file& source, const watcher& go_on
   }
 }
 
-inline result<void> partial_file::check_limit(std::uint64_t whole) {
+inline result<void> partial_file::check_limit(std::uint64_t bytes) {
   const auto limit = file_size_limit();
-  if (!limit || whole <= *limit) return {};
-  return error(errc::disk_failure, "this process may not write files of " + std::to_string(whole) +
-                                       " bytes, at most " + std::to_string(*limit) +
-                                       ": raise the limit (ulimit -f)");
+  if (!limit || bytes <= *limit) return {};
+  return error(errc::disk_failure, "cannot write a file of " + std::to_string(bytes) +
+                                       " bytes: the limit of this process is " + std::to_string(*limit) +
+                                       "; raise it (ulimit -f)");
 }
 
-inline result<void> partial_file::check_room(const path& directory, std::uint64_t missing) {
+inline result<void> partial_file::check_room(const path& directory, std::uint64_t bytes) {
   const auto space = free_space(directory);
-  if (!space || missing <= *space) return {};
+  if (!space || bytes <= *space) return {};
   return error(errc::disk_failure,
                "not enough room in " + in_quotes(directory.empty() ? path(".") : directory) + ": " +
-                   std::to_string(missing) + " bytes are needed, " + std::to_string(*space) + " are free, " +
-                   std::to_string(missing - *space) + " are missing; free some, or set root to another disk");
+                   std::to_string(bytes) + " bytes are needed, " + std::to_string(*space) + " are free, " +
+                   std::to_string(bytes - *space) + " are missing; free some, or set root to another disk");
 }
 
 inline result<void> partial_file::reserve() const {
   const auto facts = out_.facts();
   if (auto allowed = check_limit(whole()); !allowed) return allowed;
-  std::uint64_t present =
-      facts.found() ? facts->allocated : 0;  // less than what was written if it is compressed
-  present = (std::max)(present, recorded() * block);
+  // On a file system that compresses, written blocks may have less space allocated than their size.
+  const auto present = (std::max)(facts.found() ? facts->allocated : 0, recorded() * block);
   const std::uint64_t missing = present < whole() ? whole() - present : 0;
   const path directory = where_.parent_path();
   if (auto room = check_room(directory, missing); !room) return room;
@@ -3200,34 +3195,34 @@ inline result<void> partial_file::finish() {
 inline result<std::ifstream> partial_file::publish(const place& at,
                                                    const std::function<void(const file_facts&)>& announce) {
   const auto old = facts_of(at.target);
-  // Without its record the file could not be released: the next try would have to find it by its writer's end.
+  // Restore the record, so that release() can keep the file.
   const auto failed = [&](const error& failure) {
     if (out_.is_open() || out_.open(where_, file::mode::update) == 0) write_record();
     return failure;
   };
   if (old.failure() != 0) return failed(disk_error("look at", at.target, old.failure()));
   if (old.found() && !old->is_file) {
-    return failed(error(errc::disk_failure, "cannot put a file in the place of " + in_quotes(at.target) +
-                                                ", which is no ordinary file"));
+    return failed(
+        error(errc::disk_failure, "cannot replace " + in_quotes(at.target) + ": it is no ordinary file"));
   }
   if (!is_finished_) {
     if (auto done = finish(); !done) return is_unreliable_ ? done.error() : failed(done.error());
   }
-  // The old file's permissions stay, if it was this user's own.
+  // Keep the old file's permissions, if it belonged to this user.
   if (old.found() && old->user == own_user()) set_permissions(out_.native(), old->mode & 0777);
-  // The file's time is set to before now, by more than any file system's clock ticks: a change that comes later, however
-  // soon, gives it another time, and the receipt no longer fits.
+  // Set the time of modification back by more than a tick of any file system's clock, so that any later change, however
+  // soon, gives the file another time and makes its receipt invalid.
   using namespace std::chrono;
   (void)set_modified(out_.native(), system_clock::now().time_since_epoch() - seconds(3));
   const auto facts = out_.facts();
   if (facts.found() && announce) announce(*facts);
 #ifdef _WIN32
-  out_.close();  // a stream that is open would forbid the rename here
+  out_.close();  // Windows does not rename an open file
   if (const int code = rename_over(where_, at.target)) {
     const error failure = failed(disk_error("rename a finished file to", at.target, code));
     if (code != ERROR_ACCESS_DENIED && code != ERROR_SHARING_VIOLATION) return failure;
     return error(failure.code(), "cannot replace " + in_quotes(at.target) + ": " + system_text(code) +
-                                     "; close what has it open, such as a stream of an earlier restore");
+                                     "; close it where it is open, e.g. a stream of an earlier restore");
   }
   is_claimed_ = false;
   file published;
@@ -3239,8 +3234,7 @@ inline result<std::ifstream> partial_file::publish(const place& at,
   if (!stream) return failed(stream.error());
   if (!out_.is_named(where_)) {
     return error(errc::disk_failure,
-                 in_quotes(where_) +
-                     " was replaced by another file: who else writes to this directory? try again");
+                 "cannot use " + in_quotes(where_) + ": another program has replaced it; try again");
   }
   if (const int code = rename_over(where_, at.target))
     return failed(disk_error("rename a finished file to", at.target, code));
@@ -3252,36 +3246,36 @@ inline result<std::ifstream> partial_file::publish(const place& at,
   return stream;
 }
 
-/// Removes hidden files that nobody uses any more, if nothing was written to them for `age`. `now` is the file system's own
-/// clock, in nanoseconds: an owner that cannot be asked, on another host, and wrote nothing for an hour, is taken for gone.
-/// True if nothing is left but, maybe, a released file, which is found without reading the directory.
+/// Removes abandoned partial files that were not written for `age`, and files whose writer cannot be examined (on another
+/// host, for example) and that were not written for an hour. `now` is the file system's clock in nanoseconds since 1970.
+/// Returns true if no partial file is left, except for a released one, whose name is known without reading the directory.
 inline bool clean_up(const place& at, std::int64_t now, std::chrono::nanoseconds age = {}) {
   bool is_clean = true;
-  for (const auto& one : find_partials(at)) {
-    const bool is_over = age.count() == 0 || one.is_silent(now, age);
-    const bool is_lost = !one.writer.is_here() && one.is_silent(now, std::chrono::hours(1));
-    if ((one.abandoned() && is_over) || is_lost) {
-      remove_quietly(one.where);
-    } else if (!one.released) {
+  for (const auto& partial : find_partials(at)) {
+    const bool is_old = age.count() == 0 || partial.is_silent(now, age);
+    const bool is_lost = !partial.writer.is_here() && partial.is_silent(now, std::chrono::hours(1));
+    if ((partial.abandoned() && is_old) || is_lost) {
+      remove_quietly(partial.where);
+    } else if (!partial.released) {
       is_clean = false;
     }
   }
   return is_clean;
 }
 
-// ---- receipts: what is remembered of a restored file, in the user's cache directory
+// ---- receipts: records of restored files, in the user's cache directory
 
 struct receipt {
   run_path run;
-  std::string name;  // of the file in the run; empty in receipts of version 0.1.0, which did not record it
+  std::string name;           // the file's name in the run; version 0.1.0 left it empty
   std::uint64_t size = 0;     // bytes
   std::int64_t modified = 0;  // nanoseconds since 1970
-  std::string md5;            // verified, in hex; or empty
+  std::string md5;            // in hex; empty if it was not verified
 
-  explicit operator bool() const { return !run.run_id.empty(); }  // false: there is none
+  explicit operator bool() const { return !run.run_id.empty(); }  // false: no receipt
 };
 
-/// The same path for whatever leads to a directory: links are common where home and scratch directories are large.
+/// Resolves the links in the directory's path, so that a file has one receipt whichever path leads to it.
 inline path real_path(const path& where) {
   std::error_code failure;
   const path directory = std::filesystem::canonical(absolute_path(where).parent_path(), failure);
@@ -3290,15 +3284,15 @@ inline path real_path(const path& where) {
 inline path receipt_path(const path& cache, const path& real_target) {
   return cache / "receipts" / hex64(name_hash(utf8(real_target)));
 }
-/// Whether a file was changed so lately that another change might give it the same time: the clocks of some file systems
-/// tick every 2 seconds. What is known of its content would not be known to be of the changed one.
+/// Whether another change now could leave a file's time of modification as it is: some file systems' clocks tick every 2
+/// seconds. A receipt must not record the md5 of such a file.
 inline bool is_too_fresh(std::int64_t modified) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   return modified + 2000000000 > std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
-/// Removes receipts of files that are gone from a directory that is still there, and what a killed process left of a receipt
-/// it was writing, if they are older than a day.
+/// Removes receipts, older than a day, of files that no longer exist in directories that do, and unfinished receipts of
+/// killed processes.
 inline void sweep_receipts(const path& directory) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   const auto old = std::chrono::duration_cast<std::chrono::nanoseconds>(now - std::chrono::hours(24)).count();
@@ -3319,7 +3313,7 @@ inline void sweep_receipts(const path& directory) {
   }
 }
 
-/// Reads the receipts that are kept for a path. Those that another user wrote do not count.
+/// Reads the receipts that are stored in a receipt file. Returns "" if another user wrote it.
 inline std::string receipts_at(const path& where) {
   file opened;
   if (opened.open(where, file::mode::neighbour) != 0) return {};
@@ -3330,9 +3324,9 @@ inline std::string receipts_at(const path& where) {
 
 inline constexpr std::string_view end_of_receipt = "end=yes\n";
 
-/// Writes the receipt of a file that is about to be put in place. The receipt of the file that is there until then is kept
-/// behind it, so that a call in between recognises either. Without a cache directory none is written: the file counts as the
-/// user's own.
+/// Writes the receipt of a file just before its publication. Appends the receipt of the file that it replaces, so that a
+/// call at that moment recognises either file. Does nothing without a cache directory: then later calls take the file for
+/// the user's own.
 inline result<void> write_receipt(const path& cache, const path& target, const receipt& facts) {
   if (cache.empty()) return {};
   const path real = real_path(target);
@@ -3344,14 +3338,14 @@ inline result<void> write_receipt(const path& cache, const path& target, const r
       "\nmd5=" + (is_too_fresh(facts.modified) ? std::string() : facts.md5) + '\n';
   record += end_of_receipt;
   const path where = receipt_path(cache, real);
-  const std::string before = receipts_at(where);
-  if (const auto end = before.find(end_of_receipt); end != before.npos)
-    record += before.substr(0, end + end_of_receipt.size());
+  const std::string previous = receipts_at(where);
+  if (const auto end = previous.find(end_of_receipt); end != previous.npos)
+    record += previous.substr(0, end + end_of_receipt.size());
   if (some_number() % 64 == 0) sweep_receipts(where.parent_path());
   return replace_small_file(where, record, 0666, durability::best_effort);
 }
 
-/// Finds the receipt for that very path that is of the file as it is now.
+/// Reads the receipt that is stored under exactly this path. Returns an empty one if the file has changed since.
 inline receipt receipt_of(const path& cache, const path& real, const file_facts& now) {
   const std::string text = receipts_at(receipt_path(cache, real));
   std::string_view rest = text;
@@ -3372,12 +3366,12 @@ inline receipt receipt_of(const path& cache, const path& real, const file_facts&
   return {};
 }
 
-/// The receipt for a file, if there is one and the file has not changed since.
+/// Reads the receipt of a file. Returns an empty one if there is none or the file has changed since.
 inline receipt read_receipt(const path& cache, const path& target, const file_facts& now) {
   if (cache.empty()) return {};
   const path plain = absolute_path(target);
   if (auto found = receipt_of(cache, plain, now)) return found;
-  const path real = real_path(target);  // asking for each directory on the way takes its time
+  const path real = real_path(target);  // slow: it examines each directory of the path
   return real == plain ? receipt() : receipt_of(cache, real, now);
 }
 
@@ -3387,7 +3381,7 @@ inline receipt read_receipt(const path& cache, const path& target, const file_fa
 
 namespace detail {
 
-/// MD5 (RFC 1321), streamed. Our own, since FIPS configurations of OpenSSL refuse it, and as fast as theirs.
+/// Computes an MD5 (RFC 1321) piece by piece. Does not use OpenSSL, whose FIPS configurations refuse MD5; as fast as OpenSSL.
 class md5 {
  public:
   void update(std::string_view bytes) {
@@ -3408,7 +3402,7 @@ class md5 {
     held_ = bytes.size();
   }
 
-  /// 32 lower-case hex digits of all that was given. The object is spent then.
+  /// Returns the digest in 32 lower-case hex digits. Do not use the object afterwards.
   std::string finish() {
     const std::uint64_t bits = length_ * 8;
     std::string tail(1, '\x80');
@@ -3425,7 +3419,7 @@ class md5 {
  private:
   using words = std::array<std::uint32_t, 4>;
 
-  // Most of the time of a verified download on a fast network goes here, in programs built without optimisation as well.
+  // Optimised in debug builds, too: a verified download on a fast network spends most of its time here.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__OPTIMIZE__)
   __attribute__((optimize("O2")))
 #endif
@@ -3441,8 +3435,8 @@ class md5 {
                static_cast<std::uint32_t>(byte[2]) << 16 | static_cast<std::uint32_t>(byte[3]) << 24;
       }
       const auto a0 = a, b0 = b, c0 = c, d0 = d;
-// One step of each round. The terms stand in an order that keeps what depends on the step before short: in the second
-// round the two halves of G share no bit, so that their sum may be taken apart.
+// One step of a round. The terms that depend on the previous step come last, which shortens the chain of dependent
+// operations. G is (p & r) | (q & ~r); the two terms share no bit, so adding each to w equals adding G.
 #define WANDB_RESTORE_PRIVATE_STEP(mix, w, p, q, r, k, s, t)                                                 \
   w += x[k] + t##u;                                                                                          \
   mix(w, p, q, r);                                                                                           \
@@ -3505,7 +3499,7 @@ class md5 {
   std::uint64_t length_ = 0;
 };
 
-/// The md5 of a whole file in hex; empty where it cannot be read, or the watcher ended it.
+/// Returns the md5 of a whole file in hex; empty if the file cannot be read or the watcher returned false.
 inline std::string md5_of_file(const file& opened, const watcher& go_on = {}) {
   md5 hash;
   page_buffer buffer;
@@ -4330,33 +4324,33 @@ inline std::string seconds_text(milliseconds time) {
   return text.data();
 }
 
-/// One call of the user: how it may be ended, and whether anything was reached yet.
+/// The state of one call by the user: cancellation, total_timeout, and whether any server was reached. Thread-safe.
 class call {
  public:
   call(const settings& configuration, const std::atomic<bool>* cancel)
       : config(configuration), cancel_(cancel), began_(clock::now()) {}
-  /// A part of another call, which ends with that one or with a flag of its own.
-  call(const call& outer, const std::atomic<bool>& also)
-      : config(outer.config), reached(outer.reached.load()), outer_(&outer), cancel_(&also),
+  /// Makes a part of another call. It is cancelled with that call, or by a flag of its own.
+  call(const call& outer, const std::atomic<bool>& cancel)
+      : config(outer.config), reached(outer.reached.load()), outer_(&outer), cancel_(&cancel),
         began_(outer.began_) {}
 
   const settings& config;
-  std::atomic<bool> reached{false};  // some server took a connection, or answered
+  std::atomic<bool> reached{false};  // a server has accepted a connection or answered
 
   [[nodiscard]] bool cancelled() const {
     return stopped_ || (cancel_ != nullptr && cancel_->load(std::memory_order_relaxed)) || out_of_time() ||
            (outer_ != nullptr && outer_->cancelled());
   }
-  void stop() { stopped_ = true; }  // as the caller's flag does
+  void stop() { stopped_ = true; }
   [[nodiscard]] error why_cancelled() const {
     if (!stopped_ && out_of_time()) {
       return error::permanent(errc::connection_failed,
                               "not done within " + seconds_text(config.total_timeout) +
-                                  " (total_timeout): raise it, or call again, which goes on from there");
+                                  " (total_timeout): raise the limit, or call again to resume");
     }
     return error(errc::cancelled, "cancelled");
   }
-  /// False if cancelled meanwhile.
+  /// Blocks for this time. Returns false, at once, if the call is cancelled.
   [[nodiscard]] bool sleep(milliseconds time) const {
     for (const auto end = clock::now() + time; !cancelled();) {
       const auto left = std::chrono::duration_cast<milliseconds>(end - clock::now());
@@ -4376,14 +4370,14 @@ class call {
   clock::time_point began_;
 };
 
-/// Measures the time without progress, and ends trying again when it is used up: after settings::retry_timeout, or after
-/// connect_timeout while no server was reached. One clock for each transfer, shared by its connections. Thread-safe.
+/// Measures the time without progress. The limit is settings::retry_timeout, or connect_timeout if no server was reached;
+/// then retries end. A transfer has one clock for all of its connections. Thread-safe.
 class retry_clock {
  public:
   explicit retry_clock(const call& user_call) : call_(user_call) {}
 
-  /// Tells of bytes that arrived. Progress is `low_speed` bytes a second since the clock started: a few bytes with each try
-  /// would take for ever.
+  /// Counts bytes that arrived. Restarts the clock, and returns true, if `low_speed` bytes a second have arrived since it
+  /// started: with only a few bytes for each try a transfer would never end.
   bool progressed(std::uint64_t bytes) {
     const std::lock_guard<std::mutex> guard(mutex_);
     arrived_ += bytes;
@@ -4396,19 +4390,19 @@ class retry_clock {
     last_failure_.reset();
     return true;
   }
-  /// Tells of a failure that is to be followed by another try. Returns the time that is left for it.
+  /// Counts a failure. Returns the time that is left for another try.
   milliseconds failed(const error& failure) {
     const std::lock_guard<std::mutex> guard(mutex_);
     ++failures_;
     last_failure_ = failure;
     return (std::max)(limit() - spent(), milliseconds(0));
   }
-  /// The last failure, with what was tried.
+  /// Returns the last failure; the text adds the number of tries, the time and a remedy.
   [[nodiscard]] error gave_up() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return gave_up_locked();
   }
-  /// As gave_up, if the time is used up and the last try failed.
+  /// Returns gave_up() if the time is used up and the last try failed.
   [[nodiscard]] std::optional<error> expired() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (!last_failure_ || spent() < limit()) return std::nullopt;
@@ -4431,36 +4425,36 @@ class retry_clock {
             seconds_text(spent()) + "; the limit without progress is " + seconds_text(limit()) + ")";
     text += failure.code() == errc::connection_failed ? ": check the network, WANDB_BASE_URL and HTTPS_PROXY"
                                                       : ": try again later";
-    error last(failure.code(), text, failure.http_status());  // another time it may pass: still transient
+    error last(failure.code(), text, failure.http_status());
     last.retry_after(failure.retry_after());
     return last;
   }
 
   const call& call_;
   mutable std::mutex mutex_;  // guards the rest
-  int failures_ = 0;          // since the last progress
+  int failures_ = 0;          // since `since_`
   std::optional<error> last_failure_;
-  std::uint64_t arrived_ = 0;  // bytes since then
-  clock::time_point since_ = clock::now();
+  std::uint64_t arrived_ = 0;               // bytes since `since_`
+  clock::time_point since_ = clock::now();  // the last progress
 };
 
-/// The waits between tries: exponential backoff with full jitter, or what Retry-After asks for.
+/// Computes the wait before each retry: exponential backoff with full jitter, at least the server's Retry-After.
 class backoff {
  public:
   explicit backoff(const call& user_call) : call_(user_call), own_clock_(user_call), clock_(own_clock_) {}
-  /// With a clock that others share.
+  /// Uses a clock that several connections share.
   backoff(const call& user_call, retry_clock& shared_clock)
       : call_(user_call), own_clock_(user_call), clock_(shared_clock) {}
 
-  /// The waits begin with the shortest again.
+  /// Starts again with the shortest wait.
   void reset() { tries_ = 0; }
-  /// Tells the clock of bytes that arrived.
+  /// Reports bytes that arrived to the clock.
   void progressed(std::uint64_t bytes) {
     if (clock_.progressed(bytes)) reset();
   }
-  /// Failures in a row.
+  /// Returns the number of failures since the last reset.
   [[nodiscard]] int failures() const { return tries_; }
-  /// After a failure: how long to wait before the next try, or the error to give up with.
+  /// Returns the wait before the next try, or, if there shall be none, the error to give up with.
   [[nodiscard]] result<milliseconds> after(const error& failure) {
     if (call_.cancelled()) return call_.why_cancelled();
     if (!failure.is_transient()) return failure;
@@ -4470,7 +4464,7 @@ class backoff {
       return (std::max)((std::min)(jitter(ceiling), left), failure.retry_after());
     return clock_.gave_up();
   }
-  /// The same with the waiting done: nothing, or the error to give up with.
+  /// Waits for the next try. Returns the error to give up with if there shall be none.
   [[nodiscard]] std::optional<error> wait_after(const error& failure) {
     const auto wait = after(failure);
     if (!wait) return wait.error();
@@ -4488,7 +4482,7 @@ class backoff {
   int tries_ = 0;
 };
 
-/// RFC 9110, section 10.2.3: seconds (fractions are met, too) or a date; past ones mean now.
+/// Parses Retry-After: seconds or a date (RFC 9110, section 10.2.3). Rounds fractions up; returns 0 for a past date.
 inline milliseconds parse_retry_after(const http_response& head) {
   const std::string* field = head.header("Retry-After");
   if (field == nullptr) return milliseconds(0);
@@ -4503,28 +4497,29 @@ inline milliseconds parse_retry_after(const http_response& head) {
   return std::chrono::seconds(static_cast<std::int64_t>(seconds));
 }
 
-/// What came back in the end, from the last hop.
+/// The last response after all redirects.
 struct answer {
   http_response head;
-  std::string body;  // of answers that are not streamed: its beginning
+  std::string body;  // the beginning of a body that was not streamed
 };
 
-/// Between a transport and whoever takes the bytes: bounds the head, watches the pace, and keeps the beginning of bodies
-/// that are no good (redirects, errors) away from the taker.
+/// Stands between a transport and the destination of the bytes. Bounds the head, ends a transfer that is too slow, and
+/// streams only bodies of status 200 and 206 to the destination; keeps the beginning of other bodies.
 class guarded_sink final : public body_sink {
  public:
   static constexpr std::size_t max_fields = 200, max_error_body = 16 * 1024;
 
-  guarded_sink(call& of, body_sink& taker, std::string what)
-      : call_(of), taker_(taker), what_(std::move(what)), since_(clock::now()) {}
+  /// `label` names the request in messages.
+  guarded_sink(call& user_call, body_sink& destination, std::string label)
+      : call_(user_call), destination_(destination), label_(std::move(label)), since_(clock::now()) {}
 
   void connected() override { call_.reached = true; }
   bool start(const http_response& head) override { return go_on_ = begin(head); }
   bool write(std::string_view bytes) override { return go_on_ = go_on_ && take(bytes); }
-  /// It was said that no more is wanted: then a transport's "done" is none.
+  /// Whether the transport was told to stop. If it then reports success, the body is incomplete nevertheless.
   [[nodiscard]] bool said_stop() const { return !go_on_; }
 
-  /// For http_request::is_cancelled: the call is, or the peer is too slow.
+  /// For http_request::is_cancelled. Returns true if the call is cancelled or the peer is too slow.
   bool cancelled() {
     if (slow_ || call_.cancelled()) return true;
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -4533,24 +4528,24 @@ class guarded_sink final : public body_sink {
     const auto allowed =
         call_.config.idle_timeout + (started_ ? milliseconds(0) : call_.config.connect_timeout);
     if (span < allowed) return false;
-    const auto least = call_.config.low_speed * static_cast<std::uint64_t>(span.count()) / 1000;
-    slow_ = slow_ || !started_ || window_bytes_ < least;
+    const auto minimum = call_.config.low_speed * static_cast<std::uint64_t>(span.count()) / 1000;
+    slow_ = slow_ || !started_ || window_bytes_ < minimum;
     since_ = now;
     window_bytes_ = 0;
     return slow_;
   }
 
-  /// What a transport's failure was really about.
+  /// Returns the cause of a transport's failure, or nothing if the head suffices: the body of an error or a redirect need
+  /// not be complete.
   [[nodiscard]] std::optional<error> verdict(const error& failure) const {
     if (refused_) return refused_;
     if (call_.cancelled()) return call_.why_cancelled();
-    if (head_.status != 0 && !streamed_)
-      return std::nullopt;  // the status tells, whatever became of the body
+    if (head_.status != 0 && !streamed_) return std::nullopt;
     if (slow_) {
       return error(errc::connection_failed,
-                   what_ + (started_ ? ": sent less than " + readable_bytes(call_.config.low_speed) +
-                                           " a second for " + seconds_text(call_.config.idle_timeout)
-                                     : std::string(": no answer in time")));
+                   label_ + (started_ ? ": sent less than " + readable_bytes(call_.config.low_speed) +
+                                            " a second for " + seconds_text(call_.config.idle_timeout)
+                                      : std::string(": no answer in time")));
     }
     return failure;
   }
@@ -4562,7 +4557,7 @@ class guarded_sink final : public body_sink {
     connected();
     {
       const std::lock_guard<std::mutex> guard(mutex_);
-      started_ = true;  // from here on the body's pace counts, not what it took to get here
+      started_ = true;  // the pace of the body does not include the wait for the head
       since_ = clock::now();
       window_bytes_ = 0;
     }
@@ -4573,9 +4568,9 @@ class guarded_sink final : public body_sink {
     streamed_ = head.status == 200 || head.status == 206;
     const std::string* coding = head.header("Content-Encoding");
     if (streamed_ && coding != nullptr && !equal_ignoring_case(trim(*coding), "identity")) {
-      return refuse("it is encoded (" + in_quotes(*coding) + "), although identity was asked for");
+      return refuse("its Content-Encoding is " + in_quotes(*coding) + ", the request accepts identity only");
     }
-    return !streamed_ || taker_.start(head);
+    return !streamed_ || destination_.start(head);
   }
 
   bool take(std::string_view bytes) {
@@ -4586,22 +4581,22 @@ class guarded_sink final : public body_sink {
     if (cancelled()) return false;
     if (streamed_) {
       const auto before = clock::now();
-      const bool more = taker_.write(bytes);
+      const bool more = destination_.write(bytes);
       const std::lock_guard<std::mutex> guard(mutex_);
-      since_ += clock::now() - before;  // a slow disk is not the peer's fault
+      since_ += clock::now() - before;  // a slow disk does not make the peer slow
       return more;
     }
     kept_.append(bytes.substr(0, max_error_body - kept_.size()));
-    return kept_.size() < max_error_body;  // no answer of that kind is worth more
+    return kept_.size() < max_error_body;
   }
 
   bool refuse(const std::string& why) {
-    refused_ = error(errc::protocol_violation, what_ + ": cannot use the answer: " + why);
+    refused_ = error(errc::protocol_violation, label_ + ": cannot use the answer: " + why);
     return false;
   }
   call& call_;
-  body_sink& taker_;
-  std::string what_;
+  body_sink& destination_;
+  std::string label_;
   http_response head_;
   std::string kept_;
   std::optional<error> refused_;
@@ -4613,7 +4608,7 @@ class guarded_sink final : public body_sink {
   std::uint64_t window_bytes_ = 0;
 };
 
-/// Takes a body of at most `limit` bytes into memory.
+/// Collects a body of at most `limit` bytes in memory.
 class collecting_sink final : public body_sink {
  public:
   explicit collecting_sink(std::size_t limit) : limit_(limit) {}
@@ -4641,7 +4636,7 @@ inline url join_path(url base, std::string_view suffix) {
   return base;
 }
 
-/// Limits all times to a year: a longer one, meant as "for ever", would overflow when it is added to a point in time.
+/// Limits all durations to a year: `milliseconds::max()` would overflow when it is added to a time point.
 inline settings with_bounded_times(settings configuration) {
   constexpr std::chrono::hours year(365 * 24);
   for (auto* time : {&configuration.connect_timeout, &configuration.idle_timeout,
@@ -4651,7 +4646,7 @@ inline settings with_bounded_times(settings configuration) {
   return configuration;
 }
 
-/// Settings, transport, credentials, and answers that later calls need again. Safe to use from several threads.
+/// The state that calls of one client share: settings, transport, credentials, cached answers. Thread-safe.
 class session {
  public:
   session(settings configuration, transport_ref transport, cache_policy policy_)
@@ -4662,26 +4657,26 @@ class session {
   const cache_policy policy;
   const result<url> base;  // the base URL, or the reason why it cannot be used
 
-  /// Checks that the settings allow a request. Passes their warnings on, once.
+  /// Checks that the settings allow a request. The first call reports their warnings.
   result<void> ready();
 
-  /// One exchange, redirects followed (RFC 9110, section 15.4; at most 10, never from https to http). `here` is where to
-  /// begin and, from the sink's first call on, where one has got to. The Authorization value and the extra headers go
-  /// to addresses under the base URL only. 200 and 206 are streamed to the sink; any other answer is returned with the
-  /// beginning of its body. Statuses are not judged here. `redirected` is told of each address that a redirect leads to.
-  result<answer> send(call& of, http_request request, const std::string& authorization, body_sink& sink,
-                      url& here, const std::function<void(const url&)>& redirected = {});
+  /// Sends a request to `address` and follows redirects (RFC 9110, section 15.4; at most 10, never from https to http).
+  /// Updates `address` and calls `redirected` for each redirect. Sends the Authorization value and the extra headers only
+  /// to addresses under the base URL. Streams the body of a 200 or 206 to the sink; returns any other answer with the
+  /// beginning of its body. No status is an error here.
+  result<answer> send(call& user_call, http_request request, const std::string& authorization,
+                      body_sink& sink, url& address, const std::function<void(const url&)>& redirected = {});
 
-  /// The value of Authorization for the base URL, or "" if there are no credentials.
+  /// Returns the value of Authorization for the base URL, or "" if there are no credentials.
   result<std::string> authorization(call& user_call);
-  /// Removes credentials from a server's words, for messages: a server may repeat the request's header in them.
+  /// Removes credentials from a server's message: a server may quote the request's headers.
   [[nodiscard]] std::string without_secrets(std::string said, const std::string& authorization) const;
-  /// The part of a message that says which credentials were refused or missing, and what to do.
+  /// Says, for a message, which credentials were refused or missing, and what to do.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
-  /// The HTTP status for messages, with the service's words if the answer has any.
+  /// Returns the HTTP status and the service's message, if the answer has one.
   [[nodiscard]] std::string status_text(const answer& got, const url& address,
                                         const std::string& authorization) const;
-  /// The error for an unexpected HTTP status.
+  /// Makes the error for an unexpected HTTP status.
   [[nodiscard]] error status_error(const std::string& task, const answer& got, const url& address,
                                    const std::string& authorization) const;
 
@@ -4693,12 +4688,12 @@ class session {
     }
   }
 
-  std::atomic<bool> told_of_receipts{false};  // the warning that receipts cannot be written is given once
+  std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be written
   std::mutex mutex;                           // guards the members below
-  std::optional<std::string> default_entity;  // the account's, once the service was asked
+  std::optional<std::string> default_entity;  // the account's, once the service has told it
 
  private:
-  void add_credentials(http_request& request, bool home, const std::string& authorization) const;
+  void add_credentials(http_request& request, bool is_under_base, const std::string& authorization) const;
   std::string error_message(const answer& got, const url& address, const std::string& authorization) const;
   result<std::string> bearer(call& user_call);
   result<access_token> exchange_identity(call& user_call);
@@ -4707,7 +4702,7 @@ class session {
   std::atomic<bool> warned_{false};
   std::optional<std::string> netrc_key_;
   access_token token_;
-  bool exchanging_ = false;  // one call exchanges the identity token, the others wait
+  bool exchanging_ = false;  // a call exchanges the identity token; the others wait
   std::condition_variable exchanged_;
 };
 
@@ -4715,7 +4710,7 @@ inline result<void> session::ready() {
   if (config.offline) {
     return error(errc::offline, "offline mode (WANDB_MODE): no requests to " +
                                     (base ? base->redacted() : "the service") +
-                                    ". Restore the file where there is a network first, or unset WANDB_MODE");
+                                    ". Restore the file in online mode first, or unset WANDB_MODE");
   }
   if (config.problem) return *config.problem;
   auto fields = config.extra_headers;
@@ -4740,30 +4735,30 @@ inline result<void> session::ready() {
   return {};
 }
 
-inline result<answer> session::send(call& of, http_request request, const std::string& authorization,
-                                    body_sink& sink, url& here,
+inline result<answer> session::send(call& user_call, http_request request, const std::string& authorization,
+                                    body_sink& sink, url& address,
                                     const std::function<void(const url&)>& redirected) {
   if (!base) return base.error();
-  const http_headers own = std::move(request.headers);
-  const auto unwanted = std::move(request.is_cancelled);
-  const std::string first = here.redacted();
+  const http_headers headers = std::move(request.headers);
+  const auto is_cancelled = std::move(request.is_cancelled);
+  const std::string first_address = address.redacted();
   request.connect_timeout = config.connect_timeout;
   request.idle_timeout = config.idle_timeout;
   for (int hop = 0; hop <= 10; ++hop) {
-    request.url = here.str();
-    request.proxy = proxy_for(config, here);
+    request.url = address.str();
+    request.proxy = proxy_for(config, address);
     request.headers.clear();
     add_header(request.headers, "User-Agent", config.user_agent);
     add_header(request.headers, "Accept", "*/*");
     add_header(request.headers, "Accept-Encoding", "identity");
-    for (const auto& field : own) request.headers.push_back(field);
-    add_credentials(request, under_base(*base, here), authorization);
+    for (const auto& field : headers) request.headers.push_back(field);
+    add_credentials(request, under_base(*base, address), authorization);
 
-    guarded_sink guard(of, sink, request.method + " " + here.redacted());
-    request.is_cancelled = [&] { return guard.cancelled() || (unwanted && unwanted()); };
+    const std::string label = request.method + " " + address.redacted();
+    guarded_sink guard(user_call, sink, label);
+    request.is_cancelled = [&] { return guard.cancelled() || (is_cancelled && is_cancelled()); };
     auto got = transport_.send(transport_.object, request, guard);
-    if (got && guard.said_stop())
-      got = error(errc::cancelled, request.method + " " + here.redacted() + ": stopped");
+    if (got && guard.said_stop()) got = error(errc::cancelled, label + ": stopped");
     if (!got) {
       if (auto failure = guard.verdict(got.error())) return *std::move(failure);
       got = guard.head();
@@ -4771,35 +4766,36 @@ inline result<answer> session::send(call& of, http_request request, const std::s
     const std::string* location = got->header("Location");
     if (!is_redirect(got->status) || location == nullptr) return answer{*std::move(got), guard.take_body()};
 
-    // A POST's body is for the service alone, and a POST that is redirected otherwise than by 307 and 308 would become a
-    // GET: then the base URL is wrong.
-    auto next = here.resolve(trim(*location));
-    const bool kept = (got->status == 307 || got->status == 308) && next && under_base(*base, *next);
-    const bool repeatable = request.method == "GET" || kept;
-    const bool downgrade = next && here.scheme == "https" && next->scheme == "http";
+    // Repeat a POST only under the base URL, since its body may hold secrets, and only after 307 and 308: the other
+    // redirects would make it a GET. Usually a wrong base URL is the cause.
+    auto next = address.resolve(trim(*location));
+    const bool keeps_method = got->status == 307 || got->status == 308;
+    const bool repeatable = request.method == "GET" || (keeps_method && next && under_base(*base, *next));
+    const bool downgrade = next && address.scheme == "https" && next->scheme == "http";
     if (!repeatable || !next || downgrade) {
       return error(errc::protocol_violation,
-                   request.method + " " + here.redacted() + " was redirected to " +
+                   label + " was redirected to " +
                        (next ? next->redacted() : std::string("an address that cannot be used")) +
                        (downgrade ? ", from https to http: refused" : ": refused; is the base URL right?"),
                    got->status);
     }
-    here = *std::move(next);
-    if (redirected) redirected(here);
+    address = *std::move(next);
+    if (redirected) redirected(address);
   }
-  return error(errc::protocol_violation, "more than 10 redirects from " + first +
+  return error(errc::protocol_violation, "more than 10 redirects from " + first_address +
                                              ": is the base URL right, or does a proxy ask for a login?");
 }
 
-/// Adds the credentials to a request. `home`: it goes to an address under the base URL; other addresses get none of them.
-inline void session::add_credentials(http_request& request, bool home,
+/// Adds the Authorization value and the extra headers to a request to an address under the base URL; the
+/// Proxy-Authorization, for the proxy, to any request.
+inline void session::add_credentials(http_request& request, bool is_under_base,
                                      const std::string& authorization) const {
-  if (home && !authorization.empty()) add_header(request.headers, "Authorization", authorization);
+  if (is_under_base && !authorization.empty()) add_header(request.headers, "Authorization", authorization);
   for (const auto& field : config.extra_headers) {
     const bool set = find_header(request.headers, field.first) != nullptr;
     if (equal_ignoring_case(field.first, "Proxy-Authorization")) {
       request.proxy_authorization = field.second;
-    } else if (home && !set) {
+    } else if (is_under_base && !set) {
       request.headers.push_back(field);
     }
   }
@@ -4809,9 +4805,9 @@ inline result<std::string> session::authorization(call& user_call) {
   if (auto good = ready(); !good) return good.error();
   const bool has_key = !trim(config.api_key).empty();
   if (!config.identity_token_file.empty() && !has_key) return bearer(user_call);
-  std::string key(trim(config.api_key));  // secrets are often mounted with a line break at their end
+  std::string key(trim(config.api_key));  // a mounted secret often ends with a line break
   if (!has_key) {
-    std::vector<std::string> warnings;  // given without the lock: the program's function may use this client
+    std::vector<std::string> warnings;  // reported without the lock: on_warning may use this client
     {
       const std::lock_guard<std::mutex> guard(mutex);
       if (!netrc_key_) netrc_key_ = api_key_from_netrc(config, *base, warnings);
@@ -4828,8 +4824,8 @@ inline result<std::string> session::authorization(call& user_call) {
   return "Basic " + base64_encode("api:" + key);
 }
 
-/// The access token of this session or of the shared file, if it does not expire soon. Otherwise one call exchanges the
-/// identity token, and the others wait for it.
+/// Returns "Bearer" and the access token of this session or of the shared file, if it does not expire soon. Otherwise one
+/// call exchanges the identity token while the others wait.
 inline result<std::string> session::bearer(call& user_call) {
   if (!base) return base.error();
   const auto keys = shared_token_keys(config.base_url, *base);
@@ -4883,12 +4879,12 @@ inline result<access_token> session::exchange_identity(call& user_call) {
   add_header(request.headers, "Content-Type", "application/x-www-form-urlencoded");
   request.body = "grant_type=" + percent_encode("urn:ietf:params:oauth:grant-type:jwt-bearer") +
                  "&assertion=" + percent_encode(trim(*identity));
-  const std::string what = "exchanging the identity token at " + base->redacted();
+  const std::string task = "exchanging the identity token at " + base->redacted();
   for (backoff tries(user_call);;) {
     collecting_sink body(64 * 1024);
-    url here = join_path(*base, "/oidc/token");
-    auto got = send(user_call, request, {}, body, here);
-    error failure(errc::protocol_violation, what + ": the answer has no access token; is " + config.base_url +
+    url address = join_path(*base, "/oidc/token");
+    auto got = send(user_call, request, {}, body, address);
+    error failure(errc::protocol_violation, task + ": the answer has no access token; is " + config.base_url +
                                                 " the base URL of a W&B server?");
     if (body.overflow) return failure;
     if (!got) {
@@ -4900,7 +4896,7 @@ inline result<access_token> session::exchange_identity(call& user_call) {
           status == 401   ? errc::not_authenticated
           : status == 403 ? errc::permission_denied
                           : errc::http_failure,
-          what + ": " + status_text(*got, here, "Bearer " + std::string(trim(*identity))) +
+          task + ": " + status_text(*got, address, "Bearer " + std::string(trim(*identity))) +
               (refused
                    ? "; is the identity token (WANDB_IDENTITY_TOKEN_FILE) current, and made for this server?"
                    : ""),
@@ -4926,8 +4922,8 @@ inline std::string session::credentials_hint(const std::string& authorization) c
   const std::string page = base ? key_page(*base) : "the settings of your account";
   if (authorization.empty()) {
     return "no API key for " + host + ": set WANDB_API_KEY to one from " + page +
-           ", or run `wandb login` (looked in the settings, the environment and " +
-           (config.netrc_file.empty() ? std::string("no netrc file") : in_quotes(config.netrc_file)) + ")";
+           ", or run `wandb login` (searched: settings, environment" +
+           (config.netrc_file.empty() ? std::string() : ", " + in_quotes(config.netrc_file)) + ")";
   }
   return starts_with(authorization, "Bearer")
              ? "the access token for " + host +
@@ -4939,50 +4935,51 @@ inline std::string session::credentials_hint(const std::string& authorization) c
                    page;
 }
 
-/// The messages of an error body, joined: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
+/// Joins the messages of an error body: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
 inline std::string backend_message(const json& body) {
   std::string joined;
-  const auto add = [&](const json& one) {
-    const std::string text = text_of(one.is_string() ? one : member(one, "message"));
+  const auto add = [&](const json& entry) {
+    const std::string text = text_of(entry.is_string() ? entry : member(entry, "message"));
     if (!text.empty()) joined.append(joined.empty() ? "" : "; ").append(text);
   };
   add(member(body, "error"));
-  for (const json& one : elements(member(body, "errors"))) add(one);
+  for (const json& entry : elements(member(body, "errors"))) add(entry);
   return joined;
 }
 
 inline std::string session::without_secrets(std::string said, const std::string& authorization) const {
-  const auto behind = [](const std::string& text, char mark) {
-    const auto at = text.find(mark);
-    return at == text.npos ? std::string() : text.substr(at + 1);
+  const auto text_after = [](const std::string& text, char mark) {
+    const auto found = text.find(mark);
+    return found == text.npos ? std::string() : text.substr(found + 1);
   };
-  constexpr std::size_t shortest = 4;  // a shorter value is no secret, and occurs in many words
+  constexpr std::size_t shortest = 4;  // a shorter value is no secret, and is part of many words
   const auto hide = [&](const std::string& secret) {
     if (secret.size() >= shortest) said = replace_all(said, secret, "***");
   };
   const auto hide_credentials = [&](const std::string& value) {
-    const auto secret = behind(value, ' ');
+    const auto secret = text_after(value, ' ');
     hide(value);
     hide(secret);
-    if (starts_with(value, "Basic ")) hide(behind(base64_decode(secret).value_or(""), ':'));
+    if (starts_with(value, "Basic ")) hide(text_after(base64_decode(secret).value_or(""), ':'));
   };
   hide_credentials(authorization);
   for (const auto& field : config.extra_headers) hide_credentials(field.second);
   return said;
 }
 
-/// The code for an error message of the service which says that a run or file does not exist; `otherwise` for others. "not
-/// found" alone is not enough: a web server says so of any page, and programs start afresh where a run is missing.
+/// Returns run_not_found or file_not_found if the service's message says that a run or file does not exist, else
+/// `otherwise`. The message must name the thing: any web server says "not found", and a program that takes a run for
+/// missing starts a new one.
 inline errc code_of_missing(std::string_view said, errc otherwise) {
   if (!contains_ignoring_case(said, "not found") && !contains_ignoring_case(said, "could not find"))
     return otherwise;
-  for (const char* one : {"run", "project", "entity"}) {
-    if (has_word(said, one)) return errc::run_not_found;
+  for (const char* word : {"run", "project", "entity"}) {
+    if (has_word(said, word)) return errc::run_not_found;
   }
   return has_word(said, "file") ? errc::file_not_found : otherwise;
 }
 
-/// The service's words in an answer. Empty for answers of storage, which may contain signatures.
+/// Returns the service's message in an answer. Empty for answers of storage, which may contain signatures.
 inline std::string session::error_message(const answer& got, const url& address,
                                           const std::string& authorization) const {
   if (!base || !under_base(*base, address)) return {};
@@ -5010,7 +5007,7 @@ inline error session::status_error(const std::string& task, const answer& got, c
                    text + "; " +
                        (authorization.empty()
                             ? credentials_hint(authorization)
-                            : "this account may not see it: ask the owner, or use another key"),
+                            : "this account has no access: ask the owner, or use another key"),
                    status);
     }
     if (status == 404 && missing != errc::http_failure) {
@@ -5437,7 +5434,7 @@ inline result<std::string> service::default_entity() {
 
 namespace detail {
 
-/// A thread whose failure to start is a value: std::thread throws, which would end a program without exceptions.
+/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions.
 class thread {
  public:
   thread() = default;
@@ -5488,7 +5485,7 @@ class thread {
 /// Whether a transfer is running, complete or stopped, for all of its threads. Thread-safe.
 class transfer_state {
  public:
-  /// Every byte is on disk. Later failures are void.
+  /// Call when every byte is on disk. Later failures are ignored.
   void complete() { end(nullptr, complete_); }
   /// Stops every thread. Only the first failure counts.
   void fail(const error& failure) { end(&failure, stopped_); }
@@ -5499,7 +5496,7 @@ class transfer_state {
   [[nodiscard]] bool is_stopped() const { return stopped_; }
   /// For detail::call: true once the transfer is stopped.
   [[nodiscard]] const std::atomic<bool>& stop_flag() const { return stopped_; }
-  /// Blocks until the transfer is complete or stopped, at most `limit`. Returns whether it is.
+  /// Blocks until the transfer is complete or stopped, at most for `limit`. Returns whether it is.
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
     return ended_.wait_for(held, limit, [&] { return complete_ || stopped_; });
@@ -5524,14 +5521,14 @@ class transfer_state {
   std::optional<error> failure_;
 };
 
-/// Tells the caller's on_progress how far a restore is, at most about ten times a second. For the caller's thread alone.
+/// Calls on_progress, about ten times a second at most. Use from the caller's thread only.
 class progress_reporter {
  public:
   progress_reporter(call& user_call, const restore_options& options, const std::string& name)
       : call_(user_call), options_(options), name_(name) {}
 
   [[nodiscard]] bool is_due() const { return clock::now() - reported_ >= milliseconds(90); }
-  /// The seconds since the last report, at least 0.001.
+  /// Returns the seconds since the last report, at least 0.001.
   [[nodiscard]] double elapsed() const {
     return (std::max)(std::chrono::duration<double>(clock::now() - reported_).count(), 0.001);
   }
@@ -5563,24 +5560,24 @@ struct byte_range {
 /// Assigns byte ranges to connections, lowest offsets first: the digest consumes the file in order and must not wait for a
 /// gap. Thread-safe.
 ///
-/// A request costs its delay, the time to the first byte of its response. Ranges are as large as the delay demands, and
-/// shrink towards the end so that all connections finish together; a connection without work takes over half of the range
-/// that would finish last. Times are passed in, so that tests can use a clock of their own.
+/// The delay of a request is the time to the first byte of its response. Ranges are large enough to make the delay a small
+/// part of the time, and shrink towards the end so that all connections finish together; a connection without work takes
+/// over half of the range that would finish last. Callers pass the time, so that tests need no real clock.
 class range_plan {
  public:
   static constexpr std::uint64_t block = partial_file::block;
   static constexpr std::uint64_t mebibyte = 1024 * 1024;
   static constexpr std::uint64_t first_piece = 4 * mebibyte, smallest_piece = mebibyte;
-  static constexpr std::uint64_t largest_unmeasured_piece = 32 * mebibyte;  // while no response has come
-  static constexpr std::uint64_t smallest_share = mebibyte / 2;             // a smaller rest is not divided
-  static constexpr std::uint64_t worth_splitting = 2 * first_piece;
-  static constexpr milliseconds probe_time{50};  // how long the others wait for the first response
+  static constexpr std::uint64_t largest_unmeasured_piece = 32 * mebibyte;  // before the first response
+  static constexpr std::uint64_t smallest_share = mebibyte / 2;      // do not divide into smaller parts
+  static constexpr std::uint64_t worth_splitting = 2 * first_piece;  // use one connection for less
+  static constexpr milliseconds probe_time{50};  // the other connections wait so long for the first response
 
   /// The range of one connection. The connection's thread advances `position` and `received`; the plan may lower `end`.
   struct cursor {
-    std::atomic<std::uint64_t> position{0};  // the next byte to arrive
+    std::atomic<std::uint64_t> position{0};  // offset of the next byte to arrive
     std::atomic<std::uint64_t> end{0};
-    std::atomic<bool> revoked{false};        // `end` was lowered: bytes behind it are not wanted any more
+    std::atomic<bool> revoked{false};        // `end` was lowered: ignore bytes beyond it
     std::atomic<std::uint64_t> received{0};  // bytes of all responses
 
     [[nodiscard]] bool is_wanted() const { return position < end; }
@@ -5613,29 +5610,29 @@ class range_plan {
     }
     return take_over(asking, now);
   }
-  /// The address of the file is known: a request that is not answered from now on waits for the file's server.
+  /// Call when the final address is known: restarts the delay, which is that of the file's server only.
   void address_found(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slots_[connection].asked = now;
     if (probe_began_ == clock::time_point{}) probe_began_ = now;
   }
-  /// A request for the connection's range is about to be sent. Returns the bytes to ask for: the whole file where ranges
-  /// do not work, none where another connection has taken the range over.
+  /// Call before each request. Returns the bytes to request: the rest of the connection's range; the whole file if ranges
+  /// do not work; none if another connection has taken the range over.
   byte_range request(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slot& asking = slots_[connection];
     if (!asking.is_busy || !asking.range.is_wanted()) return {};
     asking.asked = now;
     asking.is_waiting = true;
-    if (whole_) start(asking, {0, file_size_}, false);  // the response begins with the first byte again
+    if (whole_) start(asking, {0, file_size_}, false);  // the response will begin at offset 0 again
     return {asking.range.position, asking.range.end};
   }
-  /// The connection to the server stands: the delay is counted from here.
+  /// Call when the connection to the server is established: the delay starts now.
   void connected(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slots_[connection].asked = now;
   }
-  /// The head of a response came.
+  /// Call when the head of a response has arrived: the delay ends now.
   void responded(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slot& asking = slots_[connection];
@@ -5643,12 +5640,12 @@ class range_plan {
     asking.is_waiting = false;
     asking.measured = asking.range.received;
   }
-  /// The request ended, whatever came of it.
+  /// Call after each request, also a failed one.
   void ended(std::size_t connection) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slots_[connection].is_waiting = false;
   }
-  /// Bytes of the connection's range before `offset` are on disk and recorded.
+  /// Call when the bytes of the connection's range before `offset` are on disk and recorded.
   void stored(std::size_t connection, std::uint64_t offset) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slots_[connection].stored = offset;
@@ -5665,8 +5662,8 @@ class range_plan {
     if (releasing.is_busy && !whole_ && rest.begin < rest.end) gaps_.push_back(rest);
     releasing.is_busy = false;
   }
-  /// Ranges do not work at this server: from now on one connection, `connection` if it has a range, fetches the whole file.
-  /// Returns false if that was so before.
+  /// Call when the server does not support ranges: from now on one connection fetches the whole file, `connection` first.
+  /// Returns false if that has been so before.
   bool use_whole(std::size_t connection) {
     const std::lock_guard<std::mutex> guard(mutex_);
     const bool is_new = !std::exchange(whole_, true);
@@ -5683,7 +5680,7 @@ class range_plan {
     const std::lock_guard<std::mutex> guard(mutex_);
     return whole_;
   }
-  /// Every byte is on disk: no connection gets another range.
+  /// Call when every byte is on disk: no connection gets another range.
   void finish() {
     const std::lock_guard<std::mutex> guard(mutex_);
     stored_everything_ = true;
@@ -5704,7 +5701,7 @@ class range_plan {
     slots_[connection].is_parked = false;
   }
 
-  /// Bytes that have arrived but are not on disk yet.
+  /// Returns the number of bytes that have arrived but are not on disk yet.
   [[nodiscard]] std::uint64_t buffered() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     std::uint64_t sum = 0;
@@ -5714,13 +5711,13 @@ class range_plan {
     }
     return sum;
   }
-  /// Bytes of all responses so far.
+  /// Returns the number of bytes in all responses so far.
   [[nodiscard]] std::uint64_t received() const {
     std::uint64_t sum = 0;
     for (const slot& each : slots_) sum += each.range.received;
     return sum;
   }
-  /// Measures each connection's pace over the last `seconds`. A connection that waits for its first byte has none.
+  /// Measures each connection's pace over the last `seconds`. Skips connections that wait for a response.
   void measure(double seconds) {
     const std::lock_guard<std::mutex> guard(mutex_);
     for (slot& each : slots_) {
@@ -5742,7 +5739,7 @@ class range_plan {
     clock::time_point asked{};
     bool is_waiting = false;  // for the first byte of a response
     bool is_busy = false;
-    bool was_taken_over = false;  // this range was another connection's before: it is not taken over again
+    bool was_taken_over = false;  // the range was another connection's: do not take it over again as a whole
     bool is_parked = false;
   };
 
@@ -5773,7 +5770,7 @@ class range_plan {
   [[nodiscard]] bool is_probe_over(clock::time_point now) const {
     return probe_began_ != clock::time_point{} && now - probe_began_ >= probe_time;
   }
-  /// The mean pace of the connections whose pace is known; negative if none is.
+  /// Returns the mean pace of the connections whose pace is known; negative if none is.
   [[nodiscard]] double mean_pace() const {
     double sum = 0;
     int known = 0;
@@ -5783,7 +5780,7 @@ class range_plan {
     return known > 0 ? sum / known : -1;
   }
 
-  /// The size of the next range for a connection, in bytes.
+  /// Returns the size of the next range for a connection, in bytes.
   [[nodiscard]] std::uint64_t piece(const slot& asking) const {
     if (slots_.size() == 1) return file_size_;
     std::uint64_t unassigned = 0, idle = 0;
@@ -5796,7 +5793,8 @@ class range_plan {
     }
     const auto in_blocks = [](std::uint64_t size) { return (size + block - 1) / block * block; };
     if (!is_delay_known()) {
-      // The first connection measures. Others that have waited for it long enough know only that requests are dear.
+      // The first connection measures the delay with a small piece. If probe_time passes without a response, the delay is
+      // long: the other connections request larger pieces.
       return is_any_busy() ? in_blocks(std::clamp(unassigned / idle, first_piece, largest_unmeasured_piece))
                            : first_piece;
     }
@@ -5804,18 +5802,18 @@ class range_plan {
     const double mean = mean_pace(), pace = asking.pace >= 0 ? asking.pace : mean >= 0 ? mean : presumed_pace;
     const double delay = asking.delay >= 0 ? asking.delay : longest_delay();
     const auto bytes = [](double value) { return static_cast<std::uint64_t>(value); };
-    // The fair share lets all connections finish together, a slower one with less.
+    // The fair share is in proportion to the pace, so that all connections finish together.
     const double share = mean > 0 ? std::clamp(pace / mean, 0.05, 1.0) : 1.0;
     const auto fair = bytes(static_cast<double>(missing) / static_cast<double>(slots_.size()) * share);
-    // Near servers: half a second's worth, so that the frontier never waits long. Far ones: a request may cost a
-    // fiftieth of the time it takes, a tenth at the end, where ranges shrink.
+    // After a short delay: half a second's bytes, so that the digest does not wait long for a gap to close. After a long
+    // one: more, so that the delay is 1/50 of the transfer time, or 1/10 at the end, where ranges shrink.
     const auto usual = mean >= 0 ? std::clamp(bytes(pace / 2), smallest_piece, 2 * first_piece) : first_piece;
     const auto wanted = (std::max)(usual, bytes(50 * pace * delay)), least = bytes(10 * pace * delay);
     const auto size = (std::min)(fair, (std::max)((std::min)(wanted, fair / 2), least));
     return in_blocks((std::max)(size, smallest_piece));
   }
 
-  /// Assigns half of the range that would finish last; all of it where its connection has come to a halt.
+  /// Assigns half of the range that would finish last, or all of it if its connection is stalled.
   bool take_over(slot& asking, clock::time_point now) {
     const double delay = asking.delay >= 0 ? asking.delay : longest_delay();
     if (delay < 0) return false;
@@ -5825,7 +5823,7 @@ class range_plan {
       if (&each == &asking || !each.is_busy || !each.range.is_wanted()) continue;
       double left = static_cast<double>(each.range.end - each.range.position) / (std::max)(each.pace, 1.0);
       if (each.is_waiting) {
-        // A connection that waits for its first byte is not slow until it has waited longer than others had to.
+        // A connection that waits for a response counts as stalled after twice the longest delay, and 0.25 s.
         const double waited = std::chrono::duration<double>(now - each.asked).count();
         if (waited < 2 * longest_delay() + 0.25) continue;
         left = never;
@@ -5846,7 +5844,7 @@ class range_plan {
     if (slowest->was_taken_over) return false;
     const byte_range rest{slowest->stored, end};
     const double alone = static_cast<double>(rest.size()) / (std::max)(asking.pace, 1.0) + delay;
-    if (longest < 2 * alone) return false;  // the bytes under way would be fetched twice for little
+    if (longest < 2 * alone) return false;  // too little gain for fetching the unstored bytes twice
     revoke(*slowest, rest.begin);
     start(asking, rest, true);
     return true;
@@ -5855,21 +5853,20 @@ class range_plan {
   static constexpr double never = 1e18;  // seconds
 
   const std::uint64_t file_size_;
-  mutable std::mutex mutex_;  // guards the rest, but for the cursors' atomics
+  mutable std::mutex mutex_;  // guards the rest, except the cursors' atomics
   bool whole_ = false;        // ranges do not work: one connection fetches the whole file
   bool stored_everything_ = false;
   clock::time_point probe_began_{};
-  std::vector<byte_range> gaps_;  // assigned to no connection; the first of the file is the last element
+  std::vector<byte_range> gaps_;  // unassigned ranges; the next one to assign is the last element
   std::vector<slot> slots_;
 };
 
-// ---- what is on disk
+// ---- blocks on disk
 
-/// Which blocks of a file are claimed by a writer, and which are on disk. Writes, records, and advances the frontier, the
-/// offset before which every byte is on disk. Thread-safe.
+/// Writes and records the blocks of a file. Keeps the frontier, the offset before which every byte is on disk. Thread-safe.
 ///
-/// Each block is written once, however often it arrives: the digest of a block that was hashed stays the digest of the
-/// bytes on disk.
+/// The first writer of a block claims it. Nobody writes a block twice, even if it arrives twice: a block that was hashed
+/// must not change on disk.
 class block_table {
  public:
   explicit block_table(partial_file& file) : file_(file), claimed_(static_cast<std::size_t>(file.blocks())) {
@@ -5880,7 +5877,7 @@ class block_table {
     advance();
   }
 
-  /// The ranges that are not on disk, in order.
+  /// Returns the ranges that are not on disk, lowest offsets first.
   [[nodiscard]] std::vector<byte_range> missing() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     std::vector<byte_range> gaps;
@@ -5895,12 +5892,12 @@ class block_table {
     }
     return gaps;
   }
-  /// Writes and records the whole blocks of these bytes that no writer has claimed. `offset` is a multiple of the block
-  /// size. A rest that is no whole block is not written, unless it ends the file.
+  /// Writes and records the blocks that no writer has claimed. `offset` is a multiple of the block size. Ignores an
+  /// incomplete last block, unless it ends the file.
   result<void> store(std::uint64_t offset, std::string_view bytes) {
     const auto end = offset + bytes.size();
     const auto first = offset / block, last = end == file_.size() ? file_.blocks() : end / block;
-    std::vector<byte_range> claims;  // in blocks; mostly one run
+    std::vector<byte_range> claims;  // in blocks, not bytes
     {
       const std::lock_guard<std::mutex> guard(mutex_);
       for (auto i = first; i < last; ++i) {
@@ -5925,7 +5922,7 @@ class block_table {
     return {};
   }
 
-  /// Bytes on disk.
+  /// Returns the number of bytes on disk.
   [[nodiscard]] std::uint64_t present() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return present_;
@@ -5968,36 +5965,35 @@ class block_table {
   bool closed_ = false;
 };
 
-/// Computes the MD5 of a file while it arrives: a thread follows the frontier. MD5 is sequential and about as fast as a fast
-/// network, so that a verified download takes no longer than an unverified one.
+/// Computes the MD5 of a file during its download: a thread hashes the bytes before the frontier. MD5 is sequential, and as
+/// slow as a fast network: hashing afterwards could double the time.
 class digest_follower {
  public:
   digest_follower(const partial_file& file, block_table& table, transfer_state& state)
       : file_(file), table_(table), state_(state) {}
 
-  /// Returns false if the system starts no thread: the digest is computed in the end then.
+  /// Returns false if the system starts no thread: then compute the digest after the download.
   [[nodiscard]] bool start() {
     return is_started_ = thread_.start([this] { follow(); });
   }
   [[nodiscard]] bool is_started() const { return is_started_; }
-  /// Blocks until the whole file is hashed or the follower has ended early, at most `limit`. Returns whether it is.
+  /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has ended.
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
     return ended_.wait_for(held, limit, [&] { return has_ended_; });
   }
   void join() { thread_.join(); }
 
-  /// Bytes that are hashed.
   [[nodiscard]] std::uint64_t hashed() const { return hashed_; }
-  /// Whether bytes arrive faster than they are hashed and the backlog has grown large. More connections would only take
-  /// the digest's processor time then.
+  /// Whether bytes arrive faster than they are hashed and the backlog is large. Then more connections would only take
+  /// processor time from the digest.
   [[nodiscard]] bool is_behind(double bytes_per_second) const {
     constexpr std::uint64_t backlog = 64 * 1024 * 1024;
     return is_started_ && bytes_per_second > pace_ && table_.frontier() - hashed_ > backlog;
   }
-  /// 32 lower-case hex digits after the whole file was hashed, else empty. Valid after join().
+  /// Returns 32 lower-case hex digits, or "" if the thread ended early. Call after join().
   [[nodiscard]] const std::string& digest() const { return digest_; }
-  /// The file could not be read back. Valid after join().
+  /// Returns the error if the file could not be read back. Call after join().
   [[nodiscard]] const std::optional<error>& failure() const { return failure_; }
 
  private:
@@ -6013,9 +6009,10 @@ class digest_follower {
             static_cast<std::size_t>((std::min<std::uint64_t>)(page_buffer::size, until - offset));
         const auto count = file_.content().read_at(offset, buffer.data(), wanted);
         if (count != static_cast<std::int64_t>(wanted)) {
-          failure_ = count < 0 ? disk_error("read back", file_.where(), static_cast<int>(-count))
-                               : error(errc::disk_failure, "cannot read back " + in_quotes(file_.where()) +
-                                                               ": somebody made it shorter; try again");
+          failure_ = count < 0
+                         ? disk_error("read back", file_.where(), static_cast<int>(-count))
+                         : error(errc::disk_failure, "cannot read back " + in_quotes(file_.where()) +
+                                                         ": another program has shortened it; try again");
           state_.fail(*failure_);
           state_.stop();
           break;
@@ -6036,36 +6033,37 @@ class digest_follower {
   block_table& table_;
   transfer_state& state_;
   std::atomic<std::uint64_t> hashed_{0};
-  std::atomic<double> pace_{0};  // bytes a second while there is something to hash
+  std::atomic<double> pace_{0};  // bytes a second, without the waits for the frontier
   std::mutex mutex_;             // guards the next two
   std::condition_variable ended_;
   bool has_ended_ = false;
   std::string digest_;
   std::optional<error> failure_;
   bool is_started_ = false;
-  thread thread_;  // last: joined before anything it uses is destroyed
+  thread thread_;  // last: joined before the members that it uses are destroyed
 };
 
-// ---- where the file is
+// ---- the address of the file
 
-/// Where the bytes of a file are: the address that the service's redirects lead to. One connection finds it for all; when
-/// it expires, one connection asks the service for a new one. Thread-safe.
+/// The final address of a file, to which the service's redirects lead. One connection resolves it for all. If it expires,
+/// one connection asks the service for a new one. Thread-safe.
 class file_location {
  public:
-  /// An address that a request is made to.
+  /// The address for one request.
   struct lease {
     url address;
     std::uint64_t generation = 0;
-    bool is_resolving = false;  // the address is the service's: redirects are to be followed, others wait
+    bool is_resolving =
+        false;  // the service's address: this request follows redirects, the others wait for it
   };
-  /// Asks the service for the file again and returns the new address, which is on the service.
+  /// Asks the service for the file again. Returns the new address at the service.
   using renewal = std::function<result<url>(call& asking_call)>;
-  static constexpr int most_renewals = 3;  // in a row, without a response in between
+  static constexpr int most_renewals = 3;  // without a response between them
 
   file_location(url service_address, renewal renew)
       : service_address_(std::move(service_address)), renew_(std::move(renew)) {}
 
-  /// Returns the address for the next request. Blocks while another connection resolves it. Each lease has to be returned.
+  /// Returns the address for the next request. Blocks while another connection resolves it. Pass each lease to release().
   result<lease> acquire(call& asking_call) {
     std::unique_lock<std::mutex> held(mutex_);
     while (is_resolving_ && !asking_call.cancelled()) changed_.wait_for(held, milliseconds(20));
@@ -6088,7 +6086,7 @@ class file_location {
     }
     return lease{service_address_, generation, true};
   }
-  /// The redirects led to this address: every connection may use it.
+  /// Call when redirects have led to this address: every connection may use it.
   void found(const lease& current, const url& final_address) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (!current.is_resolving || current.generation != generation_) return;
@@ -6096,20 +6094,20 @@ class file_location {
     is_resolving_ = false;
     changed_.notify_all();
   }
-  /// The address was good for a response: earlier renewals do not count any more.
+  /// Call when the address has led to a response: the count of renewals starts again.
   void served(const lease& current) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (current.generation == generation_) renewals_ = 0, was_served_ = true;
   }
-  /// The request has ended. If it was to resolve the address and did not, another connection may.
+  /// Call when the request has ended. If it failed to resolve the address, another connection tries.
   void release(const lease& current) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (!current.is_resolving || current.generation != generation_ || !final_address_.host.empty()) return;
     is_resolving_ = false;
     changed_.notify_all();
   }
-  /// The file's server refused the address, which may have expired. Returns whether a new one will be asked for; false if
-  /// too many new ones were refused in a row.
+  /// Call when the file's server has refused the address: it may have expired. Returns true if the next acquire() asks for
+  /// a new one, false after most_renewals.
   bool renew(const lease& refused) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (refused.generation != generation_) return true;  // another connection was faster
@@ -6119,12 +6117,12 @@ class file_location {
     reset();
     return true;
   }
-  /// The file's server cannot be reached: the redirects are followed anew.
+  /// Call when the file's server cannot be reached: the next request follows the redirects again.
   void forget(const lease& unreachable) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (unreachable.generation == generation_ && !unreachable.is_resolving) reset();
   }
-  /// Whether any address was good for a response.
+  /// Whether any address has led to a response.
   [[nodiscard]] bool was_served() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return was_served_;
@@ -6142,16 +6140,16 @@ class file_location {
   std::condition_variable changed_;
   url service_address_;
   const renewal renew_;
-  url final_address_;  // no host: not known
+  url final_address_;  // unknown if it has no host
   std::uint64_t generation_ = 0;
   int renewals_ = 0;
   bool is_resolving_ = false, is_renewal_due_ = false, was_served_ = false;
 };
 
-/// The entity tag (RFC 9110, section 8.8.3) of the first response: later ones must have the same. Thread-safe.
+/// The entity tag (RFC 9110, section 8.8.3) of the first response. Later responses must have the same. Thread-safe.
 class entity_pin {
  public:
-  /// Returns false if the response is of another entity.
+  /// Returns false if the response has another tag.
   bool accept(const http_response& head) {
     const std::string* tag = head.header("ETag");
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -6159,17 +6157,17 @@ class entity_pin {
     if (tag_.empty()) tag_ = *tag;
     return *tag == tag_;
   }
-  /// For If-Range, which takes strong tags only (RFC 9110, section 13.1.5). Empty: none is known.
+  /// Returns the tag for If-Range, which allows strong tags only (RFC 9110, section 13.1.5). Empty if unknown or weak.
   [[nodiscard]] std::string strong_tag() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return is_ignored_ || starts_with(tag_, "W/") ? std::string() : tag_;
   }
-  /// Servers of the same file have tags of their own: tags say nothing.
+  /// Ignores all tags from now on. Call if several servers of the same content have different tags.
   void ignore() {
     const std::lock_guard<std::mutex> guard(mutex_);
     is_ignored_ = true;
   }
-  /// The transfer starts over: the next response's tag counts.
+  /// Forgets the tag. The next response sets it anew.
   void reset() {
     const std::lock_guard<std::mutex> guard(mutex_);
     tag_.clear();
@@ -6181,8 +6179,8 @@ class entity_pin {
   bool is_ignored_ = false;
 };
 
-/// Content-Range: bytes first-last/size (RFC 9110, section 14.4). `bytes.end` is exclusive; a size of "*" is absent. No bytes
-/// if the text is malformed.
+/// Content-Range: bytes first-last/size (RFC 9110, section 14.4). `size` is empty for "*". `bytes` is empty if the text is
+/// malformed.
 struct content_range {
   byte_range bytes;
   std::optional<std::uint64_t> size;
@@ -6203,7 +6201,7 @@ struct content_range {
 
 // ---- one request for a file
 
-/// What a transfer is about.
+/// The file to transfer, and the call that asks for it.
 struct transfer_job {
   session& service_session;
   call& user_call;
@@ -6213,10 +6211,11 @@ struct transfer_job {
   const remote_file& remote;
 
   [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
-  /// Whether the md5 of the file is known and to be checked.
+  /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
-  [[nodiscard]] error failure(errc code, const url& source, const std::string& what) const {
-    return error(code, label() + ": " + source.redacted() + " " + what);
+  /// Makes an error: <label>: <address> <problem>.
+  [[nodiscard]] error failure(errc code, const url& address, const std::string& problem) const {
+    return error(code, label() + ": " + address.redacted() + " " + problem);
   }
   [[nodiscard]] error wrong_size(const url& source, std::uint64_t size) const {
     return failure(errc::checksum_mismatch, source,
@@ -6226,27 +6225,27 @@ struct transfer_job {
   [[nodiscard]] error no_thread() const {
     return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
   }
-  /// Asks the service for the file again. errc::protocol_violation if it is another one by now.
+  /// Asks the service for the file again. Returns errc::protocol_violation if the file has changed.
   result<remote_file> ask_again(call& asking_call) const {
     auto fresh = service(service_session, asking_call).find_file(run, name);
     if (!fresh)
       return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
     if (fresh->info.md5 != remote.info.md5 || fresh->info.size != remote.info.size) {
       return error(errc::protocol_violation,
-                   label() + ": the run replaced the file while it was being fetched; try again");
+                   label() + ": the run replaced the file during the download; try again");
     }
     return fresh;
   }
 };
 
-/// Why a request did not bring all of its bytes, and what cures that.
+/// Why a request did not bring all of its bytes, and how the transfer reacts.
 struct setback {
   enum class remedy {
-    none,     // there was no failure, or it is cured: go on
+    none,     // no failure, or already remedied: continue
     retry,    // try again if the error is transient
-    fewer,    // as retry, but the server may want fewer connections
-    whole,    // ranges do not work here: fetch the whole file
-    restart,  // the file is another one by now: fetch it from nothing
+    fewer,    // as retry; the server may accept fewer connections only
+    whole,    // the server does not support ranges: fetch the whole file
+    restart,  // the file has changed: start a new download
   };
   remedy cure = remedy::none;
   std::optional<error> failure = {};
@@ -6254,10 +6253,10 @@ struct setback {
   explicit operator bool() const { return failure.has_value(); }
 };
 
-/// Takes the response to one request for a file.
+/// Receives the response to one request for a file.
 class response_taker {
  public:
-  /// A connection to the file's server stands.
+  /// Reports an established connection to the file's server.
   virtual void connected() {}
   /// Checks the head of a response of status 200 or 206.
   virtual setback begin(const http_response& head, const url& source) = 0;
@@ -6271,7 +6270,7 @@ class response_taker {
   ~response_taker() = default;
 };
 
-/// Requests a file from wherever it is, with the entity that the first response had. Thread-safe.
+/// Requests parts of a file from its final address. All parts have the entity tag of the first response. Thread-safe.
 class file_source {
  public:
   file_source(const transfer_job& job, const url& service_address)
@@ -6281,20 +6280,19 @@ class file_source {
           return url::parse(fresh->address);
         }) {}
 
-  /// What came of a request.
   struct outcome {
     setback problem = {};
-    url address = {};        // where the redirects led
-    bool has_ended = false;  // a response of status 200 or 206 came to its end
+    url address = {};        // the last address, after redirects
+    bool has_ended = false;  // the transport delivered a response of status 200 or 206 to its end
   };
-  /// Makes one request for the bytes from `begin` on; up to `end`, or up to the end of the file if `end` is 0. A request
-  /// for the whole file has no Range. `address_found` is called when the redirects have led away from the service.
+  /// Makes one request for a range. An `end` of 0 stands for the end of the file; {0, 0} requests the whole file, without a
+  /// Range field. Calls `address_found` when redirects have led away from the service.
   outcome fetch(call& asking_call, byte_range range, std::function<bool()> is_cancelled,
                 response_taker& taker, const std::function<void()>& address_found = {});
 
-  /// Whether a later response may continue an earlier one without an md5 (RFC 9110, section 15.3.7.3).
+  /// Whether parts of several responses may be combined without an md5 (RFC 9110, section 15.3.7.3).
   [[nodiscard]] bool is_pinned() const { return !entity_.strong_tag().empty(); }
-  /// The transfer starts over: the next response may be of another entity.
+  /// Accepts any entity tag from the next response. Call when the transfer starts over.
   void start_over() { entity_.reset(); }
 
  private:
@@ -6309,7 +6307,7 @@ class file_source {
   entity_pin entity_;
 };
 
-/// Between the session and the taker: notes the address and the entity of a response.
+/// Stands between the session and a response_taker. Checks the entity tag, and reports the address of the response.
 class file_source::guard final : public body_sink {
  public:
   guard(file_source& source, const file_location::lease& lease, const url& address, response_taker& taker)
@@ -6375,7 +6373,7 @@ inline file_source::outcome file_source::fetch(call& asking_call, byte_range ran
   const auto got = job_.service_session.send(
       job_.user_call, std::move(request), *authorization, sink, now.address, [&](const url& hop) {
         if (!address_found || (base && under_base(*base, hop))) return;
-        location_.found(*lease, hop);  // other connections need not wait for the response
+        location_.found(*lease, hop);  // now, so that other connections do not wait for the response
         address_found();
       });
   if (sink.is_other_entity()) {
@@ -6404,7 +6402,7 @@ inline setback file_source::refused(const file_location::lease& lease, const ans
   const auto& base = job_.service_session.base;
   const bool is_own =
       base && under_base(*base, address) && address.str() == lease.address.str() && lease.is_resolving;
-  // Some stores answer 400 to an expired signature, and name it in the body. A node that has lost the file answers 404.
+  // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
   const bool has_expired = status == 401 || status == 403 || status == 410 ||
                            (status == 404 && location_.was_served()) ||
                            (status == 400 && contains_ignoring_case(got.body, "expired"));
@@ -6421,8 +6419,8 @@ inline setback file_source::refused(const file_location::lease& lease, const ans
   return {failure.is_transient() ? remedy::fewer : remedy::retry, failure};
 }
 
-/// A response had another entity tag. Either the run has replaced the file, or its servers have tags of their own: the
-/// service knows. In the second case the md5 decides; without one, the parts cannot be combined.
+/// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
+/// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
 inline setback file_source::other_entity(call& asking_call, const url& address) {
   using remedy = setback::remedy;
   const auto same = job_.ask_again(asking_call);
@@ -6440,12 +6438,12 @@ inline setback file_source::other_entity(call& asking_call, const url& address) 
 
 // ---- transfers
 
-/// What the two kinds of transfer share: the end, the limits, and the reports to the caller.
+/// The base of both kinds of transfer: supervises the threads, enforces the limits, reports progress.
 class transfer {
  public:
   transfer(const transfer&) = delete;
   transfer& operator=(const transfer&) = delete;
-  /// The file is another one than when the transfer began.
+  /// Whether the run has replaced the file since the transfer began.
   [[nodiscard]] bool is_replaced() const { return is_replaced_; }
 
  protected:
@@ -6473,7 +6471,7 @@ class transfer {
     received_before_ = received;
     pace_ = pace_ == 0 ? lately : 0.8 * pace_ + 0.2 * lately;
   }
-  /// Tells the retry clock of progress, if `arrived`, the bytes that are here, has grown. Returns the most there were.
+  /// Reports progress to the retry clock if `arrived`, the number of bytes present, has a new maximum. Returns the maximum.
   std::uint64_t advance(std::uint64_t arrived) {
     if (arrived > arrived_) retries_.progressed(arrived - arrived_);
     return arrived_ = (std::max)(arrived_, arrived);
@@ -6486,27 +6484,27 @@ class transfer {
   transfer_state state_;
   progress_reporter reporter_;
   std::atomic<bool> is_replaced_{false};
-  std::atomic<double> pace_{0};  // bytes a second that arrive
+  std::atomic<double> pace_{0};  // of all connections together, in bytes a second
 
  private:
-  std::uint64_t received_before_ = 0;  // bytes, at the last tick
-  std::uint64_t arrived_ = 0;          // bytes
+  std::uint64_t received_before_ = 0;  // `received` of the last measure()
+  std::uint64_t arrived_ = 0;          // the maximum, in bytes
 };
 
-/// A file of known size and md5: fetched in ranges by several connections, hashed while it arrives.
+/// Transfers a file of known size and md5: several connections fetch ranges while the digest_follower hashes.
 class ranged_transfer final : public transfer {
  public:
   ranged_transfer(const transfer_job& job, partial_file& destination, const url& service_address)
       : transfer(job, destination, service_address), table_(destination),
         plan_(connections(), destination.size(), table_.missing()), digest_(destination, table_, state_) {}
-  ~ranged_transfer() { end(); }  // also where the caller's on_progress throws
+  ~ranged_transfer() { end(); }  // on_progress may have thrown
 
-  /// Fetches what is missing. Returns the md5 of the whole file.
+  /// Fetches the missing blocks. Returns the md5 of the whole file.
   result<std::string> run();
 
  private:
   class range_taker;
-  static constexpr int patience = 3;  // failures in a row after which the server may want fewer connections
+  static constexpr int patience = 3;  // failures of a connection before the transfer tries with fewer
   static constexpr int most_connections = 64;
 
   [[nodiscard]] std::size_t connections() const {
@@ -6530,10 +6528,10 @@ class ranged_transfer final : public transfer {
   range_plan plan_;
   clock::time_point touched_ = clock::now();
   digest_follower digest_;
-  std::vector<thread> workers_;  // last: joined before anything they use is destroyed
+  std::vector<thread> workers_;  // last: joined before the members that they use are destroyed
 };
 
-/// Checks a response against the range that was asked for, and stores its bytes.
+/// Checks a response against the requested range, and stores its bytes.
 class ranged_transfer::range_taker final : public response_taker {
  public:
   static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
@@ -6548,7 +6546,7 @@ class ranged_transfer::range_taker final : public response_taker {
     transfer_.plan_.responded(connection_, clock::now());
     const std::string* field = head.header("Content-Range");
     const auto range = content_range::parse(field != nullptr ? *field : "");
-    // Some stores answer 200 to a range. The Content-Range tells such a part from the whole file.
+    // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
     if (head.status == 206 || (is_range_ && range.bytes.end != 0)) return begin_part(range, field, source);
     return begin_whole(head, source);
   }
@@ -6575,16 +6573,16 @@ class ranged_transfer::range_taker final : public response_taker {
   }
 
   [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
-  /// More bytes came than were promised or are still wanted.
+  /// Whether more bytes arrived than the response announced or the range has.
   [[nodiscard]] bool is_surplus() const { return is_surplus_; }
-  /// A shorter range than asked for has come whole (RFC 9110, section 15.3.7), and is long enough to ask for the rest.
+  /// Whether the response is complete but a part of the requested range (RFC 9110, section 15.3.7), at least a block long.
   [[nodiscard]] bool is_short() const {
     return cursor_.position == promised_end_ && cursor_.position >= begin_ + partial_file::block;
   }
 
  private:
-  [[nodiscard]] setback violation(const url& source, const std::string& what) const {
-    return {setback::remedy::whole, transfer_.job_.failure(errc::protocol_violation, source, what)};
+  [[nodiscard]] setback violation(const url& source, const std::string& problem) const {
+    return {setback::remedy::whole, transfer_.job_.failure(errc::protocol_violation, source, problem)};
   }
   /// RFC 9110, section 15.3.7.
   [[nodiscard]] setback begin_part(const content_range& range, const std::string* field, const url& source) {
@@ -6597,7 +6595,7 @@ class ranged_transfer::range_taker final : public response_taker {
     promised_end_ = range.bytes.end;
     return {};
   }
-  /// A server that ignores Range sends everything from the start: this connection takes it.
+  /// Prepares for the whole file. If the server has ignored Range, this connection becomes the only one.
   [[nodiscard]] setback begin_whole(const http_response& head, const url& source) {
     const std::uint64_t size = transfer_.file_.size();
     const std::string* field = head.header("Content-Length");
@@ -6618,7 +6616,7 @@ class ranged_transfer::range_taker final : public response_taker {
   range_plan::cursor& cursor_;
   const byte_range asked_;
   const bool is_range_;
-  std::uint64_t begin_, promised_end_;  // of the response's bytes
+  std::uint64_t begin_, promised_end_;  // the range that the response announces
   std::string& buffer_;
   std::optional<error> disk_problem_;
   bool is_surplus_ = false;
@@ -6626,7 +6624,7 @@ class ranged_transfer::range_taker final : public response_taker {
 
 inline result<std::string> ranged_transfer::run() {
   static_assert(range_plan::smallest_share >= range_taker::chunk,
-                "a connection's buffer must not reach into the half that another connection takes over");
+                "a buffer must not reach into the half of a range that another connection takes over");
   const bool is_followed = digest_.start();
   if (table_.is_complete()) {
     state_.complete();
@@ -6673,7 +6671,7 @@ inline void ranged_transfer::end() {
 inline void ranged_transfer::tick(phase now) {
   plan_.measure(reporter_.elapsed());
   measure(plan_.received());
-  // Buffered bytes count. A connection that loses its range to another loses them: that is not reported.
+  // Count buffered bytes. A take-over discards some of them: advance() keeps the reported number from falling.
   const auto arrived = advance((std::min)(table_.present() + plan_.buffered(), file_.size()));
   if (now == phase::verifying && clock::now() - touched_ > std::chrono::seconds(partial_file::quiet / 6)) {
     touched_ = clock::now();
@@ -6682,7 +6680,7 @@ inline void ranged_transfer::tick(phase now) {
   reporter_.report(now, now == phase::verifying ? digest_.hashed() : arrived, file_.size(), pace_);
 }
 
-/// Stores the buffer of a connection, which begins where the stored part of its range ends.
+/// Stores the buffer of a connection. The buffer begins at the end of the stored part of the range.
 inline result<void> ranged_transfer::flush(std::size_t connection, std::string& buffer) {
   if (buffer.empty()) return {};
   const auto begin = plan_.stored(connection);
@@ -6692,7 +6690,7 @@ inline result<void> ranged_transfer::flush(std::size_t connection, std::string& 
   return {};
 }
 
-/// Stores the whole blocks of the buffer when a connection ends: only whole blocks can be recorded.
+/// Stores the complete blocks in the buffer when a connection gives its range up: the record has complete blocks only.
 inline void ranged_transfer::flush_whole_blocks(std::size_t connection, std::string& buffer) {
   const auto stored = plan_.stored(connection);
   const auto end = (std::min)(stored + buffer.size(), plan_[connection].end.load());
@@ -6715,7 +6713,7 @@ inline void ranged_transfer::work(std::size_t connection) {
   }
 }
 
-/// Waits for a range to fetch. Returns false when there is nothing more to do.
+/// Waits for a range to fetch. Returns false when the transfer is complete or stopped.
 inline bool ranged_transfer::wait_for_range(std::size_t connection) {
   while (!is_over()) {
     if (table_.is_complete()) {
@@ -6723,7 +6721,7 @@ inline bool ranged_transfer::wait_for_range(std::size_t connection) {
       state_.complete();
       return false;
     }
-    // The first two connections work in any case: they may hold the range that the digest waits for.
+    // Never hold up the first two connections: the digest may wait for their ranges.
     const bool is_needed = connection < 2 || !digest_.is_behind(pace_);
     if (is_needed && plan_.assign(connection, clock::now())) return true;
     state_.wait(milliseconds(20));
@@ -6731,8 +6729,8 @@ inline bool ranged_transfer::wait_for_range(std::size_t connection) {
   return false;
 }
 
-/// Fetches the connection's range, with as many requests as it takes. Returns early if another connection takes the range
-/// over, or if the server wants fewer connections: then after `park_time`, which grows.
+/// Fetches the connection's range with as many requests as necessary. Returns early if another connection takes the range
+/// over. If the server seems to want fewer connections, returns the range, waits for `park_time` and doubles that.
 inline void ranged_transfer::fetch_range(std::size_t connection, std::string& buffer,
                                          milliseconds& park_time) {
   using remedy = setback::remedy;
@@ -6747,17 +6745,17 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
     if (!now || is_over()) continue;
     if (now.cure == remedy::whole && plan_.use_whole(connection)) continue;
     if (now.cure == remedy::restart) is_replaced_ = true;
-    // A try that brought a block or more is followed by the next at once. Waiting is for tries that bring nothing.
-    const bool has_brought = plan_.is_whole() ? table_.present() >= present + partial_file::block
-                                              : cursor.position >= position + partial_file::block;
-    if (has_brought && now.failure->is_transient()) {
+    // Retry at once if the try has brought at least a block.
+    const bool has_progress = plan_.is_whole() ? table_.present() >= present + partial_file::block
+                                               : cursor.position >= position + partial_file::block;
+    if (has_progress && now.failure->is_transient()) {
       tries.reset();
       continue;
     }
     const bool is_last_try = !now.failure->is_transient() || tries.failures() + 1 >= patience;
     if (now.cure == remedy::fewer && is_last_try && received_by_others() != others_before &&
         plan_.park(connection)) {
-      // The other connections get on: the server wants fewer. Perhaps not for long.
+      // The other connections received bytes meanwhile: the server may limit their number. Try again later.
       flush_whole_blocks(connection, buffer);
       plan_.release(connection);
       state_.wait(park_time);
@@ -6783,7 +6781,7 @@ inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffe
   call inner(job_.user_call, state_.stop_flag());
   const byte_range asked = plan_.request(connection, clock::now());
   if (asked.size() == 0) return {};      // another connection has taken the range over
-  if (asked.begin == 0) buffer.clear();  // the whole file, perhaps again
+  if (asked.begin == 0) buffer.clear();  // the whole file: earlier bytes will arrive again
   range_taker taker(*this, connection, asked, buffer);
   const auto now = source_.fetch(
       inner, asked.size() < file_.size() ? asked : byte_range(),
@@ -6801,15 +6799,15 @@ inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffe
                        "ended " + std::to_string(cursor.end - cursor.position) + " bytes early")};
 }
 
-/// A file whose size or md5 is not known: fetched by one connection, because ranges cannot be verified together. It is
-/// hashed as it arrives if the md5 is known.
+/// Transfers a file of unknown size or md5: one connection fetches it, because ranges could not be verified together. Hashes
+/// the bytes as they arrive if the md5 is known.
 class stream_transfer final : public transfer {
  public:
   stream_transfer(const transfer_job& job, partial_file& destination, const url& service_address)
       : transfer(job, destination, service_address), total_(job.remote.info.size) {}
   ~stream_transfer() { end(); }
 
-  /// Fetches the file. Returns its md5, or "" if there is none to compare it with.
+  /// Fetches the file. Returns its md5, or "" if it is not verified.
   result<std::string> run();
 
  private:
@@ -6820,9 +6818,9 @@ class stream_transfer final : public transfer {
   void start_over();
   [[nodiscard]] setback shorter(const url& source) const {
     return {setback::remedy::restart,
-            job_.failure(errc::protocol_violation, source, "became shorter while it was being fetched")};
+            job_.failure(errc::protocol_violation, source, "became shorter during the download")};
   }
-  /// Whether the md5 proves that the bytes that are here are the whole file.
+  /// Whether the md5 proves that all bytes have arrived.
   [[nodiscard]] bool is_proved() const {
     return job_.is_verified() && md5(hash_).finish() == job_.remote.info.md5;
   }
@@ -6832,11 +6830,11 @@ class stream_transfer final : public transfer {
   }
 
   std::atomic<std::uint64_t> received_{0};  // bytes of all responses
-  std::atomic<std::uint64_t> position_{0};  // the next byte to arrive
-  // The worker's alone:
+  std::atomic<std::uint64_t> position_{0};  // offset of the next byte to arrive
+  // Only the worker uses the next two.
   md5 hash_;                            // of the bytes before `position_`
-  std::optional<std::uint64_t> total_;  // the size of the file, once something tells it
-  thread worker_;                       // last: joined before anything it uses is destroyed
+  std::optional<std::uint64_t> total_;  // the file's size, from the service or a response; empty if unknown
+  thread worker_;                       // last: joined before the members that it uses are destroyed
 };
 
 /// Checks a response and appends its bytes to the file.
@@ -6852,11 +6850,11 @@ class stream_transfer::stream_taker final : public response_taker {
         return violation(source, "answers 206 without a range that was asked for");
       if (range.bytes.begin != transfer_.position_)
         return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
-      if (!range.size) return violation(source, "does not say how long the file is");
+      if (!range.size) return violation(source, "does not tell the size of the file");
       return check_total(range.size, source);
     }
     if (transfer_.position_ > 0) {
-      // The whole file again. With an md5 the bytes that are here count; without one the new response does.
+      // The response has the whole file. With an md5, skip the bytes already present; without one, start over.
       if (transfer_.job_.is_verified()) {
         skipped_ = transfer_.position_;
       } else {
@@ -6885,27 +6883,27 @@ class stream_transfer::stream_taker final : public response_taker {
   }
 
   [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
-  /// More bytes came than were promised.
+  /// Whether more bytes arrived than the file has.
   [[nodiscard]] bool is_surplus() const { return is_surplus_; }
-  /// The response ended before it reached the bytes that are here already.
+  /// Whether the response ended before the end of the bytes that were present already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
 
  private:
-  [[nodiscard]] setback violation(const url& source, const std::string& what) const {
-    return {setback::remedy::retry, transfer_.job_.failure(errc::protocol_violation, source, what)};
+  [[nodiscard]] setback violation(const url& source, const std::string& problem) const {
+    return {setback::remedy::retry, transfer_.job_.failure(errc::protocol_violation, source, problem)};
   }
-  [[nodiscard]] setback check_total(std::optional<std::uint64_t> told, const url& source) {
-    if (!told) return {};
-    if (transfer_.job_.remote.info.size && *told != *transfer_.job_.remote.info.size)
-      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *told)};
-    if (*told < transfer_.position_) return transfer_.shorter(source);
-    transfer_.total_ = told;
+  [[nodiscard]] setback check_total(std::optional<std::uint64_t> size, const url& source) {
+    if (!size) return {};
+    if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
+      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *size)};
+    if (*size < transfer_.position_) return transfer_.shorter(source);
+    transfer_.total_ = size;
     return {};
   }
 
   stream_transfer& transfer_;
   const bool is_range_;
-  std::uint64_t skipped_ = 0;  // bytes that are here already, and come again
+  std::uint64_t skipped_ = 0;  // bytes still to skip: they are present already
   std::optional<error> disk_problem_;
   bool is_surplus_ = false;
 };
@@ -6934,17 +6932,17 @@ inline void stream_transfer::start_over() {
 inline void stream_transfer::work() {
   using remedy = setback::remedy;
   backoff tries(job_.user_call, retries_);
-  std::uint64_t furthest = 0;  // of all tries
+  std::uint64_t furthest = 0;  // the highest position of all tries
   while (!state_.is_stopped() && !state_.is_complete()) {
     const setback now = fetch();
     if (!now || state_.is_stopped()) continue;
     is_replaced_ = now.cure == remedy::restart;
     if (now.failure->is_transient()) {
-      // All bytes may have come although the response did not end as it should. Only the md5 can tell.
+      // All bytes may have arrived although the response did not end properly. Only the md5 can tell.
       if (is_proved()) return state_.complete();
       if (position_ >= furthest + partial_file::block) {
         furthest = position_;
-        tries.reset();  // a try that brought bytes is followed by the next at once
+        tries.reset();  // retry at once: the try has brought at least a block
         continue;
       }
     }
@@ -6954,7 +6952,7 @@ inline void stream_transfer::work() {
   }
 }
 
-/// Makes one request for the rest of the file. Completes the transfer if the response ended as it should.
+/// Makes one request for the rest of the file. Completes the transfer if the response ended properly.
 inline setback stream_transfer::fetch() {
   using remedy = setback::remedy;
   call inner(job_.user_call, state_.stop_flag());
@@ -6981,8 +6979,7 @@ inline setback stream_transfer::fetch() {
   return {};
 }
 
-/// Brings the content of a file into a partial file and checks it. One object makes one try: from the blocks that are
-/// present, or from nothing.
+/// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Use an object once.
 class download {
  public:
   download(session& service_session, call& user_call, const run_path& run, const std::string& name,
@@ -6998,9 +6995,9 @@ class download {
     if (remote_.info.size && job_.is_verified()) return run_as<ranged_transfer>(destination, *address);
     return run_as<stream_transfer>(destination, *address);
   }
-  /// The file is another one than when the download began: worth another start from nothing.
+  /// Whether the run has replaced the file since the download began: then start a new download.
   [[nodiscard]] bool entity_changed() const { return entity_changed_; }
-  /// All bytes arrived, and have another md5.
+  /// Whether all bytes arrived, with a wrong md5.
   [[nodiscard]] bool content_wrong() const { return content_wrong_; }
 
  private:

@@ -145,7 +145,7 @@ TEST_SUITE("run path") {
           "https://wandb.ai/e/p/runs/%2f", "https://wandb.ai/e/%0a/runs/r", "https://wandb.ai/e/%zz/runs/r",
           "https://wandb.ai/e/p?x=/e/p/runs/r"}) {
       CAPTURE(text);
-      CHECK(contains(failure(text), "no run's address"));
+      CHECK(contains(failure(text), "not the address of a run"));
     }
     for (const std::string_view text :
          {"ftp://wandb.ai/e/p/runs/r/", "wandb.ai/e/p/x/s/x", "q/e/p/runs/r", "my.team/p/runs/r/overview"}) {
