@@ -606,16 +606,16 @@ struct settings {
 
   proxy_settings http_proxy = {};   ///< for http addresses
   proxy_settings https_proxy = {};  ///< for https addresses, through CONNECT
-  std::filesystem::path ca_file =
-      {};  ///< PEM bundle; if ca_directory is empty too, the system's certificates
+  /// CA certificates in a PEM file. If this and ca_directory are empty, the system's CA certificates are used.
+  std::filesystem::path ca_file = {};
   /// Directories of certificates with hashed names (openssl rehash), separated by ':' (Windows: ';').
   std::filesystem::path ca_directory = {};
   bool verify_tls = true;  ///< false accepts any certificate, with a warning
 
   /// Sent with requests to base_url only; a Proxy-Authorization is sent to the proxy only.
   http_headers extra_headers = {};
-  std::string username = {};    ///< X-WANDB-USERNAME of requests to the service
-  std::string user_email = {};  ///< X-WANDB-USER-EMAIL of requests to the service
+  std::string username = {};    ///< X-WANDB-USERNAME in GraphQL requests
+  std::string user_email = {};  ///< X-WANDB-USER-EMAIL in GraphQL requests
   std::string user_agent = "wandb_restore.hpp/" WANDB_RESTORE_VERSION;  ///< the User-Agent of all requests
 
   /// Receives warnings (insecure TLS, unreadable settings files). Must not throw. May be called concurrently, from
