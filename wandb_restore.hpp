@@ -4473,23 +4473,21 @@ class retry_clock {
     last_failure_.reset();
     return true;
   }
-  /// Counts a failure. Returns the time that is left for another try.
-  milliseconds failed(const error& failure) {
+  /// Counts a failure. Returns the time that is left for another try; if there shall be none, the failure with the number of
+  /// tries, the time and a remedy.
+  result<milliseconds> failed(const error& failure) {
     const std::lock_guard<std::mutex> guard(mutex_);
     ++failures_;
     last_failure_ = failure;
-    return (std::max)(limit() - spent(), milliseconds(0));
+    const milliseconds left = limit() - spent();
+    if (failure.retry_after() < left) return left;
+    return gave_up(failure);
   }
-  /// Returns the last failure; the text adds the number of tries, the time and a remedy.
-  [[nodiscard]] error gave_up() const {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    return gave_up_locked();
-  }
-  /// Returns gave_up() if the time is used up and the last try failed.
+  /// Returns the error to give up with if the time is used up and the last try failed.
   [[nodiscard]] std::optional<error> expired() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (!last_failure_ || spent() < limit()) return std::nullopt;
-    return gave_up_locked();
+    return gave_up(*last_failure_);
   }
 
  private:
@@ -4499,8 +4497,7 @@ class retry_clock {
   [[nodiscard]] milliseconds spent() const {
     return std::chrono::duration_cast<milliseconds>(clock::now() - since_);
   }
-  [[nodiscard]] error gave_up_locked() const {
-    const error& failure = *last_failure_;
+  [[nodiscard]] error gave_up(const error& failure) const {
     std::string text = failure.what();
     if (failure.retry_after().count() > 0)
       text += "; the server asks to wait " + seconds_text(failure.retry_after());
@@ -4541,11 +4538,10 @@ class backoff {
   [[nodiscard]] result<milliseconds> after(const error& failure) {
     if (call_.cancelled()) return call_.why_cancelled();
     if (!failure.is_transient()) return failure;
-    const milliseconds left = clock_.failed(failure);
+    const auto left = clock_.failed(failure);
     const milliseconds ceiling((std::min)(30000, 500 << (std::min)(tries_++, 6)));
-    if (failure.retry_after() < left)
-      return (std::max)((std::min)(jitter(ceiling), left), failure.retry_after());
-    return clock_.gave_up();
+    if (!left) return left;
+    return (std::max)((std::min)(jitter(ceiling), *left), failure.retry_after());
   }
   /// Waits for the next try. Returns the error to give up with if there shall be none.
   [[nodiscard]] std::optional<error> wait_after(const error& failure) {
@@ -5676,7 +5672,7 @@ class range_plan {
     slot& asking = slots_[connection];
     if (whole_) {
       if (is_any_busy() || stored_everything_) return false;
-      start(asking, {0, file_size_}, false);
+      start(asking, {0, file_size_}, 0);
       return true;
     }
     if (!gaps_.empty()) {
@@ -5685,7 +5681,7 @@ class range_plan {
       const byte_range range{gap.begin, gap.begin + (std::min)(gap.size(), piece(asking))};
       gap.begin = range.end;
       if (gap.size() == 0) gaps_.pop_back();
-      start(asking, range, false);
+      start(asking, range, 0);
       return true;
     }
     return take_over(asking, now);
@@ -5704,7 +5700,7 @@ class range_plan {
     if (!asking.is_busy || !asking.range.is_wanted()) return {};
     asking.asked = now;
     asking.is_waiting = true;
-    if (whole_) start(asking, {0, file_size_}, false);  // the response will begin at offset 0 again
+    if (whole_) start(asking, {0, file_size_}, 0);  // the response will begin at offset 0 again
     return {asking.range.position, asking.range.end};
   }
   /// Call when the connection to the server is established: the delay starts now.
@@ -5718,12 +5714,13 @@ class range_plan {
     slot& asking = slots_[connection];
     asking.delay = std::chrono::duration<double>(now - asking.asked).count();
     asking.is_waiting = false;
+    asking.is_receiving = true;
     asking.measured = asking.range.received;
   }
   /// Call after each request, also a failed one.
   void ended(std::size_t connection) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    slots_[connection].is_waiting = false;
+    slots_[connection].is_waiting = slots_[connection].is_receiving = false;
   }
   /// Call when the bytes of the connection's range before `offset` are on disk and recorded.
   void stored(std::size_t connection, std::uint64_t offset) {
@@ -5742,19 +5739,18 @@ class range_plan {
     if (releasing.is_busy && !whole_ && rest.begin < rest.end) gaps_.push_back(rest);
     releasing.is_busy = false;
   }
-  /// Call when the server does not support ranges: from now on one connection fetches the whole file, `connection` first.
-  /// Returns false if that has been so before.
+  /// Call when a request for a range has shown that ranges do not work: from now on one connection fetches the whole file.
+  /// Returns false if `connection` was that connection already: then the whole file cannot be fetched either.
   bool use_whole(std::size_t connection) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    const bool is_new = !std::exchange(whole_, true);
-    gaps_.clear();
-    for (slot& each : slots_) {
-      if (&each == &slots_[connection]) continue;
-      revoke(each, each.range.position);
-      each.is_busy = false;
-    }
-    start(slots_[connection], {0, file_size_}, false);
-    return is_new;
+    if (whole_) return !slots_[connection].is_busy;
+    start_whole(slots_[connection]);
+    return true;
+  }
+  /// Call when a server answers a request for a range with the whole file: the connection takes it.
+  void take_whole(std::size_t connection) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    start_whole(slots_[connection]);
   }
   [[nodiscard]] bool is_whole() const {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -5767,6 +5763,14 @@ class range_plan {
     gaps_.clear();
   }
 
+  /// Whether another connection receives the body of a response.
+  [[nodiscard]] bool is_another_receiving(std::size_t connection) const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    for (const slot& each : slots_) {
+      if (&each != &slots_[connection] && each.is_busy && each.is_receiving) return true;
+    }
+    return false;
+  }
   /// Takes a connection out of use because the server seems to want fewer. Returns false for the last one in use.
   bool park(std::size_t connection) {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -5817,19 +5821,29 @@ class range_plan {
     double pace = -1;            // bytes a second; negative: unknown
     double delay = -1;           // seconds from the last request to its response; negative: unknown
     clock::time_point asked{};
-    bool is_waiting = false;  // for the first byte of a response
+    bool is_waiting = false;    // for the first byte of a response
+    bool is_receiving = false;  // the body of a response
     bool is_busy = false;
-    bool was_taken_over = false;  // the range was another connection's: do not take it over again as a whole
+    int takeovers = 0;  // how often the whole range was taken over from another connection
     bool is_parked = false;
   };
 
-  static void start(slot& connection, byte_range range, bool was_taken_over) {
+  static void start(slot& connection, byte_range range, int takeovers) {
     connection.stored = range.begin;
     connection.range.revoked = false;
     connection.range.position = range.begin;
     connection.range.end = range.end;
-    connection.was_taken_over = was_taken_over;
+    connection.takeovers = takeovers;
     connection.is_busy = true;
+  }
+  void start_whole(slot& connection) {
+    whole_ = true;
+    gaps_.clear();
+    for (slot& each : slots_) {
+      revoke(each, each.range.position);
+      each.is_busy = false;
+    }
+    start(connection, {0, file_size_}, 0);
   }
   static void revoke(slot& connection, std::uint64_t end) {
     connection.range.end = end;
@@ -5901,13 +5915,17 @@ class range_plan {
     double longest = 0;  // seconds
     for (slot& each : slots_) {
       if (&each == &asking || !each.is_busy || !each.range.is_wanted()) continue;
-      double left = static_cast<double>(each.range.end - each.range.position) / (std::max)(each.pace, 1.0);
+      const std::uint64_t rest = each.range.end - each.range.position;
+      double left = static_cast<double>(rest) / (std::max)(each.pace, 1.0);
       if (each.is_waiting) {
-        // A connection that waits for a response counts as stalled after twice the longest delay, and 0.25 s.
+        // A connection that waits for a response counts as stalled after twice the longest delay, and 0.25 s; four times as
+        // late after each takeover of its range, so that a store that has become slower gets to answer.
         const double waited = std::chrono::duration<double>(now - each.asked).count();
-        if (waited < 2 * longest_delay() + 0.25) continue;
+        double patience = 2 * longest_delay() + 0.25;
+        for (int i = 0; i < each.takeovers; ++i) patience *= 4;
+        if (waited < patience) continue;
         left = never;
-      } else if (each.pace < 0) {
+      } else if (each.pace < 0 || (each.takeovers > 0 && rest < 2 * smallest_share)) {
         continue;
       }
       if (left > longest) longest = left, slowest = &each;
@@ -5918,15 +5936,14 @@ class range_plan {
     const auto middle = (position + (end - position) / 2 + block - 1) / block * block;
     if (longest < never && end - position >= 2 * smallest_share) {
       revoke(*slowest, middle);
-      start(asking, {middle, end}, false);
+      start(asking, {middle, end}, 0);
       return true;
     }
-    if (slowest->was_taken_over) return false;
     const byte_range rest{slowest->stored, end};
     const double alone = static_cast<double>(rest.size()) / (std::max)(asking.pace, 1.0) + delay;
     if (longest < 2 * alone) return false;  // too little gain for fetching the unstored bytes twice
     revoke(*slowest, rest.begin);
-    start(asking, rest, true);
+    start(asking, rest, slowest->takeovers + 1);
     return true;
   }
 
@@ -5987,19 +6004,23 @@ class block_table {
         claims.back().end = i + 1;
       }
     }
+    result<void> stored;
     for (const byte_range& claim : claims) {
       const auto begin = claim.begin * block, until = (std::min)(claim.end * block, end);
       const auto part =
           bytes.substr(static_cast<std::size_t>(begin - offset), static_cast<std::size_t>(until - begin));
-      if (auto written = file_.write(begin, part); !written) return written;
+      if (stored) stored = file_.write(begin, part);
     }
     const std::lock_guard<std::mutex> guard(mutex_);
     for (const byte_range& claim : claims) {
-      if (auto recorded = file_.record(claim.begin, claim.end); !recorded) return recorded;
-      for (auto i = claim.begin; i < claim.end; ++i) present_ += size_of(i);
+      if (stored) stored = file_.record(claim.begin, claim.end);
+      for (auto i = claim.begin; i < claim.end; ++i) {
+        if (stored) present_ += size_of(i);
+        claimed_[static_cast<std::size_t>(i)] = stored.has_value();
+      }
     }
     advance();
-    return {};
+    return stored;
   }
 
   /// Returns the number of bytes on disk.
@@ -6069,7 +6090,8 @@ class digest_follower {
   /// processor time from the digest.
   [[nodiscard]] bool is_behind(double bytes_per_second) const {
     constexpr std::uint64_t backlog = 64 * 1024 * 1024;
-    return is_started_ && bytes_per_second > pace_ && table_.frontier() - hashed_ > backlog;
+    const std::uint64_t hashed = hashed_;
+    return is_started_ && bytes_per_second > pace_ && table_.frontier() > hashed + backlog;
   }
   /// Returns 32 lower-case hex digits, or "" if the thread ended early. Call after join().
   [[nodiscard]] const std::string& digest() const { return digest_; }
@@ -6372,6 +6394,11 @@ class file_source {
 
   /// Whether parts of several responses may be combined without an md5 (RFC 9110, section 15.3.7.3).
   [[nodiscard]] bool is_pinned() const { return !entity_.strong_tag().empty(); }
+  /// Whether a response has the strong entity tag of the first one.
+  [[nodiscard]] bool is_pinned_to(const http_response& head) const {
+    const std::string* tag = head.header("ETag");
+    return tag != nullptr && is_pinned() && *tag == entity_.strong_tag();
+  }
   /// Accepts any entity tag from the next response. Call when the transfer starts over.
   void start_over() { entity_.reset(); }
 
@@ -6462,7 +6489,7 @@ inline file_source::outcome file_source::fetch(call& asking_call, byte_range ran
     now.problem = sink.problem();
   } else if (!got) {
     now.problem = {remedy::fewer, got.error()};
-    if (!sink.has_body()) location_.forget(*lease);
+    if (!sink.has_body() && got.error().code() != errc::cancelled) location_.forget(*lease);
   } else if (got->head.status != 200 && got->head.status != 206) {
     now.problem = refused(*lease, *got, now.address, is_range, *authorization);
   } else {
@@ -6553,8 +6580,10 @@ class transfer {
   }
   /// Reports progress to the retry clock if `arrived`, the number of bytes present, has a new maximum. Returns the maximum.
   std::uint64_t advance(std::uint64_t arrived) {
-    if (arrived > arrived_) retries_.progressed(arrived - arrived_);
-    return arrived_ = (std::max)(arrived_, arrived);
+    std::uint64_t before = arrived_;
+    while (before < arrived && !arrived_.compare_exchange_weak(before, arrived)) {}
+    if (before < arrived) retries_.progressed(arrived - before);
+    return (std::max)(before, arrived);
   }
 
   const transfer_job& job_;
@@ -6567,8 +6596,8 @@ class transfer {
   std::atomic<double> pace_{0};  // of all connections together, in bytes a second
 
  private:
-  std::uint64_t received_before_ = 0;  // `received` of the last measure()
-  std::uint64_t arrived_ = 0;          // the maximum, in bytes
+  std::uint64_t received_before_ = 0;      // `received` of the last measure()
+  std::atomic<std::uint64_t> arrived_{0};  // the maximum, in bytes
 };
 
 /// Transfers a file of known size and md5: several connections fetch ranges while the digest_follower hashes.
@@ -6624,6 +6653,8 @@ class ranged_transfer::range_taker final : public response_taker {
   void connected() override { transfer_.plan_.connected(connection_, clock::now()); }
   setback begin(const http_response& head, const url& source) override {
     transfer_.plan_.responded(connection_, clock::now());
+    if (cursor_.is_taken_over())
+      return {setback::remedy::none, error(errc::cancelled, "not wanted any more")};
     const std::string* field = head.header("Content-Range");
     const auto range = content_range::parse(field != nullptr ? *field : "");
     // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
@@ -6683,7 +6714,7 @@ class ranged_transfer::range_taker final : public response_taker {
     if (length && *length != size)
       return {setback::remedy::retry, transfer_.job_.wrong_size(source, *length)};
     if (is_range_) {
-      transfer_.plan_.use_whole(connection_);
+      transfer_.plan_.take_whole(connection_);
       buffer_.clear();
       begin_ = 0;
     }
@@ -6722,7 +6753,7 @@ inline result<std::string> ranged_transfer::run() {
   if (job_.user_call.cancelled()) return job_.user_call.why_cancelled();
   std::string digest = digest_.digest();
   if (!is_followed) {
-    digest = md5_of_file(file_.where(), [&](std::uint64_t done) {
+    digest = md5_of_file(file_.content(), [&](std::uint64_t done) {
       if (reporter_.is_due()) reporter_.report(phase::verifying, done, file_.size(), 0);
       return !job_.user_call.cancelled();
     });
@@ -6737,7 +6768,7 @@ inline void ranged_transfer::start_workers() {
   for (std::size_t connection = 0; connection < workers_.size(); ++connection) {
     if (workers_[connection].start([this, connection] { work(connection); })) continue;
     if (connection == 0) state_.fail(job_.no_thread());
-    break;  // fewer connections
+    for (; connection < workers_.size(); ++connection) plan_.park(connection);  // fewer connections
   }
 }
 
@@ -6765,6 +6796,7 @@ inline result<void> ranged_transfer::flush(std::size_t connection, std::string& 
   if (buffer.empty()) return {};
   const auto begin = plan_.stored(connection);
   if (auto stored = table_.store(begin, buffer); !stored) return stored;
+  advance(table_.present());  // although the caller's thread does it too: its on_progress may block
   plan_.stored(connection, begin + buffer.size());
   buffer.clear();
   return {};
@@ -6815,12 +6847,9 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
                                          milliseconds& park_time) {
   using remedy = setback::remedy;
   const auto& cursor = plan_[connection];
-  const auto received_by_others = [&] { return plan_.received() - cursor.received; };
   backoff tries(job_.user_call, retries_);
-  std::uint64_t others_before = 0;
   while (cursor.is_wanted() && !is_over()) {
     const std::uint64_t position = cursor.position, present = table_.present();
-    if (tries.failures() == 0) others_before = received_by_others();
     const setback now = fetch(connection, buffer);
     if (!now || is_over()) continue;
     if (now.cure == remedy::whole && plan_.use_whole(connection)) continue;
@@ -6832,13 +6861,14 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
       tries.reset();
       continue;
     }
-    const bool is_last_try = !now.failure->is_transient() || tries.failures() + 1 >= patience;
-    if (now.cure == remedy::fewer && is_last_try && received_by_others() != others_before &&
+    const bool is_hopeless = !now.failure->is_transient() || tries.failures() + 1 >= patience ||
+                             now.failure->retry_after() > std::chrono::seconds(1);
+    if (now.cure == remedy::fewer && is_hopeless && plan_.is_another_receiving(connection) &&
         plan_.park(connection)) {
-      // The other connections received bytes meanwhile: the server may limit their number. Try again later.
+      // Another connection receives bytes: the server may limit their number. Try again later.
       flush_whole_blocks(connection, buffer);
       plan_.release(connection);
-      state_.wait(park_time);
+      state_.wait((std::max)(park_time, now.failure->retry_after()));
       park_time = (std::min)(park_time * 2, milliseconds(60000));
       return;
     }
@@ -6868,8 +6898,8 @@ inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffe
       [&] { return state_.is_stopped() || cursor.is_taken_over(); }, taker,
       [&] { plan_.address_found(connection, clock::now()); });
   plan_.ended(connection);
-  if (state_.is_stopped() || cursor.is_taken_over()) return {};
   if (taker.disk_problem()) return {remedy::retry, *taker.disk_problem()};
+  if (state_.is_stopped() || cursor.is_taken_over()) return {};
   if (taker.is_surplus())
     return {remedy::whole,
             job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
@@ -6930,7 +6960,16 @@ class stream_transfer::stream_taker final : public response_taker {
         return violation(source, "answers 206 without a range that was asked for");
       if (range.bytes.begin != transfer_.position_)
         return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
+      // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
+      if (!transfer_.job_.is_verified() && !transfer_.source_.is_pinned_to(head)) {
+        return {setback::remedy::whole, transfer_.job_.failure(errc::connection_failed, source,
+                                                               "sends a part without the entity tag")};
+      }
       if (!range.size) return violation(source, "does not tell the size of the file");
+      if (transfer_.total_ && *range.size != *transfer_.total_) {
+        return {setback::remedy::restart, transfer_.job_.failure(errc::protocol_violation, source,
+                                                                 "changed its size while it was fetched")};
+      }
       return check_total(range.size, source);
     }
     if (transfer_.position_ > 0) {
@@ -6959,6 +6998,7 @@ class stream_transfer::stream_taker final : public response_taker {
     }
     if (transfer_.job_.is_verified()) transfer_.hash_.update(bytes);
     transfer_.position_ = position + bytes.size();
+    transfer_.advance(transfer_.position_);
     return true;
   }
 
@@ -7016,7 +7056,7 @@ inline void stream_transfer::work() {
   while (!state_.is_stopped() && !state_.is_complete()) {
     const setback now = fetch();
     if (!now || state_.is_stopped()) continue;
-    is_replaced_ = now.cure == remedy::restart;
+    if (now.cure == remedy::restart) is_replaced_ = true;
     if (now.failure->is_transient()) {
       // All bytes may have arrived although the response did not end properly. Only the md5 can tell.
       if (is_proved()) return state_.complete();

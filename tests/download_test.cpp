@@ -136,6 +136,91 @@ class failing_at_the_end {
   wandb::http_transport real_;
 };
 
+/// A service and its storage in memory, for what no server can be made to do. The service knows one file, "a".
+class memory_store {
+ public:
+  using reply = std::function<wandb::result<wandb::http_response>(int number, const wandb::http_request&,
+                                                                  wandb::body_sink&)>;
+  /// `facts` are further members of the file's node. `storage` answers the requests for the file, counted from 1.
+  memory_store(std::string facts, reply storage) : state_(std::make_shared<state>()) {
+    state_->facts = std::move(facts);
+    state_->storage = std::move(storage);
+  }
+  wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
+    sink.connected();
+    if (request.method == "POST") {
+      return answer(
+          sink, 200, {},
+          R"({"data":{"project":{"run":{"files":{"edges":[{"node":{"name":"a","url":"http://service/f")" +
+              state_->facts + "}}]}}}}}");
+    }
+    if (request.url.find("http://service") == 0) {
+      ++state_->resolved;
+      return answer(sink, 302, {{"Location", "http://storage/f"}}, "");
+    }
+    return state_->storage(++state_->asked, request, sink);
+  }
+  static wandb::result<wandb::http_response> answer(wandb::body_sink& sink, int status,
+                                                    wandb::http_headers fields, std::string_view body) {
+    wandb::http_response head;
+    head.status = status;
+    head.headers = std::move(fields);
+    head.headers.push_back({"Content-Length", std::to_string(body.size())});
+    if (!sink.start(head)) return wandb::error(errc::cancelled, "stopped");
+    for (; !body.empty(); body.remove_prefix((std::min<std::size_t>)(body.size(), 65536)))
+      if (!sink.write(body.substr(0, 65536))) return wandb::error(errc::cancelled, "stopped");
+    return head;
+  }
+  /// The bytes that a request asks for, of `content`.
+  static wandb::result<wandb::http_response> part(const wandb::http_request& request, wandb::body_sink& sink,
+                                                  const std::string& content) {
+    for (const auto& [name, value] : request.headers) {
+      if (name != "Range") continue;
+      const auto first = std::stoull(value.substr(6)), last = std::stoull(value.substr(value.find('-') + 1));
+      return answer(sink, 206,
+                    {{"Content-Range", "bytes " + std::to_string(first) + '-' + std::to_string(last) + '/' +
+                                           std::to_string(content.size())}},
+                    std::string_view(content).substr(first, last - first + 1));
+    }
+    return answer(sink, 200, {}, content);
+  }
+  static bool asks_range(const wandb::http_request& request) {
+    return std::any_of(request.headers.begin(), request.headers.end(),
+                       [](const auto& field) { return field.first == "Range"; });
+  }
+  /// How often the redirect was followed.
+  int resolved() const { return state_->resolved; }
+
+ private:
+  struct state {
+    std::string facts;
+    reply storage;
+    std::atomic<int> asked{0}, resolved{0};
+  };
+  std::shared_ptr<state> state_;
+};
+
+/// Restores "a" from a store in memory.
+struct memory_world {
+  wandb::result<wandb::restored_file> restore(const memory_store& store) {
+    wandb::settings settings;
+    settings.base_url = "http://service";
+    settings.api_key = std::string(40, 'k');
+    settings.retry_timeout = 20s;
+    wandb::restore_options options;
+    options.run_path = "e/p/r";
+    options.root = directory / "root";
+    options.replace = true;
+    options.connections = 4;
+    return wandb::client<memory_store>(settings, store).try_restore("a", options);
+  }
+  static std::string facts(const std::string& content) {
+    return ",\"sizeBytes\":" + std::to_string(content.size()) + ",\"md5\":\"" +
+           stand_in::md5_hex(*stand_in::bytes(content)) + '"';
+  }
+  support::temporary_directory directory;
+};
+
 bool something_hangs(const stand_in::server& server) {
   return server.wait_for([](const auto& now) { return now.counts.stalled > 0; }, 20s);
 }
@@ -1069,7 +1154,7 @@ TEST_SUITE("download: failures") {
     it.settings.total_timeout = 1s;
     it.server.add_fault(target(place::storage).nth(1), act::stall(150'000));
     const auto failure = it.check_failed(it.restore("model.h5"), errc::connection_failed);
-    CHECK(std::string(failure.what()).find("is kept") != std::string::npos);
+    CHECK(std::string(failure.what()).find("resumes from the bytes") != std::string::npos);
     CHECK(it.hidden() == 1);
     it.server.clear_log();
     it.settings.total_timeout = 0ms;
@@ -1318,6 +1403,93 @@ TEST_SUITE("download: cancelled") {
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
     CHECK(it.graphql() == 2);
     CHECK(it.storage_bytes() > large_size);
+  }
+}
+
+TEST_SUITE("download: a store in memory") {
+  TEST_CASE("without an md5, parts of two versions of a file are never combined") {
+    for (const bool has_tag : {false, true}) {
+      CAPTURE(has_tag);
+      const std::string before(200'000, 'x'), after(300'000, 'y');
+      memory_world world;
+      auto got = world.restore(memory_store(
+          "",
+          [&](int number, const wandb::http_request&,
+              wandb::body_sink& sink) -> wandb::result<wandb::http_response> {
+            if (number == 1) {
+              wandb::http_response head;
+              head.status = 200;
+              head.headers = {{"ETag", "\"a\""}, {"Content-Length", "200000"}};
+              if (sink.start(head)) sink.write(std::string_view(before).substr(0, 100'000));
+              return wandb::error(errc::connection_failed, "the connection was lost");
+            }
+            wandb::http_headers fields;
+            if (has_tag) fields = {{"ETag", "\"a\""}};
+            if (number > 2) return memory_store::answer(sink, 200, fields, after);
+            fields.push_back({"Content-Range", "bytes 100000-299999/300000"});
+            return memory_store::answer(sink, 206, fields, std::string_view(after).substr(100'000));
+          }));
+      REQUIRE(got.has_value());
+      CHECK(support::read_file(world.directory / "root" / "a") == after);
+    }
+  }
+
+  TEST_CASE("a long Retry-After for one connection does not end the download while others receive") {
+    const std::string content(32 * MiB, 'x');
+    memory_world world;
+    std::atomic<int> refused{0};
+    const auto got = world.restore(memory_store(
+        world.facts(content), [&](int number, const wandb::http_request& request, wandb::body_sink& sink) {
+          if (number == 6) {
+            ++refused;
+            return memory_store::answer(sink, 429, {{"Retry-After", "3600"}}, "");
+          }
+          return memory_store::part(request, sink, content);
+        }));
+    if (!got) MESSAGE(got.error().what());
+    CHECK(got.has_value());
+    CHECK(refused == 1);
+  }
+
+  TEST_CASE("several connections learn at once that ranges do not work") {
+    const std::string content(32 * MiB, 'x');
+    memory_world world;
+    for (int round = 0; round < 20; ++round) {
+      std::mutex mutex;
+      std::condition_variable changed;
+      int waiting = 0;
+      const auto got = world.restore(memory_store(
+          world.facts(content), [&](int, const wandb::http_request& request, wandb::body_sink& sink) {
+            if (!memory_store::asks_range(request)) return memory_store::part(request, sink, content);
+            {
+              std::unique_lock<std::mutex> held(mutex);
+              ++waiting;
+              changed.notify_all();
+              changed.wait_for(held, 500ms, [&] { return waiting >= 4; });
+            }
+            return memory_store::answer(sink, 416, {}, "");
+          }));
+      if (!got) MESSAGE(got.error().what());
+      REQUIRE(got.has_value());
+    }
+  }
+
+  TEST_CASE("a connection that is silent loses its range, and the address stays known") {
+    const std::string content(32 * MiB, 'x');
+    memory_world world;
+    std::atomic<int> silent{0};
+    memory_store store(world.facts(content),
+                       [&](int number, const wandb::http_request& request,
+                           wandb::body_sink& sink) -> wandb::result<wandb::http_response> {
+                         if (number != 6) return memory_store::part(request, sink, content);
+                         ++silent;
+                         while (!request.cancelled()) std::this_thread::yield();
+                         return wandb::error(errc::cancelled, "cancelled");
+                       });
+    const auto got = world.restore(store);
+    CHECK(got.has_value());
+    CHECK(silent == 1);
+    CHECK(store.resolved() == 1);
   }
 }
 

@@ -291,7 +291,9 @@ TEST_SUITE("range plan") {
     REQUIRE(plan.assign(0, start + 4s));  // more than twice the delay of others: it counts as stalled
     CHECK(plan[1].is_taken_over());
     (void)plan.request(0, start + 4s);
-    CHECK_FALSE(plan.assign(1, start + 100s));  // a range is taken over at most once
+    plan.release(1);
+    CHECK_FALSE(plan.assign(1, start + 12s));  // after a takeover the next one comes four times as late
+    CHECK(plan.assign(1, start + 14s));
   }
 
   TEST_CASE("ranges are assigned from the front, for the digest") {
@@ -348,7 +350,9 @@ TEST_SUITE("range plan") {
     }
     plan[1].position = plan[1].position + 1000;
     CHECK(plan.use_whole(1));
-    CHECK_FALSE(plan.use_whole(1));
+    CHECK_FALSE(plan.use_whole(1));  // the whole file cannot be fetched either
+    CHECK(plan.use_whole(0));        // too late: another connection fetches the whole file, and keeps it
+    CHECK(plan[1].end == 64 * MiB);
     CHECK(plan[1].position == 0);
     CHECK(plan[1].end == 64 * MiB);
     CHECK_FALSE(plan[1].revoked);
