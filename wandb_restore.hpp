@@ -9138,9 +9138,11 @@ class httplib_connection {
 #endif
   }
   ~httplib_connection() {
-    forget();
+    const sigpipe_guard no_signal;  // closing TLS sends a message
     // In a forked child, the client's destructor would shut down the parent's connection.
-    if (process_ != this_process()) static_cast<void>(client_.release());
+    if (process_ == this_process()) client_.reset();
+    else static_cast<void>(client_.release());
+    forget();
   }
   httplib_connection(const httplib_connection&) = delete;
   httplib_connection& operator=(const httplib_connection&) = delete;
@@ -9320,16 +9322,29 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const
     return error(errc::invalid_argument, "https needs cpp-httplib with CPPHTTPLIB_OPENSSL_SUPPORT");
   }
 #endif
-  detail::exchange current{request, sink, *route};
-  if (current.is_cancelled()) return *std::move(current.failure);
+  if (request.cancelled()) return error(errc::cancelled, "cancelled");
   auto connection = state_->idle.take(route->key());
-  if (!connection) {
-    connection = std::make_unique<detail::httplib_connection>(*route, state_->ca_file, state_->ca_directory,
-                                                              state_->verify);
+  for (;;) {
+    const bool is_fresh = !connection;
+    if (is_fresh) {
+      connection = std::make_unique<detail::httplib_connection>(*route, state_->ca_file, state_->ca_directory,
+                                                                state_->verify);
+    }
+    detail::exchange current{request, sink, *route};
+    const auto begin = detail::clock::now();
+    if (connection->perform(current)) {
+      if (connection->is_reusable()) state_->idle.give_back(std::move(connection));
+      return std::move(current.head);
+    }
+    // The server may have closed the connection while it was idle: see http_transport::send. After a time-out it did not.
+    const bool may_be_repeated = request.method == "GET" || request.method == "HEAD";
+    if (is_fresh || current.has_head || !may_be_repeated ||
+        current.failure->code() != errc::connection_failed ||
+        detail::clock::now() - begin >= request.idle_timeout) {
+      return *std::move(current.failure);
+    }
+    connection = nullptr;
   }
-  if (!connection->perform(current)) return *std::move(current.failure);
-  if (connection->is_reusable()) state_->idle.give_back(std::move(connection));
-  return std::move(current.head);
 }
 
 }  // namespace WANDB_RESTORE_PRIVATE_ABI

@@ -22,4 +22,37 @@ struct httplib_transport {
 #define TRANSPORTS_UNDER_TEST httplib_transport
 #include "transport_conformance.hpp"
 
+#include <memory>
+#include <sys/wait.h>
+#include <unistd.h>
+
+TEST_SUITE("conformance_httplib") {
+  TEST_CASE("a child of fork leaves its parent's connections alone") {
+    using namespace sockets;
+    for (const bool tls : {true, false}) {
+      CAPTURE(tls);
+      bench b(tls ? stand_in::options{} : plain());
+      b.add(1000);
+      auto transport = std::make_unique<wandb::httplib_transport>(b.trusting);
+      collector first, second;
+      REQUIRE(transport->send(b.get(), first).has_value());
+      const pid_t child = ::fork();
+      REQUIRE(child >= 0);
+      if (child == 0) {
+        collector sink;
+        const bool has_come = transport->send(b.get(), sink).has_value();
+        transport.reset();
+        ::_exit(has_come ? 7 : 8);
+      }
+      int status = 0;
+      REQUIRE(::waitpid(child, &status, 0) == child);
+      REQUIRE(WIFEXITED(status));
+      CHECK(WEXITSTATUS(status) == 7);
+      REQUIRE(transport->send(b.get(), second).has_value());
+      CHECK(second.body == first.body);
+      CHECK(b.connections() == 2);  // the parent's, used twice, and the child's
+    }
+  }
+}
+
 #endif  // _WIN32
