@@ -8248,7 +8248,16 @@ class channel {
   }
 
 #ifndef WANDB_RESTORE_NO_OPENSSL
+  /// Makes the TLS handshake. Fails with protocol_violation if bytes were received before it: later, they would be taken for
+  /// decrypted ones.
   bool start_tls(SSL_CTX* context, const std::string& host) {
+    if (!unread().empty()) {
+      return exchange_->fail(errc::protocol_violation,
+                             "the proxy sent bytes of its own into the tunnel before the TLS handshake: "
+                             "refused; does " +
+                                 request_route::authority(exchange_->route.first_hop()) +
+                                 " support CONNECT?");
+    }
     stage_ = "waiting for the TLS handshake";
     tls_ = SSL_new(context);
     BIO* const bio = BIO_new(bio_method());

@@ -233,6 +233,28 @@ class peer {
       if (::recv(handle_, bytes, sizeof bytes, 0) <= 0) return true;
     }
   }
+  /// Connects to a port of 127.0.0.1, and passes bytes in both directions until one side closes its connection.
+  void relay_to(int port) const {
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(static_cast<std::uint16_t>(port));
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    const int server = ::socket(AF_INET, SOCK_STREAM, 0);
+    const peer upstream(server);
+    if (::connect(server, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) {
+      pollfd entries[] = {{handle_, POLLIN, 0}, {server, POLLIN, 0}};
+      for (bool is_open = true; is_open && ::poll(entries, 2, 30'000) > 0;) {
+        for (int side = 0; side < 2 && is_open; ++side) {
+          char bytes[65536];
+          if (entries[side].revents == 0) continue;
+          const auto count = ::recv(entries[side].fd, bytes, sizeof bytes, 0);
+          is_open = count > 0 &&
+                    (side == 0 ? upstream : *this).send({bytes, static_cast<std::size_t>(count)});
+        }
+      }
+    }
+    ::close(server);
+  }
   /// Makes each send a packet of its own.
   void send_at_once() const {
     const int on = 1;

@@ -1330,6 +1330,30 @@ PROMISE("a refused tunnel is a permanent connection_failed") {
   CHECK(sink.starts == 0);
 }
 
+PROMISE("bytes behind a proxy's answer to CONNECT are never taken for the server's response") {
+  bench b;
+  b.add(1000);
+  auto request = b.get();
+  const std::string server = b.server.storage_url();
+  const int port = std::stoi(server.substr(server.rfind(':') + 1));
+  raw_server proxy([&](peer& client) {
+    client.read_head();
+    client.send(
+        "HTTP/1.1 200 Connection established\r\n\r\n"
+        "HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\ninjected");
+    client.relay_to(port);
+  });
+  request.proxy = proxy.url("");
+  request.idle_timeout = 5s;
+  auto transport = Subject::make(b.trusting);
+  collector sink;
+  if (send(transport, request, sink)) {
+    CHECK(sink.body == stand_in::read_text(*b.content));  // it discarded the bytes
+  } else {
+    CHECK(sink.starts == 0);
+  }
+}
+
 PROMISE("proxies of the environment are ignored") {
   listener gone;
   gone.close();

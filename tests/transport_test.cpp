@@ -860,6 +860,23 @@ TEST_SUITE("http_transport") {
     }
   }
 
+  TEST_CASE("bytes behind a proxy's answer to CONNECT are a protocol_violation") {
+    const std::string established = "HTTP/1.1 200 Connection established\r\n\r\n";
+    for (const std::string& unexpected : {std::string("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
+                                          std::string("\x15"), std::string("\r\n")}) {
+      CAPTURE(unexpected);
+      scripted proxy({established + unexpected}, false);
+      wandb::http_request request;
+      request.url = "https://origin.test/x";
+      request.proxy = proxy.url();
+      request.idle_timeout = 5s;
+      wandb::http_transport transport;
+      collector sink;
+      check_failed(transport.send(request, sink), wandb::errc::protocol_violation, "before the TLS handshake");
+      CHECK(sink.starts == 0);
+    }
+  }
+
   TEST_CASE("an unusable proxy address is reported without its password") {
     for (const char* proxy :
          {"https://u:secret@127.0.0.1:1", "socks5://u:secret@127.0.0.1:1", "http://u:secret@"}) {
