@@ -7760,6 +7760,7 @@ struct exchange {
   const request_route& route;
   http_response head = {};
   bool was_answered = false;  ///< at least one byte was received
+  bool was_closed = false;    ///< the failure is that the peer closed the connection
   bool has_head = false;
   std::optional<wandb::error> failure = {};
 
@@ -8166,11 +8167,12 @@ class channel {
   /// Records that the peer closed the connection too early, unless a failure was recorded before. Returns false.
   bool fail_at_end() {
     const request_route& route = exchange_->route;
-    if (exchange_->has_head) return fail("the peer closed the connection before the end of the body");
+    if (exchange_->has_head) return fail_closed("the peer closed the connection before the end of the body");
     if (exchange_->was_answered)
-      return fail("the peer closed the connection within the head of its response");
-    return fail(std::string("the peer closed the connection without a response") +
-                (route.is_secure() || route.has_proxy() ? "" : " (if this is a TLS port, use https://)"));
+      return fail_closed("the peer closed the connection within the head of its response");
+    return fail_closed(
+        std::string("the peer closed the connection without a response") +
+        (route.is_secure() || route.has_proxy() ? "" : " (if this is a TLS port, use https://)"));
   }
 
   /// Whether an idle connection can be reused: it is open, belongs to this process, and has received no unexpected bytes.
@@ -8181,7 +8183,9 @@ class channel {
     if (tls_) {  // SSL_peek also processes pending TLS messages, such as session tickets
       ERR_clear_error();
       const int count = SSL_peek(tls_, &byte, 1);
-      return count <= 0 && SSL_get_error(tls_, count) == SSL_ERROR_WANT_READ;
+      const int code = SSL_get_error(tls_, count);
+      is_sound_ = is_sound_ && code != SSL_ERROR_SSL && code != SSL_ERROR_SYSCALL;
+      return count <= 0 && code == SSL_ERROR_WANT_READ;
     }
 #endif
     return receive_bytes(socket_, &byte, 1, MSG_PEEK) < 0 && would_block(socket_error());
@@ -8246,10 +8250,15 @@ class channel {
 
  private:
   bool fail(const std::string& text) { return exchange_->fail(errc::connection_failed, text); }
+  /// Records that the peer closed the connection, unless a failure was recorded before. Returns false.
+  bool fail_closed(const std::string& text) {
+    exchange_->was_closed = exchange_->was_closed || !exchange_->failure;
+    return fail(text);
+  }
   /// Records that a system call failed, or that the peer closed the connection at a wrong point. Returns -1.
   long fail_lost() {
-    fail(std::string("the connection was lost while ") + stage_ +
-         (code_ != 0 ? ": " + system_text(code_) : ""));
+    fail_closed(std::string("the connection was lost while ") + stage_ +
+                (code_ != 0 ? ": " + system_text(code_) : ""));
     return -1;
   }
 
@@ -8357,7 +8366,7 @@ class channel {
     if (is_permanent_alert(alert) || number == SSL_R_UNSUPPORTED_PROTOCOL) {
       const bool is_version = alert == SSL_AD_PROTOCOL_VERSION || number == SSL_R_UNSUPPORTED_PROTOCOL;
       exchange_->fail_permanently(
-          std::string("the server and this client do not agree on TLS: ") + reason +
+          std::string("the server and this client do not agree on TLS: ") + (reason ? reason : "alert") +
           (is_version ? " (TLS 1.2 or later is needed)"
                       : " (the server may demand a client certificate, which is not supported)"));
       return -1;
@@ -8919,11 +8928,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
       if (connection->is_reusable()) pool.idle.give_back(std::move(connection));
       return std::move(current.head);
     }
-    // The peer may have closed the idle connection: send an idempotent request again, over a new connection (RFC 9112,
-    // section 9.3.1).
+    // If the peer closed the idle connection, send an idempotent request again, over a new connection (RFC 9112, section
+    // 9.3.1). After a timeout do not: the caller would wait twice as long as it asked for.
     const bool is_idempotent = request.method == "GET" || request.method == "HEAD";
-    if (is_fresh || current.was_answered || !is_idempotent ||
-        current.failure->code() != errc::connection_failed) {
+    if (is_fresh || current.was_answered || !is_idempotent || !current.was_closed) {
       return *std::move(current.failure);
     }
     connection = nullptr;

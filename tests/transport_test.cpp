@@ -432,6 +432,24 @@ TEST_SUITE("http_transport") {
     }
   }
 
+  TEST_CASE("a request that times out on a reused connection is not sent again") {
+    raw_server server([](peer& client) {
+      client.read_head();
+      client.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+      client.read_head();
+      client.wait_for_close(30s);
+    });
+    wandb::http_request request;
+    request.url = server.url();
+    request.idle_timeout = 10s;
+    wandb::http_transport transport;
+    collector first, second;
+    REQUIRE(transport.send(request, first).has_value());
+    request.idle_timeout = 100ms;
+    check_failed(transport.send(request, second), wandb::errc::connection_failed, "timed out");
+    CHECK(server.connections() == 1);
+  }
+
   TEST_CASE("the sink can stop at the head or in the body") {
     bench b;
     b.add(5'000'000);
@@ -872,7 +890,8 @@ TEST_SUITE("http_transport") {
       request.idle_timeout = 5s;
       wandb::http_transport transport;
       collector sink;
-      check_failed(transport.send(request, sink), wandb::errc::protocol_violation, "before the TLS handshake");
+      check_failed(transport.send(request, sink), wandb::errc::protocol_violation,
+                   "before the TLS handshake");
       CHECK(sink.starts == 0);
     }
   }
