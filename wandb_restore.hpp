@@ -8031,16 +8031,18 @@ class connection_race {
 /// first. For other hosts the resolver's order stays, which spreads the load over a host's addresses.
 class address_memory {
  public:
+  std::mutex mutex;  ///< protects the addresses; each function locks it
+
   /// Moves the remembered address to the front, if it is still among the host's.
   void prefer_remembered(const std::string& host, socket_addresses& addresses) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(mutex);
     for (const auto& [name, address] : known_) {
       const auto found = std::find(addresses.begin(), addresses.end(), address);
       if (name == host && found != addresses.end()) std::rotate(addresses.begin(), found, found + 1);
     }
   }
   void remember(const std::string& host, const socket_address& address) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(mutex);
     known_.erase(
         std::remove_if(known_.begin(), known_.end(), [&](const auto& each) { return each.first == host; }),
         known_.end());
@@ -8050,7 +8052,6 @@ class address_memory {
 
  private:
   static constexpr std::size_t max_hosts = 64;
-  std::mutex mutex_;
   std::vector<std::pair<std::string, socket_address>> known_;  // by "host:port"; the oldest first
 };
 
@@ -8844,10 +8845,13 @@ struct connection_pool {
 
   explicit connection_pool(connection_pool* parents) : inherited(parents) {}
 
-  /// Closes idle connections. Returns false if a lock was held during the fork: then the pool must not be touched.
+  /// Closes idle connections. Returns false if a lock was held during the fork: then the pool must neither be used nor
+  /// destroyed.
   bool clear() {
-    if (!tls_mutex.try_lock()) return false;
-    tls_mutex.unlock();
+    for (std::mutex* const each : {&tls_mutex, &memory.mutex}) {
+      if (!each->try_lock()) return false;
+      each->unlock();
+    }
     return idle.try_clear();
   }
 };

@@ -11,6 +11,7 @@
 #include <functional>
 #include <iterator>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -997,6 +998,17 @@ TEST_SUITE("http_transport") {
       CHECK(second.body == first.body);
       CHECK(b.connections() == 2);  // one of the parent, used twice, and one of the child
     }
+  }
+
+  TEST_CASE("a child leaves its parent's pool alone if another thread held a lock of it during the fork") {
+    wandb::detail::connection_pool pool(nullptr);
+    CHECK(pool.clear());
+    for (std::mutex* const held : {&pool.tls_mutex, &pool.memory.mutex}) {
+      std::thread([&] { held->lock(); }).join();  // as the child sees it: its owner does not exist there
+      CHECK_FALSE(pool.clear());
+      held->unlock();
+    }
+    CHECK(pool.clear());
   }
 
   TEST_CASE("a socket never takes the descriptor of a standard stream") {
