@@ -2948,6 +2948,8 @@ using watcher = std::function<bool(std::uint64_t done)>;
 class partial_file {
  public:
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
+  /// The size of the largest file, 64 TiB: the record has a bit for each block, and is held in memory.
+  static constexpr std::uint64_t max_size = std::uint64_t{1} << 46;
   // Seconds without a write after which a writer counts as dead if its process cannot be examined.
   static constexpr std::uint64_t quiet = 60;
 
@@ -3092,7 +3094,10 @@ inline unsigned permissions_beside(const look_result& old) {
 
 inline result<std::unique_ptr<partial_file>> partial_file::create(const place& at, const std::string& md5,
                                                                   std::uint64_t size) {
-  // Check first: the record of an absurd size from the service would need absurd memory.
+  if (size > max_size) {
+    return error(errc::protocol_violation,
+                 in_quotes(at.target) + " has an impossible size: " + std::to_string(size) + " bytes");
+  }
   if (auto room = check_room(at.directory, size); !room) return room.error();
   const auto old = facts_of(at.target);
   if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
@@ -5377,7 +5382,7 @@ inline result<remote_file> service::file_of(const std::string& task, const json&
   auto address = address_of(task, node);
   if (!address) return address.error();
   auto info = info_of(node);
-  if (info.size && *info.size > std::uint64_t{1} << 62) {
+  if (info.size && *info.size > partial_file::max_size) {
     return error(errc::protocol_violation, task + ": " + host() + " gives an impossible size: " +
                                                std::to_string(*info.size) + " bytes");
   }

@@ -711,16 +711,30 @@ TEST_SUITE("partial files") {
   TEST_CASE("a size beyond the free space is an error that names the missing bytes; no file is left") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
-    for (const auto length : {std::uint64_t{1} << 50, std::uint64_t{1} << 62, ~std::uint64_t{0}}) {
+    const auto length = partial_file::max_size;
+    for (const auto& made : {partial_file::create(at, md5, length), partial_file::open(at, md5, length)}) {
+      REQUIRE_FALSE(made.has_value());
+      CHECK(made.error().code() == wandb::errc::disk_failure);
+      const std::string text = made.error().what();
+      CAPTURE(text);
+      CHECK(text.find("not enough room") != std::string::npos);
+      CHECK(text.find(std::to_string(length)) != std::string::npos);
+      CHECK(text.find("are missing") != std::string::npos);
+    }
+    CHECK(files_in(directory.path()) == 0);
+  }
+
+  TEST_CASE("an impossible size is a protocol_violation, whatever the free space is; no file is left") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    for (const auto length : {partial_file::max_size + 1, std::uint64_t{1} << 61, ~std::uint64_t{0}}) {
       CAPTURE(length);
       for (const auto& made : {partial_file::create(at, md5, length), partial_file::open(at, md5, length)}) {
         REQUIRE_FALSE(made.has_value());
-        CHECK(made.error().code() == wandb::errc::disk_failure);
+        CHECK(made.error().code() == wandb::errc::protocol_violation);
         const std::string text = made.error().what();
         CAPTURE(text);
-        CHECK(text.find("not enough room") != std::string::npos);
-        CHECK(text.find(std::to_string(length)) != std::string::npos);
-        CHECK(text.find("are missing") != std::string::npos);
+        CHECK(text.find("impossible size: " + std::to_string(length) + " bytes") != std::string::npos);
       }
     }
     CHECK(files_in(directory.path()) == 0);
