@@ -3379,8 +3379,8 @@ inline bool is_too_fresh(std::int64_t modified) {
   return modified + 2000000000 > std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
-/// Removes receipts, older than a day, of files that no longer exist in directories that do, and unfinished receipts of
-/// killed processes.
+/// Removes unfinished receipts, older than a day, of killed processes. Does not look at the files that receipts are about:
+/// their file systems may not answer.
 inline void sweep_receipts(const path& directory) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   const auto old = std::chrono::duration_cast<std::chrono::nanoseconds>(now - std::chrono::hours(24)).count();
@@ -3388,16 +3388,9 @@ inline void sweep_receipts(const path& directory) {
   std::filesystem::directory_iterator entry(directory, failure), end;
   for (; !failure && entry != end; entry.increment(failure)) {
     const path where = entry->path();
-    const auto facts = facts_of_entry(where);
-    if (!facts.found() || facts->modified > old) continue;
-    bool is_useless = utf8(where.filename()).find(".new-") != std::string::npos;
-    if (!is_useless && facts->is_file) {
-      auto record = parse_key_values(read_small_file(where, 64 * 1024).value_or(std::string()));
-      const path target = from_utf8(percent_decode(record["path"]).value_or(std::string()));
-      is_useless =
-          !target.empty() && facts_of(target.parent_path())->is_directory && facts_of_entry(target).absent();
-    }
-    if (is_useless) remove_quietly(where);
+    if (utf8(where.filename()).find(".new-") == std::string::npos) continue;
+    if (const auto facts = facts_of_entry(where); facts.found() && facts->modified <= old)
+      remove_quietly(where);
   }
 }
 
