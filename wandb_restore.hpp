@@ -7446,10 +7446,8 @@ class restoring {
       }
       on_exit.keep = !worthless;
       if (again) {
-        return error(
-            failure.code(),
-            std::string(failure.what()) +
-                (wrong ? " (fetched twice; the run may be writing it: try again later)" : " (twice)"));
+        return with_text(failure, std::string(failure.what()) + " (again after a second fetch from nothing" +
+                                      (wrong ? "; the run may be writing it: try again later)" : ")"));
       }
       auto fresh = service(session_, call_).find_file(run_, name_);  // the run may have a new version
       if (!fresh) return fresh.error();
