@@ -924,7 +924,7 @@ std::vector<file_info> list_files(const Run& run) {
 
 #ifdef _WIN32
 #include <winsock2.h>
-#include <ws2tcpip.h>  // getaddrinfo
+#include <ws2tcpip.h>  // getaddrinfo, inet_pton
 #ifndef WANDB_RESTORE_NO_OPENSSL
 #include <wincrypt.h>  // the system's certificates; before OpenSSL, which undefines some of its macros
 #endif
@@ -933,6 +933,7 @@ std::vector<file_info> list_files(const Run& run) {
 #pragma comment(lib, "crypt32")
 #endif
 #else
+#include <arpa/inet.h>    // inet_pton
 #include <netdb.h>        // getaddrinfo
 #include <netinet/in.h>   //
 #include <netinet/tcp.h>  // TCP_NODELAY
@@ -3784,14 +3785,15 @@ inline bool is_one_of(std::string_view text, std::initializer_list<const char*> 
   return false;
 }
 
-/// Parses seconds with an optional fraction. Returns 0 for other texts. Not all standard libraries have std::from_chars for
-/// double.
+/// Parses seconds with an optional fraction; ignores digits after the third. Returns 0 for other texts. Not all standard
+/// libraries have std::from_chars for double.
 inline std::chrono::milliseconds parse_seconds(std::string_view text) {
   constexpr std::uint64_t max_seconds = 0xffffffff;
   text = trim(text);
   const auto dot = text.find('.');
   const auto seconds = to_number(text.substr(0, dot));
-  std::string fraction(dot == text.npos ? "" : text.substr(dot + 1, 3));
+  std::string fraction(dot == text.npos ? "" : text.substr(dot + 1));
+  if (!std::all_of(fraction.begin(), fraction.end(), is_digit)) return {};
   fraction.resize(3, '0');
   const auto thousandths = to_number(fraction);
   if (!seconds || *seconds > max_seconds || !thousandths) return {};
@@ -3820,50 +3822,16 @@ inline bool is_header(std::string_view name, std::string_view value) {
 
 using ip_address = std::string;  // 16 bytes; IPv4 as ::ffff:a.b.c.d; empty: no address
 
-/// Parses "1.2.3.4" and appends its bytes. Returns false for other texts.
-inline bool parse_ipv4(std::string_view text, std::string& bytes) {
-  const auto parts = split(text, '.');
-  for (const auto part : parts) {
-    const auto number = to_number(part);
-    if (!number || *number > 255 || (part.size() > 1 && part.front() == '0')) return false;
-    bytes += static_cast<char>(*number);
-  }
-  return parts.size() == 4;
-}
-
-/// Parses "1:2:ffff", "1:2:1.2.3.4" or "" and appends the bytes. Returns false for other texts.
-inline bool parse_ipv6_groups(std::string_view text, std::string& bytes) {
-  if (text.empty()) return true;
-  const auto groups = split(text, ':');
-  for (std::size_t i = 0; i < groups.size(); ++i) {
-    if (i + 1 == groups.size() && groups[i].find('.') != std::string_view::npos)
-      return parse_ipv4(groups[i], bytes);
-    const auto number = to_number(groups[i], 16);
-    if (!number || groups[i].size() > 4) return false;
-    bytes += static_cast<char>(*number >> 8);
-    bytes += static_cast<char>(*number & 0xff);
-  }
-  return true;
-}
-
 inline constexpr std::string_view ipv4_prefix("\0\0\0\0\0\0\0\0\0\0\xff\xff", 12);
 inline bool is_ipv4(const ip_address& address) { return starts_with(address, ipv4_prefix); }
 
 /// Parses an IP address. Returns an empty one for other texts.
 inline ip_address parse_ip(std::string_view text) {
-  std::string head, tail;
-  const auto gap = text.find("::");
-  if (text.find(':') == text.npos) {
-    head = ipv4_prefix;
-    if (!parse_ipv4(text, head)) return {};
-  } else if (!parse_ipv6_groups(text.substr(0, gap), head) ||
-             (gap != text.npos && !parse_ipv6_groups(text.substr(gap + 2), tail))) {
-    return {};
-  }
-  const std::size_t known = head.size() + tail.size();
-  if (gap == text.npos ? known != 16 : known > 14) return {};
-  head.resize(16 - tail.size(), '\0');
-  return head + tail;
+  const std::string address(text);
+  char bytes[16];
+  if (::inet_pton(AF_INET, address.c_str(), bytes) == 1) return std::string(ipv4_prefix).append(bytes, 4);
+  if (::inet_pton(AF_INET6, address.c_str(), bytes) == 1) return std::string(bytes, 16);
+  return {};
 }
 
 /// Whether an address is in a network like "10.0.0.0/8" or "fd00::/8".
