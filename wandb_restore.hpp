@@ -1147,7 +1147,7 @@ inline std::string utf8(const std::filesystem::path& path) {
 #ifdef _WIN32
   const std::wstring& wide = path.native();  // u8string() throws for a lone surrogate
   const int size = static_cast<int>(wide.size());
-  std::string text(wide.size() * 3, '\0');
+  std::string text(wide.size() * 3, '\0');  // a UTF-16 unit takes three bytes at most
   text.resize(static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, text.data(),
                                                            static_cast<int>(text.size()), nullptr, nullptr)));
   return text;
@@ -3610,13 +3610,7 @@ namespace detail {
 inline std::optional<std::string> environment(const char* name) {
 #ifdef _WIN32
   const wchar_t* wide = _wgetenv(std::wstring(name, name + std::strlen(name)).c_str());
-  if (!wide) return std::nullopt;
-  const std::size_t length = std::wstring_view(wide).size();
-  std::string text(length * 3, '\0');  // a UTF-16 unit takes three bytes at most
-  text.resize(
-      static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide, static_cast<int>(length), text.data(),
-                                                   static_cast<int>(text.size()), nullptr, nullptr)));
-  return text;
+  return wide ? std::optional<std::string>(utf8(path(wide))) : std::nullopt;
 #else
   const char* value = std::getenv(name);
   return value ? std::optional<std::string>(value) : std::nullopt;
