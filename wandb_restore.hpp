@@ -924,7 +924,7 @@ std::vector<file_info> list_files(const Run& run) {
 
 #ifdef _WIN32
 #include <winsock2.h>
-#include <ws2tcpip.h>  // getaddrinfo
+#include <ws2tcpip.h>  // getaddrinfo, inet_pton
 #ifndef WANDB_RESTORE_NO_OPENSSL
 #include <wincrypt.h>  // the system's certificates; before OpenSSL, which undefines some of its macros
 #endif
@@ -933,6 +933,7 @@ std::vector<file_info> list_files(const Run& run) {
 #pragma comment(lib, "crypt32")
 #endif
 #else
+#include <arpa/inet.h>    // inet_pton
 #include <netdb.h>        // getaddrinfo
 #include <netinet/in.h>   //
 #include <netinet/tcp.h>  // TCP_NODELAY
@@ -1146,7 +1147,7 @@ inline std::string utf8(const std::filesystem::path& path) {
 #ifdef _WIN32
   const std::wstring& wide = path.native();  // u8string() throws for a lone surrogate
   const int size = static_cast<int>(wide.size());
-  std::string text(wide.size() * 3, '\0');
+  std::string text(wide.size() * 3, '\0');  // a UTF-16 unit takes three bytes at most
   text.resize(static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, text.data(),
                                                            static_cast<int>(text.size()), nullptr, nullptr)));
   return text;
@@ -2948,6 +2949,8 @@ using watcher = std::function<bool(std::uint64_t done)>;
 class partial_file {
  public:
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
+  /// The size of the largest file, 64 TiB: the record has a bit for each block, and is held in memory.
+  static constexpr std::uint64_t max_size = std::uint64_t{1} << 46;
   // Seconds without a write after which a writer counts as dead if its process cannot be examined.
   static constexpr std::uint64_t quiet = 60;
 
@@ -3092,7 +3095,10 @@ inline unsigned permissions_beside(const look_result& old) {
 
 inline result<std::unique_ptr<partial_file>> partial_file::create(const place& at, const std::string& md5,
                                                                   std::uint64_t size) {
-  // Check first: the record of an absurd size from the service would need absurd memory.
+  if (size > max_size) {
+    return error(errc::protocol_violation,
+                 in_quotes(at.target) + " has an impossible size: " + std::to_string(size) + " bytes");
+  }
   if (auto room = check_room(at.directory, size); !room) return room.error();
   const auto old = facts_of(at.target);
   if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
@@ -3374,8 +3380,8 @@ inline bool is_too_fresh(std::int64_t modified) {
   return modified + 2000000000 > std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
-/// Removes receipts, older than a day, of files that no longer exist in directories that do, and unfinished receipts of
-/// killed processes.
+/// Removes unfinished receipts, older than a day, of killed processes. Does not look at the files that receipts are about:
+/// their file systems may not answer.
 inline void sweep_receipts(const path& directory) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   const auto old = std::chrono::duration_cast<std::chrono::nanoseconds>(now - std::chrono::hours(24)).count();
@@ -3383,16 +3389,9 @@ inline void sweep_receipts(const path& directory) {
   std::filesystem::directory_iterator entry(directory, failure), end;
   for (; !failure && entry != end; entry.increment(failure)) {
     const path where = entry->path();
-    const auto facts = facts_of_entry(where);
-    if (!facts.found() || facts->modified > old) continue;
-    bool is_useless = utf8(where.filename()).find(".new-") != std::string::npos;
-    if (!is_useless && facts->is_file) {
-      auto record = parse_key_values(read_small_file(where, 64 * 1024).value_or(std::string()));
-      const path target = from_utf8(percent_decode(record["path"]).value_or(std::string()));
-      is_useless =
-          !target.empty() && facts_of(target.parent_path())->is_directory && facts_of_entry(target).absent();
-    }
-    if (is_useless) remove_quietly(where);
+    if (utf8(where.filename()).find(".new-") == std::string::npos) continue;
+    if (const auto facts = facts_of_entry(where); facts.found() && facts->modified <= old)
+      remove_quietly(where);
   }
 }
 
@@ -3611,13 +3610,7 @@ namespace detail {
 inline std::optional<std::string> environment(const char* name) {
 #ifdef _WIN32
   const wchar_t* wide = _wgetenv(std::wstring(name, name + std::strlen(name)).c_str());
-  if (!wide) return std::nullopt;
-  const std::size_t length = std::wstring_view(wide).size();
-  std::string text(length * 3, '\0');  // a UTF-16 unit takes three bytes at most
-  text.resize(
-      static_cast<std::size_t>(WideCharToMultiByte(CP_UTF8, 0, wide, static_cast<int>(length), text.data(),
-                                                   static_cast<int>(text.size()), nullptr, nullptr)));
-  return text;
+  return wide ? std::optional<std::string>(utf8(path(wide))) : std::nullopt;
 #else
   const char* value = std::getenv(name);
   return value ? std::optional<std::string>(value) : std::nullopt;
@@ -3786,14 +3779,15 @@ inline bool is_one_of(std::string_view text, std::initializer_list<const char*> 
   return false;
 }
 
-/// Parses seconds with an optional fraction. Returns 0 for other texts. Not all standard libraries have std::from_chars for
-/// double.
+/// Parses seconds with an optional fraction; ignores digits after the third. Returns 0 for other texts. Not all standard
+/// libraries have std::from_chars for double.
 inline std::chrono::milliseconds parse_seconds(std::string_view text) {
   constexpr std::uint64_t max_seconds = 0xffffffff;
   text = trim(text);
   const auto dot = text.find('.');
   const auto seconds = to_number(text.substr(0, dot));
-  std::string fraction(dot == text.npos ? "" : text.substr(dot + 1, 3));
+  std::string fraction(dot == text.npos ? "" : text.substr(dot + 1));
+  if (!std::all_of(fraction.begin(), fraction.end(), is_digit)) return {};
   fraction.resize(3, '0');
   const auto thousandths = to_number(fraction);
   if (!seconds || *seconds > max_seconds || !thousandths) return {};
@@ -3822,50 +3816,16 @@ inline bool is_header(std::string_view name, std::string_view value) {
 
 using ip_address = std::string;  // 16 bytes; IPv4 as ::ffff:a.b.c.d; empty: no address
 
-/// Parses "1.2.3.4" and appends its bytes. Returns false for other texts.
-inline bool parse_ipv4(std::string_view text, std::string& bytes) {
-  const auto parts = split(text, '.');
-  for (const auto part : parts) {
-    const auto number = to_number(part);
-    if (!number || *number > 255 || (part.size() > 1 && part.front() == '0')) return false;
-    bytes += static_cast<char>(*number);
-  }
-  return parts.size() == 4;
-}
-
-/// Parses "1:2:ffff", "1:2:1.2.3.4" or "" and appends the bytes. Returns false for other texts.
-inline bool parse_ipv6_groups(std::string_view text, std::string& bytes) {
-  if (text.empty()) return true;
-  const auto groups = split(text, ':');
-  for (std::size_t i = 0; i < groups.size(); ++i) {
-    if (i + 1 == groups.size() && groups[i].find('.') != std::string_view::npos)
-      return parse_ipv4(groups[i], bytes);
-    const auto number = to_number(groups[i], 16);
-    if (!number || groups[i].size() > 4) return false;
-    bytes += static_cast<char>(*number >> 8);
-    bytes += static_cast<char>(*number & 0xff);
-  }
-  return true;
-}
-
 inline constexpr std::string_view ipv4_prefix("\0\0\0\0\0\0\0\0\0\0\xff\xff", 12);
 inline bool is_ipv4(const ip_address& address) { return starts_with(address, ipv4_prefix); }
 
 /// Parses an IP address. Returns an empty one for other texts.
 inline ip_address parse_ip(std::string_view text) {
-  std::string head, tail;
-  const auto gap = text.find("::");
-  if (text.find(':') == text.npos) {
-    head = ipv4_prefix;
-    if (!parse_ipv4(text, head)) return {};
-  } else if (!parse_ipv6_groups(text.substr(0, gap), head) ||
-             (gap != text.npos && !parse_ipv6_groups(text.substr(gap + 2), tail))) {
-    return {};
-  }
-  const std::size_t known = head.size() + tail.size();
-  if (gap == text.npos ? known != 16 : known > 14) return {};
-  head.resize(16 - tail.size(), '\0');
-  return head + tail;
+  const std::string address(text);
+  char bytes[16];
+  if (::inet_pton(AF_INET, address.c_str(), bytes) == 1) return std::string(ipv4_prefix).append(bytes, 4);
+  if (::inet_pton(AF_INET6, address.c_str(), bytes) == 1) return std::string(bytes, 16);
+  return {};
 }
 
 /// Whether an address is in a network like "10.0.0.0/8" or "fd00::/8".
@@ -5373,7 +5333,7 @@ inline result<remote_file> service::file_of(const std::string& task, const json&
   auto address = address_of(task, node);
   if (!address) return address.error();
   auto info = info_of(node);
-  if (info.size && *info.size > std::uint64_t{1} << 62) {
+  if (info.size && *info.size > partial_file::max_size) {
     return error(errc::protocol_violation, task + ": " + host() + " gives an impossible size: " +
                                                std::to_string(*info.size) + " bytes");
   }
@@ -7488,10 +7448,8 @@ class restoring {
       }
       on_exit.keep = !worthless;
       if (again) {
-        return error(
-            failure.code(),
-            std::string(failure.what()) +
-                (wrong ? " (fetched twice; the run may be writing it: try again later)" : " (twice)"));
+        return with_text(failure, std::string(failure.what()) + " (again after a second fetch from nothing" +
+                                      (wrong ? "; the run may be writing it: try again later)" : ")"));
       }
       auto fresh = service(session_, call_).find_file(run_, name_);  // the run may have a new version
       if (!fresh) return fresh.error();
@@ -7800,6 +7758,7 @@ struct exchange {
   const request_route& route;
   http_response head = {};
   bool was_answered = false;  ///< at least one byte was received
+  bool was_closed = false;    ///< the failure is that the peer closed the connection
   bool has_head = false;
   std::optional<wandb::error> failure = {};
 
@@ -8070,16 +8029,18 @@ class connection_race {
 /// first. For other hosts the resolver's order stays, which spreads the load over a host's addresses.
 class address_memory {
  public:
+  std::mutex mutex;  ///< protects the addresses; each function locks it
+
   /// Moves the remembered address to the front, if it is still among the host's.
   void prefer_remembered(const std::string& host, socket_addresses& addresses) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(mutex);
     for (const auto& [name, address] : known_) {
       const auto found = std::find(addresses.begin(), addresses.end(), address);
       if (name == host && found != addresses.end()) std::rotate(addresses.begin(), found, found + 1);
     }
   }
   void remember(const std::string& host, const socket_address& address) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(mutex);
     known_.erase(
         std::remove_if(known_.begin(), known_.end(), [&](const auto& each) { return each.first == host; }),
         known_.end());
@@ -8089,7 +8050,6 @@ class address_memory {
 
  private:
   static constexpr std::size_t max_hosts = 64;
-  std::mutex mutex_;
   std::vector<std::pair<std::string, socket_address>> known_;  // by "host:port"; the oldest first
 };
 
@@ -8206,11 +8166,12 @@ class channel {
   /// Records that the peer closed the connection too early, unless a failure was recorded before. Returns false.
   bool fail_at_end() {
     const request_route& route = exchange_->route;
-    if (exchange_->has_head) return fail("the peer closed the connection before the end of the body");
+    if (exchange_->has_head) return fail_closed("the peer closed the connection before the end of the body");
     if (exchange_->was_answered)
-      return fail("the peer closed the connection within the head of its response");
-    return fail(std::string("the peer closed the connection without a response") +
-                (route.is_secure() || route.has_proxy() ? "" : " (if this is a TLS port, use https://)"));
+      return fail_closed("the peer closed the connection within the head of its response");
+    return fail_closed(
+        std::string("the peer closed the connection without a response") +
+        (route.is_secure() || route.has_proxy() ? "" : " (if this is a TLS port, use https://)"));
   }
 
   /// Whether an idle connection can be reused: it is open, belongs to this process, and has received no unexpected bytes.
@@ -8221,7 +8182,9 @@ class channel {
     if (tls_) {  // SSL_peek also processes pending TLS messages, such as session tickets
       ERR_clear_error();
       const int count = SSL_peek(tls_, &byte, 1);
-      return count <= 0 && SSL_get_error(tls_, count) == SSL_ERROR_WANT_READ;
+      const int code = SSL_get_error(tls_, count);
+      is_sound_ = is_sound_ && code != SSL_ERROR_SSL && code != SSL_ERROR_SYSCALL;
+      return count <= 0 && code == SSL_ERROR_WANT_READ;
     }
 #endif
     return receive_bytes(socket_, &byte, 1, MSG_PEEK) < 0 && would_block(socket_error());
@@ -8286,10 +8249,15 @@ class channel {
 
  private:
   bool fail(const std::string& text) { return exchange_->fail(errc::connection_failed, text); }
+  /// Records that the peer closed the connection, unless a failure was recorded before. Returns false.
+  bool fail_closed(const std::string& text) {
+    exchange_->was_closed = exchange_->was_closed || !exchange_->failure;
+    return fail(text);
+  }
   /// Records that a system call failed, or that the peer closed the connection at a wrong point. Returns -1.
   long fail_lost() {
-    fail(std::string("the connection was lost while ") + stage_ +
-         (code_ != 0 ? ": " + system_text(code_) : ""));
+    fail_closed(std::string("the connection was lost while ") + stage_ +
+                (code_ != 0 ? ": " + system_text(code_) : ""));
     return -1;
   }
 
@@ -8397,7 +8365,7 @@ class channel {
     if (is_permanent_alert(alert) || number == SSL_R_UNSUPPORTED_PROTOCOL) {
       const bool is_version = alert == SSL_AD_PROTOCOL_VERSION || number == SSL_R_UNSUPPORTED_PROTOCOL;
       exchange_->fail_permanently(
-          std::string("the server and this client do not agree on TLS: ") + reason +
+          std::string("the server and this client do not agree on TLS: ") + (reason ? reason : "alert") +
           (is_version ? " (TLS 1.2 or later is needed)"
                       : " (the server may demand a client certificate, which is not supported)"));
       return -1;
@@ -8875,10 +8843,13 @@ struct connection_pool {
 
   explicit connection_pool(connection_pool* parents) : inherited(parents) {}
 
-  /// Closes idle connections. Returns false if a lock was held during the fork: then the pool must not be touched.
+  /// Closes idle connections. Returns false if a lock was held during the fork: then the pool must neither be used nor
+  /// destroyed.
   bool clear() {
-    if (!tls_mutex.try_lock()) return false;
-    tls_mutex.unlock();
+    for (std::mutex* const each : {&tls_mutex, &memory.mutex}) {
+      if (!each->try_lock()) return false;
+      each->unlock();
+    }
     return idle.try_clear();
   }
 };
@@ -8959,11 +8930,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
       if (connection->is_reusable()) pool.idle.give_back(std::move(connection));
       return std::move(current.head);
     }
-    // The peer may have closed the idle connection: send an idempotent request again, over a new connection (RFC 9112,
-    // section 9.3.1).
+    // If the peer closed the idle connection, send an idempotent request again, over a new connection (RFC 9112, section
+    // 9.3.1). After a timeout do not: the caller would wait twice as long as it asked for.
     const bool is_idempotent = request.method == "GET" || request.method == "HEAD";
-    if (is_fresh || current.was_answered || !is_idempotent ||
-        current.failure->code() != errc::connection_failed) {
+    if (is_fresh || current.was_answered || !is_idempotent || !current.was_closed) {
       return *std::move(current.failure);
     }
     connection = nullptr;

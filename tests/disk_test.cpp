@@ -711,16 +711,30 @@ TEST_SUITE("partial files") {
   TEST_CASE("a size beyond the free space is an error that names the missing bytes; no file is left") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
-    for (const auto length : {std::uint64_t{1} << 50, std::uint64_t{1} << 62, ~std::uint64_t{0}}) {
+    const auto length = partial_file::max_size;
+    for (const auto& made : {partial_file::create(at, md5, length), partial_file::open(at, md5, length)}) {
+      REQUIRE_FALSE(made.has_value());
+      CHECK(made.error().code() == wandb::errc::disk_failure);
+      const std::string text = made.error().what();
+      CAPTURE(text);
+      CHECK(text.find("not enough room") != std::string::npos);
+      CHECK(text.find(std::to_string(length)) != std::string::npos);
+      CHECK(text.find("are missing") != std::string::npos);
+    }
+    CHECK(files_in(directory.path()) == 0);
+  }
+
+  TEST_CASE("an impossible size is a protocol_violation, whatever the free space is; no file is left") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    for (const auto length : {partial_file::max_size + 1, std::uint64_t{1} << 61, ~std::uint64_t{0}}) {
       CAPTURE(length);
       for (const auto& made : {partial_file::create(at, md5, length), partial_file::open(at, md5, length)}) {
         REQUIRE_FALSE(made.has_value());
-        CHECK(made.error().code() == wandb::errc::disk_failure);
+        CHECK(made.error().code() == wandb::errc::protocol_violation);
         const std::string text = made.error().what();
         CAPTURE(text);
-        CHECK(text.find("not enough room") != std::string::npos);
-        CHECK(text.find(std::to_string(length)) != std::string::npos);
-        CHECK(text.find("are missing") != std::string::npos);
+        CHECK(text.find("impossible size: " + std::to_string(length) + " bytes") != std::string::npos);
       }
     }
     CHECK(files_in(directory.path()) == 0);
@@ -1119,30 +1133,21 @@ TEST_SUITE("receipts") {
     CHECK(facts_of(where)->user == geteuid());
   }
 
-  TEST_CASE("receipts of missing files, and unfinished receipts, are removed after a day") {
+  TEST_CASE("unfinished receipts are removed after a day, and receipts stay") {
     const temporary_directory directory;
-    const fs::path cache = directory / "cache", receipts = cache / "receipts";
-    const auto remembered = [&](const fs::path& target) {
-      write_file(target, "hello");
-      REQUIRE(wandb::detail::write_receipt(cache, target, {{"e", "p", "r"}, "n", 5, 1, md5}).has_value());
-      return wandb::detail::receipt_path(cache, target);
-    };
-    const fs::path kept = remembered(directory / "kept"), gone = remembered(directory / "gone"),
-                   fresh = remembered(directory / "fresh"),
-                   unmounted = remembered(directory / "disk" / "file");
-    fs::remove(directory / "gone");
-    fs::remove(directory / "fresh");
-    fs::remove_all(directory / "disk");
-    write_file(receipts / "0123.new-4567", "path=");
-    write_file(receipts / "0123.new-89ab", "path=");
-    for (const fs::path& one : {kept, gone, unmounted, receipts / "0123.new-4567"}) set_age(one, 90000);
+    const fs::path cache = directory / "cache", receipts = cache / "receipts", target = directory / "gone";
+    write_file(target, "hello");
+    REQUIRE(wandb::detail::write_receipt(cache, target, {{"e", "p", "r"}, "n", 5, 1, md5}).has_value());
+    fs::remove(target);
+    const fs::path receipt = wandb::detail::receipt_path(cache, target);
+    const fs::path abandoned = receipts / "0123.new-4567", fresh = receipts / "0123.new-89ab";
+    write_file(abandoned, "path=");
+    write_file(fresh, "path=");
+    for (const fs::path& old : {receipt, abandoned}) set_age(old, 90000);
     wandb::detail::sweep_receipts(receipts);
-    CHECK(fs::exists(kept));
-    CHECK_FALSE(fs::exists(gone));
+    CHECK(fs::exists(receipt));
+    CHECK_FALSE(fs::exists(abandoned));
     CHECK(fs::exists(fresh));
-    CHECK(fs::exists(unmounted));
-    CHECK_FALSE(fs::exists(receipts / "0123.new-4567"));
-    CHECK(fs::exists(receipts / "0123.new-89ab"));
   }
 
   TEST_CASE("a cache that cannot be written is no failure") {

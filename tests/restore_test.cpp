@@ -218,7 +218,8 @@ TEST_SUITE("restore: overloads") {
     f.server.add_file(f.run, "a.txt", new_text, wrong);
     auto client = f.client();
     auto options = f.options();
-    (void)f.failure(client.try_restore("a.txt", options), errc::checksum_mismatch);
+    const auto failure = f.failure(client.try_restore("a.txt", options), errc::checksum_mismatch);
+    CHECK(contains(failure.what(), "again after a second fetch from nothing"));
     options.verify = false;
     auto file = f.success(client.try_restore("a.txt", options));
     check_file(file, new_text, wandb::source::downloaded, false);

@@ -210,6 +210,22 @@ TEST_SUITE("service: answers that lead to the file") {
     }
   }
 
+  TEST_CASE("an impossible size is a protocol_violation") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    const std::uint64_t most = std::uint64_t{1} << 46;
+    for (const std::uint64_t size : {most + 1, std::uint64_t{1} << 61, UINT64_MAX}) {
+      CAPTURE(size);
+      f.server.clear_faults();
+      f.server.add_fault(
+          place::graphql,
+          act::body(answer_node(
+              {{"name", "a.txt"}, {"url", asked_url(f)}, {"sizeBytes", size}, {"md5", text_md5}})));
+      const auto failure = f.failure(f.client().try_restore("a.txt", f.path), errc::protocol_violation);
+      CHECK(contains(failure.what(), "impossible size: " + std::to_string(size) + " bytes"));
+    }
+  }
+
   TEST_CASE("every form of md5 and size is understood") {
     using stand_in::md5_form;
     using stand_in::size_form;

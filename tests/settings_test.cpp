@@ -351,7 +351,7 @@ TEST_SUITE("settings") {
       CHECK(s.retry_timeout == 15s);
       CHECK(problem_of(s) == "");
     }
-    for (const char* bad : {"0", "-1", "abc", "1s", "0.0", "99999999999", "1.x", "."}) {
+    for (const char* bad : {"0", "-1", "abc", "1s", "0.0", "99999999999", "1.x", "1.500x", "1.2.3", "."}) {
       CAPTURE(bad);
       const scoped_environment variables{{"WANDB_HTTP_TIMEOUT", bad}};
       const auto s = settings::from_environment();

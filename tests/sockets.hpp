@@ -248,8 +248,8 @@ class peer {
           char bytes[65536];
           if (entries[side].revents == 0) continue;
           const auto count = ::recv(entries[side].fd, bytes, sizeof bytes, 0);
-          is_open = count > 0 &&
-                    (side == 0 ? upstream : *this).send({bytes, static_cast<std::size_t>(count)});
+          is_open =
+              count > 0 && (side == 0 ? upstream : *this).send({bytes, static_cast<std::size_t>(count)});
         }
       }
     }

@@ -1338,9 +1338,8 @@ PROMISE("bytes behind a proxy's answer to CONNECT are never taken for the server
   const int port = std::stoi(server.substr(server.rfind(':') + 1));
   raw_server proxy([&](peer& client) {
     client.read_head();
-    client.send(
-        "HTTP/1.1 200 Connection established\r\n\r\n"
-        "HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\ninjected");
+    client.send("HTTP/1.1 200 Connection established\r\n\r\n"
+                "HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\ninjected");
     client.relay_to(port);
   });
   request.proxy = proxy.url("");

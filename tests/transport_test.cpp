@@ -11,6 +11,7 @@
 #include <functional>
 #include <iterator>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -430,6 +431,24 @@ TEST_SUITE("http_transport") {
       b.server.add_fault(stand_in::place::storage, stand_in::act::drop());
       check_failed(transport.send(b.get(), third), wandb::errc::connection_failed, "without a response");
     }
+  }
+
+  TEST_CASE("a request that times out on a reused connection is not sent again") {
+    raw_server server([](peer& client) {
+      client.read_head();
+      client.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+      client.read_head();
+      client.wait_for_close(30s);
+    });
+    wandb::http_request request;
+    request.url = server.url();
+    request.idle_timeout = 10s;
+    wandb::http_transport transport;
+    collector first, second;
+    REQUIRE(transport.send(request, first).has_value());
+    request.idle_timeout = 100ms;
+    check_failed(transport.send(request, second), wandb::errc::connection_failed, "timed out");
+    CHECK(server.connections() == 1);
   }
 
   TEST_CASE("the sink can stop at the head or in the body") {
@@ -872,7 +891,8 @@ TEST_SUITE("http_transport") {
       request.idle_timeout = 5s;
       wandb::http_transport transport;
       collector sink;
-      check_failed(transport.send(request, sink), wandb::errc::protocol_violation, "before the TLS handshake");
+      check_failed(transport.send(request, sink), wandb::errc::protocol_violation,
+                   "before the TLS handshake");
       CHECK(sink.starts == 0);
     }
   }
@@ -978,6 +998,17 @@ TEST_SUITE("http_transport") {
       CHECK(second.body == first.body);
       CHECK(b.connections() == 2);  // one of the parent, used twice, and one of the child
     }
+  }
+
+  TEST_CASE("a child leaves its parent's pool alone if another thread held a lock of it during the fork") {
+    wandb::detail::connection_pool pool(nullptr);
+    CHECK(pool.clear());
+    for (std::mutex* const held : {&pool.tls_mutex, &pool.memory.mutex}) {
+      std::thread([&] { held->lock(); }).join();  // as the child sees it: its owner does not exist there
+      CHECK_FALSE(pool.clear());
+      held->unlock();
+    }
+    CHECK(pool.clear());
   }
 
   TEST_CASE("a socket never takes the descriptor of a standard stream") {
