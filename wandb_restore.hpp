@@ -1523,191 +1523,108 @@ inline result<text_map> parse_netrc(std::string_view text) {
 
 // ----------------------------------------------------------------------------------------------------- JSON
 
-// nlohmann/json parses; the values are kept in a type of our own, because its basic_json takes half a second to compile. A
-// function that reads accepts any value: if the value has another type, it returns an empty result.
+// These functions are no templates, so that nlohmann/json's templates are instantiated for few types. A function that reads
+// accepts any value: if the value has another type, it returns an empty result.
 
-/// A JSON value.
-struct json {
-  enum class kind { null, boolean, number, text, array, object };
-  kind type = kind::null;
-  bool truth = false;
-  std::string name;            // of a member of an object
-  std::string text;            // of a text; of a number its digits
-  std::vector<json> children;  // of an array or object
+using json = nlohmann::json;
 
-  [[nodiscard]] bool is_null() const { return type == kind::null; }
-  [[nodiscard]] bool is_string() const { return type == kind::text; }
-  [[nodiscard]] bool is_number() const { return type == kind::number; }
-  [[nodiscard]] bool is_array() const { return type == kind::array; }
-  [[nodiscard]] bool is_object() const { return type == kind::object; }
-};
-
-/// Builds a value from the parser's events (the SAX interface of nlohmann/json). Each returns false to end the parsing.
-class json_builder {
- public:
-  bool null() { return add(json::kind::null); }
-  bool boolean(bool truth) { return add(json::kind::boolean, {}, truth); }
-  bool number_integer(std::int64_t number) { return add(json::kind::number, std::to_string(number)); }
-  bool number_unsigned(std::uint64_t number) { return add(json::kind::number, std::to_string(number)); }
-  bool number_float(double, const std::string& digits) { return add(json::kind::number, digits); }
-  bool string(std::string& text) { return add(json::kind::text, std::move(text)); }
-  bool binary(nlohmann::json::binary_t&) { return false; }
-  bool start_object(std::size_t) { return open(json::kind::object); }
-  bool key(std::string& name) { return name_ = std::move(name), true; }
-  bool end_object() { return open_.pop_back(), true; }
-  bool start_array(std::size_t) { return open(json::kind::array); }
-  bool end_array() { return open_.pop_back(), true; }
-  bool parse_error(std::size_t, const std::string&, const nlohmann::json::exception&) { return false; }
-
+/// Wraps a JSON value for result<T>: `result<json>` would be ambiguous, since an error converts to json, too.
+struct json_document {
   json root;
-
- private:
-  // The service's answers have less than ten levels; thousands would overflow the stack when the value is destroyed.
-  static constexpr std::size_t most_levels = 64;
-
-  json& place() {
-    return open_.empty() ? root : (open_.back()->children.emplace_back(), open_.back()->children.back());
-  }
-  bool add(json::kind type, std::string text = {}, bool truth = false) {
-    json& value = place();
-    value.type = type;
-    value.truth = truth;
-    value.name = std::move(name_);
-    value.text = std::move(text);
-    return true;
-  }
-  bool open(json::kind type) {
-    if (open_.size() == most_levels) return false;
-    json& value = place();
-    value.type = type;
-    value.name = std::move(name_);
-    open_.push_back(&value);
-    return true;
-  }
-  std::string name_;         // of the next member
-  std::vector<json*> open_;  // the arrays and objects that have not ended, the outermost first
 };
+
+/// Whether brackets are nested more than 64 levels deep. The service's answers have less than ten levels; thousands could
+/// overflow the stack when the value is destroyed.
+inline bool is_nested_too_deep(std::string_view text) {
+  constexpr int limit = 64;
+  int depth = 0;
+  bool in_string = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (in_string) {
+      if (c == '\\') ++i;  // the next character is escaped
+      if (c == '"') in_string = false;
+    } else if (c == '[' || c == '{') {
+      if (++depth > limit) return true;
+    } else if (c == ']' || c == '}') {
+      --depth;
+    } else if (c == '"') {
+      in_string = true;
+    }
+  }
+  return false;
+}
 
 /// Parses JSON. Returns null for text that is not JSON or is nested too deep.
 inline json parse_json(std::string_view text) {
-  json_builder builder;
-  const bool good = nlohmann::json::sax_parse(text.data(), text.data() + text.size(), &builder);
-  return good ? std::move(builder.root) : json();
+  json value;
+  if (is_nested_too_deep(text)) return value;
+  value = json::parse(text.data(), text.data() + text.size(), nullptr, false);
+  if (value.is_discarded()) value = json();
+  return value;
+}
+/// Writes JSON on one line, or indented by `indent` spaces per level. Bytes that are not UTF-8 become U+FFFD.
+inline std::string write_json(const json& value, int indent = -1) {
+  return value.dump(indent, ' ', false, json::error_handler_t::replace);
 }
 
-/// Returns the length of the UTF-8 sequence (RFC 3629) that `text` begins with, or 0 if there is none.
-inline std::size_t utf8_sequence(std::string_view text) {
-  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
-  const unsigned lead = byte(0);
-  if (lead < 0x80) return 1;
-  const std::size_t length = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
-  if (lead < 0xc2 || lead > 0xf4 || text.size() < length) return 0;
-  for (std::size_t i = 1; i < length; ++i) {
-    if ((byte(i) & 0xc0) != 0x80) return 0;
-  }
-  const unsigned second = byte(1);  // excludes longer forms, surrogates, and code points beyond U+10FFFF
-  const bool is_allowed = !(lead == 0xe0 && second < 0xa0) && !(lead == 0xed && second > 0x9f) &&
-                          !(lead == 0xf0 && second < 0x90) && !(lead == 0xf4 && second > 0x8f);
-  return is_allowed ? length : 0;
+inline const json::object_t& members(const json& value) {
+  static const json::object_t none;
+  const auto* all = value.get_ptr<const json::object_t*>();
+  return all ? *all : none;
 }
-/// Writes a JSON string. Bytes that are not UTF-8 become U+FFFD.
-inline std::string json_string(std::string_view text) {
-  std::string out = "\"";
-  while (!text.empty()) {
-    const auto length = utf8_sequence(text);
-    const char c = text.front();
-    if (length == 0) {
-      out += "\xef\xbf\xbd";
-    } else if (c == '"' || c == '\\') {
-      out.append({'\\', c});
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      out.append("\\u00").append(hex_encode({&c, 1}));
-    } else {
-      out.append(text.substr(0, length));
-    }
-    text.remove_prefix((std::max<std::size_t>)(length, 1));
-  }
-  return out + '"';
-}
-/// Writes JSON, indented by two spaces for each level.
-inline std::string write_json(const json& value, std::size_t level = 0) {
-  if (value.is_null()) return "null";
-  if (value.type == json::kind::boolean) return value.truth ? "true" : "false";
-  if (value.is_number()) return value.text;
-  if (value.is_string()) return json_string(value.text);
-  std::string out(1, value.is_object() ? '{' : '[');
-  for (const json& child : value.children) {
-    out.append(out.size() > 1 ? ",\n" : "\n").append(2 * level + 2, ' ');
-    if (value.is_object()) out.append(json_string(child.name)).append(": ");
-    out += write_json(child, level + 1);
-  }
-  if (!value.children.empty()) out.append("\n").append(2 * level, ' ');
-  return out += value.is_object() ? '}' : ']';
-}
-
-inline const std::vector<json>& members(const json& value) {
-  static const std::vector<json> none;
-  return value.is_object() ? value.children : none;
-}
-inline const std::vector<json>& elements(const json& value) {
-  static const std::vector<json> none;
-  return value.is_array() ? value.children : none;
-}
-/// Returns the member with this name, or null. The last of equal names counts.
-inline const json* find_member(const json& object, std::string_view name) {
-  const json* found = nullptr;
-  for (const json& each : members(object)) {
-    if (each.name == name) found = &each;
-  }
-  return found;
+inline const json::array_t& elements(const json& value) {
+  static const json::array_t none;
+  const auto* all = value.get_ptr<const json::array_t*>();
+  return all ? *all : none;
 }
 inline bool has_member(const json& object, std::string_view name) {
-  return find_member(object, name) != nullptr;
+  return members(object).find(std::string(name)) != members(object).end();
 }
-/// Returns the member with this name, or a null value.
+/// Returns the member with this name, or null.
 inline const json& member(const json& object, std::string_view name) {
   static const json null;
-  const json* found = find_member(object, name);
-  return found ? *found : null;
+  const auto found = members(object).find(std::string(name));
+  return found == members(object).end() ? null : found->second;
 }
-inline std::string text_of(const json& value) { return value.is_string() ? value.text : std::string(); }
+inline std::string text_of(const json& value) {
+  const auto* text = value.get_ptr<const json::string_t*>();
+  return text ? *text : std::string();
+}
 inline double number_of(const json& value) {
-  return value.is_number() ? std::strtod(value.text.c_str(), nullptr) : 0;
+  if (const auto* fraction = value.get_ptr<const json::number_float_t*>()) return *fraction;
+  if (const auto* count = value.get_ptr<const json::number_unsigned_t*>()) return static_cast<double>(*count);
+  const auto* integer = value.get_ptr<const json::number_integer_t*>();
+  return integer ? static_cast<double>(*integer) : 0;
 }
-inline bool is_true(const json& value) { return value.truth; }
+inline bool is_true(const json& value) {
+  const auto* truth = value.get_ptr<const json::boolean_t*>();
+  return truth && *truth;
+}
 
-inline json json_object() {
-  json value;
-  value.type = json::kind::object;
+inline json json_object() { return json(json::value_t::object); }
+/// Appends to `array`, which must be an array.
+inline void append_element(json& array, json element) {
+  array.get_ptr<json::array_t*>()->push_back(std::move(element));
+}
+inline json json_array_of(json element) {
+  json value(json::value_t::array);
+  append_element(value, std::move(element));
   return value;
 }
 inline json json_text(std::string_view text) {
-  json value;
-  value.type = json::kind::text;
-  value.text = text;
+  json value(json::value_t::string);
+  value.get_ptr<json::string_t*>()->append(text);
   return value;
 }
 inline json json_number(std::int64_t number) {
-  json value;
-  value.type = json::kind::number;
-  value.text = std::to_string(number);
-  return value;
-}
-/// Appends to `array`, which must be an array.
-inline void append_element(json& array, json element) { array.children.push_back(std::move(element)); }
-inline json json_array_of(json element) {
-  json value;
-  value.type = json::kind::array;
-  append_element(value, std::move(element));
+  json value(json::value_t::number_integer);
+  *value.get_ptr<json::number_integer_t*>() = number;
   return value;
 }
 /// Sets a member of `object`, which must be an object.
 inline void set_member(json& object, const std::string& name, json value) {
-  value.name = name;
-  for (json& each : object.children) {
-    if (each.name == name) return void(each = std::move(value));
-  }
-  object.children.push_back(std::move(value));
+  (*object.get_ptr<json::object_t*>())[name] = std::move(value);
 }
 
 // ------------------------------------------------------------------------------- the public service's names
@@ -3799,9 +3716,9 @@ inline result<text_map> parse_string_object(std::string_view text) {
   const json parsed = parse_json(text);
   text_map strings;
   bool good = parsed.is_object();
-  for (const json& each : members(parsed)) {
-    good = good && each.is_string();
-    strings[each.name] = each.text;
+  for (const auto& [name, value] : members(parsed)) {
+    good = good && value.is_string();
+    strings[name] = text_of(value);
   }
   if (!good) return error(errc::invalid_argument, "expected a JSON object of strings");
   return strings;
@@ -4000,15 +3917,15 @@ inline std::vector<std::string> shared_token_keys(std::string_view base_text, co
 
 /// Reads the file of access tokens that the SDK shares between processes: {"credentials": {base URL: token}}. The file is a
 /// cache: a missing or malformed one counts as empty.
-inline result<json> read_credentials(const path& credentials_file) {
-  json file;
+inline result<json_document> read_credentials(const path& credentials_file) {
+  json_document file;
   if (facts_of(credentials_file).found()) {
     const auto text = read_small_file(credentials_file, 1 << 20);
     if (!text) return text.error();
-    file = parse_json(*text);
+    file.root = parse_json(*text);
   }
-  if (!file.is_object()) file = json_object();
-  if (!member(file, "credentials").is_object()) set_member(file, "credentials", json_object());
+  if (!file.root.is_object()) file.root = json_object();
+  if (!member(file.root, "credentials").is_object()) set_member(file.root, "credentials", json_object());
   return file;
 }
 
@@ -4018,7 +3935,7 @@ inline access_token read_shared_token(const path& credentials_file, const std::s
                                       std::chrono::system_clock::time_point now) {
   const auto file = read_credentials(credentials_file);
   if (!file) return {};
-  const json& entry = member(member((*file), "credentials"), base_url);
+  const json& entry = member(member(file->root, "credentials"), base_url);
   const auto expires_at = parse_utc(text_of(member(entry, "expires_at")));
   auto value = text_of(member(entry, "access_token"));
   if (!expires_at || value.empty() || has_control(value)) return {};
@@ -4035,12 +3952,12 @@ inline result<void> write_shared_token(const path& credentials_file, const std::
   json entry = json_object();
   set_member(entry, "expires_at", json_text(format_utc(token.expires_at)));
   set_member(entry, "access_token", json_text(token.value));
-  json tokens = member((*file), "credentials");
+  json tokens = member(file->root, "credentials");
   set_member(tokens, base_url, std::move(entry));
-  set_member((*file), "credentials", std::move(tokens));
+  set_member(file->root, "credentials", std::move(tokens));
   std::error_code failure;  // replace the target of a symbolic link, not the link
   const path target = std::filesystem::canonical(credentials_file, failure);
-  return replace_small_file(failure ? credentials_file : target, write_json((*file)), 0600);
+  return replace_small_file(failure ? credentials_file : target, write_json(file->root, 2), 0600);
 }
 
 // --------------------------------------------------------------------- the sources of settings, by priority
@@ -5145,11 +5062,12 @@ class service {
   static constexpr std::int64_t page_size = 500;  // files
 
   enum class retries { until_timeout, none };
-  result<json> ask(const std::string& task, const char* query, json variables,
-                   retries wanted = retries::until_timeout);
-  result<json> ask_once(const std::string& task, const std::string& authorization, const std::string& body);
-  result<json> files_page(const std::string& task, const run_path& run, json variables,
-                          retries wanted = retries::until_timeout);
+  result<json_document> ask(const std::string& task, const char* query, json variables,
+                            retries wanted = retries::until_timeout);
+  result<json_document> ask_once(const std::string& task, const std::string& authorization,
+                                 const std::string& body);
+  result<json_document> files_page(const std::string& task, const run_path& run, json variables,
+                                   retries wanted = retries::until_timeout);
   std::string hint_for_missing(const run_path& run, const std::string& name);
   [[nodiscard]] result<void> check_answered(const std::string& task, const char* kind, const json& answered,
                                             const std::string& requested) const;
@@ -5167,7 +5085,8 @@ class service {
   bool anonymous_ = false;
 };
 
-inline result<json> service::ask(const std::string& task, const char* query, json variables, retries wanted) {
+inline result<json_document> service::ask(const std::string& task, const char* query, json variables,
+                                          retries wanted) {
   if (auto good = session_.ready(); !good) return good.error();
   auto authorization = session_.authorization(call_);
   if (!authorization) return authorization.error();
@@ -5183,8 +5102,8 @@ inline result<json> service::ask(const std::string& task, const char* query, jso
   }
 }
 
-inline result<json> service::ask_once(const std::string& task, const std::string& authorization,
-                                      const std::string& body) {
+inline result<json_document> service::ask_once(const std::string& task, const std::string& authorization,
+                                               const std::string& body) {
   http_request request;
   request.method = "POST";
   request.body = body;
@@ -5219,7 +5138,7 @@ inline result<json> service::ask_once(const std::string& task, const std::string
                  200);
   }
   const auto message = backend_message(parsed);
-  if (!message.empty() || !member(parsed, "errors").children.empty()) {
+  if (!message.empty() || !member(parsed, "errors").empty()) {
     const std::string full = task + ": " + host() + " answered " +
                              (message.empty() ? "with errors that have no message"
                                               : in_quotes(session_.without_secrets(message, authorization)));
@@ -5232,12 +5151,12 @@ inline result<json> service::ask_once(const std::string& task, const std::string
     const bool may_be_hidden = anonymous_ && code != errc::http_failure;
     return error(code, full + (may_be_hidden ? "; " + session_.credentials_hint({}) : std::string()), 200);
   }
-  return member(parsed, "data");
+  return json_document{member(parsed, "data")};
 }
 
 /// Requests a page of a run's files. Returns the member `project.run.files` of the answer.
-inline result<json> service::files_page(const std::string& task, const run_path& run, json variables,
-                                        retries wanted) {
+inline result<json_document> service::files_page(const std::string& task, const run_path& run, json variables,
+                                                 retries wanted) {
   // The variables have the SDK's names (RunFiles in wandb/apis/public/files.py).
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
@@ -5251,10 +5170,10 @@ inline result<json> service::files_page(const std::string& task, const run_path&
   set_member(variables, "name", json_text(run.run_id));
   auto data = ask(task, query, std::move(variables), wanted);
   if (!data) return data;
-  if (!has_member((*data), "project")) {
+  if (!has_member(data->root, "project")) {
     return error(errc::protocol_violation, task + ": the answer of " + host() + " has no field \"project\"");
   }
-  const json& project = member((*data), "project");
+  const json& project = member(data->root, "project");
   const json& found = member(project, "run");
   if (auto good = check_answered(task, "project", project, run.project); !good) return good.error();
   if (auto good = check_answered(task, "run", found, run.run_id); !good) return good.error();
@@ -5273,7 +5192,7 @@ inline result<json> service::files_page(const std::string& task, const run_path&
   if (!found.is_object() || !member(files, "edges").is_array()) {
     return error(errc::protocol_violation, task + ": the answer of " + host() + " has no list of files");
   }
-  return files;
+  return json_document{files};
 }
 
 /// Checks that an answer describes the requested project or run: a proxy or cache may mix up two answers. A missing name
@@ -5299,7 +5218,8 @@ inline file_info service::info_of(const json& node) {
   info.mimetype = text_of(member(node, "mimetype"));
   info.updated_at = text_of(member(node, "updatedAt"));
   const json& size = member(node, "sizeBytes");  // a number, a string or null
-  if (size.is_number() || size.is_string()) info.size = to_number(size.text);
+  if (const auto* number = size.get_ptr<const json::number_unsigned_t*>()) info.size = *number;
+  if (size.is_string()) info.size = to_number(text_of(size));
   if (info.size == std::uint64_t{0} && info.md5 != md5().finish())
     info.size.reset();  // some servers send 0 for an unknown size
   return info;
@@ -5352,7 +5272,7 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
   auto files = files_page(task, run, std::move(variables));
   if (!files) return files.error();
   const json *exact = nullptr, *similar = nullptr, *never_uploaded = nullptr, *unrelated = nullptr;
-  for (const json& edge : elements(member((*files), "edges"))) {
+  for (const json& edge : elements(member(files->root, "edges"))) {
     const json& node = member(edge, "node");
     if (!node.is_object()) continue;
     const auto node_name = text_of(member(node, "name"));
@@ -5387,7 +5307,7 @@ inline std::string service::hint_for_missing(const run_path& run, const std::str
       files_page("looking for names like " + in_quotes(name), run, std::move(variables), retries::none);
   if (!files) return advice;
   std::vector<std::string> names;
-  for (const json& edge : elements(member((*files), "edges"))) {
+  for (const json& edge : elements(member(files->root, "edges"))) {
     const json& node = member(edge, "node");
     if (text_of(member(node, "md5")) != "0") names.push_back(text_of(member(node, "name")));
   }
@@ -5421,7 +5341,7 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
     auto files = files_page(task, run, std::move(variables));
     if (!files) return files.error();
     std::string last;
-    for (const json& edge : elements(member((*files), "edges"))) {
+    for (const json& edge : elements(member(files->root, "edges"))) {
       last = text_of(member(edge, "cursor"));
       const json& node = member(edge, "node");
       if (text_of(member(node, "md5")) == "0") continue;
@@ -5429,7 +5349,7 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
       const file_info& added = all.back();
       bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
     }
-    const json& page = member((*files), "pageInfo");
+    const json& page = member(files->root, "pageInfo");
     if (last.empty()) last = text_of(member(page, "endCursor"));
     if (!is_true(member(page, "hasNextPage")) || last.empty()) return all;
     if (bytes > max_listed || seen.size() >= max_pages) {
@@ -5452,7 +5372,7 @@ inline result<std::string> service::default_entity() {
   const std::string task = "asking for the account's default entity";
   auto data = ask(task, "query Viewer { viewer { id entity } }", json_object());
   if (!data) return data.error();
-  const std::string entity = text_of(member(member((*data), "viewer"), "entity"));
+  const std::string entity = text_of(member(member(data->root, "viewer"), "entity"));
   if (entity.empty()) {
     return error(errc::invalid_run_path,
                  task + ": " + host() +
