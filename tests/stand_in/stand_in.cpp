@@ -2492,7 +2492,8 @@ class server::implementation {
   std::uint16_t own_port(std::string authority) const {
     const auto colon = authority.rfind(':');
     const auto port = to_number(colon == std::string::npos ? "80" : authority.substr(colon + 1));
-    const std::string host = authority.substr(0, colon);
+    std::string host = authority.substr(0, colon);
+    for (char& c : host) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     std::vector<std::string> mine = how_.more_hosts;
     mine.insert(mine.end(), {"localhost", "127.0.0.1", "[::1]"});
     if (std::count(mine.begin(), mine.end(), host) == 0) return 0;
