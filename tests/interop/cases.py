@@ -9,7 +9,34 @@ import dataclasses
 
 # ---- what differs on purpose: the README's section "Differences from the Python SDK" repeats these rows ---------------------
 
-DIFFERENCES = {
+DIFFERENCES = {  # what differs -> why
+    "The address of a run in the browser is a run path": "people paste it; the SDK refuses addresses",
+    "A query or fragment behind a run path is dropped": "no run id has a `?` or `#` in it",
+    "The path of a sweep is refused": "the SDK takes the sweep's id for a run's",
+    "Without a run path, `WANDB_RUN_ID`, `run_id` in a settings file or the resume file names the run": "a job that was started again finds its own checkpoint",
+    "An entity of white space alone is none": "as an empty one",
+    "An entity with a slash or a line break is refused": "no account has one; the service need not be asked",
+    "`WANDB_MODE=offline`, `dryrun` and `disabled` are honoured": "no request is made; a local copy is opened",
+    "Extra headers go to the service alone": "they may hold credentials, and storage refuses a second `Authorization`",
+    "Without a key a private run is not found": "the service is asked, for the run may be public",
+    "A public run needs no key": "the service does not ask for one",
+    "White space around a key is no part of it": "mounted secrets end with a newline",
+    "A local copy needs no key, no server and no run": "compute nodes without a network open what the login node fetched",
+    "One unknown key or bad value in a settings file leaves the other keys as they are": "the SDK discards the local and the global file",
+    "A bare `%` in a settings file is taken as it stands": "the SDK ends with an error of its parser",
+    "`$WANDB_DIR/wandb/settings` counts, before `./wandb/settings`": "`wandb` itself writes it there",
+    "A netrc file may end within a macro or a quoted word": "the entries in it are whole; the SDK ignores the file",
+    "A name that no file can have is refused at once": "absolute, with `..`, with `/` at its end, or too long for the file system: nothing is asked, read or written",
+    "A name with `.` as a part is also looked for without it": "`./model.h5` comes from completion in a shell",
+    "A symbolic link in the target's place is replaced by the file": "the SDK writes through it",
+    "A root may lead through a directory that is not there": "`new/../ckpt` is created as it is written",
+    "Size and md5 are checked": "the SDK keeps whatever arrived",
+    "A field that the service leaves out is unknown": "the SDK ends with an `AttributeError` or `KeyError`",
+    "A file's address may be relative, or `directUrl` alone": "a server behind a proxy may not know its own name",
+    "A file without a node is not found": "the SDK ends with an `IndexError`",
+    "`REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name the authorities, too": "most Python programs take them",
+    "A netrc entry for any name of the public service counts for each of them": "they are one service; the SDK takes `api.wandb.ai` for `api.forge.coreweave.com`, but nothing else",
+    "The key goes to each name of the public service, with and without its port": "the SDK compares text, and downloads without a key",
 }
 
 # ---- what the stand-ins serve -----------------------------------------------------------------------------------------------
@@ -23,7 +50,7 @@ RUN_NAMES = """
     e/p/r dflt/p/r dflt/proj/r e/proj/r ent/p/r ent/proj/r dflt/e/p ent/e/p e/p/r:1 dflt/p/a:b ent/p/a:b dflt/e:x/r ent/e:x/r
     dflt/runs/r ent/runs/r e/runs/r e/p/R E/P/R dflt/proj/runs ent/proj/runs dflt/proj/sweeps dflt/p/runs e/p/é e/p/r-1_2.3
     fileent/fileproj/r fileent/proj/r ent/fileproj/r globalent/globalproj/r fileent/globalproj/r fileent/p/r dflt/fileproj/r
-    dflt/globalproj/r globalent/fileproj/r globalent/p/r
+    dflt/globalproj/r globalent/fileproj/r globalent/p/r globalent/proj/r
 """.split() + ["e/p/r s", "my team/my proj/r"]
 
 FILES = {
@@ -102,11 +129,10 @@ class Case:
     here: dict = dataclasses.field(default_factory=dict)  # files below the working directory; None: a directory
     home: dict = dataclasses.field(default_factory=dict)  # files below the home directory
     call: str = "restore"  # of the SDK: wandb.restore, File.download, or list for Run.files()
-    differs: tuple | None = None  # (row of DIFFERENCES, outcome of the SDK, outcome of wandb-restore)
+    differs: tuple | None = None  # (row of DIFFERENCES, outcome of the SDK, outcome of wandb-restore); see `differ`
 
 
 CASES: list[Case] = []
-_expected: dict[str, tuple] = {}
 
 
 def add(group, title, **given):
@@ -433,3 +459,85 @@ add_host("base URL wandb.ai, service calls itself Forge", _FORGE, f"https://{_WA
 add_host("WANDB_HTTPS_PROXY in place of HTTPS_PROXY", _FORGE, None, key=KEY, HTTPS_PROXY=None, WANDB_HTTPS_PROXY="@PROXY@")
 add_host("https_proxy in lower case", _FORGE, None, key=KEY, HTTPS_PROXY=None, https_proxy="@PROXY@")
 add_host("NO_PROXY for the host of the proxy alone", _FORGE, None, key=KEY, NO_PROXY="127.0.0.1")
+
+
+# ---- which cases differ on purpose ----------------------------------------------------------------------------------------------
+
+
+def differ(row, sdk, ours, group, *titles):
+    """Cases that differ as a row of the table says, with the outcome that each program must have: restored, not found, refused, or
+    "no key": refused by the SDK or not found by wandb-restore because no key was found."""
+    found = [case for case in CASES if case.group == group and case.title in titles]
+    if len(found) != len(titles):
+        raise ValueError(f"{group}: no case {set(titles) - {case.title for case in found}}")
+    for case in found:
+        case.differs = (row, sdk, ours)
+
+
+def with_defaults(*paths):
+    return [title for path in paths for title in (f"{path!r}", f"{path!r}, entity and project in the environment")]
+
+
+differ("The address of a run in the browser is a run path", "refused", "restored", "run path", *with_defaults(
+    "e/p/runs/r/x", "e/p/runs/r/files/a.txt", "e/p/runs/r/overview", "https://wandb.ai/e/p/runs/r", "wandb.ai/e/p/runs/r", "https://forge.coreweave.com/wandb/e/p/runs/r"))
+differ("A query or fragment behind a run path is dropped", "not found", "restored", "run path", *with_defaults("e/p/r?nw=x", "e/p/runs/r?nw=nwuser", "e/p/r#x"))
+differ("The path of a sweep is refused", "restored", "refused", "run path", *with_defaults("e/p/sweeps/r"))
+_row = "Without a run path, `WANDB_RUN_ID`, `run_id` in a settings file or the resume file names the run"
+differ(_row, "refused", "restored", "environment", "WANDB_RUN_ID, no run path", "WANDB_RUN_ID, an empty run path", "resume file, WANDB_RESUME=auto, no run path")
+differ(_row, "refused", "restored", "settings file", "run_id in the local file, no run path")
+differ("An entity of white space alone is none", "refused", "restored", "environment", "WANDB_ENTITY=' ', run path 'r'", "WANDB_ENTITY=' ', run path 'p/r'")
+_row = "An entity with a slash or a line break is refused"
+differ(_row, "not found", "refused", "environment", "WANDB_ENTITY='e/n', run path 'r'", "WANDB_ENTITY='e/n', run path 'p/r'")
+differ(_row, "not found", "refused", "settings file", "local: continued value", "global: continued value")
+_row = "`WANDB_MODE=offline`, `dryrun` and `disabled` are honoured"
+differ(_row, "restored", "refused", "environment", "WANDB_MODE=offline", "WANDB_MODE=dryrun", "WANDB_MODE=disabled")
+differ(_row, "restored", "refused", "settings file", "mode = offline in the local file")
+differ("Extra headers go to the service alone", "refused", "restored", "environment", "extra headers with Authorization")
+_row = "Without a key a private run is not found"
+differ(_row, "no key", "no key", "key", "WANDB_API_KEY none", "WANDB_API_KEY empty")
+differ(_row, "no key", "no key", "netrc", "host without port", "another port", "another host", "prefix of the host", "empty", "only comment", "unknown word", "unknown word in front",
+       "broken entry behind", "no password", "empty password", "upper case words", "byte order mark", "URL for the host", "~/.netrc of no use and ~/_netrc", "NETRC missing, ~/.netrc there",
+       "a directory in its place")
+differ(_row, "no key", "no key", "host", "nothing set, no key", "base URL wandb.ai, netrc with port 443", "base URL QA's Forge, netrc for wandb.ai", "a server of one's own, netrc for wandb.ai",
+       "a server of one's own, netrc for Forge", "a server of one's own, netrc in upper case")
+differ("A public run needs no key", "no key", "restored", "key", "none, a public run")
+_row = "White space around a key is no part of it"
+differ(_row, "refused", "restored", "key", "WANDB_API_KEY space in front", "WANDB_API_KEY space behind", "WANDB_API_KEY newline behind", "WANDB_API_KEY CRLF behind")
+differ(_row, "refused", "no key", "key", "WANDB_API_KEY only spaces")
+_row = "A local copy needs no key, no server and no run"
+differ(_row, "no key", "restored", "key", "none, a local copy")
+differ(_row, "refused", "restored", "key", "too short, a local copy", "wrong, a local copy")
+differ(_row, "not found", "restored", "local copy", "of a missing run")
+differ(_row, "refused", "restored", "local copy", "no server")
+_row = "One unknown key or bad value in a settings file leaves the other keys as they are"
+differ(_row, "refused", "restored", "settings file", "local: unknown key", "local: bad value")
+differ(_row, "restored", "restored", "settings file", "global: unknown key", "global: bad value", "global: two percents")
+differ(_row, "refused", "not found", "settings file", "local: two percents")
+differ("A bare `%` in a settings file is taken as it stands", "refused", "restored", "settings file", "global: percent")
+differ("`$WANDB_DIR/wandb/settings` counts, before `./wandb/settings`", "restored", "restored", "settings file", "WANDB_DIR, settings there and here", "WANDB_DIR, settings there alone")
+_row = "A netrc file may end within a macro or a quoted word"
+differ(_row, "no key", "restored", "netrc", "macdef without end")
+differ(_row, "refused", "restored", "netrc", "unfinished quote")
+_row = "A name that no file can have is refused at once"
+differ(_row, "restored", "refused", "name", "'d/'")
+differ(_row, "not found", "refused", "name", "'a.txt/'", "'/a.txt'", "'d/../a.txt'", "256 characters")
+differ(_row, "restored", "refused", "local copy", "outside of the root", "absolute name")
+_row = "A name with `.` as a part is also looked for without it"
+differ(_row, "not found", "restored", "name", "'./a.txt'")
+differ(_row, "refused", "restored", "name", "'./dot'", "'d/./dot'")
+_row = "A symbolic link in the target's place is replaced by the file"
+differ(_row, "restored", "restored", "local copy", "restore, a link to nothing, replace None", "restore, a link to nothing, replace False", "restore, a link to nothing, replace True",
+       "restore, a link, replace True", "download, a link to nothing, replace False", "download, a link to nothing, replace True", "download, a link, replace True")
+differ("A root may lead through a directory that is not there", "refused", "restored", "root", "with dots, a.txt", "with dots, d/b.txt")
+differ("Size and md5 are checked", "restored", "refused", "node", "md5-wrong", "md5-hex-wrong", "size-less", "size-more", "size-more-no-md5")
+_row = "A field that the service leaves out is unknown"
+differ(_row, "refused", "restored", "node", "md5-absent", "size-absent")
+differ(_row, "refused", "restored", "list", "of odd nodes")
+differ("A file's address may be relative, or `directUrl` alone", "refused", "restored", "node", "url-empty", "url-relative")
+differ("A file without a node is not found", "refused", "not found", "missing", "file, no node server", "directory, no node server", "case of the name, no node server")
+differ("`REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name the authorities, too", "refused", "restored", "base URL", "TLS, REQUESTS_CA_BUNDLE")
+differ("A netrc entry for any name of the public service counts for each of them", "no key", "restored", "host", "base URL wandb.ai, netrc for api.forge.coreweave.com",
+       "base URL wandb.ai in the settings file, netrc for api.forge.coreweave.com", "base URL wandb.ai with a slash, netrc for api.forge.coreweave.com",
+       "base URL Forge, netrc for forge.coreweave.com", "base URL Forge's proxy, netrc for forge.coreweave.com")
+differ("The key goes to each name of the public service, with and without its port", "refused", "restored", "host", "base URL wandb.ai with port 443, netrc without",
+       "base URL wandb.ai with port 443, netrc with", "base URL Forge with port 443, netrc for wandb.ai", "base URL Forge, service calls itself wandb.ai", "base URL wandb.ai, service calls itself Forge")

@@ -153,6 +153,13 @@ def ask_ours(program, case, sandbox):
     return sandbox.seen(answer)
 
 
+def outcome_of(answer):
+    """The outcome as `cases.differ` names it."""
+    if answer["outcome"] != "restored" and ("No API key configured" in answer["text"] or "no API key for" in answer["text"]):
+        return "no key"
+    return answer["outcome"]
+
+
 def differences(sdk, ours, before):
     """What differs, in words; empty if both programs agree."""
     found = []
@@ -175,7 +182,7 @@ def judge(case, sdk, ours, before):
         return "unexpected", f"{row!r} is not in the table of differences"
     if not found:
         return "unexpected", f"no difference, although the table has one: {row}"
-    if (sdk["outcome"], ours["outcome"]) != (sdk_outcome, our_outcome) or "files changed by a failed wandb-restore" in found:
+    if (outcome_of(sdk), outcome_of(ours)) != (sdk_outcome, our_outcome) or "files changed by a failed wandb-restore" in found:
         return "unexpected", f"another difference than the table's ({sdk_outcome} / {our_outcome})"
     return "deliberate", row
 
