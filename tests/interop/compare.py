@@ -29,7 +29,8 @@ SECONDS = 60  # for one call; every wait of both programs ends sooner
 
 class StandIn:
     def __init__(self, program, arguments, runs_file):
-        command = [program, "--run", "dflt/p/r", "--runs", runs_file, "--key", cases.KEY, "--identity-token", cases.TOKEN, "--until-input-ends", *arguments]
+        command = [program, "--run", "dflt/p/r", "--runs", runs_file, "--key", cases.KEY, "--identity-token", cases.TOKEN,
+            "--until-input-ends", *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.says = {}
         for line in self.process.stdout:
@@ -48,8 +49,10 @@ class Sdk:
     """A process that imported the SDK once and forks for each call; see sdk_worker.py."""
 
     def __init__(self, python, log):
-        environment = {"PATH": os.environ["PATH"], "HOME": str(log.parent), "LC_ALL": "C.UTF-8", "WANDB_ERROR_REPORTING": "false", "WANDB_HTTP_TIMEOUT": "10"}
-        self.process = subprocess.Popen([python, HERE / "sdk_worker.py", log], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=log.parent)
+        environment = {"PATH": os.environ["PATH"], "HOME": str(log.parent), "LC_ALL": "C.UTF-8",
+            "WANDB_ERROR_REPORTING": "false", "WANDB_HTTP_TIMEOUT": "10"}
+        self.process = subprocess.Popen([python, HERE / "sdk_worker.py", log], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment, cwd=log.parent)
         first = self.process.stdout.readline()
         if not first:
             raise SystemExit("the SDK could not be imported")
@@ -97,11 +100,13 @@ class Sandbox:
         for made in (self.home, self.here, temporary):
             made.mkdir(parents=True)
         netloc = re.sub(r"^[a-z]+://|/.*", "", server["base_url"])
-        self.words = {"@BASE@": server["base_url"], "@NETLOC@": netloc, "@PORT@": netloc.partition(":")[2], "@KEY@": cases.KEY, "@PROXY@": server.get("proxy", ""),
+        self.words = {"@BASE@": server["base_url"], "@NETLOC@": netloc, "@PORT@": netloc.partition(":")[2], "@KEY@": cases.KEY,
+            "@PROXY@": server.get("proxy", ""),
                       "@CA@": server["ca"], "@HERE@": str(self.here), "@HOME@": str(self.home)}
         write_files(self.here, case.here, self.filled)
         write_files(self.home, case.home, self.filled)
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "TMPDIR": str(temporary), "LC_ALL": "C.UTF-8", "WANDB_ERROR_REPORTING": "false", "WANDB_BASE_URL": "@BASE@", "WANDB_API_KEY": cases.KEY}
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "TMPDIR": str(temporary), "LC_ALL": "C.UTF-8",
+            "WANDB_ERROR_REPORTING": "false", "WANDB_BASE_URL": "@BASE@", "WANDB_API_KEY": cases.KEY}
         environment |= case.environment
         self.environment = {name: self.filled(value) for name, value in environment.items() if value is not None}
         self.before = tree_of(self.work)
@@ -121,7 +126,8 @@ class Sandbox:
 
 
 def ask_sdk(sdk, case, sandbox):
-    call = {"call": case.call, "run_path": case.run_path, "replace": case.replace, "name": case.name and sandbox.filled(case.name), "root": case.root and sandbox.filled(case.root),
+    call = {"call": case.call, "run_path": case.run_path, "replace": case.replace,
+        "name": case.name and sandbox.filled(case.name), "root": case.root and sandbox.filled(case.root),
             "environment": sandbox.environment, "directory": str(sandbox.here), "seconds": SECONDS}
     if case.root == "":
         call["root"] = ""
@@ -141,10 +147,12 @@ def ask_ours(program, case, sandbox):
     if case.name is not None:
         command += ["--", sandbox.filled(case.name)]
     try:
-        done = subprocess.run(command, env=sandbox.environment, cwd=sandbox.here, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, env=sandbox.environment, cwd=sandbox.here, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return sandbox.seen({"outcome": "refused", "text": f"no answer within {SECONDS} s"})
-    answer = {"outcome": {0: "restored", 3: "not found"}.get(done.returncode, "refused"), "text": done.stderr.strip(), "status": done.returncode}
+    answer = {"outcome": {0: "restored", 3: "not found"}.get(done.returncode, "refused"), "text": done.stderr.strip(),
+        "status": done.returncode}
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     if case.call == "list":
         answer["names"] = [[line["name"], line["size"] or 0] for line in lines]
@@ -203,7 +211,8 @@ def check_tables():
     rows = readme_rows(HERE.parent.parent / "README.md")
     if list(rows.items()) != list(cases.DIFFERENCES.items()):
         problems.append("README.md, section \"Differences from the Python SDK\", does not repeat the table of tests/interop/cases.py:")
-        problems += [f"  {side}: | {row} | {reason} |" for side, one, other in (("missing in README.md", cases.DIFFERENCES, rows), ("missing in cases.py", rows, cases.DIFFERENCES))
+        problems += [f"  {side}: | {row} | {reason} |" for side, one, other in (("missing in README.md", cases.DIFFERENCES,
+            rows), ("missing in cases.py", rows, cases.DIFFERENCES))
                      for row, reason in one.items() if other.get(row) != reason]
     return problems
 
@@ -250,7 +259,8 @@ def main():
                         print(f"  {who + ':':6}{answer['outcome']}{' at ' + answer['path'] if answer.get('path') else ''}  {answer.get('text', '')[:300]!r}")
                     if "tree" in why or "names" in why:
                         for who, one, other in (("sdk", sdk, ours), ("ours", ours, sdk)):
-                            both = [[(name, value[:60]) for name, value in (side["tree"].items() if "tree" in why else side["names"])] if "tree" in why else side["names"] for side in (one, other)]
+                            both = [[(name, value[:60]) for name,
+                                value in (side["tree"].items() if "tree" in why else side["names"])] if "tree" in why else side["names"] for side in (one, other)]
                             print(f"  only {who}: {[entry for entry in both[0] if entry not in both[1]]}")
                     sys.stdout.flush()
                 if sum(counts.values()) % 100 == 0:
