@@ -18,6 +18,7 @@ DIFFERENCES = {  # what differs -> why
     "An entity with a slash or a line break is refused": "no account has one; the service need not be asked",
     "`WANDB_MODE=offline`, `dryrun` and `disabled` are honoured": "no request is made; a local copy is opened",
     "Extra headers go to the service alone": "they may hold credentials, and storage refuses a second `Authorization`",
+    "No key goes to storage, when something is tried again either": "the SDK then sends it to another port of the service's host, and storage refuses",
     "Without a key a private run is not found": "the service is asked, for the run may be public",
     "A public run needs no key": "the service does not ask for one",
     "White space around a key is no part of it": "mounted secrets end with a newline",
@@ -36,7 +37,7 @@ DIFFERENCES = {  # what differs -> why
     "A file without a node is not found": "the SDK ends with an `IndexError`",
     "`REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name the authorities, too": "most Python programs take them",
     "A netrc entry for any name of the public service counts for each of them": "they are one service; the SDK takes `api.wandb.ai` for `api.forge.coreweave.com`, but nothing else",
-    "The key goes to each name of the public service, with and without its port": "the SDK compares text, and downloads without a key",
+    "The key goes to each name of the public service, in any case, with and without its port": "the SDK compares text, and downloads without a key",
 }
 
 # ---- what the stand-ins serve -----------------------------------------------------------------------------------------------
@@ -124,7 +125,9 @@ SERVERS = {  # name -> arguments of wandb-stand-in
     "graphql 401": ["--plain", "--fault", "graphql:status=401"],
     "graphql 403": ["--plain", "--fault", "graphql:status=403"],
     "graphql errors": ["--plain", "--fault", "graphql:errors=permission denied"],
-    "once 503": ["--plain", "--fault", "storage#1:status=503"],
+    # wandb-restore comes first: it makes one request of each kind, and after the failure another one. The third is the SDK's.
+    "storage 503 once": ["--plain", "--fault", "storage#1:status=503", "--fault", "storage#3:status=503"],
+    "graphql 503 once": ["--plain", "--fault", "graphql#1:status=503", "--fault", "graphql#3:status=503"],
 }
 PUBLIC_NAMES = ["api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com", "wandb.ai", "api.qa.wandb.ai",
     "api.qa.forge.coreweave.com",
@@ -463,7 +466,8 @@ for _title, _path in {"many": "e/p/r", "one": "dflt/p/r", "none": "e/empty/r", "
     "of odd nodes": "e/nodes/r", "malformed path": "a/b/c/d"}.items():
     add("list", _title, call="list", name=None, run_path=_path)
 for _server in ("tls", "prefix", "relative", "chain", "direct", "loop", "chunked", "until close", "status 403", "status 404",
-    "graphql 401", "graphql 403", "graphql errors", "once 503"):
+    "graphql 401", "graphql 403", "graphql errors", "storage 503 once",
+                "graphql 503 once"):
     add("server", _server, server=_server, environment={"SSL_CERT_FILE": "@CA@"} if _server == "tls" else {})
 for _server in ("plain", "tls", "relative", "direct", "chunked"):
     add("server", f"{_server}, 9 MB", server=_server, name="big.bin",
@@ -593,6 +597,7 @@ _row = "`WANDB_MODE=offline`, `dryrun` and `disabled` are honoured"
 differ(_row, "restored", "refused", "environment", "WANDB_MODE=offline", "WANDB_MODE=dryrun", "WANDB_MODE=disabled")
 differ(_row, "restored", "refused", "settings file", "mode = offline in the local file")
 differ("Extra headers go to the service alone", "refused", "restored", "environment", "extra headers with Authorization")
+differ("No key goes to storage, when something is tried again either", "refused", "restored", "server", "storage 503 once")
 _row = "Without a key a private run is not found"
 differ(_row, "no key", "no key", "key", "WANDB_API_KEY none", "WANDB_API_KEY empty")
 differ(_row, "no key", "no key", "netrc", "host without port", "another port", "another host", "prefix of the host", "empty",
@@ -652,7 +657,8 @@ differ("A netrc entry for any name of the public service counts for each of them
        "base URL wandb.ai in the settings file, netrc for api.forge.coreweave.com",
        "base URL wandb.ai with a slash, netrc for api.forge.coreweave.com",
        "base URL Forge, netrc for forge.coreweave.com", "base URL Forge's proxy, netrc for forge.coreweave.com")
-differ("The key goes to each name of the public service, with and without its port", "refused", "restored", "host",
+differ("The key goes to each name of the public service, in any case, with and without its port", "refused", "restored", "host",
     "base URL wandb.ai with port 443, netrc without",
+       "base URL Forge in upper case", "base URL wandb.ai in upper case, netrc in lower",
        "base URL wandb.ai with port 443, netrc with", "base URL Forge with port 443, netrc for wandb.ai",
        "base URL Forge, service calls itself wandb.ai", "base URL wandb.ai, service calls itself Forge")

@@ -25,6 +25,7 @@ import cases
 
 HERE = pathlib.Path(__file__).resolve().parent
 SECONDS = 60  # for one call; every wait of both programs ends sooner
+AT_ONCE = 4  # cases; the SDK waits more than it computes
 
 
 class StandIn:
@@ -237,7 +238,7 @@ def main():
         runs_file.write_text(json.dumps(cases.runs()))
         for name in sorted({case.server for case in chosen}):
             servers[name] = StandIn(given.build / "tests/wandb-stand-in", cases.SERVERS[name], runs_file)
-        for number in range(2):
+        for number in range(AT_ONCE):
             started.append(Sdk(given.python, folder / f"sdk-{number}.log"))
             workers.put(started[-1])
         print(f"wandb {started[0].version}, {len(chosen)} cases", flush=True)
@@ -267,7 +268,7 @@ def main():
                     print(f"{sum(counts.values())} of {len(chosen)} cases, {time.monotonic() - begin:.0f} s", flush=True)
             shutil.rmtree(folder / str(number))
 
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
             for done in [pool.submit(run, number, case) for number, case in enumerate(chosen)]:
                 done.result()
     finally:
