@@ -14,30 +14,30 @@ DIFFERENCES = {  # what differs -> why
     "A query or fragment behind a run path is dropped": "no run id has a `?` or `#` in it",
     "The path of a sweep is refused": "the SDK takes the sweep's id for a run's",
     "Without a run path, `WANDB_RUN_ID`, `run_id` in a settings file or the resume file names the run": "a job that was started again finds its own checkpoint",
-    "An entity of white space alone is none": "as an empty one",
+    "An entity of white space alone counts as empty": "the account's default entity is used",
     "An entity with a slash or a line break is refused": "no account has one; the service need not be asked",
     "`WANDB_MODE=offline`, `dryrun` and `disabled` are honoured": "no request is made; a local copy is opened",
-    "Extra headers go to the service alone": "they may hold credentials, and storage refuses a second `Authorization`",
-    "No key goes to storage, when something is tried again either": "the SDK then sends it to another port of the service's host, and storage refuses",
-    "Without a key a private run is not found": "the service is asked, for the run may be public",
+    "Extra headers go to the service alone": "they may hold credentials; storage refuses a request with a signature and an `Authorization`",
+    "No key goes to storage, even when a download is retried": "the SDK sends it to another port of the service's host, and storage refuses the request",
+    "Without a key a private run is not found": "the service is asked, because the run may be public; the SDK ends before",
     "A public run needs no key": "the service does not ask for one",
     "White space around a key is no part of it": "mounted secrets end with a newline",
     "A local copy needs no key, no server and no run": "compute nodes without a network open what the login node fetched",
-    "One unknown key or bad value in a settings file leaves the other keys as they are": "the SDK discards the local and the global file",
+    "An unknown key or a bad value in a settings file leaves the other keys valid": "the SDK discards the local and the global file",
     "A bare `%` in a settings file is taken as it stands": "the SDK ends with an error of its parser",
-    "`$WANDB_DIR/wandb/settings` counts, before `./wandb/settings`": "`wandb` itself writes it there",
+    "`$WANDB_DIR/wandb/settings` counts, before `./wandb/settings`": "`wandb offline` writes it there",
     "A netrc file may end within a macro or a quoted word": "the entries in it are whole; the SDK ignores the file",
     "A name that no file can have is refused at once": "absolute, with `..`, with `/` at its end, or too long for the file system: nothing is asked, read or written",
     "A name with `.` as a part is also looked for without it": "`./model.h5` comes from completion in a shell",
     "A symbolic link in the target's place is replaced by the file": "the SDK writes through it",
-    "A root may lead through a directory that is not there": "`new/../ckpt` is created as it is written",
+    "A root may lead through a directory that is not there": "`new/../ckpt` works although `new` does not exist",
     "Size and md5 are checked": "the SDK keeps whatever arrived",
     "A field that the service leaves out is unknown": "the SDK ends with an `AttributeError` or `KeyError`",
     "A file's address may be relative, or `directUrl` alone": "a server behind a proxy may not know its own name",
     "A file without a node is not found": "the SDK ends with an `IndexError`",
     "`REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name the authorities, too": "most Python programs take them",
-    "A netrc entry for any name of the public service counts for each of them": "they are one service; the SDK takes `api.wandb.ai` for `api.forge.coreweave.com`, but nothing else",
-    "The key goes to each name of the public service, in any case, with and without its port": "the SDK compares text, and downloads without a key",
+    "A netrc entry for any name of the public service counts for each of them": "they are one service; the SDK accepts only `api.wandb.ai` for `api.forge.coreweave.com`",
+    "The key goes to each name of the public service, in any case, with and without its port": "the SDK compares host and port as text, and then downloads without the key",
 }
 
 # ---- what the stand-ins serve -----------------------------------------------------------------------------------------------
@@ -492,6 +492,7 @@ for _title, _url in {"slash": "@BASE@/", "without": "http://@NETLOC@", "other pr
 add("base URL", "TLS without its CA", server="tls")
 add("base URL", "TLS, SSL_CERT_FILE missing", server="tls", environment={"SSL_CERT_FILE": "@HERE@/none"})
 add("base URL", "TLS, REQUESTS_CA_BUNDLE", server="tls", environment={"REQUESTS_CA_BUNDLE": "@CA@"})
+add("base URL", "TLS, CURL_CA_BUNDLE", server="tls", environment={"CURL_CA_BUNDLE": "@CA@"})
 add("base URL", "TLS, not verified", server="tls", environment={"WANDB_INSECURE_DISABLE_SSL": "true"})
 add("base URL", "TLS, WANDB_INSECURE_DISABLE_SSL=false", server="tls", environment={"WANDB_INSECURE_DISABLE_SSL": "false"})
 add("base URL", "http to a TLS port", server="tls", environment={"WANDB_BASE_URL": "http://@NETLOC@", "SSL_CERT_FILE": "@CA@"})
@@ -588,7 +589,7 @@ _row = "Without a run path, `WANDB_RUN_ID`, `run_id` in a settings file or the r
 differ(_row, "refused", "restored", "environment", "WANDB_RUN_ID, no run path", "WANDB_RUN_ID, an empty run path",
     "resume file, WANDB_RESUME=auto, no run path")
 differ(_row, "refused", "restored", "settings file", "run_id in the local file, no run path")
-differ("An entity of white space alone is none", "refused", "restored", "environment", "WANDB_ENTITY=' ', run path 'r'",
+differ("An entity of white space alone counts as empty", "refused", "restored", "environment", "WANDB_ENTITY=' ', run path 'r'",
     "WANDB_ENTITY=' ', run path 'p/r'")
 _row = "An entity with a slash or a line break is refused"
 differ(_row, "not found", "refused", "environment", "WANDB_ENTITY='e/n', run path 'r'", "WANDB_ENTITY='e/n', run path 'p/r'")
@@ -597,7 +598,7 @@ _row = "`WANDB_MODE=offline`, `dryrun` and `disabled` are honoured"
 differ(_row, "restored", "refused", "environment", "WANDB_MODE=offline", "WANDB_MODE=dryrun", "WANDB_MODE=disabled")
 differ(_row, "restored", "refused", "settings file", "mode = offline in the local file")
 differ("Extra headers go to the service alone", "refused", "restored", "environment", "extra headers with Authorization")
-differ("No key goes to storage, when something is tried again either", "refused", "restored", "server", "storage 503 once")
+differ("No key goes to storage, even when a download is retried", "refused", "restored", "server", "storage 503 once")
 _row = "Without a key a private run is not found"
 differ(_row, "no key", "no key", "key", "WANDB_API_KEY none", "WANDB_API_KEY empty")
 differ(_row, "no key", "no key", "netrc", "host without port", "another port", "another host", "prefix of the host", "empty",
@@ -618,7 +619,7 @@ differ(_row, "no key", "restored", "key", "none, a local copy")
 differ(_row, "refused", "restored", "key", "too short, a local copy", "wrong, a local copy")
 differ(_row, "not found", "restored", "local copy", "of a missing run")
 differ(_row, "refused", "restored", "local copy", "no server")
-_row = "One unknown key or bad value in a settings file leaves the other keys as they are"
+_row = "An unknown key or a bad value in a settings file leaves the other keys valid"
 differ(_row, "refused", "restored", "settings file", "local: unknown key", "local: bad value")
 differ(_row, "restored", "restored", "settings file", "global: unknown key", "global: bad value", "global: two percents")
 differ(_row, "refused", "not found", "settings file", "local: two percents")
@@ -651,7 +652,8 @@ differ("A file's address may be relative, or `directUrl` alone", "refused", "res
 differ("A file without a node is not found", "refused", "not found", "missing", "file, no node server",
     "directory, no node server", "case of the name, no node server")
 differ("`REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name the authorities, too", "refused", "restored", "base URL",
-    "TLS, REQUESTS_CA_BUNDLE")
+    "TLS, REQUESTS_CA_BUNDLE",
+       "TLS, CURL_CA_BUNDLE")
 differ("A netrc entry for any name of the public service counts for each of them", "no key", "restored", "host",
     "base URL wandb.ai, netrc for api.forge.coreweave.com",
        "base URL wandb.ai in the settings file, netrc for api.forge.coreweave.com",

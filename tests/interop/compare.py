@@ -81,7 +81,7 @@ def write_files(folder, files, filled):
 
 
 def tree_of(folder):
-    """Everything below a folder that is not a directory: name -> bytes or where a link leads."""
+    """Returns the files and links below a folder: relative name -> bytes, or ("link", target)."""
     tree = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -93,7 +93,7 @@ def tree_of(folder):
 
 
 class Sandbox:
-    """What one program finds: a home directory, a working directory, an environment."""
+    """A home directory, a working directory and an environment for one program and one case."""
 
     def __init__(self, folder, case, server):
         self.folder, self.home, self.work, temporary = folder, folder / "home", folder / "work", folder / "tmp"
@@ -118,7 +118,7 @@ class Sandbox:
         return text
 
     def seen(self, answer):
-        """An answer with its path made relative to the sandbox, and with the files that are there now."""
+        """Makes the path in an answer relative to the sandbox, and adds the files that are there now."""
         if answer.get("path"):
             path = os.path.realpath(os.path.dirname(answer["path"])) + "/" + os.path.basename(answer["path"])
             answer["path"] = os.path.relpath(path, os.path.realpath(self.folder))
@@ -163,14 +163,14 @@ def ask_ours(program, case, sandbox):
 
 
 def outcome_of(answer):
-    """The outcome as `cases.differ` names it."""
+    """Returns the outcome in the words of `cases.differ`."""
     if answer["outcome"] != "restored" and ("No API key configured" in answer["text"] or "no API key for" in answer["text"]):
         return "no key"
     return answer["outcome"]
 
 
 def differences(sdk, ours, before):
-    """What differs, in words; empty if both programs agree."""
+    """Returns the names of the properties that differ; none if both programs agree."""
     found = []
     if sdk["outcome"] != ours["outcome"]:
         found.append("outcome")
@@ -182,7 +182,7 @@ def differences(sdk, ours, before):
 
 
 def judge(case, sdk, ours, before):
-    """"agreement", "deliberate" or "unexpected", and why."""
+    """Returns "agreement", "deliberate" or "unexpected", and the reason."""
     found = differences(sdk, ours, before)
     if not case.differs:
         return ("unexpected" if found else "agreement"), ", ".join(found)
@@ -197,14 +197,14 @@ def judge(case, sdk, ours, before):
 
 
 def readme_rows(path):
-    """The rows of the first table in the README's section about differences: name -> reason."""
+    """Returns the rows of the table in the README's section about differences: difference -> reason."""
     section = path.read_text().partition("\n## Differences from the Python SDK\n")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")][2:]
     return dict([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
 
 
 def check_tables():
-    """Fails unless the README has the table of cases.py, and each row of it has a case."""
+    """Returns complaints unless README.md repeats the table of cases.py, each row has a case, and titles are unique."""
     used = {case.differs[0] for case in cases.CASES if case.differs}
     problems = [f"no case shows {row!r}" for row in cases.DIFFERENCES if row not in used]
     titles = collections.Counter((case.group, case.title) for case in cases.CASES)

@@ -76,18 +76,18 @@ void write_whole(const std::filesystem::path& file, const std::string& text) {
   std::filesystem::rename(beside, file);
 }
 
-/// A member of a file in a --runs file that may be a string, or null, or missing.
+/// Returns a string member of a JSON object, or nothing if the member is null or missing.
 std::optional<std::string> text_in(const nlohmann::json& object, const char* name) {
   const auto found = object.find(name);
   if (found == object.end() || found->is_null()) return std::nullopt;
   return found->get<std::string>();
 }
 
-/// Adds the runs of a JSON file:
+/// Adds the runs of a JSON file, for example
 ///   {"ENTITY/PROJECT/RUN": {"public": true, "files": {"NAME": {"text": "...", "md5": "0", "sizeBytes": null}}}}
-/// A file has "text" or "generate" (a number of bytes). Other members say in its node what is not true of these bytes:
-/// "md5" ("hex" in "md5_as" for that form), "sizeBytes", "updatedAt", "url", "directUrl", "mimetype". "absent" lists
-/// those of "md5" and "sizeBytes" that the node leaves out.
+/// "text", or "generate" (a number of pseudo-random bytes), is the content of a file. The other members replace fields of the
+/// file's GraphQL node: "md5", "sizeBytes", "updatedAt", "url", "directUrl", "mimetype". "md5_as": "hex" changes the md5's form.
+/// "absent" lists the fields that the node leaves out: "md5", "sizeBytes".
 void add_runs(stand_in::server& server, const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   const auto runs = nlohmann::json::parse(in);
@@ -193,14 +193,15 @@ int main(int argc, char** argv) {
   app.add_option("--run", given.run, "ENTITY/PROJECT/RUN that they belong to")->capture_default_str();
   app.add_option("--generate", given.generate, "NAME=SIZE: a file of pseudo-random bytes; repeatable")
       ->allow_extra_args(false);
-  app.add_option("--runs", given.runs_file, "a JSON file of runs and of what the service says of their files")
+  app.add_option("--runs", given.runs_file,
+                 "a JSON file of runs, their files, and fields of the files' nodes")
       ->check(CLI::ExistingFile);
   app.add_option("--default-entity", given.default_entity,
-                 "of the account, if it is not that of --run; empty: it has none");
+                 "default entity of the account; empty: none; default: the entity of --run");
   app.add_flag("!--no-node-for-missing", given.server.node_for_missing,
-               "a name that is not there has no node, in place of one whose md5 is \"0\"");
+               "answer no node for a missing name; default: a node whose md5 is \"0\"");
   app.add_option("--unknown-field", given.server.unknown_fields,
-                 "a GraphQL field that this older server does not know; repeatable")
+                 "a GraphQL field that this server, being older, refuses; repeatable")
       ->allow_extra_args(false);
   app.add_option("--redirect", given.server.redirect_to, "where /files/... leads")
       ->transform(CLI::CheckedTransformer(redirect_names()));
