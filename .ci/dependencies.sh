@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by examples/quickstart.sh and tests/run.sh. `install_missing` installs missing tools and headers on Debian, Ubuntu and
-# Fedora, and prints their names on other systems. If none is missing it does nothing, and needs no root.
+# Sourced by examples/quickstart.sh, tests/run.sh and tests/interop/run.sh. `install_missing` installs missing tools and headers on
+# Debian, Ubuntu and Fedora, and prints their names on other systems. If none is missing it does nothing, and needs no root.
 
 # Each line: the kind and name of a dependency, its package on Debian and Ubuntu, its package on Fedora.
 to_build='
@@ -29,6 +29,7 @@ is_there() {
   case $1 in
     command) command -v "$2" > /dev/null ;;
     header) printf '#if !__has_include(<%s>)\n#error\n#endif\n' "$2" | c++ -std=c++17 -fsyntax-only -x c++ - > /dev/null 2>&1 ;;
+    module) python3 -c "import $2" > /dev/null 2>&1 ;;
     sanitizer) echo 'int main() {}' | c++ "-fsanitize=$2" -x c++ - -o /dev/null > /dev/null 2>&1 ;;
     certificates) [ -e /etc/ssl/certs/ca-certificates.crt ] || [ -e /etc/pki/tls/certs/ca-bundle.crt ] || [ -e /etc/ssl/cert.pem ] ;;
   esac

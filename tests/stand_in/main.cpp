@@ -13,6 +13,8 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <map>
+#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -74,8 +76,63 @@ void write_whole(const std::filesystem::path& file, const std::string& text) {
   std::filesystem::rename(beside, file);
 }
 
+/// Returns a string member of a JSON object, or nothing if the member is null or missing.
+std::optional<std::string> text_in(const nlohmann::json& object, const char* name) {
+  const auto found = object.find(name);
+  if (found == object.end() || found->is_null()) return std::nullopt;
+  return found->get<std::string>();
+}
+
+/// Adds the runs of a JSON file, for example
+///   {"ENTITY/PROJECT/RUN": {"public": true, "files": {"NAME": {"text": "...", "md5": "0", "sizeBytes": null}}}}
+/// "text", or "generate" (a number of pseudo-random bytes), is the content of a file. The other members replace fields of the
+/// file's GraphQL node: "md5", "sizeBytes", "updatedAt", "url", "directUrl", "mimetype". "md5_as": "hex" changes the md5's form.
+/// "absent" lists the fields that the node leaves out: "md5", "sizeBytes".
+void add_runs(stand_in::server& server, const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  const auto runs = nlohmann::json::parse(in);
+  for (const auto& [name, content] : runs.items()) {
+    const stand_in::run_ref asked = parse_run(name);
+    const auto run = server.add_run(asked.entity, asked.project, asked.id, content.value("public", false));
+    for (const auto& [file, given] : content.at("files").items()) {
+      stand_in::file_attributes says;
+      says.md5 = text_in(given, "md5");
+      says.url = text_in(given, "url");
+      says.direct_url = text_in(given, "directUrl");
+      says.mimetype = given.value("mimetype", says.mimetype);
+      if (given.contains("updatedAt")) says.updated_at = text_in(given, "updatedAt");
+      if (given.contains("md5") && given["md5"].is_null()) says.md5_as = stand_in::md5_form::null;
+      if (given.value("md5_as", "") == "hex") says.md5_as = stand_in::md5_form::hex;
+      if (const auto size = given.find("sizeBytes"); size != given.end()) {
+        if (size->is_null()) says.size_as = stand_in::size_form::null;
+        if (size->is_string()) says.size_as = stand_in::size_form::string;
+        if (size->is_number()) says.size = size->get<std::uint64_t>();
+      }
+      for (const std::string& field : given.value("absent", std::vector<std::string>())) {
+        if (field == "md5") says.md5_as = stand_in::md5_form::absent;
+        if (field == "sizeBytes") says.size_as = stand_in::size_form::absent;
+      }
+      const auto bytes = given.contains("generate")
+                             ? stand_in::generated(given["generate"].get<std::uint64_t>())
+                             : stand_in::bytes(given.at("text").get<std::string>());
+      server.add_file(run, file, bytes, says);
+    }
+  }
+}
+
+const std::map<std::string, stand_in::redirect>& redirect_names() {
+  using stand_in::redirect;
+  static const std::map<std::string, redirect> names = {{"absolute", redirect::absolute},
+                                                        {"relative", redirect::relative},
+                                                        {"chain", redirect::chain},
+                                                        {"loop", redirect::loop},
+                                                        {"none", redirect::none}};
+  return names;
+}
+
 struct arguments {
-  std::string folder, run = "stand-in/project/run1", ca_file, env_file;
+  std::string folder, run = "stand-in/project/run1", runs_file, ca_file, env_file;
+  std::optional<std::string> default_entity;
   std::vector<std::string> generate, faults;
   bool is_public = false, plain = false, until_input_ends = false;
   stand_in::options server;
@@ -84,7 +141,8 @@ struct arguments {
 int serve(arguments& given) {
   if (given.plain) given.server.service_tls = given.server.storage_tls = false;
   const stand_in::run_ref asked = parse_run(given.run);
-  given.server.viewer_entity = asked.entity;
+  given.server.viewer_entity = given.default_entity.value_or(asked.entity);
+  if (given.server.viewer_entity->empty()) given.server.viewer_entity.reset();
   stand_in::server server(given.server);
   const auto run = server.add_run(asked.entity, asked.project, asked.id, given.is_public);
   if (!given.folder.empty()) server.load_folder(run, given.folder);
@@ -95,6 +153,7 @@ int serve(arguments& given) {
       throw std::invalid_argument("--generate: no size \"" + size + '"');
     server.add_file(run, name, stand_in::generated(bytes));
   }
+  if (!given.runs_file.empty()) add_runs(server, given.runs_file);
   for (const auto& spec : given.faults) server.add_fault(spec);
 
   std::string ca;
@@ -134,6 +193,24 @@ int main(int argc, char** argv) {
   app.add_option("--run", given.run, "ENTITY/PROJECT/RUN that they belong to")->capture_default_str();
   app.add_option("--generate", given.generate, "NAME=SIZE: a file of pseudo-random bytes; repeatable")
       ->allow_extra_args(false);
+  app.add_option("--runs", given.runs_file,
+                 "a JSON file of runs, their files, and fields of the files' nodes")
+      ->check(CLI::ExistingFile);
+  app.add_option("--default-entity", given.default_entity,
+                 "default entity of the account; empty: none; default: the entity of --run");
+  app.add_flag("!--no-node-for-missing", given.server.node_for_missing,
+               "answer no node for a missing name; default: a node whose md5 is \"0\"");
+  app.add_option("--unknown-field", given.server.unknown_fields,
+                 "a GraphQL field that this server, being older, refuses; repeatable")
+      ->allow_extra_args(false);
+  app.add_option("--redirect", given.server.redirect_to, "where /files/... leads")
+      ->transform(CLI::CheckedTransformer(redirect_names()));
+  app.add_option(
+         "--host", given.server.more_hosts,
+         "a name that the certificate covers; the proxy takes its port 443 to the service; repeatable")
+      ->allow_extra_args(false);
+  app.add_option("--service-url", given.server.service_url,
+                 "what the service calls itself, e.g. https://api.example.test");
   auto* const key = app.add_option("--key", given.server.key, "the API key that is good");
   app.add_flag("--public", given.is_public, "the run needs no key")->excludes(key);
   app.add_option("--identity-token", given.server.identity_tokens, "a JWT that /oidc/token takes; repeatable")

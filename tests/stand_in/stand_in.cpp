@@ -792,26 +792,63 @@ struct field {
   std::vector<field> fields;
 };
 
+/// Adds a field to a selection. Fields of the same alias become one, as in GraphQL section 5.3.2.
+void add_field(std::vector<field>& selection, field one) {
+  const auto same = std::find_if(selection.begin(), selection.end(),
+                                 [&](const field& present) { return present.alias == one.alias; });
+  if (same == selection.end()) {
+    selection.push_back(std::move(one));
+  } else {
+    for (auto& inner : one.fields) add_field(same->fields, std::move(inner));
+  }
+}
+
 /// Parses a query and substitutes its variables. Supports the syntax that clients of runs and files use: one operation with
-/// variables and their defaults, arguments, aliases and inline fragments.
+/// variables and their defaults, arguments, aliases, fragments, and the directives @include and @skip.
 class query_reader {
  public:
   query_reader(std::string_view text, const json& variables) : text_(text), given_(variables) { next(); }
 
   std::vector<field> read() {
-    if (token_ == "query") {
-      next();
+    // A fragment uses the operation's variables, and may stand in front of it: first find where each begins.
+    std::optional<position> operation;
+    while (!token_.empty()) {
+      if (accept("fragment")) {
+        const std::string name = read_name();
+        expect("on");
+        read_name();
+        fragments_[name] = {at_, token_};
+      } else if (operation || (token_ != "query" && token_ != "{")) {
+        throw question_error("Syntax Error: expected one query, found \"" + token_ + "\"");
+      } else {
+        operation = {at_, token_};
+      }
+      skip_definition();
+    }
+    if (!operation) throw question_error("Syntax Error: expected a query");
+    std::tie(at_, token_) = *operation;
+    if (accept("query")) {
       if (is_name()) next();
       if (accept("(")) read_variables();
-    } else if (token_ != "{") {
-      throw question_error("Syntax Error: expected a query, found \"" + token_ + "\"");
     }
-    auto fields = read_fields();
-    if (!token_.empty()) throw question_error("Syntax Error: unexpected \"" + token_ + "\"");
-    return fields;
+    return read_fields();
   }
 
  private:
+  using position =
+      std::pair<std::size_t, std::string>;  // of the reader: the offset behind a token, the token
+
+  /// Goes behind a definition's selection and looks at nothing in it.
+  void skip_definition() {
+    while (token_ != "{" && !token_.empty()) next();
+    int open = 0;
+    do {
+      if (token_.empty()) throw question_error("Syntax Error: expected \"}\", found the end");
+      open += token_ == "{" ? 1 : token_ == "}" ? -1 : 0;
+      next();
+    } while (open > 0);
+  }
+
   bool is_name() const {
     return !token_.empty() && (std::isalpha(static_cast<unsigned char>(token_[0])) || token_[0] == '_');
   }
@@ -839,6 +876,8 @@ class query_reader {
       for (++at_; at_ < text_.size() && text_[at_] != '"'; ++at_) at_ += text_[at_] == '\\';
       if (at_ >= text_.size()) throw question_error("Syntax Error: unterminated string");
       ++at_;
+    } else if (starts_with(text_.substr(at_), "...")) {
+      at_ += 3;
     } else if (in_word()) {
       while (in_word()) ++at_;
     } else {
@@ -939,10 +978,7 @@ class query_reader {
     expect("{");
     while (!accept("}")) {
       if (accept("...")) {
-        expect("on");
-        read_name();
-        auto inner = read_fields();
-        std::move(inner.begin(), inner.end(), std::back_inserter(fields));
+        for (auto& inner : read_spread()) add_field(fields, std::move(inner));
         continue;
       }
       field one;
@@ -955,11 +991,53 @@ class query_reader {
           one.arguments[name] = read_value();
         }
       }
+      const bool wanted = read_directives();
       if (token_ == "{") one.fields = read_fields();
-      fields.push_back(std::move(one));
+      if (wanted) add_field(fields, std::move(one));
     }
     --depth_;
     return fields;
+  }
+
+  /// The fields of "... on TYPE {}" or of the fragment in "...NAME". Every type is taken to be the right one.
+  std::vector<field> read_spread() {
+    std::string fragment;
+    if (accept("on")) {
+      read_name();
+    } else if (is_name()) {
+      fragment = read_name();
+    }
+    const bool wanted = read_directives();
+    std::vector<field> fields;
+    if (fragment.empty()) {
+      fields = read_fields();
+    } else {
+      const auto found = fragments_.find(fragment);
+      if (found == fragments_.end()) throw question_error("Unknown fragment \"" + fragment + "\".");
+      const position behind{at_, token_};
+      std::tie(at_, token_) = found->second;
+      fields = read_fields();  // which bounds the depth, and with it fragments that contain themselves
+      std::tie(at_, token_) = behind;
+    }
+    if (!wanted) fields.clear();
+    return fields;
+  }
+
+  /// False if @include or @skip leaves out what stands in front of them.
+  bool read_directives() {
+    bool wanted = true;
+    while (accept("@")) {
+      const std::string name = read_name();
+      if (name != "include" && name != "skip") throw question_error("Unknown directive \"@" + name + "\".");
+      expect("(");
+      expect("if");
+      expect(":");
+      const json condition = read_value();
+      expect(")");
+      if (!condition.is_boolean()) throw question_error("Directive \"@" + name + "\" takes a Boolean.");
+      wanted = wanted && condition.get<bool>() == (name == "include");
+    }
+    return wanted;
   }
 
   std::string_view text_;
@@ -967,6 +1045,7 @@ class query_reader {
   std::string token_;
   const json& given_;
   json variables_ = json::object();
+  std::map<std::string, position> fragments_;  // where each fragment's selection begins
   int depth_ = 0;
 };
 
@@ -1991,9 +2070,8 @@ class server::implementation {
   json viewer_json(const field& asked) const {
     const json entity = how_.viewer_entity ? json(*how_.viewer_entity) : json();
     const json name = how_.viewer_entity.value_or("somebody");
-    const auto teams = [&](const field& one) {
-      return select(one.fields, "EntityConnection", {{"edges", constant(json::array())}},
-                    how_.unknown_fields);
+    const auto nobody = [&](const field& one) {
+      return select(one.fields, "Connection", {{"edges", constant(json::array())}}, how_.unknown_fields);
     };
     return select(asked.fields, "User",
                   {{"id", constant("VXNlcjox")},
@@ -2003,7 +2081,9 @@ class server::implementation {
                    {"email", constant("somebody@example.invalid")},
                    {"flags", constant("{}")},
                    {"admin", constant(false)},
-                   {"teams", teams}},
+                   {"deletedAt", constant(nullptr)},
+                   {"apiKeys", nobody},
+                   {"teams", nobody}},
                   how_.unknown_fields);
   }
 
@@ -2030,6 +2110,10 @@ class server::implementation {
                    {"internalId", constant("1")},
                    {"name", constant(run.project)},
                    {"entityName", constant(run.entity)},
+                   {"createdAt", constant("2024-01-01T00:00:00")},
+                   {"isBenchmark", constant(false)},
+                   {"readOnly", constant(false)},
+                   {"user", [&](const field& one) { return viewer_json(one); }},
                    {"run", run_field},
                    {"bucket", run_field}},
                   how_.unknown_fields);
@@ -2050,6 +2134,20 @@ class server::implementation {
                    {"name", constant(run.id)},
                    {"displayName", constant(run.id)},
                    {"state", constant("finished")},
+                   {"tags", constant(json::array())},
+                   {"sweepName", constant(nullptr)},
+                   {"config", constant("{}")},
+                   {"group", constant(nullptr)},
+                   {"jobType", constant(nullptr)},
+                   {"commit", constant(nullptr)},
+                   {"readOnly", constant(false)},
+                   {"description", constant(nullptr)},
+                   {"notes", constant(nullptr)},
+                   {"systemMetrics", constant("{}")},
+                   {"summaryMetrics", constant("{}")},
+                   {"historyLineCount", constant(0)},
+                   {"historyKeys", constant(json::object())},
+                   {"user", [&](const field& one) { return viewer_json(one); }},
                    {"createdAt", constant("2024-01-02T03:00:00")},
                    {"heartbeatAt", constant("2024-01-02T03:04:05")},
                    {"fileCount", constant(stored.files.size())},
@@ -2394,7 +2492,8 @@ class server::implementation {
   std::uint16_t own_port(std::string authority) const {
     const auto colon = authority.rfind(':');
     const auto port = to_number(colon == std::string::npos ? "80" : authority.substr(colon + 1));
-    const std::string host = authority.substr(0, colon);
+    std::string host = authority.substr(0, colon);
+    for (char& c : host) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     std::vector<std::string> mine = how_.more_hosts;
     mine.insert(mine.end(), {"localhost", "127.0.0.1", "[::1]"});
     if (std::count(mine.begin(), mine.end(), host) == 0) return 0;
