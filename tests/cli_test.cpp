@@ -429,7 +429,7 @@ TEST_SUITE("command line") {
       CHECK(result.status == 130);
       CHECK(result.out == "");
       check_messages(result.err);
-      CHECK(contains(result.err, "next try"));
+      CHECK(contains(result.err, "next call"));
       CHECK_FALSE(fs::exists(f.work() / "model.h5"));
       CHECK_FALSE(fs::exists(f.work() / "next.h5"));
     }
@@ -571,7 +571,7 @@ TEST_SUITE("command line") {
       if (contains(frame, "wandb-restore: ")) CHECK(erased);
     }
     CHECK(contains(seen.last, "wandb-restore: "));
-    CHECK(contains(seen.last, "next try"));
+    CHECK(contains(seen.last, "next call"));
 
     f.server.clear_faults();
     f.server.clear_log();

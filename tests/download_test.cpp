@@ -1182,7 +1182,7 @@ TEST_SUITE("download: failures") {
   }
 
   TEST_CASE("a size beyond any disk: disk_failure before the first byte") {
-    for (const auto size : {std::uint64_t{1} << 50, std::uint64_t{1} << 62}) {
+    for (const auto size : {std::uint64_t{1} << 45, std::uint64_t{1} << 46}) {
       CAPTURE(size);
       world it;
       stand_in::file_attributes attributes;

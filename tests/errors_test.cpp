@@ -358,7 +358,7 @@ const std::vector<row>& table() {
        0,
        false,
        false,
-       {fixture::path, "next try"},
+       {fixture::path, "next call"},
        option([](auto& o) { o.on_progress = [](const wandb::progress&) { return false; }; })},
   };
   return rows;
