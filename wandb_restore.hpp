@@ -6297,8 +6297,8 @@ class file_source {
 /// Stands between the session and a response_taker. Checks the entity tag, and reports the address of the response.
 class file_source::guard final : public body_sink {
  public:
-  guard(file_source& source, const file_location::lease& lease, const url& address, response_taker& taker)
-      : source_(source), lease_(lease), address_(address), taker_(taker) {}
+  guard(file_source& requester, const file_location::lease& lease, const url& address, response_taker& taker)
+      : source_(requester), lease_(lease), address_(address), taker_(taker) {}
 
   void connected() override { taker_.connected(); }
   bool start(const http_response& head) override {
