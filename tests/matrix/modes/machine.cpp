@@ -123,10 +123,10 @@ void replacing_and_locks() {
 
   const auto self = detail::owner::self();
   const auto parsed = detail::owner::parse(self.str());
-  check(parsed.process != 0 && !parsed.provably_dead(), "this process is alive");
+  check(parsed.process != 0 && !parsed.is_provably_dead(), "this process is alive");
   detail::owner gone = self;
   gone.process = 0x7ffffffe;
-  check(self.realm.empty() || gone.provably_dead(), "that one is not");
+  check(self.realm.empty() || gone.is_provably_dead(), "that one is not");
 }
 
 /// Offsets beyond 32 bits. Unwritten parts of the file are holes.
@@ -144,10 +144,10 @@ void large_files() {
             "reading");
     }
     const auto facts = file.facts();
-    check(facts && facts->size == size + 32, "the size of an open file");
+    check(facts.found() && facts->size == size + 32, "the size of an open file");
     check(file.resize(size) == 0, "shortening");
     const auto named = detail::facts_of(folder.where / "sparse");
-    check(named && named->size == size, "the size of a file");
+    check(named.found() && named->size == size, "the size of a file");
   }
   std::error_code ignored;
   std::filesystem::remove(folder.where / "sparse", ignored);
