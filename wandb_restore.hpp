@@ -879,9 +879,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <cstdio>              // warnings
 #include <cstring>             // memcpy
 #include <ctime>               // HTTP dates
-#include <map>                 //
 #include <mutex>               //
-#include <set>                 //
 #include <thread>              // sleep_for
 
 #include <nlohmann/json.hpp>
@@ -1361,7 +1359,47 @@ namespace detail {
 
 // ------------------------------------------------------------------------------- configuration files, as text
 
-using text_map = std::map<std::string, std::string>;
+/// Whether a list of texts has this one.
+inline bool contains(const std::vector<std::string>& texts, std::string_view text) {
+  for (const auto& each : texts) {
+    if (each == text) return true;
+  }
+  return false;
+}
+
+/// Texts by name, in the order of their insertion. Configuration files are short, and std::map is slow to compile.
+class text_map {
+ public:
+  /// Returns null if there is no such name.
+  [[nodiscard]] const std::string* find(std::string_view name) const {
+    for (const auto& entry : entries_) {
+      if (entry.first == name) return &entry.second;
+    }
+    return nullptr;
+  }
+  /// Adds an empty text if there is no such name. A later addition invalidates the reference.
+  std::string& operator[](std::string_view name) {
+    for (auto& entry : entries_) {
+      if (entry.first == name) return entry.second;
+    }
+    entries_.push_back({std::string(name), {}});
+    return entries_.back().second;
+  }
+  /// Adds the texts whose names are missing.
+  void merge(const text_map& others) {
+    for (const auto& [name, text] : others.entries_) {
+      if (!find(name)) entries_.push_back({name, text});
+    }
+  }
+  void clear() { entries_.clear(); }
+  [[nodiscard]] auto begin() { return entries_.begin(); }
+  [[nodiscard]] auto end() { return entries_.end(); }
+  [[nodiscard]] auto begin() const { return entries_.begin(); }
+  [[nodiscard]] auto end() const { return entries_.end(); }
+
+ private:
+  http_headers entries_;
+};
 
 inline std::vector<std::string_view> split_lines(std::string_view text) {
   auto lines = split(text, '\n');
@@ -1387,7 +1425,7 @@ inline std::optional<std::string> unescape_percent(std::string_view value) {
 /// is indented deeper continues the value above. Returns an error for a file that Python refuses.
 inline result<text_map> parse_ini(std::string_view text) {
   text_map values, inherited, others;  // values in [default], in [DEFAULT], and in any other section
-  std::set<std::string> sections;
+  std::vector<std::string> sections;
   text_map* section = nullptr;
   std::string* value = nullptr;  // the value that an indented line continues
   std::size_t value_indent = 0, number = 0;
@@ -1412,8 +1450,10 @@ inline result<text_map> parse_ini(std::string_view text) {
 
     if (const auto end = content.rfind(']'); content.front() == '[' && end != content.npos && end > 1) {
       const std::string name(content.substr(1, end - 1));
-      const bool is_new = sections.insert(name).second;
-      if (!is_new && name != "DEFAULT") return fail("the section [" + name + "] appears twice");
+      if (name != "DEFAULT" && contains(sections, name)) {
+        return fail("the section [" + name + "] appears twice");
+      }
+      sections.push_back(name);
       others.clear();
       section = name == "default" ? &values : name == "DEFAULT" ? &inherited : &others;
       value = nullptr;
@@ -1423,13 +1463,13 @@ inline result<text_map> parse_ini(std::string_view text) {
     const auto delimiter = content.find_first_of("=:");
     const std::string key = lower(trim(content.substr(0, delimiter)));
     if (key.empty() || delimiter == content.npos) return fail("expected key = value");
-    if (section->count(key) != 0) {
+    if (section->find(key)) {
       return fail("the key " + in_quotes(std::string_view(key)) + " appears twice");
     }
     value = &((*section)[key] = trim(content.substr(delimiter + 1)));
   }
 
-  if (sections.count("default") == 0) return text_map{};
+  if (!contains(sections, "default")) return text_map{};
   values.merge(inherited);
   for (auto& [key, raw] : values) {
     while (!raw.empty() && is_space(raw.back())) raw.pop_back();
@@ -1448,7 +1488,7 @@ inline text_map parse_key_values(std::string_view text) {
   for (auto line : split_lines(text)) {
     line = trim(line);
     const auto equals = line.find('=');
-    if (equals != line.npos) values[std::string(line.substr(0, equals))] = line.substr(equals + 1);
+    if (equals != line.npos) values[line.substr(0, equals)] = line.substr(equals + 1);
   }
   return values;
 }
@@ -2722,23 +2762,18 @@ class place_lock {
   ~place_lock() {
     if (outcome_ == outcome::held && !leave_) remove_quietly(where_);  // before unlocking: see is_named below
     out_.close();
-    if (outcome_ != outcome::busy) {
-      const std::lock_guard<std::mutex> guard(mutex());
-      threads().erase(key_);
-    }
+    if (outcome_ != outcome::busy) forget();
   }
 
   outcome try_acquire() {
     if (outcome_ != outcome::busy) return outcome_;
     {
       const std::lock_guard<std::mutex> guard(mutex());
-      if (!threads().insert(key_).second) return outcome::busy;
+      if (contains(locked(), key_)) return outcome::busy;
+      locked().push_back(key_);
     }
     outcome_ = try_file();
-    if (outcome_ == outcome::busy) {
-      const std::lock_guard<std::mutex> guard(mutex());
-      threads().erase(key_);
-    }
+    if (outcome_ == outcome::busy) forget();
     return outcome_;
   }
   /// Whether the lock is held and its file is new: then no earlier holder was killed or left its file.
@@ -2775,9 +2810,19 @@ class place_lock {
     return guards_threads;
   }
   /// The targets that threads of this process have locked.
-  static std::set<std::string>& threads() {
-    static std::set<std::string> targets;
+  static std::vector<std::string>& locked() {
+    static std::vector<std::string> targets;
     return targets;
+  }
+  void forget() const {
+    const std::lock_guard<std::mutex> guard(mutex());
+    auto& targets = locked();
+    for (auto target = targets.begin(); target != targets.end(); ++target) {
+      if (*target == key_) {
+        targets.erase(target);
+        return;
+      }
+    }
   }
   outcome try_file() {
     int code = out_.open_lock(where_, existed_);
@@ -2816,6 +2861,8 @@ struct found_partial {
   owner writer;     // process 0: released, or the name is malformed
   bool released = false;
   file_facts facts;  // of the entry itself, even if it is a link
+  std::uint64_t recorded = 0;  // blocks that its record claims, once it was inspected
+  bool is_own = false;         // it may be taken over, once it was inspected
 
   /// Whether certainly no process writes to it.
   [[nodiscard]] bool abandoned() const { return released || writer.is_provably_dead(); }
@@ -2939,8 +2986,6 @@ class partial_file {
   /// Calls finish() if nobody has, replaces the target with this file, and returns a stream on it. Calls `announce` just
   /// before the replacement, with the facts that the published file will have.
   result<std::ifstream> publish(const place& at, const std::function<void(const file_facts&)>& announce = {});
-  /// Facts of the published file, even if its name leads to another file by now.
-  [[nodiscard]] const std::optional<file_facts>& published() const { return published_; }
 
  private:
   static constexpr std::string_view magic = "wandb-restore 2\n";
@@ -3002,7 +3047,6 @@ class partial_file {
   bool is_own_ = true;          // this user's file; may be written and published
   bool is_finished_ = false;    // the record is cut off; the content is on stable storage
   bool is_unreliable_ = false;  // a sync failed: the kernel may have dropped written pages
-  std::optional<file_facts> published_;
 };
 
 /// Returns the permissions of a partial file that will replace `old`: those of `old`, and read and write for its owner.
@@ -3074,34 +3118,30 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
                                                                 std::uint64_t size, const watcher& go_on,
                                                                 const place_lock* lock) {
   if (md5.empty() || size == 0) return create(at, md5, size);
-  struct inspected {
-    found_partial found;
-    std::unique_ptr<partial_file> content;
-  };
-  std::vector<inspected> sources;  // in order of recorded blocks, most first
-  const found_partial* in_use = nullptr;
-  auto candidates = find_partials(at);
-  for (auto& candidate : candidates) {
-    auto content = inspect(candidate, md5, size);
+  std::vector<found_partial> sources;  // with content to reuse; most recorded blocks first
+  for (auto& candidate : find_partials(at)) {
+    const auto content = inspect(candidate, md5, size);
     if (!content) {
       // Remove an abandoned file if its record is damaged or has another size. Keep other content for its own restore.
       if (candidate.abandoned() && candidate.key == place::key(md5)) remove_quietly(candidate.where);
       continue;
     }
-    if (!candidate.abandoned()) in_use = &candidate;
-    auto position = sources.begin();
-    while (position != sources.end() && position->content->recorded() >= content->recorded()) ++position;
-    content->out_.close();  // all candidates together may exceed the limit on open files
-    sources.insert(position, {std::move(candidate), std::move(content)});
+    candidate.recorded = content->recorded();
+    candidate.is_own = content->is_own_;
+    sources.push_back(std::move(candidate));
+    for (auto i = sources.size() - 1; i > 0 && sources[i].recorded > sources[i - 1].recorded; --i)
+      std::swap(sources[i], sources[i - 1]);
   }
   std::unique_ptr<partial_file> made;
-  for (auto& source : sources) {
-    if (made || !source.content->is_own_ || !source.found.abandoned()) continue;
-    auto content = inspect(source.found, md5, size);
-    if (content && content->is_own_ && content->claim(at)) {
-      made = std::move(content);
-      source.content.reset();
-    }
+  const found_partial* claimed = nullptr;
+  const found_partial* in_use = nullptr;
+  for (const auto& source : sources) {
+    if (!source.abandoned()) in_use = &source;
+    if (made || !source.is_own || !source.abandoned()) continue;
+    auto content = inspect(source, md5, size);
+    if (!content || !content->is_own_ || !content->claim(at)) continue;
+    made = std::move(content);
+    claimed = &source;
   }
   if (!made) {
     auto created = create(at, md5, size);
@@ -3117,17 +3157,17 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   made->touch();
   const auto now = made->out_.facts();  // touched just now, by the file system's clock
   for (const auto& source : sources) {
-    if (!source.content) continue;
-    const auto& writer = source.found.writer;
-    const bool is_abandoned = source.found.abandoned();
+    if (&source == claimed) continue;
+    const auto& writer = source.writer;
+    const bool is_abandoned = source.abandoned();
     // A live writer of this machine holds the lock, unless it was silent and lost it. It may resume: copy, do not claim.
     const bool is_locked_out =
         lock != nullptr && !writer.is_here() && writer.is_of_this_boot() && lock->is_effective();
     const bool is_silent = now.found() && !writer.is_here() &&
-                           source.found.is_silent(now->modified, std::chrono::seconds(quiet));
+                           source.is_silent(now->modified, std::chrono::seconds(quiet));
     if (!is_abandoned && !is_locked_out && !is_silent) continue;
-    if (const auto content = inspect(source.found, md5, size)) made->adopt(*content, go_on);
-    if (is_abandoned || is_locked_out) remove_quietly(source.found.where);
+    if (const auto content = inspect(source, md5, size)) made->adopt(*content, go_on);
+    if (is_abandoned || is_locked_out) remove_quietly(source.where);
   }
   return made;
 }
@@ -3248,7 +3288,6 @@ inline result<std::ifstream> partial_file::publish(const place& at,
   out_.close();
   sync_directory(at.directory);
 #endif
-  if (facts.found()) published_ = *facts;
   return stream;
 }
 
@@ -3704,7 +3743,9 @@ inline std::chrono::milliseconds parse_seconds(std::string_view text) {
   const auto dot = text.find('.');
   const auto seconds = to_number(text.substr(0, dot));
   std::string fraction(dot == text.npos ? "" : text.substr(dot + 1));
-  if (!std::all_of(fraction.begin(), fraction.end(), is_digit)) return {};
+  for (const char c : fraction) {
+    if (!is_digit(c)) return {};
+  }
   fraction.resize(3, '0');
   const auto thousandths = to_number(fraction);
   if (!seconds || *seconds > max_seconds || !thousandths) return {};
@@ -3848,16 +3889,16 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
     warnings.push_back("the netrc file " + in_quotes(file) + " is not used: " + passwords.error().what());
     return {};
   }
-  auto found = passwords->end();
   for (const auto& machine : netrc_machines(configuration.base_url, base)) {
-    if (found == passwords->end()) found = passwords->find(machine);
+    const std::string* const password = passwords->find(machine);
+    if (!password) continue;
+    if (trim(*password).empty()) {
+      warnings.push_back("the netrc file " + in_quotes(file) + " has no password for " +
+                         in_quotes(std::string_view(machine)));
+    }
+    return std::string(trim(*password));
   }
-  if (found == passwords->end()) return {};
-  if (trim(found->second).empty()) {
-    warnings.push_back("the netrc file " + in_quotes(file) + " has no password for " +
-                       in_quotes(std::string_view(found->first)));
-  }
-  return std::string(trim(found->second));
+  return {};
 }
 
 // ------------------------------------------------------------------------------------ shared access tokens
@@ -3998,9 +4039,9 @@ class settings_sources {
       if (auto value = name ? variable(name) : std::nullopt; value && !value->empty())
         return {*std::move(value), name, false};
     }
-    const auto at = key ? files_.find(key) : files_.end();
-    if (at == files_.end()) return {};
-    return {at->second, "the setting " + std::string(key) + " of a settings file", true};
+    const std::string* const value = key ? files_.find(key) : nullptr;
+    if (!value) return {};
+    return {*value, "the setting " + std::string(key) + " of a settings file", true};
   }
   /// As find, for the entity and the project: a variable that is set but empty hides the settings files.
   std::string find_name(const char* name, const char* key) const {
@@ -4025,8 +4066,9 @@ class settings_sources {
   }
   std::optional<std::string> variable(const char* name) const {
     if (auto value = environment(name)) return value;
-    const auto at = secrets_.find(name);
-    return at == secrets_.end() ? std::nullopt : std::optional(at->second);
+    // Hide the secret API key: netrc has priority over it.
+    const auto* const secret = std::string_view(name) == "WANDB_API_KEY" ? nullptr : secrets_.find(name);
+    return secret ? std::optional(*secret) : std::nullopt;
   }
   void load(const path& file) {
     if (file.empty() || !facts_of(file).found()) return;
@@ -4059,10 +4101,8 @@ class settings_sources {
       while (!key.empty() && key.back() == '"') key.remove_suffix(1);
       sagemaker_api_key = trim(key);
     }
-    if (const auto at = secrets_.find("WANDB_API_KEY"); sagemaker_api_key.empty() && at != secrets_.end()) {
-      sagemaker_api_key = at->second;
-    }
-    secrets_.erase("WANDB_API_KEY");  // hide it from `find`: netrc has priority over it
+    const std::string* const secret = secrets_.find("WANDB_API_KEY");
+    if (secret && sagemaker_api_key.empty()) sagemaker_api_key = *secret;
   }
 
   settings& target_;
@@ -5018,20 +5058,22 @@ inline std::vector<std::string> nearest_names(std::string_view name, const std::
   const auto last_part = [](std::string_view text) { return text.substr(text.rfind('/') + 1); };
   const std::string wanted = lower(name.substr(0, max_bytes));
   const std::size_t limit = (std::max<std::size_t>)(1, wanted.size() / 3);
-  std::vector<std::pair<std::size_t, std::string>> similar;
+  std::vector<std::size_t> distances;
   for (const auto& existing : names) {
-    if (existing.empty() || existing.size() > max_bytes) continue;
     const std::string candidate = lower(existing);
     const auto longer = (std::max)(candidate.size(), wanted.size());
     const auto shorter = (std::min)(candidate.size(), wanted.size());
-    std::size_t distance = longer - shorter > limit ? limit + 1 : edit_distance(wanted, candidate);
+    const bool is_far = candidate.empty() || longer > max_bytes || longer - shorter > limit;
+    std::size_t distance = is_far ? limit + 1 : edit_distance(wanted, candidate);
     if (last_part(candidate) == last_part(wanted)) distance = (std::min<std::size_t>)(distance, 1);
-    if (distance <= limit) similar.emplace_back(distance, existing);
+    distances.push_back(distance);
   }
-  std::sort(similar.begin(), similar.end());
-  if (similar.size() > 3) similar.resize(3);
   std::vector<std::string> found;
-  for (auto& [distance, existing] : similar) found.push_back(std::move(existing));
+  for (std::size_t distance = 0; distance <= limit; ++distance) {
+    for (std::size_t i = 0; i < names.size() && found.size() < 3; ++i) {
+      if (distances[i] == distance) found.push_back(names[i]);
+    }
+  }
   return found;
 }
 
@@ -5333,7 +5375,7 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   const std::string task = "listing the files of " + run.str();
   std::vector<file_info> all;
   std::size_t bytes = 0;
-  std::set<std::string> seen;
+  std::vector<std::string> seen;
   for (std::string cursor;;) {
     json variables = json_object();
     set_member(variables, "fileLimit", json_number(page_size));
@@ -5356,10 +5398,11 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
       return error(errc::protocol_violation, task + ": " + host() + " lists too many files: " +
                                                  std::to_string(all.size()) + " so far, and more to come");
     }
-    if (!seen.insert(last).second) {
+    if (contains(seen, last)) {
       return error(errc::protocol_violation, task + ": " + host() + " sends the same page again and again");
     }
     bytes += last.size();
+    seen.push_back(last);
     cursor = last;
   }
 }
@@ -7954,23 +7997,32 @@ class address_memory {
   /// Moves the remembered address to the front, if it is still among the host's.
   void prefer_remembered(const std::string& host, socket_addresses& addresses) {
     const std::lock_guard<std::mutex> lock(mutex);
-    for (const auto& [name, address] : known_) {
-      const auto found = std::find(addresses.begin(), addresses.end(), address);
-      if (name == host && found != addresses.end()) std::rotate(addresses.begin(), found, found + 1);
+    for (std::size_t known = 0; known < hosts_.size(); ++known) {
+      if (hosts_[known] != host) continue;
+      for (std::size_t i = 1; i < addresses.size(); ++i) {
+        if (!(addresses[i] == winners_[known])) continue;
+        addresses.erase(addresses.begin() + static_cast<std::ptrdiff_t>(i));
+        addresses.insert(addresses.begin(), winners_[known]);
+      }
     }
   }
   void remember(const std::string& host, const socket_address& address) {
     const std::lock_guard<std::mutex> lock(mutex);
-    known_.erase(
-        std::remove_if(known_.begin(), known_.end(), [&](const auto& each) { return each.first == host; }),
-        known_.end());
-    if (known_.size() == max_hosts) known_.erase(known_.begin());
-    known_.emplace_back(host, address);
+    for (std::size_t known = 0; known < hosts_.size(); ++known) {
+      if (hosts_[known] == host) return void(winners_[known] = address);
+    }
+    if (hosts_.size() == max_hosts) {
+      hosts_.erase(hosts_.begin());
+      winners_.erase(winners_.begin());
+    }
+    hosts_.push_back(host);
+    winners_.push_back(address);
   }
 
  private:
   static constexpr std::size_t max_hosts = 64;
-  std::vector<std::pair<std::string, socket_address>> known_;  // by "host:port"; the oldest first
+  std::vector<std::string> hosts_;  // "host:port"; the oldest first
+  socket_addresses winners_;        // of each host
 };
 
 struct connect_outcome {
@@ -8345,7 +8397,7 @@ class channel {
   clock::time_point deadline_ = no_deadline;
   int code_ = 0;            ///< error of the last system call, or 0
   bool has_ended_ = false;  ///< the peer has closed its side
-  std::vector<char> buffer_ = std::vector<char>(buffer_bytes);
+  std::string buffer_ = std::string(buffer_bytes, '\0');
   std::size_t begin_ = 0, end_ = 0;  ///< the part of the buffer that is not consumed
 };
 
@@ -8735,8 +8787,8 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
   }
   const std::string directories = utf8(ca_directory);
   const auto parts = split(directories, list_separator);
-  const bool any = std::any_of(parts.begin(), parts.end(),
-                               [](std::string_view part) { return facts_of(from_utf8(part))->is_directory; });
+  bool any = false;
+  for (const auto part : parts) any = any || facts_of(from_utf8(part))->is_directory;
   if (!ca_directory.empty() &&
       (!any ||  // OpenSSL would not notice before the handshake
        SSL_CTX_load_verify_locations(context.get(), nullptr, directories.c_str()) != 1)) {
@@ -8798,11 +8850,14 @@ struct http_transport::state {
   detail::connection_pool& pool() {
     detail::connection_pool* pool = newest;
     if (pool->process == detail::this_process()) return *pool;
-    auto own = std::make_unique<detail::connection_pool>(pool);
+    auto* const own = new detail::connection_pool(pool);
     // Several threads of a child may get here at once: one installs its pool, the others use that.
-    if (!newest.compare_exchange_strong(pool, own.get())) return *pool;
+    if (!newest.compare_exchange_strong(pool, own)) {
+      delete own;
+      return *pool;
+    }
     pool->clear();
-    return *own.release();
+    return *own;
   }
 
   /// Returns the pool's TLS configuration, which the first https request makes.
