@@ -2860,7 +2860,7 @@ struct found_partial {
   std::string key;  // place::key of its content; empty for a released file
   owner writer;     // process 0: released, or the name is malformed
   bool released = false;
-  file_facts facts;  // of the entry itself, even if it is a link
+  file_facts facts;            // of the entry itself, even if it is a link
   std::uint64_t recorded = 0;  // blocks that its record claims, once it was inspected
   bool is_own = false;         // it may be taken over, once it was inspected
 
@@ -3163,8 +3163,8 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
     // A live writer of this machine holds the lock, unless it was silent and lost it. It may resume: copy, do not claim.
     const bool is_locked_out =
         lock != nullptr && !writer.is_here() && writer.is_of_this_boot() && lock->is_effective();
-    const bool is_silent = now.found() && !writer.is_here() &&
-                           source.is_silent(now->modified, std::chrono::seconds(quiet));
+    const bool is_silent =
+        now.found() && !writer.is_here() && source.is_silent(now->modified, std::chrono::seconds(quiet));
     if (!is_abandoned && !is_locked_out && !is_silent) continue;
     if (const auto content = inspect(source, md5, size)) made->adopt(*content, go_on);
     if (is_abandoned || is_locked_out) remove_quietly(source.where);
