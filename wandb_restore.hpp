@@ -4645,7 +4645,7 @@ class session {
   }
 
   std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be written
-  std::mutex mutex;                           // guards the members below
+  std::mutex mutex;                           // guards default_entity and netrc_key_
   std::optional<std::string> default_entity;  // the account's, once the service has told it
 
  private:
@@ -4657,9 +4657,8 @@ class session {
   transport_ref transport_;
   std::atomic<bool> warned_{false};
   std::optional<std::string> netrc_key_;
+  std::mutex token_mutex_;  // guards token_, also while a call exchanges the identity token
   access_token token_;
-  bool exchanging_ = false;  // a call exchanges the identity token; the others wait
-  std::condition_variable exchanged_;
 };
 
 inline result<void> session::ready() {
@@ -4784,34 +4783,27 @@ inline result<std::string> session::authorization(call& user_call) {
 /// call exchanges the identity token while the others wait.
 inline result<std::string> session::bearer(call& user_call) {
   if (!base) return base.error();
+  std::unique_lock<std::mutex> turn(token_mutex_, std::defer_lock);
+  while (!turn.try_lock()) {
+    if (!user_call.sleep(milliseconds(20))) return user_call.why_cancelled();
+  }
   const auto keys = shared_token_keys(config.base_url, *base);
-  {
-    std::unique_lock<std::mutex> held(mutex);
-    while (exchanging_) {
-      if (user_call.cancelled()) return user_call.why_cancelled();
-      exchanged_.wait_for(held, milliseconds(50));
-    }
-    for (const auto& key : keys) {
-      if (token_.lasts()) break;
-      token_ = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
-    }
-    if (token_.lasts()) return "Bearer " + token_.value;
-    exchanging_ = true;
+  for (const auto& key : keys) {
+    if (token_.lasts()) break;
+    token_ = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
   }
-  auto got = exchange_identity(user_call);
   result<void> kept;
-  if (got && !config.credentials_file.empty()) {
-    kept = write_shared_token(config.credentials_file, keys.front(), *got);
+  if (!token_.lasts()) {
+    auto got = exchange_identity(user_call);
+    if (!got) return got.error();
+    token_ = *std::move(got);
+    if (!config.credentials_file.empty())
+      kept = write_shared_token(config.credentials_file, keys.front(), token_);
   }
-  {
-    const std::lock_guard<std::mutex> guard(mutex);
-    if (got) token_ = *got;
-    exchanging_ = false;
-    exchanged_.notify_all();
-  }
+  const std::string value = "Bearer " + token_.value;
+  turn.unlock();  // on_warning may use this client
   if (!kept) warn(kept.error().what());
-  if (!got) return got.error();
-  return "Bearer " + got->value;
+  return value;
 }
 
 /// Exchanges the identity token for an access token (RFC 7523, section 2.1).
