@@ -4336,19 +4336,18 @@ class retry_clock {
  public:
   explicit retry_clock(const call& user_call) : call_(user_call) {}
 
-  /// Counts bytes that arrived. Restarts the clock, and returns true, if `low_speed` bytes a second have arrived since it
-  /// started: with only a few bytes for each try a transfer would never end.
-  bool progressed(std::uint64_t bytes) {
+  /// Counts bytes that arrived. Restarts the clock if `low_speed` bytes a second have arrived since it started: with only a
+  /// few bytes for each try a transfer would never end.
+  void progressed(std::uint64_t bytes) {
     const std::lock_guard<std::mutex> guard(mutex_);
     arrived_ += bytes;
     const double seconds = std::chrono::duration<double>(clock::now() - since_).count();
     if (bytes == 0 || static_cast<double>(arrived_) < static_cast<double>(call_.config.low_speed) * seconds)
-      return false;
+      return;
     since_ = clock::now();
     arrived_ = 0;
     failures_ = 0;
     last_failure_.reset();
-    return true;
   }
   /// Counts a failure. Returns the time that is left for another try; if there shall be none, the failure with the number of
   /// tries, the time and a remedy.
@@ -4398,17 +4397,11 @@ class retry_clock {
 /// Computes the wait before each retry: exponential backoff with full jitter, at least the server's Retry-After.
 class backoff {
  public:
-  explicit backoff(const call& user_call) : call_(user_call), own_clock_(user_call), clock_(own_clock_) {}
-  /// Uses a clock that several connections share.
-  backoff(const call& user_call, retry_clock& shared_clock)
-      : call_(user_call), own_clock_(user_call), clock_(shared_clock) {}
+  /// Several connections may share the clock.
+  backoff(const call& user_call, retry_clock& time) : call_(user_call), clock_(time) {}
 
   /// Starts again with the shortest wait.
   void reset() { tries_ = 0; }
-  /// Reports bytes that arrived to the clock.
-  void progressed(std::uint64_t bytes) {
-    if (clock_.progressed(bytes)) reset();
-  }
   /// Returns the number of failures since the last reset.
   [[nodiscard]] int failures() const { return tries_; }
   /// Returns the wait before the next try, or, if there shall be none, the error to give up with.
@@ -4433,7 +4426,6 @@ class backoff {
     return milliseconds(some_number() % static_cast<std::uint64_t>(ceiling.count() + 1));
   }
   const call& call_;
-  retry_clock own_clock_;
   retry_clock& clock_;
   int tries_ = 0;
 };
@@ -4828,7 +4820,8 @@ inline result<access_token> session::exchange_identity(call& user_call) {
   request.body = "grant_type=" + percent_encode("urn:ietf:params:oauth:grant-type:jwt-bearer") +
                  "&assertion=" + percent_encode(trim(*identity));
   const std::string task = "exchanging the identity token at " + base->redacted();
-  for (backoff tries(user_call);;) {
+  retry_clock time(user_call);
+  for (backoff tries(user_call, time);;) {
     collecting_sink body(64 * 1024);
     url address = join_path(*base, "/oidc/token");
     auto got = send(user_call, request, {}, body, address);
@@ -5087,7 +5080,8 @@ inline result<json_document> service::ask(const std::string& task, const char* q
   set_member(question, "query", json_text(query));
   set_member(question, "variables", std::move(variables));
   const std::string body = write_json(question);
-  for (backoff tries(call_);;) {
+  retry_clock time(call_);
+  for (backoff tries(call_, time);;) {
     auto data = ask_once(task, *authorization, body);
     if (data || wanted == retries::none) return data;
     if (auto end = tries.wait_after(data.error())) return *end;
