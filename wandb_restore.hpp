@@ -5376,7 +5376,8 @@ inline result<std::string> service::default_entity() {
 
 namespace detail {
 
-/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions.
+/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions. Joined
+/// by the destructor: declare it behind the objects that it uses.
 class thread {
  public:
   thread() = default;
@@ -5384,6 +5385,7 @@ class thread {
   thread& operator=(const thread&) = delete;
   ~thread() { join(); }
 
+  /// Calls `body` in a new thread. Returns false if the system starts none.
   [[nodiscard]] bool start(std::function<void()> body) {
     body_ = std::move(body);
 #ifdef _WIN32
@@ -5393,6 +5395,11 @@ class thread {
     started_ = ::pthread_create(&handle_, nullptr, &run, this) == 0;
 #endif
     return started_;
+  }
+  /// Blocks until a started thread has returned from its body, at most for `limit`. Returns whether it has.
+  bool wait(milliseconds limit) {
+    std::unique_lock<std::mutex> held(mutex_);
+    return returned_.wait_for(held, limit, [&] { return has_returned_; });
   }
   void join() {
     if (!std::exchange(started_, false)) return;
@@ -5410,8 +5417,14 @@ class thread {
 #else
   static void* run(void* self) {
 #endif
-    static_cast<thread*>(self)->body_();
+    static_cast<thread*>(self)->run_body();
     return {};
+  }
+  void run_body() {
+    body_();
+    const std::lock_guard<std::mutex> guard(mutex_);
+    has_returned_ = true;
+    returned_.notify_all();
   }
 #ifdef _WIN32
   HANDLE handle_ = nullptr;
@@ -5420,6 +5433,9 @@ class thread {
 #endif
   std::function<void()> body_;
   bool started_ = false;
+  std::mutex mutex_;
+  std::condition_variable returned_;
+  bool has_returned_ = false;
 };
 
 // ---- the end of a transfer
@@ -5943,12 +5959,8 @@ class digest_follower {
   [[nodiscard]] bool start() {
     return is_started_ = thread_.start([this] { follow(); });
   }
-  [[nodiscard]] bool is_started() const { return is_started_; }
-  /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has ended.
-  bool wait(milliseconds limit) {
-    std::unique_lock<std::mutex> held(mutex_);
-    return ended_.wait_for(held, limit, [&] { return has_ended_; });
-  }
+  /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has.
+  bool wait(milliseconds limit) { return thread_.wait(limit); }
   void join() { thread_.join(); }
 
   [[nodiscard]] std::uint64_t hashed() const { return hashed_; }
@@ -5991,10 +6003,7 @@ class digest_follower {
       busy += std::chrono::duration<double>(clock::now() - began).count();
       if (busy > 0) pace_ = static_cast<double>(offset) / busy;
     }
-    const std::lock_guard<std::mutex> guard(mutex_);
     if (hashed_ == file_.size()) digest_ = hash.finish();
-    has_ended_ = true;
-    ended_.notify_all();
   }
 
   const partial_file& file_;
@@ -6002,13 +6011,10 @@ class digest_follower {
   transfer_state& state_;
   std::atomic<std::uint64_t> hashed_{0};
   std::atomic<double> pace_{0};  // bytes a second, without the waits for the frontier
-  std::mutex mutex_;             // guards the next two
-  std::condition_variable ended_;
-  bool has_ended_ = false;
   std::string digest_;
   std::optional<error> failure_;
   bool is_started_ = false;
-  thread thread_;  // last: joined before the members that it uses are destroyed
+  thread thread_;
 };
 
 // ---- the address of the file
@@ -6503,7 +6509,7 @@ class ranged_transfer final : public transfer {
   range_plan plan_;
   clock::time_point touched_ = clock::now();
   digest_follower digest_;
-  std::vector<thread> workers_;  // last: joined before the members that they use are destroyed
+  std::vector<thread> workers_;
 };
 
 /// Checks a response against the requested range, and stores its bytes.
@@ -6810,7 +6816,7 @@ class stream_transfer final : public transfer {
   // Only the worker uses the next two.
   md5 hash_;                            // of the bytes before `position_`
   std::optional<std::uint64_t> total_;  // the file's size, from the service or a response; empty if unknown
-  thread worker_;                       // last: joined before the members that it uses are destroyed
+  thread worker_;
 };
 
 /// Checks a response and appends its bytes to the file.
@@ -7393,29 +7399,17 @@ class restoring {
   result<void> finish(partial_file& partial) {
     constexpr std::uint64_t large = 8 * 1024 * 1024;  // bytes
     if (partial.size() < large) return partial.finish();
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::optional<result<void>> outcome;
+    result<void> finished;
     thread syncing;
-    const bool started = syncing.start([&] {
-      auto finished = partial.finish();
-      const std::lock_guard<std::mutex> guard(mutex);
-      outcome = std::move(finished);
-      changed.notify_all();
-    });
-    if (!started) return partial.finish();
-    auto touched = clock::now();
-    std::unique_lock<std::mutex> held(mutex);
-    while (!changed.wait_for(held, milliseconds(100), [&] { return outcome.has_value(); })) {
-      held.unlock();
+    if (!syncing.start([&] { finished = partial.finish(); })) return partial.finish();
+    for (auto touched = clock::now(); !syncing.wait(milliseconds(100));) {
       report(phase::verifying, partial.size(), partial.size());
       if (clock::now() - touched > std::chrono::seconds(partial_file::quiet / 6)) {
         touched = clock::now();
         partial.touch();
       }
-      held.lock();
     }
-    return *std::move(outcome);
+    return finished;
   }
 
   /// Whether to read the directory for partial files. A killed writer leaves its lock file, and the name of a released
@@ -8966,14 +8960,7 @@ class cancellation_watcher {
  public:
   cancellation_watcher(const http_request& request, std::function<void()> interrupt)
       : request_(request), interrupt_(std::move(interrupt)) {}
-  ~cancellation_watcher() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      is_over_ = true;
-    }
-    over_.notify_all();
-    thread_.join();
-  }
+  ~cancellation_watcher() { exchange_.stop(); }
   cancellation_watcher(const cancellation_watcher&) = delete;
   cancellation_watcher& operator=(const cancellation_watcher&) = delete;
 
@@ -8983,17 +8970,14 @@ class cancellation_watcher {
 
  private:
   void watch() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    while (!over_.wait_for(lock, std::chrono::milliseconds(100), [this] { return is_over_; })) {
+    while (!exchange_.wait(milliseconds(100))) {
       if (request_.cancelled()) interrupt_();
     }
   }
 
   const http_request& request_;
   const std::function<void()> interrupt_;
-  std::mutex mutex_;
-  std::condition_variable over_;
-  bool is_over_ = false;
+  transfer_state exchange_;
   thread thread_;
 };
 
