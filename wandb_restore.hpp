@@ -6227,192 +6227,215 @@ struct setback {
   explicit operator bool() const { return failure.has_value(); }
 };
 
-/// Receives the response to one request for a file.
-class response_taker {
- public:
-  /// Reports an established connection to the file's server.
-  virtual void connected() {}
-  /// Checks the head of a response of status 200 or 206.
-  virtual setback begin(const http_response& head, const url& source) = 0;
-  /// Takes a piece of the body. Returns false to stop.
-  virtual bool write(std::string_view bytes) = 0;
-
- protected:
-  response_taker() = default;
-  response_taker(const response_taker&) = delete;
-  response_taker& operator=(const response_taker&) = delete;
-  ~response_taker() = default;
-};
-
-/// Requests parts of a file from its final address. All parts have the entity tag of the first response. Thread-safe.
+/// What the requests for one file share: its address, and the entity tag of the first response, which all responses must
+/// have. Thread-safe.
 class file_source {
  public:
-  file_source(const transfer_job& job, const url& service_address)
-      : job_(job), location_(service_address, [this](call& asking_call) -> result<url> {
+  /// Requests end early once `state` is stopped.
+  file_source(const transfer_job& job, const transfer_state& state, const url& service_address)
+      : job_(job), state_(state), location_(service_address, [this](call& asking_call) -> result<url> {
           auto fresh = job_.ask_again(asking_call);
           if (!fresh) return fresh.error();
           return url::parse(fresh->address);
         }) {}
 
-  struct outcome {
-    setback problem = {};
-    url address = {};        // the last address, after redirects
-    bool has_ended = false;  // the transport delivered a response of status 200 or 206 to its end
-  };
-  /// Makes one request for a range. An `end` of 0 stands for the end of the file; {0, 0} requests the whole file, without a
-  /// Range field. Calls `address_found` when redirects have led away from the service.
-  outcome fetch(call& asking_call, byte_range range, std::function<bool()> is_cancelled,
-                response_taker& taker, const std::function<void()>& address_found = {});
-
   /// Whether parts of several responses may be combined without an md5 (RFC 9110, section 15.3.7.3).
   [[nodiscard]] bool is_pinned() const { return !entity_.strong_tag().empty(); }
-  /// Whether a response has the strong entity tag of the first one.
-  [[nodiscard]] bool is_pinned_to(const http_response& head) const {
-    const std::string* tag = head.header("ETag");
-    return tag != nullptr && is_pinned() && *tag == entity_.strong_tag();
-  }
   /// Accepts any entity tag from the next response. Call when the transfer starts over.
   void start_over() { entity_.reset(); }
 
  private:
-  class guard;
-
-  [[nodiscard]] setback refused(const file_location::lease& lease, const answer& got, const url& address,
-                                bool is_range, const std::string& authorization);
-  [[nodiscard]] setback other_entity(call& asking_call, const url& address);
+  friend class file_request;
 
   const transfer_job& job_;
+  const transfer_state& state_;
   file_location location_;
   entity_pin entity_;
 };
 
-/// Stands between the session and a response_taker. Checks the entity tag, and reports the address of the response.
-class file_source::guard final : public body_sink {
+/// One request for a file or a range of it: checks the response, and takes its body.
+class file_request : public body_sink {
  public:
-  guard(file_source& requester, const file_location::lease& lease, const url& address, response_taker& taker)
-      : source_(requester), lease_(lease), address_(address), taker_(taker) {}
+  /// Makes the request. A result without failure does not imply has_ended(): the cause of a failure may have been remedied.
+  setback fetch();
 
-  void connected() override { taker_.connected(); }
-  bool start(const http_response& head) override {
-    is_other_entity_ = !source_.entity_.accept(head);
-    if (is_other_entity_) return false;
-    problem_ = taker_.begin(head, address_);
-    if (problem_) return false;
-    source_.location_.found(lease_, address_);
-    source_.location_.served(lease_);
-    return true;
-  }
-  bool write(std::string_view bytes) override {
+  /// Whether the transport delivered a response of status 200 or 206 to its end.
+  [[nodiscard]] bool has_ended() const { return has_ended_; }
+  /// Returns the address of the request; after redirects, that of the response.
+  [[nodiscard]] const url& address() const { return address_; }
+  /// Whether the transfer still needs the bytes.
+  [[nodiscard]] virtual bool is_wanted() const { return !source_.state_.is_stopped(); }
+
+  bool start(const http_response& head) final;
+  bool write(std::string_view bytes) final {
     has_body_ = true;
-    return taker_.write(bytes);
+    return take(bytes);
   }
 
-  [[nodiscard]] bool is_other_entity() const { return is_other_entity_; }
-  [[nodiscard]] const setback& problem() const { return problem_; }
-  [[nodiscard]] bool has_body() const { return has_body_; }
+ protected:
+  /// An `asked.end` of 0 stands for the end of the file; {0, 0} is the whole file, requested without a Range field.
+  /// `on_violation`: the remedy for a response that breaks the protocol.
+  file_request(file_source& shared, byte_range asked, setback::remedy on_violation)
+      : source_(shared), asked_(asked), on_violation_(on_violation) {}
+  ~file_request() = default;
+
+  [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
+  [[nodiscard]] setback failure(setback::remedy cure, errc code, const std::string& problem) const {
+    return {cure, source_.job_.failure(code, address_, problem)};
+  }
+  [[nodiscard]] setback violation(const std::string& problem) const {
+    return failure(on_violation_, errc::protocol_violation, problem);
+  }
+  /// For take(): refuses bytes beyond the end of the response or the file.
+  bool refuse_surplus() {
+    problem_ = violation("sends more than it promised");
+    return false;
+  }
 
  private:
+  /// Reports that redirects have led away from the service. Returns whether other connections wait for the address.
+  virtual bool address_found() { return false; }
+  /// Reports the head of a response of status 200 or 206.
+  virtual void responded() {}
+  /// Checks a response with the requested range or the beginning of it.
+  virtual setback begin_part(const http_response& head, const content_range& part) = 0;
+  /// Checks a response with the whole file. `length` is empty if the response does not tell it.
+  virtual setback begin_whole(std::optional<std::uint64_t> length) = 0;
+  /// Takes a piece of the body. Returns false to stop.
+  virtual bool take(std::string_view bytes) = 0;
+
+  [[nodiscard]] setback begin(const http_response& head);
+  [[nodiscard]] setback refused(const answer& got, const std::string& authorization);
+  [[nodiscard]] setback other_entity(call& asking_call);
+
   file_source& source_;
-  const file_location::lease& lease_;
-  const url& address_;
-  response_taker& taker_;
-  bool is_other_entity_ = false, has_body_ = false;
-  setback problem_;
+  const byte_range asked_;
+  const setback::remedy on_violation_;
+  file_location::lease lease_;
+  url address_;
+  setback problem_;  // the reason for which the response was refused
+  bool is_other_entity_ = false, has_body_ = false, has_ended_ = false;
 };
 
-inline file_source::outcome file_source::fetch(call& asking_call, byte_range range,
-                                               std::function<bool()> is_cancelled, response_taker& taker,
-                                               const std::function<void()>& address_found) {
+inline setback file_request::fetch() {
   using remedy = setback::remedy;
-  const auto lease = location_.acquire(asking_call);
+  const transfer_job& job = source_.job_;
+  file_location& location = source_.location_;
+  call asking_call(job.user_call, source_.state_.stop_flag());
+  auto lease = location.acquire(asking_call);
   if (!lease) {
     const bool is_other = lease.error().code() == errc::protocol_violation;
-    return {{is_other ? remedy::restart : remedy::retry, lease.error()}};
+    return {is_other ? remedy::restart : remedy::retry, lease.error()};
   }
-  const auto& base = job_.service_session.base;
+  lease_ = *std::move(lease);
+  address_ = lease_.address;
+  const auto& base = job.service_session.base;
   result<std::string> authorization{std::string()};
-  if (base && under_base(*base, lease->address))
-    authorization = job_.service_session.authorization(asking_call);
+  if (base && under_base(*base, address_)) authorization = job.service_session.authorization(asking_call);
   if (!authorization) {
-    location_.release(*lease);
-    const error& failure = authorization.error();
-    return {{remedy::retry, error::permanent(failure.code(), failure.what(), failure.http_status())}};
+    location.release(lease_);
+    const error& refusal = authorization.error();
+    return {remedy::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
   }
   http_request request;
-  const bool is_range = range.begin > 0 || range.end > 0;
-  if (is_range) {
-    const std::string last = range.end > 0 ? std::to_string(range.end - 1) : std::string();
-    add_header(request.headers, "Range", "bytes=" + std::to_string(range.begin) + '-' + last);
-    if (const auto tag = entity_.strong_tag(); !tag.empty()) add_header(request.headers, "If-Range", tag);
+  if (is_range()) {
+    const std::string last = asked_.end > 0 ? std::to_string(asked_.end - 1) : std::string();
+    add_header(request.headers, "Range", "bytes=" + std::to_string(asked_.begin) + '-' + last);
+    if (const auto tag = source_.entity_.strong_tag(); !tag.empty())
+      add_header(request.headers, "If-Range", tag);
   }
-  request.is_cancelled = std::move(is_cancelled);
-  outcome now;
-  now.address = lease->address;
-  guard sink(*this, *lease, now.address, taker);
-  const auto got = job_.service_session.send(
-      job_.user_call, std::move(request), *authorization, sink, now.address, [&](const url& hop) {
-        if (!address_found || (base && under_base(*base, hop))) return;
-        location_.found(*lease, hop);  // now, so that other connections do not wait for the response
-        address_found();
+  request.is_cancelled = [this] { return !is_wanted(); };
+  const auto got = job.service_session.send(
+      job.user_call, std::move(request), *authorization, *this, address_, [&](const url& hop) {
+        const bool is_final = !(base && under_base(*base, hop));
+        if (is_final && address_found()) location.found(lease_, hop);  // before the response: others wait
       });
-  if (sink.is_other_entity()) {
-    now.problem = other_entity(asking_call, now.address);
-  } else if (sink.problem()) {
-    now.problem = sink.problem();
+  setback now;
+  if (is_other_entity_) {
+    now = other_entity(asking_call);
+  } else if (problem_) {
+    now = problem_;
   } else if (!got) {
-    now.problem = {remedy::fewer, got.error()};
-    if (!sink.has_body() && got.error().code() != errc::cancelled) location_.forget(*lease);
+    now = {remedy::fewer, got.error()};
+    if (!has_body_ && got.error().code() != errc::cancelled) location.forget(lease_);
   } else if (got->head.status != 200 && got->head.status != 206) {
-    now.problem = refused(*lease, *got, now.address, is_range, *authorization);
+    now = refused(*got, *authorization);
   } else {
-    now.has_ended = true;
+    has_ended_ = true;
   }
-  location_.release(*lease);
+  location.release(lease_);
   return now;
 }
 
+inline bool file_request::start(const http_response& head) {
+  is_other_entity_ = !source_.entity_.accept(head);
+  if (is_other_entity_) return false;
+  responded();
+  if (!is_wanted()) return false;
+  problem_ = begin(head);
+  if (problem_) return false;
+  source_.location_.found(lease_, address_);
+  source_.location_.served(lease_);
+  return true;
+}
+
+/// RFC 9110, section 15.3.7.
+inline setback file_request::begin(const http_response& head) {
+  const std::string* field = head.header("Content-Range");
+  const auto part = content_range::parse(field != nullptr ? *field : "");
+  // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
+  if (head.status != 206 && (!is_range() || part.bytes.end == 0)) {
+    const std::string* length = head.header("Content-Length");
+    return begin_whole(length != nullptr ? to_number(trim(*length)) : std::nullopt);
+  }
+  if (!is_range() || part.bytes.end == 0) return violation("answers 206 without a range that was asked for");
+  if (part.bytes.begin != asked_.begin || (asked_.end != 0 && part.bytes.end > asked_.end))
+    return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
+  return begin_part(head, part);
+}
+
 /// Interprets a status that is neither 200 nor 206.
-inline setback file_source::refused(const file_location::lease& lease, const answer& got, const url& address,
-                                    bool is_range, const std::string& authorization) {
+inline setback file_request::refused(const answer& got, const std::string& authorization) {
   using remedy = setback::remedy;
   const int status = got.head.status;
-  error failure = job_.service_session.status_error(job_.label() + ": " + address.redacted(), got, address,
-                                                    authorization);
-  const auto& base = job_.service_session.base;
+  const session& service_session = source_.job_.service_session;
+  error refusal = service_session.status_error(source_.job_.label() + ": " + address_.redacted(), got,
+                                               address_, authorization);
+  const auto& base = service_session.base;
   const bool is_own =
-      base && under_base(*base, address) && address.str() == lease.address.str() && lease.is_resolving;
+      base && under_base(*base, address_) && address_.str() == lease_.address.str() && lease_.is_resolving;
   // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
   const bool has_expired = status == 401 || status == 403 || status == 410 ||
-                           (status == 404 && location_.was_served()) ||
+                           (status == 404 && source_.location_.was_served()) ||
                            (status == 400 && contains_ignoring_case(got.body, "expired"));
   if (!is_own && has_expired) {
-    if (location_.renew(lease)) return {};
+    if (source_.location_.renew(lease_)) return {};
     return {remedy::fewer,
             error(status == 401 || status == 403 ? errc::permission_denied : errc::http_failure,
-                  std::string(failure.what()) + ", also with " +
+                  std::string(refusal.what()) + ", also with " +
                       std::to_string(file_location::most_renewals) + " new addresses",
                   status)};
   }
-  if (is_range && (status == 400 || status == 405 || status == 416 || status == 501))
-    return {remedy::whole, failure};
-  return {failure.is_transient() ? remedy::fewer : remedy::retry, failure};
+  if (is_range() && (status == 400 || status == 405 || status == 416 || status == 501))
+    return {remedy::whole, refusal};
+  return {refusal.is_transient() ? remedy::fewer : remedy::retry, refusal};
 }
 
 /// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
 /// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
-inline setback file_source::other_entity(call& asking_call, const url& address) {
+inline setback file_request::other_entity(call& asking_call) {
   using remedy = setback::remedy;
-  const auto same = job_.ask_again(asking_call);
+  const transfer_job& job = source_.job_;
+  const auto same = job.ask_again(asking_call);
   if (!same) {
     const bool is_other = same.error().code() == errc::protocol_violation;
     return {is_other ? remedy::restart : remedy::retry, same.error()};
   }
-  if (job_.is_verified()) {
-    entity_.ignore();
+  if (job.is_verified()) {
+    source_.entity_.ignore();
     return {};
   }
-  return {remedy::whole,
-          job_.failure(errc::connection_failed, address, "has another entity tag than before")};
+  return failure(remedy::whole, errc::connection_failed, "has another entity tag than before");
 }
 
 // ---- transfers
@@ -6427,7 +6450,7 @@ class transfer {
 
  protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
-      : job_(job), file_(destination), source_(job, service_address), retries_(job.user_call),
+      : job_(job), file_(destination), source_(job, state_, service_address), retries_(job.user_call),
         reporter_(job.user_call, job.options, job.name) {}
   ~transfer() = default;
 
@@ -6460,9 +6483,9 @@ class transfer {
 
   const transfer_job& job_;
   partial_file& file_;
+  transfer_state state_;
   file_source source_;
   retry_clock retries_;
-  transfer_state state_;
   progress_reporter reporter_;
   std::atomic<bool> is_replaced_{false};
   std::atomic<double> pace_{0};  // of all connections together, in bytes a second
@@ -6484,7 +6507,7 @@ class ranged_transfer final : public transfer {
   result<std::string> run();
 
  private:
-  class range_taker;
+  class range_request;
   static constexpr int patience = 3;  // failures of a connection before the transfer tries with fewer
   static constexpr int most_connections = 64;
 
@@ -6513,32 +6536,57 @@ class ranged_transfer final : public transfer {
 };
 
 /// Checks a response against the requested range, and stores its bytes.
-class ranged_transfer::range_taker final : public response_taker {
+class ranged_transfer::range_request final : public file_request {
  public:
   static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
 
-  range_taker(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
-      : transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]), asked_(asked),
-        is_range_(asked.size() < transfer.file_.size()), begin_(asked.begin), promised_end_(asked.end),
-        buffer_(buffer) {}
+  range_request(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
+      : file_request(transfer.source_, asked.size() < transfer.file_.size() ? asked : byte_range(),
+                     setback::remedy::whole),
+        transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
+        begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
 
   void connected() override { transfer_.plan_.connected(connection_, clock::now()); }
-  setback begin(const http_response& head, const url& source) override {
-    transfer_.plan_.responded(connection_, clock::now());
-    if (cursor_.is_taken_over())
-      return {setback::remedy::none, error(errc::cancelled, "not wanted any more")};
-    const std::string* field = head.header("Content-Range");
-    const auto range = content_range::parse(field != nullptr ? *field : "");
-    // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
-    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) return begin_part(range, field, source);
-    return begin_whole(head, source);
+  [[nodiscard]] bool is_wanted() const override {
+    return file_request::is_wanted() && !cursor_.is_taken_over();
   }
-  bool write(std::string_view bytes) override {
+  /// Whether the response is complete but a part of the requested range (RFC 9110, section 15.3.7), at least a block long.
+  [[nodiscard]] bool is_short() const {
+    return cursor_.position == promised_end_ && cursor_.position >= begin_ + partial_file::block;
+  }
+
+ private:
+  bool address_found() override {
+    transfer_.plan_.address_found(connection_, clock::now());
+    return true;
+  }
+  void responded() override { transfer_.plan_.responded(connection_, clock::now()); }
+  setback begin_part(const http_response&, const content_range& part) override {
+    if (part.size && *part.size != transfer_.file_.size())
+      return {setback::remedy::whole, transfer_.job_.wrong_size(address(), *part.size)};
+    promised_end_ = part.bytes.end;
+    return {};
+  }
+  /// If the server has ignored Range, this connection becomes the only one.
+  setback begin_whole(std::optional<std::uint64_t> length) override {
+    const std::uint64_t size = transfer_.file_.size();
+    if (length && *length != size)
+      return {setback::remedy::retry, transfer_.job_.wrong_size(address(), *length)};
+    if (is_range()) {
+      transfer_.plan_.take_whole(connection_);
+      buffer_.clear();
+      begin_ = 0;
+    }
+    promised_end_ = size;
+    return {};
+  }
+  bool take(std::string_view bytes) override {
     cursor_.received += bytes.size();
     while (!bytes.empty()) {
       const std::uint64_t position = cursor_.position, wanted_end = cursor_.end;
       const auto end = (std::min)(wanted_end, promised_end_);
-      if (transfer_.state_.is_stopped() || position >= end) return is_surplus_ = true, false;
+      if (transfer_.state_.is_stopped()) return false;
+      if (position >= end) return refuse_surplus();
       // A short 206 may end inside a block. The rest of the block stays in the buffer until the next response completes it.
       const auto boundary = (std::min)((position / chunk + 1) * chunk, wanted_end);
       const auto taken = static_cast<std::size_t>(
@@ -6548,65 +6596,22 @@ class ranged_transfer::range_taker final : public response_taker {
       cursor_.position = position + taken;
       if (position + taken < boundary) continue;
       if (auto written = transfer_.flush(connection_, buffer_); !written) {
-        disk_problem_ = written.error();
+        transfer_.state_.fail(written.error());
         return false;
       }
     }
     return true;
   }
 
-  [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
-  /// Whether more bytes arrived than the response announced or the range has.
-  [[nodiscard]] bool is_surplus() const { return is_surplus_; }
-  /// Whether the response is complete but a part of the requested range (RFC 9110, section 15.3.7), at least a block long.
-  [[nodiscard]] bool is_short() const {
-    return cursor_.position == promised_end_ && cursor_.position >= begin_ + partial_file::block;
-  }
-
- private:
-  [[nodiscard]] setback violation(const url& source, const std::string& problem) const {
-    return {setback::remedy::whole, transfer_.job_.failure(errc::protocol_violation, source, problem)};
-  }
-  /// RFC 9110, section 15.3.7.
-  [[nodiscard]] setback begin_part(const content_range& range, const std::string* field, const url& source) {
-    if (!is_range_ || range.bytes.end == 0)
-      return violation(source, "answers 206 without a range that was asked for");
-    if (range.size && *range.size != transfer_.file_.size())
-      return {setback::remedy::whole, transfer_.job_.wrong_size(source, *range.size)};
-    if (range.bytes.begin != asked_.begin || range.bytes.end > asked_.end)
-      return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
-    promised_end_ = range.bytes.end;
-    return {};
-  }
-  /// Prepares for the whole file. If the server has ignored Range, this connection becomes the only one.
-  [[nodiscard]] setback begin_whole(const http_response& head, const url& source) {
-    const std::uint64_t size = transfer_.file_.size();
-    const std::string* field = head.header("Content-Length");
-    const auto length = field != nullptr ? to_number(trim(*field)) : std::nullopt;
-    if (length && *length != size)
-      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *length)};
-    if (is_range_) {
-      transfer_.plan_.take_whole(connection_);
-      buffer_.clear();
-      begin_ = 0;
-    }
-    promised_end_ = size;
-    return {};
-  }
-
   ranged_transfer& transfer_;
   const std::size_t connection_;
   range_plan::cursor& cursor_;
-  const byte_range asked_;
-  const bool is_range_;
   std::uint64_t begin_, promised_end_;  // the range that the response announces
   std::string& buffer_;
-  std::optional<error> disk_problem_;
-  bool is_surplus_ = false;
 };
 
 inline result<std::string> ranged_transfer::run() {
-  static_assert(range_plan::smallest_share >= range_taker::chunk,
+  static_assert(range_plan::smallest_share >= range_request::chunk,
                 "a buffer must not reach into the half of a range that another connection takes over");
   const bool is_followed = digest_.start();
   if (table_.is_complete()) {
@@ -6686,7 +6691,7 @@ inline void ranged_transfer::flush_whole_blocks(std::size_t connection, std::str
 /// One connection: fetches range after range until every byte is on disk.
 inline void ranged_transfer::work(std::size_t connection) {
   std::string buffer;
-  buffer.reserve(static_cast<std::size_t>(range_taker::chunk));
+  buffer.reserve(static_cast<std::size_t>(range_request::chunk));
   milliseconds park_time(5000);
   while (wait_for_range(connection)) {
     buffer.clear();
@@ -6758,26 +6763,17 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
 
 /// Makes one request for the rest of a connection's range.
 inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffer) {
-  using remedy = setback::remedy;
-  auto& cursor = plan_[connection];
-  call inner(job_.user_call, state_.stop_flag());
+  const auto& cursor = plan_[connection];
   const byte_range asked = plan_.request(connection, clock::now());
   if (asked.size() == 0) return {};      // another connection has taken the range over
   if (asked.begin == 0) buffer.clear();  // the whole file: earlier bytes will arrive again
-  range_taker taker(*this, connection, asked, buffer);
-  const auto now = source_.fetch(
-      inner, asked.size() < file_.size() ? asked : byte_range(),
-      [&] { return state_.is_stopped() || cursor.is_taken_over(); }, taker,
-      [&] { plan_.address_found(connection, clock::now()); });
+  range_request request(*this, connection, asked, buffer);
+  const setback now = request.fetch();
   plan_.ended(connection);
-  if (taker.disk_problem()) return {remedy::retry, *taker.disk_problem()};
-  if (state_.is_stopped() || cursor.is_taken_over()) return {};
-  if (taker.is_surplus())
-    return {remedy::whole,
-            job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
-  if (now.problem || !now.has_ended || !cursor.is_wanted() || taker.is_short()) return now.problem;
-  return {remedy::retry,
-          job_.failure(errc::connection_failed, now.address,
+  if (!request.is_wanted()) return {};
+  if (now || !request.has_ended() || !cursor.is_wanted() || request.is_short()) return now;
+  return {setback::remedy::retry,
+          job_.failure(errc::connection_failed, request.address(),
                        "ended " + std::to_string(cursor.end - cursor.position) + " bytes early")};
 }
 
@@ -6793,7 +6789,7 @@ class stream_transfer final : public transfer {
   result<std::string> run();
 
  private:
-  class stream_taker;
+  class stream_request;
 
   void work();
   setback fetch();
@@ -6820,52 +6816,56 @@ class stream_transfer final : public transfer {
 };
 
 /// Checks a response and appends its bytes to the file.
-class stream_transfer::stream_taker final : public response_taker {
+class stream_transfer::stream_request final : public file_request {
  public:
-  stream_taker(stream_transfer& transfer, bool is_range) : transfer_(transfer), is_range_(is_range) {}
-
-  setback begin(const http_response& head, const url& source) override {
-    const std::string* field = head.header("Content-Range");
-    const auto range = content_range::parse(field != nullptr ? *field : "");
-    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) {
-      if (!is_range_ || range.bytes.end == 0)
-        return violation(source, "answers 206 without a range that was asked for");
-      if (range.bytes.begin != transfer_.position_)
-        return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
-      // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
-      if (!transfer_.job_.is_verified() && !transfer_.source_.is_pinned_to(head)) {
-        return {setback::remedy::whole, transfer_.job_.failure(errc::connection_failed, source,
-                                                               "sends a part without the entity tag")};
-      }
-      if (!range.size) return violation(source, "does not tell the size of the file");
-      if (transfer_.total_ && *range.size != *transfer_.total_) {
-        return {setback::remedy::restart, transfer_.job_.failure(errc::protocol_violation, source,
-                                                                 "changed its size while it was fetched")};
-      }
-      return check_total(range.size, source);
-    }
-    if (transfer_.position_ > 0) {
-      // The response has the whole file. With an md5, skip the bytes already present; without one, start over.
-      if (transfer_.job_.is_verified()) {
-        skipped_ = transfer_.position_;
-      } else {
-        transfer_.start_over();
-      }
-    }
-    const std::string* length = head.header("Content-Length");
-    return check_total(length != nullptr ? to_number(trim(*length)) : std::nullopt, source);
+  explicit stream_request(stream_transfer& transfer)
+      : file_request(transfer.source_, {transfer.position_, 0}, setback::remedy::retry), transfer_(transfer) {
   }
-  bool write(std::string_view bytes) override {
+
+  /// Whether the response ended before the end of the bytes that were present already.
+  [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
+
+ private:
+  setback begin_part(const http_response& head, const content_range& part) override {
+    // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
+    const bool is_pinned = transfer_.source_.is_pinned() && head.header("ETag") != nullptr;
+    if (!transfer_.job_.is_verified() && !is_pinned)
+      return failure(setback::remedy::whole, errc::connection_failed, "sends a part without the entity tag");
+    if (!part.size) return violation("does not tell the size of the file");
+    if (transfer_.total_ && *part.size != *transfer_.total_) {
+      return failure(setback::remedy::restart, errc::protocol_violation,
+                     "changed its size while it was fetched");
+    }
+    return check_total(part.size);
+  }
+  setback begin_whole(std::optional<std::uint64_t> length) override {
+    // With an md5, skip the bytes already present; without one, start over.
+    if (transfer_.job_.is_verified()) {
+      skipped_ = transfer_.position_;
+    } else if (transfer_.position_ > 0) {
+      transfer_.start_over();
+    }
+    return check_total(length);
+  }
+  setback check_total(std::optional<std::uint64_t> size) {
+    if (!size) return {};
+    if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
+      return {setback::remedy::retry, transfer_.job_.wrong_size(address(), *size)};
+    if (*size < transfer_.position_) return transfer_.shorter(address());
+    transfer_.total_ = size;
+    return {};
+  }
+  bool take(std::string_view bytes) override {
     transfer_.received_ += bytes.size();
     const auto skipped = static_cast<std::size_t>((std::min<std::uint64_t>)(bytes.size(), skipped_));
     bytes.remove_prefix(skipped);
     skipped_ -= skipped;
     if (bytes.empty()) return true;
     const std::uint64_t position = transfer_.position_;
-    if (transfer_.state_.is_stopped()) return false;
-    if (transfer_.total_ && bytes.size() > *transfer_.total_ - position) return is_surplus_ = true, false;
+    if (!is_wanted()) return false;
+    if (transfer_.total_ && bytes.size() > *transfer_.total_ - position) return refuse_surplus();
     if (auto written = transfer_.file_.write(position, bytes); !written) {
-      disk_problem_ = written.error();
+      transfer_.state_.fail(written.error());
       return false;
     }
     if (transfer_.job_.is_verified()) transfer_.hash_.update(bytes);
@@ -6874,30 +6874,8 @@ class stream_transfer::stream_taker final : public response_taker {
     return true;
   }
 
-  [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
-  /// Whether more bytes arrived than the file has.
-  [[nodiscard]] bool is_surplus() const { return is_surplus_; }
-  /// Whether the response ended before the end of the bytes that were present already.
-  [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
-
- private:
-  [[nodiscard]] setback violation(const url& source, const std::string& problem) const {
-    return {setback::remedy::retry, transfer_.job_.failure(errc::protocol_violation, source, problem)};
-  }
-  [[nodiscard]] setback check_total(std::optional<std::uint64_t> size, const url& source) {
-    if (!size) return {};
-    if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
-      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *size)};
-    if (*size < transfer_.position_) return transfer_.shorter(source);
-    transfer_.total_ = size;
-    return {};
-  }
-
   stream_transfer& transfer_;
-  const bool is_range_;
   std::uint64_t skipped_ = 0;  // bytes still to skip: they are present already
-  std::optional<error> disk_problem_;
-  bool is_surplus_ = false;
 };
 
 inline result<std::string> stream_transfer::run() {
@@ -6947,24 +6925,18 @@ inline void stream_transfer::work() {
 /// Makes one request for the rest of the file. Completes the transfer if the response ended properly.
 inline setback stream_transfer::fetch() {
   using remedy = setback::remedy;
-  call inner(job_.user_call, state_.stop_flag());
   const bool is_combinable = job_.is_verified() || source_.is_pinned();
   if (position_ > 0 && (!is_combinable || (total_ && position_ >= *total_))) start_over();
-  stream_taker taker(*this, position_ > 0);
-  auto now = source_.fetch(
-      inner, {position_, 0}, [&] { return state_.is_stopped(); }, taker);
-  if (taker.disk_problem()) return {remedy::retry, *taker.disk_problem()};
-  if (taker.is_surplus())
-    return {remedy::retry,
-            job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
-  if (now.problem.cure == remedy::whole) {
+  stream_request request(*this);
+  const setback now = request.fetch();
+  if (now.cure == remedy::whole) {
     start_over();
-    if (!now.problem.failure->is_transient()) return {};
+    if (!now.failure->is_transient()) return {};
   }
-  if (now.problem || !now.has_ended) return now.problem;
-  if (taker.is_shorter()) return shorter(now.address);
+  if (now || !request.has_ended()) return now;
+  if (request.is_shorter()) return shorter(request.address());
   if (total_ && position_ < *total_) {
-    return {remedy::retry, job_.failure(errc::connection_failed, now.address,
+    return {remedy::retry, job_.failure(errc::connection_failed, request.address(),
                                         "ended " + std::to_string(*total_ - position_) + " bytes early")};
   }
   state_.complete();
