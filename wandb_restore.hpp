@@ -6943,45 +6943,25 @@ inline setback stream_transfer::fetch() {
   return {};
 }
 
-/// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Use an object once.
-class download {
- public:
-  download(session& service_session, call& user_call, const run_path& run, const std::string& name,
-           remote_file remote, const restore_options& options)
-      : remote_(std::move(remote)), job_{service_session, user_call, run, name, options, remote_} {}
-  download(const download&) = delete;
-  download& operator=(const download&) = delete;
-
-  /// Blocks. Calls on_progress in this thread.
-  result<void> run(partial_file& destination) {
-    const auto address = url::parse(remote_.address);
-    if (!address) return address.error();
-    if (remote_.info.size && job_.is_verified()) return run_as<ranged_transfer>(destination, *address);
-    return run_as<stream_transfer>(destination, *address);
-  }
-  /// Whether the run has replaced the file since the download began: then start a new download.
-  [[nodiscard]] bool entity_changed() const { return entity_changed_; }
-  /// Whether all bytes arrived, with a wrong md5.
-  [[nodiscard]] bool content_wrong() const { return content_wrong_; }
-
- private:
-  template <class Transfer>
-  result<void> run_as(partial_file& destination, const url& address) {
-    Transfer transfer(job_, destination, address);
-    const auto digest = transfer.run();
-    entity_changed_ = transfer.is_replaced();
-    if (!digest) return digest.error();
-    if (!job_.is_verified() || *digest == remote_.info.md5) return {};
-    content_wrong_ = true;
-    return error(errc::checksum_mismatch,
-                 job_.label() + ": its md5 is " + (digest->empty() ? "unreadable" : *digest) + " after " +
-                     std::to_string(destination.size()) + " bytes, the service says " + remote_.info.md5);
-  }
-
-  const remote_file remote_;
-  const transfer_job job_;
-  bool entity_changed_ = false, content_wrong_ = false;
-};
+/// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Blocks; calls on_progress in this
+/// thread. The remedy is `restart` if the bytes are worthless: the run has replaced the file, or the md5 is wrong.
+inline setback download(const transfer_job& job, partial_file& destination) {
+  using remedy = setback::remedy;
+  const auto address = url::parse(job.remote.address);
+  if (!address) return {remedy::retry, address.error()};
+  const auto run = [&](auto&& transfer) -> setback {
+    const result<std::string> digest = transfer.run();
+    if (!digest) return {transfer.is_replaced() ? remedy::restart : remedy::retry, digest.error()};
+    if (!job.is_verified() || *digest == job.remote.info.md5) return {};
+    return {remedy::restart,
+            error(errc::checksum_mismatch, job.label() + ": its md5 is " +
+                                               (digest->empty() ? "unreadable" : *digest) + " after " +
+                                               std::to_string(destination.size()) +
+                                               " bytes, the service says " + job.remote.info.md5)};
+  };
+  if (job.remote.info.size && job.is_verified()) return run(ranged_transfer(job, destination, *address));
+  return run(stream_transfer(job, destination, *address));
+}
 
 }  // namespace detail
 
@@ -7300,40 +7280,35 @@ class restoring {
       if (!remote.info.md5.empty() && copy_.md5() == remote.info.md5) return use_local(&remote.info);
       if (call_.cancelled()) return call_.why_cancelled();
     }
+    const transfer_job job{session_, call_, run_, name_, options_, remote};
     for (bool again = false;; again = true) {
-      // Without an md5 to verify the whole file, no partial file is resumed.
-      const std::string key = options_.verify ? remote.info.md5 : std::string();
+      // The md5 to verify the file with. Without one, no partial file is resumed.
+      const std::string md5 = options_.verify ? remote.info.md5 : std::string();
       const std::uint64_t size = remote.info.size.value_or(0);
       const watcher copying = [&](std::uint64_t done) { return report(phase::downloading, done, size); };
       // Without a size, existing partial files are left for a later call.
       const bool resumes = !again && remote.info.size && may_find_partials(lock, size);
-      auto opened = resumes ? partial_file::open(place_, key, size, copying, &lock)
-                            : partial_file::create(place_, key, size);
+      auto opened = resumes ? partial_file::open(place_, md5, size, copying, &lock)
+                            : partial_file::create(place_, md5, size);
       if (!opened) return opened.error();
       partial_file& partial = **opened;
-      releaser on_exit{partial, place_, key};
+      releaser on_exit{partial, place_, md5};
       if (auto room = partial.reserve(); !room) return room.error();
 
-      bool changed = false, worthless = false;
-      auto outcome = [&] {
-        download transfer(session_, call_, run_, name_, remote, options_);
-        auto downloaded = transfer.run(partial);
-        changed = transfer.entity_changed();
-        worthless = changed || transfer.content_wrong();
-        return downloaded;
-      }();
-      if (outcome) return publish(partial, remote, lock);
-      const error& failure = outcome.error();
-      const bool wrong = failure.code() == errc::checksum_mismatch;
-      if (!wrong && !changed) {
-        if (!partial.is_worth_keeping(key)) return failure;
+      const setback end = download(job, partial);
+      if (!end) return publish(partial, md5, lock);
+      const error& failure = *end.failure;
+      const bool is_wrong = failure.code() == errc::checksum_mismatch;
+      const bool is_worthless = end.cure == setback::remedy::restart;
+      if (!is_wrong && !is_worthless) {
+        if (!partial.is_worth_keeping(md5)) return failure;
         return with_text(failure,
                          failure.what() + std::string("; the next call resumes from the bytes that arrived"));
       }
-      on_exit.keep = !worthless;
+      on_exit.keep = !is_worthless;
       if (again) {
         return with_text(failure, std::string(failure.what()) + " (again after a second fetch from nothing" +
-                                      (wrong ? "; the run may be writing it: try again later)" : ")"));
+                                      (is_wrong ? "; the run may be writing it: try again later)" : ")"));
       }
       auto fresh = service(session_, call_).find_file(run_, name_);  // the run may have a new version
       if (!fresh) return fresh.error();
@@ -7352,18 +7327,17 @@ class restoring {
     }
   };
 
-  result<restored_file> publish(partial_file& partial, const remote_file& remote, place_lock& lock) {
+  /// `md5`: the verified md5 of the content; empty if it was not verified.
+  result<restored_file> publish(partial_file& partial, const std::string& md5, place_lock& lock) {
     if (auto finished = finish(partial); !finished) return finished.error();
     if (call_.cancelled()) return call_.why_cancelled();
-    const bool verified = options_.verify && !remote.info.md5.empty();
-    const std::string md5 = verified ? remote.info.md5 : std::string();
     // Write the receipt first: a call in between must not take another run's file for the user's own.
     auto stream = partial.publish(place_, [&](const file_facts& facts) { remember(md5, facts); });
     if (!stream) return stream.error();
     remove_quietly(place_.released());
     if (may_find_partials(lock, partial.size())) tidy(lock, {});
     return restored_file(*std::move(stream),
-                         {place_.target, partial.size(), md5, source::downloaded, verified});
+                         {place_.target, partial.size(), md5, source::downloaded, !md5.empty()});
   }
 
   /// Writes the content to stable storage. That can take many seconds: meanwhile it reports progress to the caller, and
