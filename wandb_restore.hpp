@@ -5498,6 +5498,11 @@ class progress_reporter {
         !options_.on_progress({name_, now, bytes_done, bytes_total, bytes_per_second}))
       call_.stop();
   }
+  /// Calls on_progress if a report is due. Returns false if the call is cancelled.
+  bool report_if_due(phase now, std::uint64_t bytes_done, std::optional<std::uint64_t> bytes_total) {
+    if (is_due()) report(now, bytes_done, bytes_total, 0);
+    return !call_.cancelled();
+  }
 
  private:
   call& call_;
@@ -6631,8 +6636,7 @@ inline result<std::string> ranged_transfer::run() {
   std::string digest = digest_.digest();
   if (!is_followed) {
     digest = md5_of_file(file_.content(), [&](std::uint64_t done) {
-      if (reporter_.is_due()) reporter_.report(phase::verifying, done, file_.size(), 0);
-      return !job_.user_call.cancelled();
+      return reporter_.report_if_due(phase::verifying, done, file_.size());
     });
   }
   reporter_.report(phase::verifying, file_.size(), file_.size(), pace_);
@@ -7151,16 +7155,6 @@ class restoring {
   }
 
  private:
-  /// Reports progress to the caller, at most about ten times a second. Returns false if the call is cancelled.
-  bool report(phase activity, std::uint64_t done, std::optional<std::uint64_t> total) {
-    const auto time = clock::now();
-    if (time - reported_ >= milliseconds(90)) {
-      reported_ = time;
-      if (options_.on_progress && !options_.on_progress({name_, activity, done, total, 0})) call_.stop();
-    }
-    return !call_.cancelled();
-  }
-
   /// Opens the local copy, if there is one, and reads its receipt.
   result<void> open_copy() {
     auto opened = opened_copy::open(place_.target, name_);
@@ -7170,8 +7164,9 @@ class restoring {
     first_verdict_.reset();
     if (!opened_) return {};
     const auto& facts = opened_->facts();
-    opened_->watch(
-        [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); });
+    opened_->watch([this, size = facts.size](std::uint64_t done) {
+      return reporter_.report_if_due(phase::verifying, done, size);
+    });
     copy_.opened_ = opened_;
     copy_.path = place_.target;
     copy_.size = facts.size;
@@ -7285,7 +7280,9 @@ class restoring {
       // The md5 to verify the file with. Without one, no partial file is resumed.
       const std::string md5 = options_.verify ? remote.info.md5 : std::string();
       const std::uint64_t size = remote.info.size.value_or(0);
-      const watcher copying = [&](std::uint64_t done) { return report(phase::downloading, done, size); };
+      const watcher copying = [&](std::uint64_t done) {
+        return reporter_.report_if_due(phase::downloading, done, size);
+      };
       // Without a size, existing partial files are left for a later call.
       const bool resumes = !again && remote.info.size && may_find_partials(lock, size);
       auto opened = resumes ? partial_file::open(place_, md5, size, copying, &lock)
@@ -7349,7 +7346,7 @@ class restoring {
     thread syncing;
     if (!syncing.start([&] { finished = partial.finish(); })) return partial.finish();
     for (auto touched = clock::now(); !syncing.wait(milliseconds(100));) {
-      report(phase::verifying, partial.size(), partial.size());
+      reporter_.report_if_due(phase::verifying, partial.size(), partial.size());
       if (clock::now() - touched > std::chrono::seconds(partial_file::quiet / 6)) {
         touched = clock::now();
         partial.touch();
@@ -7406,7 +7403,7 @@ class restoring {
       }
       // Do not wait for a holder without a sign of life.
       if (is_locked && clock::now() - last_sign > std::chrono::seconds(partial_file::quiet)) return true;
-      if (!report(phase::downloading, 0, {})) return false;
+      if (!reporter_.report_if_due(phase::downloading, 0, {})) return false;
       // Poll less often the longer the wait, so that many waiting processes do not overload the file system.
       const auto waited = std::chrono::duration_cast<milliseconds>(clock::now() - began);
       if (!call_.sleep(std::clamp(waited / 10, milliseconds(50), milliseconds(1000)))) return false;
@@ -7420,7 +7417,7 @@ class restoring {
   run_path run_;
   place place_;
   const cache_policy policy_;
-  clock::time_point reported_ = clock::now();
+  progress_reporter reporter_{call_, options_, name_};
   std::shared_ptr<opened_copy> opened_;                 // null: there is no local copy
   local_copy copy_;                                     // of opened_
   std::optional<cache_policy::verdict> first_verdict_;  // on copy_, before the request to the service
