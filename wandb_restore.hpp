@@ -6136,7 +6136,8 @@ class entity_pin {
     if (tag_.empty()) tag_ = *tag;
     return *tag == tag_;
   }
-  /// Returns the tag for If-Range, which allows strong tags only (RFC 9110, section 13.1.5). Empty if unknown or weak.
+  /// Returns the tag if it is strong, else "". Strong tags alone may be sent as If-Range, and prove that parts of several
+  /// responses belong together (RFC 9110, sections 13.1.5 and 15.3.7.3).
   [[nodiscard]] std::string strong_tag() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return is_ignored_ || starts_with(tag_, "W/") ? std::string() : tag_;
@@ -6178,7 +6179,7 @@ struct content_range {
   }
 };
 
-// ---- one request for a file
+// ---- the job
 
 /// The file to transfer, and the call that asks for it.
 struct transfer_job {
@@ -6232,220 +6233,11 @@ struct setback {
   explicit operator bool() const { return failure.has_value(); }
 };
 
-/// What the requests for one file share: its address, and the entity tag of the first response, which all responses must
-/// have. Thread-safe.
-class file_source {
- public:
-  /// Requests end early once `state` is stopped.
-  file_source(const transfer_job& job, const transfer_state& state, const url& service_address)
-      : job_(job), state_(state), location_(service_address, [this](call& asking_call) -> result<url> {
-          auto fresh = job_.ask_again(asking_call);
-          if (!fresh) return fresh.error();
-          return url::parse(fresh->address);
-        }) {}
+// ---- what the requests of a transfer share
 
-  /// Whether parts of several responses may be combined without an md5 (RFC 9110, section 15.3.7.3).
-  [[nodiscard]] bool is_pinned() const { return !entity_.strong_tag().empty(); }
-  /// Accepts any entity tag from the next response. Call when the transfer starts over.
-  void start_over() { entity_.reset(); }
+class file_request;
 
- private:
-  friend class file_request;
-
-  const transfer_job& job_;
-  const transfer_state& state_;
-  file_location location_;
-  entity_pin entity_;
-};
-
-/// One request for a file or a range of it: checks the response, and takes its body.
-class file_request : public body_sink {
- public:
-  /// Makes the request. A result without failure does not imply has_ended(): the cause of a failure may have been remedied.
-  setback fetch();
-
-  /// Whether the transport delivered a response of status 200 or 206 to its end.
-  [[nodiscard]] bool has_ended() const { return has_ended_; }
-  /// Returns the address of the request; after redirects, that of the response.
-  [[nodiscard]] const url& address() const { return address_; }
-  /// Whether the transfer still needs the bytes.
-  [[nodiscard]] virtual bool is_wanted() const { return !source_.state_.is_stopped(); }
-
-  bool start(const http_response& head) final;
-  bool write(std::string_view bytes) final {
-    has_body_ = true;
-    return take(bytes);
-  }
-
- protected:
-  /// An `asked.end` of 0 stands for the end of the file; {0, 0} is the whole file, requested without a Range field.
-  /// `on_violation`: the remedy for a response that breaks the protocol.
-  file_request(file_source& shared, byte_range asked, setback::remedy on_violation)
-      : source_(shared), asked_(asked), on_violation_(on_violation) {}
-  ~file_request() = default;
-
-  [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
-  [[nodiscard]] setback failure(setback::remedy cure, errc code, const std::string& problem) const {
-    return {cure, source_.job_.failure(code, address_, problem)};
-  }
-  [[nodiscard]] setback violation(const std::string& problem) const {
-    return failure(on_violation_, errc::protocol_violation, problem);
-  }
-  /// For take(): refuses bytes beyond the end of the response or the file.
-  bool refuse_surplus() {
-    problem_ = violation("sends more than it promised");
-    return false;
-  }
-
- private:
-  /// Reports that redirects have led away from the service. Returns whether other connections wait for the address.
-  virtual bool address_found() { return false; }
-  /// Reports the head of a response of status 200 or 206.
-  virtual void responded() {}
-  /// Checks a response with the requested range or the beginning of it.
-  virtual setback begin_part(const http_response& head, const content_range& part) = 0;
-  /// Checks a response with the whole file. `length` is empty if the response does not tell it.
-  virtual setback begin_whole(std::optional<std::uint64_t> length) = 0;
-  /// Takes a piece of the body. Returns false to stop.
-  virtual bool take(std::string_view bytes) = 0;
-
-  [[nodiscard]] setback begin(const http_response& head);
-  [[nodiscard]] setback refused(const answer& got, const std::string& authorization);
-  [[nodiscard]] setback other_entity(call& asking_call);
-
-  file_source& source_;
-  const byte_range asked_;
-  const setback::remedy on_violation_;
-  file_location::lease lease_;
-  url address_;
-  setback problem_;  // the reason for which the response was refused
-  bool is_other_entity_ = false, has_body_ = false, has_ended_ = false;
-};
-
-inline setback file_request::fetch() {
-  using remedy = setback::remedy;
-  const transfer_job& job = source_.job_;
-  file_location& location = source_.location_;
-  call asking_call(job.user_call, source_.state_.stop_flag());
-  auto lease = location.acquire(asking_call);
-  if (!lease) {
-    const bool is_other = lease.error().code() == errc::protocol_violation;
-    return {is_other ? remedy::restart : remedy::retry, lease.error()};
-  }
-  lease_ = *std::move(lease);
-  address_ = lease_.address;
-  const auto& base = job.service_session.base;
-  result<std::string> authorization{std::string()};
-  if (base && under_base(*base, address_)) authorization = job.service_session.authorization(asking_call);
-  if (!authorization) {
-    location.release(lease_);
-    const error& refusal = authorization.error();
-    return {remedy::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
-  }
-  http_request request;
-  if (is_range()) {
-    const std::string last = asked_.end > 0 ? std::to_string(asked_.end - 1) : std::string();
-    add_header(request.headers, "Range", "bytes=" + std::to_string(asked_.begin) + '-' + last);
-    if (const auto tag = source_.entity_.strong_tag(); !tag.empty())
-      add_header(request.headers, "If-Range", tag);
-  }
-  request.is_cancelled = [this] { return !is_wanted(); };
-  const auto got = job.service_session.send(
-      job.user_call, std::move(request), *authorization, *this, address_, [&](const url& hop) {
-        const bool is_final = !(base && under_base(*base, hop));
-        if (is_final && address_found()) location.found(lease_, hop);  // before the response: others wait
-      });
-  setback now;
-  if (is_other_entity_) {
-    now = other_entity(asking_call);
-  } else if (problem_) {
-    now = problem_;
-  } else if (!got) {
-    now = {remedy::fewer, got.error()};
-    if (!has_body_ && got.error().code() != errc::cancelled) location.forget(lease_);
-  } else if (got->head.status != 200 && got->head.status != 206) {
-    now = refused(*got, *authorization);
-  } else {
-    has_ended_ = true;
-  }
-  location.release(lease_);
-  return now;
-}
-
-inline bool file_request::start(const http_response& head) {
-  is_other_entity_ = !source_.entity_.accept(head);
-  if (is_other_entity_) return false;
-  responded();
-  if (!is_wanted()) return false;
-  problem_ = begin(head);
-  if (problem_) return false;
-  source_.location_.found(lease_, address_);
-  source_.location_.served(lease_);
-  return true;
-}
-
-/// RFC 9110, section 15.3.7.
-inline setback file_request::begin(const http_response& head) {
-  const std::string* field = head.header("Content-Range");
-  const auto part = content_range::parse(field != nullptr ? *field : "");
-  // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
-  if (head.status != 206 && (!is_range() || part.bytes.end == 0)) {
-    const std::string* length = head.header("Content-Length");
-    return begin_whole(length != nullptr ? to_number(trim(*length)) : std::nullopt);
-  }
-  if (!is_range() || part.bytes.end == 0) return violation("answers 206 without a range that was asked for");
-  if (part.bytes.begin != asked_.begin || (asked_.end != 0 && part.bytes.end > asked_.end))
-    return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
-  return begin_part(head, part);
-}
-
-/// Interprets a status that is neither 200 nor 206.
-inline setback file_request::refused(const answer& got, const std::string& authorization) {
-  using remedy = setback::remedy;
-  const int status = got.head.status;
-  const session& service_session = source_.job_.service_session;
-  error refusal = service_session.status_error(source_.job_.label() + ": " + address_.redacted(), got,
-                                               address_, authorization);
-  const auto& base = service_session.base;
-  const bool is_own =
-      base && under_base(*base, address_) && address_.str() == lease_.address.str() && lease_.is_resolving;
-  // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
-  const bool has_expired = status == 401 || status == 403 || status == 410 ||
-                           (status == 404 && source_.location_.was_served()) ||
-                           (status == 400 && contains_ignoring_case(got.body, "expired"));
-  if (!is_own && has_expired) {
-    if (source_.location_.renew(lease_)) return {};
-    return {remedy::fewer,
-            error(status == 401 || status == 403 ? errc::permission_denied : errc::http_failure,
-                  std::string(refusal.what()) + ", also with " +
-                      std::to_string(file_location::most_renewals) + " new addresses",
-                  status)};
-  }
-  if (is_range() && (status == 400 || status == 405 || status == 416 || status == 501))
-    return {remedy::whole, refusal};
-  return {refusal.is_transient() ? remedy::fewer : remedy::retry, refusal};
-}
-
-/// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
-/// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
-inline setback file_request::other_entity(call& asking_call) {
-  using remedy = setback::remedy;
-  const transfer_job& job = source_.job_;
-  const auto same = job.ask_again(asking_call);
-  if (!same) {
-    const bool is_other = same.error().code() == errc::protocol_violation;
-    return {is_other ? remedy::restart : remedy::retry, same.error()};
-  }
-  if (job.is_verified()) {
-    source_.entity_.ignore();
-    return {};
-  }
-  return failure(remedy::whole, errc::connection_failed, "has another entity tag than before");
-}
-
-// ---- transfers
-
-/// The base of both kinds of transfer: supervises the threads, enforces the limits, reports progress.
+/// The base of both kinds of transfer: what the requests share. Supervises the threads, enforces the limits, reports progress.
 class transfer {
  public:
   transfer(const transfer&) = delete;
@@ -6455,8 +6247,13 @@ class transfer {
 
  protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
-      : job_(job), file_(destination), source_(job, state_, service_address), retries_(job.user_call),
-        reporter_(job.user_call, job.options, job.name) {}
+      : job_(job), file_(destination), location_(service_address,
+                                                 [this](call& asking_call) -> result<url> {
+                                                   auto fresh = job_.ask_again(asking_call);
+                                                   if (!fresh) return fresh.error();
+                                                   return url::parse(fresh->address);
+                                                 }),
+        retries_(job.user_call), reporter_(job.user_call, job.options, job.name) {}
   ~transfer() = default;
 
   /// Waits in the caller's thread until the transfer is complete or stopped. Calls `tick` ten times a second. Stops the
@@ -6489,16 +6286,208 @@ class transfer {
   const transfer_job& job_;
   partial_file& file_;
   transfer_state state_;
-  file_source source_;
+  file_location location_;
+  entity_pin entity_;
   retry_clock retries_;
   progress_reporter reporter_;
   std::atomic<bool> is_replaced_{false};
   std::atomic<double> pace_{0};  // of all connections together, in bytes a second
 
  private:
+  friend class file_request;
+
   std::uint64_t received_before_ = 0;      // `received` of the last measure()
   std::atomic<std::uint64_t> arrived_{0};  // the maximum, in bytes
 };
+
+// ---- one request for a file
+
+/// One request for a file or a range of it: checks the response, and takes its body.
+class file_request : public body_sink {
+ public:
+  /// Makes the request. A result without failure does not imply has_ended(): the cause of a failure may have been remedied.
+  setback fetch();
+
+  /// Whether the transport delivered a response of status 200 or 206 to its end.
+  [[nodiscard]] bool has_ended() const { return has_ended_; }
+  /// Returns the address of the request; after redirects, that of the response.
+  [[nodiscard]] const url& address() const { return address_; }
+  /// Whether the transfer still needs the bytes.
+  [[nodiscard]] virtual bool is_wanted() const { return !requester_.state_.is_stopped(); }
+
+  bool start(const http_response& head) final;
+  bool write(std::string_view bytes) final {
+    has_body_ = true;
+    return take(bytes);
+  }
+
+ protected:
+  /// An `asked.end` of 0 stands for the end of the file; {0, 0} is the whole file, requested without a Range field.
+  /// `on_violation`: the remedy for a response that breaks the protocol.
+  file_request(transfer& requester, byte_range asked, setback::remedy on_violation)
+      : requester_(requester), asked_(asked), on_violation_(on_violation) {}
+  ~file_request() = default;
+
+  [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
+  [[nodiscard]] setback failure(setback::remedy cure, errc code, const std::string& problem) const {
+    return {cure, requester_.job_.failure(code, address_, problem)};
+  }
+  [[nodiscard]] setback violation(const std::string& problem) const {
+    return failure(on_violation_, errc::protocol_violation, problem);
+  }
+  /// For take(): refuses bytes beyond the end of the response or the file.
+  bool refuse_surplus() {
+    problem_ = violation("sends more than it promised");
+    return false;
+  }
+
+ private:
+  /// Reports that redirects have led away from the service. Returns whether other connections wait for the address.
+  virtual bool address_found() { return false; }
+  /// Reports the head of a response of status 200 or 206.
+  virtual void responded() {}
+  /// Checks a response with the requested range or the beginning of it.
+  virtual setback begin_part(const http_response& head, const content_range& part) = 0;
+  /// Checks a response with the whole file. `length` is empty if the response does not tell it.
+  virtual setback begin_whole(std::optional<std::uint64_t> length) = 0;
+  /// Takes a piece of the body. Returns false to stop.
+  virtual bool take(std::string_view bytes) = 0;
+
+  [[nodiscard]] setback begin(const http_response& head);
+  [[nodiscard]] setback refused(const answer& got, const std::string& authorization);
+  [[nodiscard]] setback other_entity(call& asking_call);
+
+  transfer& requester_;
+  const byte_range asked_;
+  const setback::remedy on_violation_;
+  file_location::lease lease_;
+  url address_;
+  setback problem_;  // the reason for which the response was refused
+  bool is_other_entity_ = false, has_body_ = false, has_ended_ = false;
+};
+
+inline setback file_request::fetch() {
+  using remedy = setback::remedy;
+  const transfer_job& job = requester_.job_;
+  file_location& location = requester_.location_;
+  call asking_call(job.user_call, requester_.state_.stop_flag());
+  auto lease = location.acquire(asking_call);
+  if (!lease) {
+    const bool is_other = lease.error().code() == errc::protocol_violation;
+    return {is_other ? remedy::restart : remedy::retry, lease.error()};
+  }
+  lease_ = *std::move(lease);
+  address_ = lease_.address;
+  const auto& base = job.service_session.base;
+  result<std::string> authorization{std::string()};
+  if (base && under_base(*base, address_)) authorization = job.service_session.authorization(asking_call);
+  if (!authorization) {
+    location.release(lease_);
+    const error& refusal = authorization.error();
+    return {remedy::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
+  }
+  http_request request;
+  if (is_range()) {
+    const std::string last = asked_.end > 0 ? std::to_string(asked_.end - 1) : std::string();
+    add_header(request.headers, "Range", "bytes=" + std::to_string(asked_.begin) + '-' + last);
+    if (const auto tag = requester_.entity_.strong_tag(); !tag.empty())
+      add_header(request.headers, "If-Range", tag);
+  }
+  request.is_cancelled = [this] { return !is_wanted(); };
+  const auto got = job.service_session.send(
+      job.user_call, std::move(request), *authorization, *this, address_, [&](const url& hop) {
+        const bool is_final = !(base && under_base(*base, hop));
+        if (is_final && address_found()) location.found(lease_, hop);  // before the response: others wait
+      });
+  setback now;
+  if (is_other_entity_) {
+    now = other_entity(asking_call);
+  } else if (problem_) {
+    now = problem_;
+  } else if (!got) {
+    now = {remedy::fewer, got.error()};
+    if (!has_body_ && got.error().code() != errc::cancelled) location.forget(lease_);
+  } else if (got->head.status != 200 && got->head.status != 206) {
+    now = refused(*got, *authorization);
+  } else {
+    has_ended_ = true;
+  }
+  location.release(lease_);
+  return now;
+}
+
+inline bool file_request::start(const http_response& head) {
+  is_other_entity_ = !requester_.entity_.accept(head);
+  if (is_other_entity_) return false;
+  responded();
+  if (!is_wanted()) return false;
+  problem_ = begin(head);
+  if (problem_) return false;
+  requester_.location_.found(lease_, address_);
+  requester_.location_.served(lease_);
+  return true;
+}
+
+/// RFC 9110, section 15.3.7.
+inline setback file_request::begin(const http_response& head) {
+  const std::string* field = head.header("Content-Range");
+  const auto part = content_range::parse(field != nullptr ? *field : "");
+  // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
+  if (head.status != 206 && (!is_range() || part.bytes.end == 0)) {
+    const std::string* length = head.header("Content-Length");
+    return begin_whole(length != nullptr ? to_number(trim(*length)) : std::nullopt);
+  }
+  if (!is_range() || part.bytes.end == 0) return violation("answers 206 without a range that was asked for");
+  if (part.bytes.begin != asked_.begin || (asked_.end != 0 && part.bytes.end > asked_.end))
+    return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
+  return begin_part(head, part);
+}
+
+/// Interprets a status that is neither 200 nor 206.
+inline setback file_request::refused(const answer& got, const std::string& authorization) {
+  using remedy = setback::remedy;
+  const int status = got.head.status;
+  const session& service_session = requester_.job_.service_session;
+  error refusal = service_session.status_error(requester_.job_.label() + ": " + address_.redacted(), got,
+                                               address_, authorization);
+  const auto& base = service_session.base;
+  const bool is_own =
+      base && under_base(*base, address_) && address_.str() == lease_.address.str() && lease_.is_resolving;
+  // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
+  const bool has_expired = status == 401 || status == 403 || status == 410 ||
+                           (status == 404 && requester_.location_.was_served()) ||
+                           (status == 400 && contains_ignoring_case(got.body, "expired"));
+  if (!is_own && has_expired) {
+    if (requester_.location_.renew(lease_)) return {};
+    return {remedy::fewer,
+            error(status == 401 || status == 403 ? errc::permission_denied : errc::http_failure,
+                  std::string(refusal.what()) + ", also with " +
+                      std::to_string(file_location::most_renewals) + " new addresses",
+                  status)};
+  }
+  if (is_range() && (status == 400 || status == 405 || status == 416 || status == 501))
+    return {remedy::whole, refusal};
+  return {refusal.is_transient() ? remedy::fewer : remedy::retry, refusal};
+}
+
+/// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
+/// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
+inline setback file_request::other_entity(call& asking_call) {
+  using remedy = setback::remedy;
+  const transfer_job& job = requester_.job_;
+  const auto same = job.ask_again(asking_call);
+  if (!same) {
+    const bool is_other = same.error().code() == errc::protocol_violation;
+    return {is_other ? remedy::restart : remedy::retry, same.error()};
+  }
+  if (job.is_verified()) {
+    requester_.entity_.ignore();
+    return {};
+  }
+  return failure(remedy::whole, errc::connection_failed, "has another entity tag than before");
+}
+
+// ---- transfers
 
 /// Transfers a file of known size and md5: several connections fetch ranges while the digest_follower hashes.
 class ranged_transfer final : public transfer {
@@ -6546,7 +6535,7 @@ class ranged_transfer::range_request final : public file_request {
   static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
 
   range_request(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
-      : file_request(transfer.source_, asked.size() < transfer.file_.size() ? asked : byte_range(),
+      : file_request(transfer, asked.size() < transfer.file_.size() ? asked : byte_range(),
                      setback::remedy::whole),
         transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
         begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
@@ -6823,8 +6812,7 @@ class stream_transfer final : public transfer {
 class stream_transfer::stream_request final : public file_request {
  public:
   explicit stream_request(stream_transfer& transfer)
-      : file_request(transfer.source_, {transfer.position_, 0}, setback::remedy::retry), transfer_(transfer) {
-  }
+      : file_request(transfer, {transfer.position_, 0}, setback::remedy::retry), transfer_(transfer) {}
 
   /// Whether the response ended before the end of the bytes that were present already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
@@ -6832,7 +6820,7 @@ class stream_transfer::stream_request final : public file_request {
  private:
   setback begin_part(const http_response& head, const content_range& part) override {
     // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
-    const bool is_pinned = transfer_.source_.is_pinned() && head.header("ETag") != nullptr;
+    const bool is_pinned = !transfer_.entity_.strong_tag().empty() && head.header("ETag") != nullptr;
     if (!transfer_.job_.is_verified() && !is_pinned)
       return failure(setback::remedy::whole, errc::connection_failed, "sends a part without the entity tag");
     if (!part.size) return violation("does not tell the size of the file");
@@ -6900,7 +6888,7 @@ inline void stream_transfer::start_over() {
   position_ = 0;
   hash_ = md5();
   total_ = job_.remote.info.size;
-  source_.start_over();
+  entity_.reset();
 }
 
 inline void stream_transfer::work() {
@@ -6929,7 +6917,7 @@ inline void stream_transfer::work() {
 /// Makes one request for the rest of the file. Completes the transfer if the response ended properly.
 inline setback stream_transfer::fetch() {
   using remedy = setback::remedy;
-  const bool is_combinable = job_.is_verified() || source_.is_pinned();
+  const bool is_combinable = job_.is_verified() || !entity_.strong_tag().empty();
   if (position_ > 0 && (!is_combinable || (total_ && position_ >= *total_))) start_over();
   stream_request request(*this);
   const setback now = request.fetch();
