@@ -4642,7 +4642,6 @@ class session {
 
  private:
   void add_credentials(http_request& request, bool is_under_base, const std::string& authorization) const;
-  std::string error_message(const answer& got, const url& address, const std::string& authorization) const;
   result<std::string> bearer(call& user_call);
   result<access_token> exchange_identity(call& user_call);
 
@@ -4920,17 +4919,12 @@ inline errc code_of_missing(std::string_view said, errc otherwise) {
   return has_word(said, "file") ? errc::file_not_found : otherwise;
 }
 
-/// Returns the service's message in an answer. Empty for answers of storage, which may contain signatures.
-inline std::string session::error_message(const answer& got, const url& address,
-                                          const std::string& authorization) const {
-  if (!base || !under_base(*base, address)) return {};
-  return without_secrets(backend_message(parse_json(got.body)), authorization);
-}
-
 inline std::string session::status_text(const answer& got, const url& address,
                                         const std::string& authorization) const {
-  const auto said = error_message(got, address, authorization);
-  return "HTTP status " + std::to_string(got.head.status) + (said.empty() ? said : ", " + in_quotes(said));
+  const std::string status = "HTTP status " + std::to_string(got.head.status);
+  if (!base || !under_base(*base, address)) return status;  // answers of storage may contain signatures
+  const auto said = without_secrets(backend_message(parse_json(got.body)), authorization);
+  return said.empty() ? status : status + ", " + in_quotes(said);
 }
 
 inline error session::status_error(const std::string& task, const answer& got, const url& address,
@@ -5452,12 +5446,13 @@ class transfer_state {
 
   [[nodiscard]] bool is_complete() const { return complete_; }
   [[nodiscard]] bool is_stopped() const { return stopped_; }
+  [[nodiscard]] bool is_over() const { return complete_ || stopped_; }
   /// For detail::call: true once the transfer is stopped.
   [[nodiscard]] const std::atomic<bool>& stop_flag() const { return stopped_; }
   /// Blocks until the transfer is complete or stopped, at most for `limit`. Returns whether it is.
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
-    return ended_.wait_for(held, limit, [&] { return complete_ || stopped_; });
+    return ended_.wait_for(held, limit, [&] { return is_over(); });
   }
   [[nodiscard]] std::optional<error> failure() {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -6230,6 +6225,10 @@ struct setback {
   remedy cure = remedy::none;
   std::optional<error> failure = {};
 
+  /// For a failure of transfer_job::ask_again.
+  static setback of_asking(const error& failed) {
+    return {failed.code() == errc::protocol_violation ? remedy::restart : remedy::retry, failed};
+  }
   explicit operator bool() const { return failure.has_value(); }
 };
 
@@ -6372,10 +6371,7 @@ inline setback file_request::fetch() {
   file_location& location = requester_.location_;
   call asking_call(job.user_call, requester_.state_.stop_flag());
   auto lease = location.acquire(asking_call);
-  if (!lease) {
-    const bool is_other = lease.error().code() == errc::protocol_violation;
-    return {is_other ? remedy::restart : remedy::retry, lease.error()};
-  }
+  if (!lease) return setback::of_asking(lease.error());
   lease_ = *std::move(lease);
   address_ = lease_.address;
   const auto& base = job.service_session.base;
@@ -6476,10 +6472,7 @@ inline setback file_request::other_entity(call& asking_call) {
   using remedy = setback::remedy;
   const transfer_job& job = requester_.job_;
   const auto same = job.ask_again(asking_call);
-  if (!same) {
-    const bool is_other = same.error().code() == errc::protocol_violation;
-    return {is_other ? remedy::restart : remedy::retry, same.error()};
-  }
+  if (!same) return setback::of_asking(same.error());
   if (job.is_verified()) {
     requester_.entity_.ignore();
     return {};
@@ -6511,7 +6504,6 @@ class ranged_transfer final : public transfer {
     const auto wanted = static_cast<std::uint64_t>((std::min)(job_.options.connections, most_connections));
     return static_cast<std::size_t>((std::min)(wanted, missing / range_plan::first_piece));
   }
-  [[nodiscard]] bool is_over() const { return state_.is_stopped() || state_.is_complete(); }
   void start_workers();
   void work(std::size_t connection);
   void fetch_range(std::size_t connection, std::string& buffer, milliseconds& park_time);
@@ -6697,7 +6689,7 @@ inline void ranged_transfer::work(std::size_t connection) {
 
 /// Waits for a range to fetch. Returns false when the transfer is complete or stopped.
 inline bool ranged_transfer::wait_for_range(std::size_t connection) {
-  while (!is_over()) {
+  while (!state_.is_over()) {
     if (table_.is_complete()) {
       plan_.finish();
       state_.complete();
@@ -6718,10 +6710,10 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
   using remedy = setback::remedy;
   const auto& cursor = plan_[connection];
   backoff tries(job_.user_call, retries_);
-  while (cursor.is_wanted() && !is_over()) {
+  while (cursor.is_wanted() && !state_.is_over()) {
     const std::uint64_t position = cursor.position, present = table_.present();
     const setback now = fetch(connection, buffer);
-    if (!now || is_over()) continue;
+    if (!now || state_.is_over()) continue;
     if (now.cure == remedy::whole && plan_.use_whole(connection)) continue;
     if (now.cure == remedy::restart) is_replaced_ = true;
     // Retry at once if the try has brought at least a block.
@@ -6743,10 +6735,7 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
       return;
     }
     const auto wait = tries.after(*now.failure);
-    if (!wait) {
-      flush_whole_blocks(connection, buffer);
-      return state_.fail(wait.error());
-    }
+    if (!wait) return state_.fail(wait.error());
     for (const auto until = clock::now() + *wait; cursor.is_wanted() && clock::now() < until;) {
       if (state_.wait((std::min)(std::chrono::ceil<milliseconds>(until - clock::now()), milliseconds(20))))
         break;
@@ -6895,7 +6884,7 @@ inline void stream_transfer::work() {
   using remedy = setback::remedy;
   backoff tries(job_.user_call, retries_);
   std::uint64_t furthest = 0;  // the highest position of all tries
-  while (!state_.is_stopped() && !state_.is_complete()) {
+  while (!state_.is_over()) {
     const setback now = fetch();
     if (!now || state_.is_stopped()) continue;
     if (now.cure == remedy::restart) is_replaced_ = true;
@@ -7432,26 +7421,24 @@ open_session(settings configuration, transport_ref transport, cache_policy polic
 WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
                                                            const restore_options& options) {
   if (auto good = check_name(name); !good) return good.error();
+  const std::string quoted = in_quotes(name), task = "cannot restore " + quoted;
   if (options.connections < 1) {
-    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) +
-                                             ": connections must be at least 1, not " +
-                                             std::to_string(options.connections));
+    return error(errc::invalid_argument,
+                 task + ": connections must be at least 1, not " + std::to_string(options.connections));
   }
-  if (auto good = check_times(current.config, "cannot restore " + in_quotes(name)); !good)
-    return good.error();
+  if (auto good = check_times(current.config, task); !good) return good.error();
   auto run = run_of(current.config, options.run_path);
-  if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
+  if (!run) return in_context(run.error(), "restoring " + quoted, {quoted});
   const path root = options.root.empty() ? current.config.run_dir : options.root;
   path existing = root;  // its deepest ancestor that exists
   while (existing.has_relative_path() && facts_of(existing).absent()) existing = existing.parent_path();
   if (const auto facts = facts_of(existing); facts.found() && !facts->is_directory) {
-    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) +
-                                             ": " + in_quotes(existing) + " is not a directory");
+    return error(errc::invalid_argument,
+                 task + ": root " + in_quotes(root) + ": " + in_quotes(existing) + " is not a directory");
   }
   for (const auto part : split(name, '/')) {
     if (const auto limit = longest_name(existing); name_length(part) > limit) {
-      return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": " +
-                                               std::to_string(name_length(part)) +
+      return error(errc::invalid_argument, task + ": " + std::to_string(name_length(part)) +
                                                " characters are more than a name in " + in_quotes(existing) +
                                                " may have (" + std::to_string(limit) + ")");
     }
@@ -7460,8 +7447,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
   auto restored =
       restoring(current, user_call, options, std::string(name), *run, place(root / from_utf8(name)))();
   if (restored) return restored;
-  return in_context(restored.error(), "restoring " + in_quotes(name) + " from " + shown(*run),
-                    {in_quotes(name), run->project + '/' + run->run_id});
+  return in_context(restored.error(), "restoring " + quoted + " from " + shown(*run),
+                    {quoted, run->project + '/' + run->run_id});
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
