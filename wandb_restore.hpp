@@ -6188,20 +6188,11 @@ struct transfer_job {
   [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
   /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
-  /// Makes an error: <label>: <address> <problem>.
-  [[nodiscard]] error failure(errc code, const url& address, const std::string& problem) const {
-    return error(code, label() + ": " + address.redacted() + " " + problem);
-  }
-  [[nodiscard]] error wrong_size(const url& source, std::uint64_t size) const {
-    return failure(errc::checksum_mismatch, source,
-                   "has " + std::to_string(size) + " bytes, the service says " +
-                       std::to_string(*remote.info.size));
-  }
   [[nodiscard]] error no_thread() const {
     return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
   }
-  /// Asks the service for the file again. Returns errc::protocol_violation if the file has changed.
-  result<remote_file> ask_again(call& asking_call) const {
+  /// Asks the service for the file's address again. Returns errc::protocol_violation if the file has changed.
+  result<url> ask_again(call& asking_call) const {
     auto fresh = service(service_session, asking_call).find_file(run, name);
     if (!fresh)
       return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
@@ -6209,7 +6200,7 @@ struct transfer_job {
       return error(errc::protocol_violation,
                    label() + ": the run replaced the file during the download; try again");
     }
-    return fresh;
+    return url::parse(fresh->address);
   }
 };
 
@@ -6220,7 +6211,7 @@ struct setback {
     retry,    // try again if the error is transient
     fewer,    // as retry; the server may accept fewer connections only
     whole,    // the server does not support ranges: fetch the whole file
-    restart,  // the file has changed: start a new download
+    restart,  // the file has changed, or its bytes are wrong: start a new download
   };
   remedy cure = remedy::none;
   std::optional<error> failure = {};
@@ -6246,12 +6237,8 @@ class transfer {
 
  protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
-      : job_(job), file_(destination), location_(service_address,
-                                                 [this](call& asking_call) -> result<url> {
-                                                   auto fresh = job_.ask_again(asking_call);
-                                                   if (!fresh) return fresh.error();
-                                                   return url::parse(fresh->address);
-                                                 }),
+      : job_(job), file_(destination),
+        location_(service_address, [this](call& asking_call) { return job_.ask_again(asking_call); }),
         retries_(job.user_call), reporter_(job.user_call, job.options, job.name) {}
   ~transfer() = default;
 
@@ -6309,8 +6296,10 @@ class file_request : public body_sink {
 
   /// Whether the transport delivered a response of status 200 or 206 to its end.
   [[nodiscard]] bool has_ended() const { return has_ended_; }
-  /// Returns the address of the request; after redirects, that of the response.
-  [[nodiscard]] const url& address() const { return address_; }
+  /// Makes a setback with the text "<label of the job>: <address> <problem>".
+  [[nodiscard]] setback failure(setback::remedy cure, errc code, const std::string& problem) const {
+    return {cure, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
+  }
   /// Whether the transfer still needs the bytes.
   [[nodiscard]] virtual bool is_wanted() const { return !requester_.state_.is_stopped(); }
 
@@ -6328,8 +6317,10 @@ class file_request : public body_sink {
   ~file_request() = default;
 
   [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
-  [[nodiscard]] setback failure(setback::remedy cure, errc code, const std::string& problem) const {
-    return {cure, requester_.job_.failure(code, address_, problem)};
+  [[nodiscard]] setback wrong_size(setback::remedy cure, std::uint64_t size) const {
+    return failure(cure, errc::checksum_mismatch,
+                   "has " + std::to_string(size) + " bytes, the service says " +
+                       std::to_string(*requester_.job_.remote.info.size));
   }
   [[nodiscard]] setback violation(const std::string& problem) const {
     return failure(on_violation_, errc::protocol_violation, problem);
@@ -6360,7 +6351,7 @@ class file_request : public body_sink {
   const byte_range asked_;
   const setback::remedy on_violation_;
   file_location::lease lease_;
-  url address_;
+  url address_;      // of the request; after redirects, of the response
   setback problem_;  // the reason for which the response was refused
   bool is_other_entity_ = false, has_body_ = false, has_ended_ = false;
 };
@@ -6509,7 +6500,7 @@ class ranged_transfer final : public transfer {
   void fetch_range(std::size_t connection, std::string& buffer, milliseconds& park_time);
   bool wait_for_range(std::size_t connection);
   setback fetch(std::size_t connection, std::string& buffer);
-  result<void> flush(std::size_t connection, std::string& buffer);
+  bool flush(std::size_t connection, std::string& buffer);
   void flush_whole_blocks(std::size_t connection, std::string& buffer);
   void tick(phase now);
   void end();
@@ -6549,15 +6540,14 @@ class ranged_transfer::range_request final : public file_request {
   void responded() override { transfer_.plan_.responded(connection_, clock::now()); }
   setback begin_part(const http_response&, const content_range& part) override {
     if (part.size && *part.size != transfer_.file_.size())
-      return {setback::remedy::whole, transfer_.job_.wrong_size(address(), *part.size)};
+      return wrong_size(setback::remedy::whole, *part.size);
     promised_end_ = part.bytes.end;
     return {};
   }
   /// If the server has ignored Range, this connection becomes the only one.
   setback begin_whole(std::optional<std::uint64_t> length) override {
     const std::uint64_t size = transfer_.file_.size();
-    if (length && *length != size)
-      return {setback::remedy::retry, transfer_.job_.wrong_size(address(), *length)};
+    if (length && *length != size) return wrong_size(setback::remedy::retry, *length);
     if (is_range()) {
       transfer_.plan_.take_whole(connection_);
       buffer_.clear();
@@ -6580,11 +6570,7 @@ class ranged_transfer::range_request final : public file_request {
       buffer_.append(bytes.substr(0, taken));
       bytes.remove_prefix(taken);
       cursor_.position = position + taken;
-      if (position + taken < boundary) continue;
-      if (auto written = transfer_.flush(connection_, buffer_); !written) {
-        transfer_.state_.fail(written.error());
-        return false;
-      }
+      if (position + taken == boundary && !transfer_.flush(connection_, buffer_)) return false;
     }
     return true;
   }
@@ -6653,15 +6639,19 @@ inline void ranged_transfer::tick(phase now) {
   reporter_.report(now, now == phase::verifying ? digest_.hashed() : arrived, file_.size(), pace_);
 }
 
-/// Stores the buffer of a connection. The buffer begins at the end of the stored part of the range.
-inline result<void> ranged_transfer::flush(std::size_t connection, std::string& buffer) {
-  if (buffer.empty()) return {};
+/// Stores the buffer of a connection, which begins at the end of the stored part of the range. A failure stops the transfer;
+/// then it returns false.
+inline bool ranged_transfer::flush(std::size_t connection, std::string& buffer) {
+  if (buffer.empty()) return true;
   const auto begin = plan_.stored(connection);
-  if (auto stored = table_.store(begin, buffer); !stored) return stored;
+  if (auto stored = table_.store(begin, buffer); !stored) {
+    state_.fail(stored.error());
+    return false;
+  }
   advance(table_.present());  // although the caller's thread does it too: its on_progress may block
   plan_.stored(connection, begin + buffer.size());
   buffer.clear();
-  return {};
+  return true;
 }
 
 /// Stores the complete blocks in the buffer when a connection gives its range up: the record has complete blocks only.
@@ -6670,7 +6660,7 @@ inline void ranged_transfer::flush_whole_blocks(std::size_t connection, std::str
   const auto end = (std::min)(stored + buffer.size(), plan_[connection].end.load());
   const auto whole = end == file_.size() ? end : end / partial_file::block * partial_file::block;
   buffer.resize(static_cast<std::size_t>((std::max)(whole, stored) - stored));
-  if (auto flushed = flush(connection, buffer); !flushed) state_.fail(flushed.error());
+  flush(connection, buffer);
 }
 
 /// One connection: fetches range after range until every byte is on disk.
@@ -6754,9 +6744,8 @@ inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffe
   plan_.ended(connection);
   if (!request.is_wanted()) return {};
   if (now || !request.has_ended() || !cursor.is_wanted() || request.is_short()) return now;
-  return {setback::remedy::retry,
-          job_.failure(errc::connection_failed, request.address(),
-                       "ended " + std::to_string(cursor.end - cursor.position) + " bytes early")};
+  return request.failure(setback::remedy::retry, errc::connection_failed,
+                         "ended " + std::to_string(cursor.end - cursor.position) + " bytes early");
 }
 
 /// Transfers a file of unknown size or md5: one connection fetches it, because ranges could not be verified together. Hashes
@@ -6776,10 +6765,6 @@ class stream_transfer final : public transfer {
   void work();
   setback fetch();
   void start_over();
-  [[nodiscard]] setback shorter(const url& source) const {
-    return {setback::remedy::restart,
-            job_.failure(errc::protocol_violation, source, "became shorter during the download")};
-  }
   /// Whether the md5 proves that all bytes have arrived.
   [[nodiscard]] bool is_proved() const {
     return job_.is_verified() && md5(hash_).finish() == job_.remote.info.md5;
@@ -6805,6 +6790,9 @@ class stream_transfer::stream_request final : public file_request {
 
   /// Whether the response ended before the end of the bytes that were present already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
+  [[nodiscard]] setback shorter() const {
+    return failure(setback::remedy::restart, errc::protocol_violation, "became shorter during the download");
+  }
 
  private:
   setback begin_part(const http_response& head, const content_range& part) override {
@@ -6831,8 +6819,8 @@ class stream_transfer::stream_request final : public file_request {
   setback check_total(std::optional<std::uint64_t> size) {
     if (!size) return {};
     if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
-      return {setback::remedy::retry, transfer_.job_.wrong_size(address(), *size)};
-    if (*size < transfer_.position_) return transfer_.shorter(address());
+      return wrong_size(setback::remedy::retry, *size);
+    if (*size < transfer_.position_) return shorter();
     transfer_.total_ = size;
     return {};
   }
@@ -6915,10 +6903,10 @@ inline setback stream_transfer::fetch() {
     if (!now.failure->is_transient()) return {};
   }
   if (now || !request.has_ended()) return now;
-  if (request.is_shorter()) return shorter(request.address());
+  if (request.is_shorter()) return request.shorter();
   if (total_ && position_ < *total_) {
-    return {remedy::retry, job_.failure(errc::connection_failed, request.address(),
-                                        "ended " + std::to_string(*total_ - position_) + " bytes early")};
+    return request.failure(remedy::retry, errc::connection_failed,
+                           "ended " + std::to_string(*total_ - position_) + " bytes early");
   }
   state_.complete();
   return {};
