@@ -4284,6 +4284,14 @@ inline std::string seconds_text(milliseconds time) {
   return text.data();
 }
 
+/// A copy of a failure with another text.
+inline error with_text(const error& failure, const std::string& text) {
+  error whole(failure.code(), text, failure.http_status());
+  if (!failure.is_transient()) whole = error::permanent(failure.code(), text, failure.http_status());
+  whole.retry_after(failure.retry_after());
+  return whole;
+}
+
 /// The state of one call by the user: cancellation, total_timeout, and whether any server was reached. Thread-safe.
 class call {
  public:
@@ -4381,9 +4389,7 @@ class retry_clock {
             seconds_text(spent()) + "; the limit without progress is " + seconds_text(limit()) + ")";
     text += failure.code() == errc::connection_failed ? ": check the network, WANDB_BASE_URL and HTTPS_PROXY"
                                                       : ": try again later";
-    error last(failure.code(), text, failure.http_status());
-    last.retry_after(failure.retry_after());
-    return last;
+    return with_text(failure, text);
   }
 
   const call& call_;
@@ -6204,15 +6210,17 @@ struct transfer_job {
   }
 };
 
-/// Why a request did not bring all of its bytes, and how the transfer reacts.
+/// How a transfer reacts to a setback.
+enum class remedy {
+  none,     // no failure, or already remedied: continue
+  retry,    // try again if the error is transient
+  fewer,    // as retry; the server may accept fewer connections only
+  whole,    // the server does not support ranges: fetch the whole file
+  restart,  // the file has changed, or its bytes are wrong: start a new download
+};
+
+/// Why a request or a download did not bring all of its bytes.
 struct setback {
-  enum class remedy {
-    none,     // no failure, or already remedied: continue
-    retry,    // try again if the error is transient
-    fewer,    // as retry; the server may accept fewer connections only
-    whole,    // the server does not support ranges: fetch the whole file
-    restart,  // the file has changed, or its bytes are wrong: start a new download
-  };
   remedy cure = remedy::none;
   std::optional<error> failure = {};
 
@@ -6297,10 +6305,10 @@ class file_request : public body_sink {
   /// Whether the transport delivered a response of status 200 or 206 to its end.
   [[nodiscard]] bool has_ended() const { return has_ended_; }
   /// Makes a setback with the text "<label of the job>: <address> <problem>".
-  [[nodiscard]] setback failure(setback::remedy cure, errc code, const std::string& problem) const {
+  [[nodiscard]] setback failure(remedy cure, errc code, const std::string& problem) const {
     return {cure, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
   }
-  /// Whether the transfer still needs the bytes.
+  /// Whether the transfer still needs the bytes. The transport may ask from another thread.
   [[nodiscard]] virtual bool is_wanted() const { return !requester_.state_.is_stopped(); }
 
   bool start(const http_response& head) final;
@@ -6312,12 +6320,12 @@ class file_request : public body_sink {
  protected:
   /// An `asked.end` of 0 stands for the end of the file; {0, 0} is the whole file, requested without a Range field.
   /// `on_violation`: the remedy for a response that breaks the protocol.
-  file_request(transfer& requester, byte_range asked, setback::remedy on_violation)
+  file_request(transfer& requester, byte_range asked, remedy on_violation)
       : requester_(requester), asked_(asked), on_violation_(on_violation) {}
   ~file_request() = default;
 
   [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
-  [[nodiscard]] setback wrong_size(setback::remedy cure, std::uint64_t size) const {
+  [[nodiscard]] setback wrong_size(remedy cure, std::uint64_t size) const {
     return failure(cure, errc::checksum_mismatch,
                    "has " + std::to_string(size) + " bytes, the service says " +
                        std::to_string(*requester_.job_.remote.info.size));
@@ -6349,7 +6357,7 @@ class file_request : public body_sink {
 
   transfer& requester_;
   const byte_range asked_;
-  const setback::remedy on_violation_;
+  const remedy on_violation_;
   file_location::lease lease_;
   url address_;      // of the request; after redirects, of the response
   setback problem_;  // the reason for which the response was refused
@@ -6357,7 +6365,6 @@ class file_request : public body_sink {
 };
 
 inline setback file_request::fetch() {
-  using remedy = setback::remedy;
   const transfer_job& job = requester_.job_;
   file_location& location = requester_.location_;
   call asking_call(job.user_call, requester_.state_.stop_flag());
@@ -6432,7 +6439,6 @@ inline setback file_request::begin(const http_response& head) {
 
 /// Interprets a status that is neither 200 nor 206.
 inline setback file_request::refused(const answer& got, const std::string& authorization) {
-  using remedy = setback::remedy;
   const int status = got.head.status;
   const session& service_session = requester_.job_.service_session;
   error refusal = service_session.status_error(requester_.job_.label() + ": " + address_.redacted(), got,
@@ -6460,7 +6466,6 @@ inline setback file_request::refused(const answer& got, const std::string& autho
 /// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
 /// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
 inline setback file_request::other_entity(call& asking_call) {
-  using remedy = setback::remedy;
   const transfer_job& job = requester_.job_;
   const auto same = job.ask_again(asking_call);
   if (!same) return setback::of_asking(same.error());
@@ -6518,8 +6523,7 @@ class ranged_transfer::range_request final : public file_request {
   static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
 
   range_request(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
-      : file_request(transfer, asked.size() < transfer.file_.size() ? asked : byte_range(),
-                     setback::remedy::whole),
+      : file_request(transfer, asked.size() < transfer.file_.size() ? asked : byte_range(), remedy::whole),
         transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
         begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
 
@@ -6539,15 +6543,14 @@ class ranged_transfer::range_request final : public file_request {
   }
   void responded() override { transfer_.plan_.responded(connection_, clock::now()); }
   setback begin_part(const http_response&, const content_range& part) override {
-    if (part.size && *part.size != transfer_.file_.size())
-      return wrong_size(setback::remedy::whole, *part.size);
+    if (part.size && *part.size != transfer_.file_.size()) return wrong_size(remedy::whole, *part.size);
     promised_end_ = part.bytes.end;
     return {};
   }
   /// If the server has ignored Range, this connection becomes the only one.
   setback begin_whole(std::optional<std::uint64_t> length) override {
     const std::uint64_t size = transfer_.file_.size();
-    if (length && *length != size) return wrong_size(setback::remedy::retry, *length);
+    if (length && *length != size) return wrong_size(remedy::retry, *length);
     if (is_range()) {
       transfer_.plan_.take_whole(connection_);
       buffer_.clear();
@@ -6697,7 +6700,6 @@ inline bool ranged_transfer::wait_for_range(std::size_t connection) {
 /// over. If the server seems to want fewer connections, returns the range, waits for `park_time` and doubles that.
 inline void ranged_transfer::fetch_range(std::size_t connection, std::string& buffer,
                                          milliseconds& park_time) {
-  using remedy = setback::remedy;
   const auto& cursor = plan_[connection];
   backoff tries(job_.user_call, retries_);
   while (cursor.is_wanted() && !state_.is_over()) {
@@ -6744,7 +6746,7 @@ inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffe
   plan_.ended(connection);
   if (!request.is_wanted()) return {};
   if (now || !request.has_ended() || !cursor.is_wanted() || request.is_short()) return now;
-  return request.failure(setback::remedy::retry, errc::connection_failed,
+  return request.failure(remedy::retry, errc::connection_failed,
                          "ended " + std::to_string(cursor.end - cursor.position) + " bytes early");
 }
 
@@ -6786,12 +6788,12 @@ class stream_transfer final : public transfer {
 class stream_transfer::stream_request final : public file_request {
  public:
   explicit stream_request(stream_transfer& transfer)
-      : file_request(transfer, {transfer.position_, 0}, setback::remedy::retry), transfer_(transfer) {}
+      : file_request(transfer, {transfer.position_, 0}, remedy::retry), transfer_(transfer) {}
 
   /// Whether the response ended before the end of the bytes that were present already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
   [[nodiscard]] setback shorter() const {
-    return failure(setback::remedy::restart, errc::protocol_violation, "became shorter during the download");
+    return failure(remedy::restart, errc::protocol_violation, "became shorter during the download");
   }
 
  private:
@@ -6799,11 +6801,10 @@ class stream_transfer::stream_request final : public file_request {
     // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
     const bool is_pinned = !transfer_.entity_.strong_tag().empty() && head.header("ETag") != nullptr;
     if (!transfer_.job_.is_verified() && !is_pinned)
-      return failure(setback::remedy::whole, errc::connection_failed, "sends a part without the entity tag");
+      return failure(remedy::whole, errc::connection_failed, "sends a part without the entity tag");
     if (!part.size) return violation("does not tell the size of the file");
     if (transfer_.total_ && *part.size != *transfer_.total_) {
-      return failure(setback::remedy::restart, errc::protocol_violation,
-                     "changed its size while it was fetched");
+      return failure(remedy::restart, errc::protocol_violation, "changed its size while it was fetched");
     }
     return check_total(part.size);
   }
@@ -6819,7 +6820,7 @@ class stream_transfer::stream_request final : public file_request {
   setback check_total(std::optional<std::uint64_t> size) {
     if (!size) return {};
     if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
-      return wrong_size(setback::remedy::retry, *size);
+      return wrong_size(remedy::retry, *size);
     if (*size < transfer_.position_) return shorter();
     transfer_.total_ = size;
     return {};
@@ -6869,7 +6870,6 @@ inline void stream_transfer::start_over() {
 }
 
 inline void stream_transfer::work() {
-  using remedy = setback::remedy;
   backoff tries(job_.user_call, retries_);
   std::uint64_t furthest = 0;  // the highest position of all tries
   while (!state_.is_over()) {
@@ -6893,7 +6893,6 @@ inline void stream_transfer::work() {
 
 /// Makes one request for the rest of the file. Completes the transfer if the response ended properly.
 inline setback stream_transfer::fetch() {
-  using remedy = setback::remedy;
   const bool is_combinable = job_.is_verified() || !entity_.strong_tag().empty();
   if (position_ > 0 && (!is_combinable || (total_ && position_ >= *total_))) start_over();
   stream_request request(*this);
@@ -6915,7 +6914,6 @@ inline setback stream_transfer::fetch() {
 /// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Blocks; calls on_progress in this
 /// thread. The remedy is `restart` if the bytes are worthless: the run has replaced the file, or the md5 is wrong.
 inline setback download(const transfer_job& job, partial_file& destination) {
-  using remedy = setback::remedy;
   const auto address = url::parse(job.remote.address);
   if (!address) return {remedy::retry, address.error()};
   const auto run = [&](auto&& transfer) -> setback {
@@ -7014,14 +7012,6 @@ inline result<void> check_times(const settings& configuration, const std::string
 /// A run, for messages. Its entity may be empty.
 inline std::string shown(const run_path& run) {
   return run.entity.empty() ? run.project + '/' + run.run_id + " (of the default entity)" : run.str();
-}
-
-/// A copy of a failure with another text.
-inline error with_text(const error& failure, const std::string& text) {
-  error whole(failure.code(), text, failure.http_status());
-  if (!failure.is_transient()) whole = error::permanent(failure.code(), text, failure.http_status());
-  whole.retry_after(failure.retry_after());
-  return whole;
 }
 
 /// Puts the task in front of a failure's text, unless the text contains all of `names`.
@@ -7261,7 +7251,7 @@ class restoring {
       if (!end) return publish(partial, md5, lock);
       const error& failure = *end.failure;
       const bool is_wrong = failure.code() == errc::checksum_mismatch;
-      const bool is_worthless = end.cure == setback::remedy::restart;
+      const bool is_worthless = end.cure == remedy::restart;
       if (!is_wrong && !is_worthless) {
         if (!partial.is_worth_keeping(md5)) return failure;
         return with_text(failure,
