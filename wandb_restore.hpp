@@ -4324,6 +4324,14 @@ inline std::string seconds_text(milliseconds time) {
   return text.data();
 }
 
+/// A copy of a failure with another text.
+inline error with_text(const error& failure, const std::string& text) {
+  error whole(failure.code(), text, failure.http_status());
+  if (!failure.is_transient()) whole = error::permanent(failure.code(), text, failure.http_status());
+  whole.retry_after(failure.retry_after());
+  return whole;
+}
+
 /// The state of one call by the user: cancellation, total_timeout, and whether any server was reached. Thread-safe.
 class call {
  public:
@@ -4376,19 +4384,18 @@ class retry_clock {
  public:
   explicit retry_clock(const call& user_call) : call_(user_call) {}
 
-  /// Counts bytes that arrived. Restarts the clock, and returns true, if `low_speed` bytes a second have arrived since it
-  /// started: with only a few bytes for each try a transfer would never end.
-  bool progressed(std::uint64_t bytes) {
+  /// Counts bytes that arrived. Restarts the clock if `low_speed` bytes a second have arrived since it started: with only a
+  /// few bytes for each try a transfer would never end.
+  void progressed(std::uint64_t bytes) {
     const std::lock_guard<std::mutex> guard(mutex_);
     arrived_ += bytes;
     const double seconds = std::chrono::duration<double>(clock::now() - since_).count();
     if (bytes == 0 || static_cast<double>(arrived_) < static_cast<double>(call_.config.low_speed) * seconds)
-      return false;
+      return;
     since_ = clock::now();
     arrived_ = 0;
     failures_ = 0;
     last_failure_.reset();
-    return true;
   }
   /// Counts a failure. Returns the time that is left for another try; if there shall be none, the failure with the number of
   /// tries, the time and a remedy.
@@ -4422,9 +4429,7 @@ class retry_clock {
             seconds_text(spent()) + "; the limit without progress is " + seconds_text(limit()) + ")";
     text += failure.code() == errc::connection_failed ? ": check the network, WANDB_BASE_URL and HTTPS_PROXY"
                                                       : ": try again later";
-    error last(failure.code(), text, failure.http_status());
-    last.retry_after(failure.retry_after());
-    return last;
+    return with_text(failure, text);
   }
 
   const call& call_;
@@ -4438,17 +4443,11 @@ class retry_clock {
 /// Computes the wait before each retry: exponential backoff with full jitter, at least the server's Retry-After.
 class backoff {
  public:
-  explicit backoff(const call& user_call) : call_(user_call), own_clock_(user_call), clock_(own_clock_) {}
-  /// Uses a clock that several connections share.
-  backoff(const call& user_call, retry_clock& shared_clock)
-      : call_(user_call), own_clock_(user_call), clock_(shared_clock) {}
+  /// Several connections may share the clock.
+  backoff(const call& user_call, retry_clock& time) : call_(user_call), clock_(time) {}
 
   /// Starts again with the shortest wait.
   void reset() { tries_ = 0; }
-  /// Reports bytes that arrived to the clock.
-  void progressed(std::uint64_t bytes) {
-    if (clock_.progressed(bytes)) reset();
-  }
   /// Returns the number of failures since the last reset.
   [[nodiscard]] int failures() const { return tries_; }
   /// Returns the wait before the next try, or, if there shall be none, the error to give up with.
@@ -4473,7 +4472,6 @@ class backoff {
     return milliseconds(some_number() % static_cast<std::uint64_t>(ceiling.count() + 1));
   }
   const call& call_;
-  retry_clock own_clock_;
   retry_clock& clock_;
   int tries_ = 0;
 };
@@ -4685,21 +4683,19 @@ class session {
   }
 
   std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be written
-  std::mutex mutex;                           // guards the members below
+  std::mutex mutex;                           // guards default_entity and netrc_key_
   std::optional<std::string> default_entity;  // the account's, once the service has told it
 
  private:
   void add_credentials(http_request& request, bool is_under_base, const std::string& authorization) const;
-  std::string error_message(const answer& got, const url& address, const std::string& authorization) const;
   result<std::string> bearer(call& user_call);
   result<access_token> exchange_identity(call& user_call);
 
   transport_ref transport_;
   std::atomic<bool> warned_{false};
   std::optional<std::string> netrc_key_;
+  std::mutex token_mutex_;  // guards token_, also while a call exchanges the identity token
   access_token token_;
-  bool exchanging_ = false;  // a call exchanges the identity token; the others wait
-  std::condition_variable exchanged_;
 };
 
 inline result<void> session::ready() {
@@ -4824,34 +4820,27 @@ inline result<std::string> session::authorization(call& user_call) {
 /// call exchanges the identity token while the others wait.
 inline result<std::string> session::bearer(call& user_call) {
   if (!base) return base.error();
+  std::unique_lock<std::mutex> turn(token_mutex_, std::defer_lock);
+  while (!turn.try_lock()) {
+    if (!user_call.sleep(milliseconds(20))) return user_call.why_cancelled();
+  }
   const auto keys = shared_token_keys(config.base_url, *base);
-  {
-    std::unique_lock<std::mutex> held(mutex);
-    while (exchanging_) {
-      if (user_call.cancelled()) return user_call.why_cancelled();
-      exchanged_.wait_for(held, milliseconds(50));
-    }
-    for (const auto& key : keys) {
-      if (token_.lasts()) break;
-      token_ = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
-    }
-    if (token_.lasts()) return "Bearer " + token_.value;
-    exchanging_ = true;
+  for (const auto& key : keys) {
+    if (token_.lasts()) break;
+    token_ = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
   }
-  auto got = exchange_identity(user_call);
   result<void> kept;
-  if (got && !config.credentials_file.empty()) {
-    kept = write_shared_token(config.credentials_file, keys.front(), *got);
+  if (!token_.lasts()) {
+    auto got = exchange_identity(user_call);
+    if (!got) return got.error();
+    token_ = *std::move(got);
+    if (!config.credentials_file.empty())
+      kept = write_shared_token(config.credentials_file, keys.front(), token_);
   }
-  {
-    const std::lock_guard<std::mutex> guard(mutex);
-    if (got) token_ = *got;
-    exchanging_ = false;
-    exchanged_.notify_all();
-  }
+  const std::string value = "Bearer " + token_.value;
+  turn.unlock();  // on_warning may use this client
   if (!kept) warn(kept.error().what());
-  if (!got) return got.error();
-  return "Bearer " + got->value;
+  return value;
 }
 
 /// Exchanges the identity token for an access token (RFC 7523, section 2.1).
@@ -4876,7 +4865,8 @@ inline result<access_token> session::exchange_identity(call& user_call) {
   request.body = "grant_type=" + percent_encode("urn:ietf:params:oauth:grant-type:jwt-bearer") +
                  "&assertion=" + percent_encode(trim(*identity));
   const std::string task = "exchanging the identity token at " + base->redacted();
-  for (backoff tries(user_call);;) {
+  retry_clock time(user_call);
+  for (backoff tries(user_call, time);;) {
     collecting_sink body(64 * 1024);
     url address = join_path(*base, "/oidc/token");
     auto got = send(user_call, request, {}, body, address);
@@ -4975,17 +4965,12 @@ inline errc code_of_missing(std::string_view said, errc otherwise) {
   return has_word(said, "file") ? errc::file_not_found : otherwise;
 }
 
-/// Returns the service's message in an answer. Empty for answers of storage, which may contain signatures.
-inline std::string session::error_message(const answer& got, const url& address,
-                                          const std::string& authorization) const {
-  if (!base || !under_base(*base, address)) return {};
-  return without_secrets(backend_message(parse_json(got.body)), authorization);
-}
-
 inline std::string session::status_text(const answer& got, const url& address,
                                         const std::string& authorization) const {
-  const auto said = error_message(got, address, authorization);
-  return "HTTP status " + std::to_string(got.head.status) + (said.empty() ? said : ", " + in_quotes(said));
+  const std::string status = "HTTP status " + std::to_string(got.head.status);
+  if (!base || !under_base(*base, address)) return status;  // answers of storage may contain signatures
+  const auto said = without_secrets(backend_message(parse_json(got.body)), authorization);
+  return said.empty() ? status : status + ", " + in_quotes(said);
 }
 
 inline error session::status_error(const std::string& task, const answer& got, const url& address,
@@ -5137,7 +5122,8 @@ inline result<json_document> service::ask(const std::string& task, const char* q
   set_member(question, "query", json_text(query));
   set_member(question, "variables", std::move(variables));
   const std::string body = write_json(question);
-  for (backoff tries(call_);;) {
+  retry_clock time(call_);
+  for (backoff tries(call_, time);;) {
     auto data = ask_once(task, *authorization, body);
     if (data || wanted == retries::none) return data;
     if (auto end = tries.wait_after(data.error())) return *end;
@@ -5433,7 +5419,8 @@ inline result<std::string> service::default_entity() {
 
 namespace detail {
 
-/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions.
+/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions. Joined
+/// by the destructor: declare it behind the objects that it uses.
 class thread {
  public:
   thread() = default;
@@ -5441,6 +5428,7 @@ class thread {
   thread& operator=(const thread&) = delete;
   ~thread() { join(); }
 
+  /// Calls `body` in a new thread. Returns false if the system starts none.
   [[nodiscard]] bool start(std::function<void()> body) {
     body_ = std::move(body);
 #ifdef _WIN32
@@ -5450,6 +5438,11 @@ class thread {
     started_ = ::pthread_create(&handle_, nullptr, &run, this) == 0;
 #endif
     return started_;
+  }
+  /// Blocks until a started thread has returned from its body, at most for `limit`. Returns whether it has.
+  bool wait(milliseconds limit) {
+    std::unique_lock<std::mutex> held(mutex_);
+    return returned_.wait_for(held, limit, [&] { return has_returned_; });
   }
   void join() {
     if (!std::exchange(started_, false)) return;
@@ -5467,8 +5460,14 @@ class thread {
 #else
   static void* run(void* self) {
 #endif
-    static_cast<thread*>(self)->body_();
+    static_cast<thread*>(self)->run_body();
     return {};
+  }
+  void run_body() {
+    body_();
+    const std::lock_guard<std::mutex> guard(mutex_);
+    has_returned_ = true;
+    returned_.notify_all();
   }
 #ifdef _WIN32
   HANDLE handle_ = nullptr;
@@ -5477,6 +5476,9 @@ class thread {
 #endif
   std::function<void()> body_;
   bool started_ = false;
+  std::mutex mutex_;
+  std::condition_variable returned_;
+  bool has_returned_ = false;
 };
 
 // ---- the end of a transfer
@@ -5493,12 +5495,13 @@ class transfer_state {
 
   [[nodiscard]] bool is_complete() const { return complete_; }
   [[nodiscard]] bool is_stopped() const { return stopped_; }
+  [[nodiscard]] bool is_over() const { return complete_ || stopped_; }
   /// For detail::call: true once the transfer is stopped.
   [[nodiscard]] const std::atomic<bool>& stop_flag() const { return stopped_; }
   /// Blocks until the transfer is complete or stopped, at most for `limit`. Returns whether it is.
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
-    return ended_.wait_for(held, limit, [&] { return complete_ || stopped_; });
+    return ended_.wait_for(held, limit, [&] { return is_over(); });
   }
   [[nodiscard]] std::optional<error> failure() {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -5538,6 +5541,11 @@ class progress_reporter {
     if (options_.on_progress &&
         !options_.on_progress({name_, now, bytes_done, bytes_total, bytes_per_second}))
       call_.stop();
+  }
+  /// Calls on_progress if a report is due. Returns false if the call is cancelled.
+  bool report_if_due(phase now, std::uint64_t bytes_done, std::optional<std::uint64_t> bytes_total) {
+    if (is_due()) report(now, bytes_done, bytes_total, 0);
+    return !call_.cancelled();
   }
 
  private:
@@ -6000,12 +6008,8 @@ class digest_follower {
   [[nodiscard]] bool start() {
     return is_started_ = thread_.start([this] { follow(); });
   }
-  [[nodiscard]] bool is_started() const { return is_started_; }
-  /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has ended.
-  bool wait(milliseconds limit) {
-    std::unique_lock<std::mutex> held(mutex_);
-    return ended_.wait_for(held, limit, [&] { return has_ended_; });
-  }
+  /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has.
+  bool wait(milliseconds limit) { return thread_.wait(limit); }
   void join() { thread_.join(); }
 
   [[nodiscard]] std::uint64_t hashed() const { return hashed_; }
@@ -6048,10 +6052,7 @@ class digest_follower {
       busy += std::chrono::duration<double>(clock::now() - began).count();
       if (busy > 0) pace_ = static_cast<double>(offset) / busy;
     }
-    const std::lock_guard<std::mutex> guard(mutex_);
     if (hashed_ == file_.size()) digest_ = hash.finish();
-    has_ended_ = true;
-    ended_.notify_all();
   }
 
   const partial_file& file_;
@@ -6059,13 +6060,10 @@ class digest_follower {
   transfer_state& state_;
   std::atomic<std::uint64_t> hashed_{0};
   std::atomic<double> pace_{0};  // bytes a second, without the waits for the frontier
-  std::mutex mutex_;             // guards the next two
-  std::condition_variable ended_;
-  bool has_ended_ = false;
   std::string digest_;
   std::optional<error> failure_;
   bool is_started_ = false;
-  thread thread_;  // last: joined before the members that it uses are destroyed
+  thread thread_;
 };
 
 // ---- the address of the file
@@ -6182,7 +6180,8 @@ class entity_pin {
     if (tag_.empty()) tag_ = *tag;
     return *tag == tag_;
   }
-  /// Returns the tag for If-Range, which allows strong tags only (RFC 9110, section 13.1.5). Empty if unknown or weak.
+  /// Returns the tag if it is strong, else "". Strong tags alone may be sent as If-Range, and prove that parts of several
+  /// responses belong together (RFC 9110, sections 13.1.5 and 15.3.7.3).
   [[nodiscard]] std::string strong_tag() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return is_ignored_ || starts_with(tag_, "W/") ? std::string() : tag_;
@@ -6224,7 +6223,7 @@ struct content_range {
   }
 };
 
-// ---- one request for a file
+// ---- the job
 
 /// The file to transfer, and the call that asks for it.
 struct transfer_job {
@@ -6238,20 +6237,11 @@ struct transfer_job {
   [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
   /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
-  /// Makes an error: <label>: <address> <problem>.
-  [[nodiscard]] error failure(errc code, const url& address, const std::string& problem) const {
-    return error(code, label() + ": " + address.redacted() + " " + problem);
-  }
-  [[nodiscard]] error wrong_size(const url& source, std::uint64_t size) const {
-    return failure(errc::checksum_mismatch, source,
-                   "has " + std::to_string(size) + " bytes, the service says " +
-                       std::to_string(*remote.info.size));
-  }
   [[nodiscard]] error no_thread() const {
     return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
   }
-  /// Asks the service for the file again. Returns errc::protocol_violation if the file has changed.
-  result<remote_file> ask_again(call& asking_call) const {
+  /// Asks the service for the file's address again. Returns errc::protocol_violation if the file has changed.
+  result<url> ask_again(call& asking_call) const {
     auto fresh = service(service_session, asking_call).find_file(run, name);
     if (!fresh)
       return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
@@ -6259,216 +6249,36 @@ struct transfer_job {
       return error(errc::protocol_violation,
                    label() + ": the run replaced the file during the download; try again");
     }
-    return fresh;
+    return url::parse(fresh->address);
   }
 };
 
-/// Why a request did not bring all of its bytes, and how the transfer reacts.
+/// How a transfer reacts to a setback.
+enum class remedy {
+  none,     // no failure, or already remedied: continue
+  retry,    // try again if the error is transient
+  fewer,    // as retry; the server may accept fewer connections only
+  whole,    // the server does not support ranges: fetch the whole file
+  restart,  // the file has changed, or its bytes are wrong: start a new download
+};
+
+/// Why a request or a download did not bring all of its bytes.
 struct setback {
-  enum class remedy {
-    none,     // no failure, or already remedied: continue
-    retry,    // try again if the error is transient
-    fewer,    // as retry; the server may accept fewer connections only
-    whole,    // the server does not support ranges: fetch the whole file
-    restart,  // the file has changed: start a new download
-  };
   remedy cure = remedy::none;
   std::optional<error> failure = {};
 
+  /// For a failure of transfer_job::ask_again.
+  static setback of_asking(const error& failed) {
+    return {failed.code() == errc::protocol_violation ? remedy::restart : remedy::retry, failed};
+  }
   explicit operator bool() const { return failure.has_value(); }
 };
 
-/// Receives the response to one request for a file.
-class response_taker {
- public:
-  /// Reports an established connection to the file's server.
-  virtual void connected() {}
-  /// Checks the head of a response of status 200 or 206.
-  virtual setback begin(const http_response& head, const url& source) = 0;
-  /// Takes a piece of the body. Returns false to stop.
-  virtual bool write(std::string_view bytes) = 0;
+// ---- what the requests of a transfer share
 
- protected:
-  response_taker() = default;
-  response_taker(const response_taker&) = delete;
-  response_taker& operator=(const response_taker&) = delete;
-  ~response_taker() = default;
-};
+class file_request;
 
-/// Requests parts of a file from its final address. All parts have the entity tag of the first response. Thread-safe.
-class file_source {
- public:
-  file_source(const transfer_job& job, const url& service_address)
-      : job_(job), location_(service_address, [this](call& asking_call) -> result<url> {
-          auto fresh = job_.ask_again(asking_call);
-          if (!fresh) return fresh.error();
-          return url::parse(fresh->address);
-        }) {}
-
-  struct outcome {
-    setback problem = {};
-    url address = {};        // the last address, after redirects
-    bool has_ended = false;  // the transport delivered a response of status 200 or 206 to its end
-  };
-  /// Makes one request for a range. An `end` of 0 stands for the end of the file; {0, 0} requests the whole file, without a
-  /// Range field. Calls `address_found` when redirects have led away from the service.
-  outcome fetch(call& asking_call, byte_range range, std::function<bool()> is_cancelled,
-                response_taker& taker, const std::function<void()>& address_found = {});
-
-  /// Whether parts of several responses may be combined without an md5 (RFC 9110, section 15.3.7.3).
-  [[nodiscard]] bool is_pinned() const { return !entity_.strong_tag().empty(); }
-  /// Whether a response has the strong entity tag of the first one.
-  [[nodiscard]] bool is_pinned_to(const http_response& head) const {
-    const std::string* tag = head.header("ETag");
-    return tag != nullptr && is_pinned() && *tag == entity_.strong_tag();
-  }
-  /// Accepts any entity tag from the next response. Call when the transfer starts over.
-  void start_over() { entity_.reset(); }
-
- private:
-  class guard;
-
-  [[nodiscard]] setback refused(const file_location::lease& lease, const answer& got, const url& address,
-                                bool is_range, const std::string& authorization);
-  [[nodiscard]] setback other_entity(call& asking_call, const url& address);
-
-  const transfer_job& job_;
-  file_location location_;
-  entity_pin entity_;
-};
-
-/// Stands between the session and a response_taker. Checks the entity tag, and reports the address of the response.
-class file_source::guard final : public body_sink {
- public:
-  guard(file_source& requester, const file_location::lease& lease, const url& address, response_taker& taker)
-      : source_(requester), lease_(lease), address_(address), taker_(taker) {}
-
-  void connected() override { taker_.connected(); }
-  bool start(const http_response& head) override {
-    is_other_entity_ = !source_.entity_.accept(head);
-    if (is_other_entity_) return false;
-    problem_ = taker_.begin(head, address_);
-    if (problem_) return false;
-    source_.location_.found(lease_, address_);
-    source_.location_.served(lease_);
-    return true;
-  }
-  bool write(std::string_view bytes) override {
-    has_body_ = true;
-    return taker_.write(bytes);
-  }
-
-  [[nodiscard]] bool is_other_entity() const { return is_other_entity_; }
-  [[nodiscard]] const setback& problem() const { return problem_; }
-  [[nodiscard]] bool has_body() const { return has_body_; }
-
- private:
-  file_source& source_;
-  const file_location::lease& lease_;
-  const url& address_;
-  response_taker& taker_;
-  bool is_other_entity_ = false, has_body_ = false;
-  setback problem_;
-};
-
-inline file_source::outcome file_source::fetch(call& asking_call, byte_range range,
-                                               std::function<bool()> is_cancelled, response_taker& taker,
-                                               const std::function<void()>& address_found) {
-  using remedy = setback::remedy;
-  const auto lease = location_.acquire(asking_call);
-  if (!lease) {
-    const bool is_other = lease.error().code() == errc::protocol_violation;
-    return {{is_other ? remedy::restart : remedy::retry, lease.error()}};
-  }
-  const auto& base = job_.service_session.base;
-  result<std::string> authorization{std::string()};
-  if (base && under_base(*base, lease->address))
-    authorization = job_.service_session.authorization(asking_call);
-  if (!authorization) {
-    location_.release(*lease);
-    const error& failure = authorization.error();
-    return {{remedy::retry, error::permanent(failure.code(), failure.what(), failure.http_status())}};
-  }
-  http_request request;
-  const bool is_range = range.begin > 0 || range.end > 0;
-  if (is_range) {
-    const std::string last = range.end > 0 ? std::to_string(range.end - 1) : std::string();
-    add_header(request.headers, "Range", "bytes=" + std::to_string(range.begin) + '-' + last);
-    if (const auto tag = entity_.strong_tag(); !tag.empty()) add_header(request.headers, "If-Range", tag);
-  }
-  request.is_cancelled = std::move(is_cancelled);
-  outcome now;
-  now.address = lease->address;
-  guard sink(*this, *lease, now.address, taker);
-  const auto got = job_.service_session.send(
-      job_.user_call, std::move(request), *authorization, sink, now.address, [&](const url& hop) {
-        if (!address_found || (base && under_base(*base, hop))) return;
-        location_.found(*lease, hop);  // now, so that other connections do not wait for the response
-        address_found();
-      });
-  if (sink.is_other_entity()) {
-    now.problem = other_entity(asking_call, now.address);
-  } else if (sink.problem()) {
-    now.problem = sink.problem();
-  } else if (!got) {
-    now.problem = {remedy::fewer, got.error()};
-    if (!sink.has_body() && got.error().code() != errc::cancelled) location_.forget(*lease);
-  } else if (got->head.status != 200 && got->head.status != 206) {
-    now.problem = refused(*lease, *got, now.address, is_range, *authorization);
-  } else {
-    now.has_ended = true;
-  }
-  location_.release(*lease);
-  return now;
-}
-
-/// Interprets a status that is neither 200 nor 206.
-inline setback file_source::refused(const file_location::lease& lease, const answer& got, const url& address,
-                                    bool is_range, const std::string& authorization) {
-  using remedy = setback::remedy;
-  const int status = got.head.status;
-  error failure = job_.service_session.status_error(job_.label() + ": " + address.redacted(), got, address,
-                                                    authorization);
-  const auto& base = job_.service_session.base;
-  const bool is_own =
-      base && under_base(*base, address) && address.str() == lease.address.str() && lease.is_resolving;
-  // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
-  const bool has_expired = status == 401 || status == 403 || status == 410 ||
-                           (status == 404 && location_.was_served()) ||
-                           (status == 400 && contains_ignoring_case(got.body, "expired"));
-  if (!is_own && has_expired) {
-    if (location_.renew(lease)) return {};
-    return {remedy::fewer,
-            error(status == 401 || status == 403 ? errc::permission_denied : errc::http_failure,
-                  std::string(failure.what()) + ", also with " +
-                      std::to_string(file_location::most_renewals) + " new addresses",
-                  status)};
-  }
-  if (is_range && (status == 400 || status == 405 || status == 416 || status == 501))
-    return {remedy::whole, failure};
-  return {failure.is_transient() ? remedy::fewer : remedy::retry, failure};
-}
-
-/// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
-/// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
-inline setback file_source::other_entity(call& asking_call, const url& address) {
-  using remedy = setback::remedy;
-  const auto same = job_.ask_again(asking_call);
-  if (!same) {
-    const bool is_other = same.error().code() == errc::protocol_violation;
-    return {is_other ? remedy::restart : remedy::retry, same.error()};
-  }
-  if (job_.is_verified()) {
-    entity_.ignore();
-    return {};
-  }
-  return {remedy::whole,
-          job_.failure(errc::connection_failed, address, "has another entity tag than before")};
-}
-
-// ---- transfers
-
-/// The base of both kinds of transfer: supervises the threads, enforces the limits, reports progress.
+/// The base of both kinds of transfer: what the requests share. Supervises the threads, enforces the limits, reports progress.
 class transfer {
  public:
   transfer(const transfer&) = delete;
@@ -6478,8 +6288,9 @@ class transfer {
 
  protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
-      : job_(job), file_(destination), source_(job, service_address), retries_(job.user_call),
-        reporter_(job.user_call, job.options, job.name) {}
+      : job_(job), file_(destination),
+        location_(service_address, [this](call& asking_call) { return job_.ask_again(asking_call); }),
+        retries_(job.user_call), reporter_(job.user_call, job.options, job.name) {}
   ~transfer() = default;
 
   /// Waits in the caller's thread until the transfer is complete or stopped. Calls `tick` ten times a second. Stops the
@@ -6511,17 +6322,204 @@ class transfer {
 
   const transfer_job& job_;
   partial_file& file_;
-  file_source source_;
-  retry_clock retries_;
   transfer_state state_;
+  file_location location_;
+  entity_pin entity_;
+  retry_clock retries_;
   progress_reporter reporter_;
   std::atomic<bool> is_replaced_{false};
   std::atomic<double> pace_{0};  // of all connections together, in bytes a second
 
  private:
+  friend class file_request;
+
   std::uint64_t received_before_ = 0;      // `received` of the last measure()
   std::atomic<std::uint64_t> arrived_{0};  // the maximum, in bytes
 };
+
+// ---- one request for a file
+
+/// One request for a file or a range of it: checks the response, and takes its body.
+class file_request : public body_sink {
+ public:
+  /// Makes the request. A result without failure does not imply has_ended(): the cause of a failure may have been remedied.
+  setback fetch();
+
+  /// Whether the transport delivered a response of status 200 or 206 to its end.
+  [[nodiscard]] bool has_ended() const { return has_ended_; }
+  /// Makes a setback with the text "<label of the job>: <address> <problem>".
+  [[nodiscard]] setback failure(remedy cure, errc code, const std::string& problem) const {
+    return {cure, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
+  }
+  /// Whether the transfer still needs the bytes. The transport may ask from another thread.
+  [[nodiscard]] virtual bool is_wanted() const { return !requester_.state_.is_stopped(); }
+
+  bool start(const http_response& head) final;
+  bool write(std::string_view bytes) final {
+    has_body_ = true;
+    return take(bytes);
+  }
+
+ protected:
+  /// An `asked.end` of 0 stands for the end of the file; {0, 0} is the whole file, requested without a Range field.
+  /// `on_violation`: the remedy for a response that breaks the protocol.
+  file_request(transfer& requester, byte_range asked, remedy on_violation)
+      : requester_(requester), asked_(asked), on_violation_(on_violation) {}
+  ~file_request() = default;
+
+  [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
+  [[nodiscard]] setback wrong_size(remedy cure, std::uint64_t size) const {
+    return failure(cure, errc::checksum_mismatch,
+                   "has " + std::to_string(size) + " bytes, the service says " +
+                       std::to_string(*requester_.job_.remote.info.size));
+  }
+  [[nodiscard]] setback violation(const std::string& problem) const {
+    return failure(on_violation_, errc::protocol_violation, problem);
+  }
+  /// For take(): refuses bytes beyond the end of the response or the file.
+  bool refuse_surplus() {
+    problem_ = violation("sends more than it promised");
+    return false;
+  }
+
+ private:
+  /// Reports that redirects have led away from the service. Returns whether other connections wait for the address.
+  virtual bool address_found() { return false; }
+  /// Reports the head of a response of status 200 or 206.
+  virtual void responded() {}
+  /// Checks a response with the requested range or the beginning of it.
+  virtual setback begin_part(const http_response& head, const content_range& part) = 0;
+  /// Checks a response with the whole file. `length` is empty if the response does not tell it.
+  virtual setback begin_whole(std::optional<std::uint64_t> length) = 0;
+  /// Takes a piece of the body. Returns false to stop.
+  virtual bool take(std::string_view bytes) = 0;
+
+  [[nodiscard]] setback begin(const http_response& head);
+  [[nodiscard]] setback refused(const answer& got, const std::string& authorization);
+  [[nodiscard]] setback other_entity(call& asking_call);
+
+  transfer& requester_;
+  const byte_range asked_;
+  const remedy on_violation_;
+  file_location::lease lease_;
+  url address_;      // of the request; after redirects, of the response
+  setback problem_;  // the reason for which the response was refused
+  bool is_other_entity_ = false, has_body_ = false, has_ended_ = false;
+};
+
+inline setback file_request::fetch() {
+  const transfer_job& job = requester_.job_;
+  file_location& location = requester_.location_;
+  call asking_call(job.user_call, requester_.state_.stop_flag());
+  auto lease = location.acquire(asking_call);
+  if (!lease) return setback::of_asking(lease.error());
+  lease_ = *std::move(lease);
+  address_ = lease_.address;
+  const auto& base = job.service_session.base;
+  result<std::string> authorization{std::string()};
+  if (base && under_base(*base, address_)) authorization = job.service_session.authorization(asking_call);
+  if (!authorization) {
+    location.release(lease_);
+    const error& refusal = authorization.error();
+    return {remedy::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
+  }
+  http_request request;
+  if (is_range()) {
+    const std::string last = asked_.end > 0 ? std::to_string(asked_.end - 1) : std::string();
+    add_header(request.headers, "Range", "bytes=" + std::to_string(asked_.begin) + '-' + last);
+    if (const auto tag = requester_.entity_.strong_tag(); !tag.empty())
+      add_header(request.headers, "If-Range", tag);
+  }
+  request.is_cancelled = [this] { return !is_wanted(); };
+  const auto got = job.service_session.send(
+      job.user_call, std::move(request), *authorization, *this, address_, [&](const url& hop) {
+        const bool is_final = !(base && under_base(*base, hop));
+        if (is_final && address_found()) location.found(lease_, hop);  // before the response: others wait
+      });
+  setback now;
+  if (is_other_entity_) {
+    now = other_entity(asking_call);
+  } else if (problem_) {
+    now = problem_;
+  } else if (!got) {
+    now = {remedy::fewer, got.error()};
+    if (!has_body_ && got.error().code() != errc::cancelled) location.forget(lease_);
+  } else if (got->head.status != 200 && got->head.status != 206) {
+    now = refused(*got, *authorization);
+  } else {
+    has_ended_ = true;
+  }
+  location.release(lease_);
+  return now;
+}
+
+inline bool file_request::start(const http_response& head) {
+  is_other_entity_ = !requester_.entity_.accept(head);
+  if (is_other_entity_) return false;
+  responded();
+  if (!is_wanted()) return false;
+  problem_ = begin(head);
+  if (problem_) return false;
+  requester_.location_.found(lease_, address_);
+  requester_.location_.served(lease_);
+  return true;
+}
+
+/// RFC 9110, section 15.3.7.
+inline setback file_request::begin(const http_response& head) {
+  const std::string* field = head.header("Content-Range");
+  const auto part = content_range::parse(field != nullptr ? *field : "");
+  // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
+  if (head.status != 206 && (!is_range() || part.bytes.end == 0)) {
+    const std::string* length = head.header("Content-Length");
+    return begin_whole(length != nullptr ? to_number(trim(*length)) : std::nullopt);
+  }
+  if (!is_range() || part.bytes.end == 0) return violation("answers 206 without a range that was asked for");
+  if (part.bytes.begin != asked_.begin || (asked_.end != 0 && part.bytes.end > asked_.end))
+    return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
+  return begin_part(head, part);
+}
+
+/// Interprets a status that is neither 200 nor 206.
+inline setback file_request::refused(const answer& got, const std::string& authorization) {
+  const int status = got.head.status;
+  const session& service_session = requester_.job_.service_session;
+  error refusal = service_session.status_error(requester_.job_.label() + ": " + address_.redacted(), got,
+                                               address_, authorization);
+  const auto& base = service_session.base;
+  const bool is_own =
+      base && under_base(*base, address_) && address_.str() == lease_.address.str() && lease_.is_resolving;
+  // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
+  const bool has_expired = status == 401 || status == 403 || status == 410 ||
+                           (status == 404 && requester_.location_.was_served()) ||
+                           (status == 400 && contains_ignoring_case(got.body, "expired"));
+  if (!is_own && has_expired) {
+    if (requester_.location_.renew(lease_)) return {};
+    return {remedy::fewer,
+            error(status == 401 || status == 403 ? errc::permission_denied : errc::http_failure,
+                  std::string(refusal.what()) + ", also with " +
+                      std::to_string(file_location::most_renewals) + " new addresses",
+                  status)};
+  }
+  if (is_range() && (status == 400 || status == 405 || status == 416 || status == 501))
+    return {remedy::whole, refusal};
+  return {refusal.is_transient() ? remedy::fewer : remedy::retry, refusal};
+}
+
+/// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
+/// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
+inline setback file_request::other_entity(call& asking_call) {
+  const transfer_job& job = requester_.job_;
+  const auto same = job.ask_again(asking_call);
+  if (!same) return setback::of_asking(same.error());
+  if (job.is_verified()) {
+    requester_.entity_.ignore();
+    return {};
+  }
+  return failure(remedy::whole, errc::connection_failed, "has another entity tag than before");
+}
+
+// ---- transfers
 
 /// Transfers a file of known size and md5: several connections fetch ranges while the digest_follower hashes.
 class ranged_transfer final : public transfer {
@@ -6535,7 +6533,7 @@ class ranged_transfer final : public transfer {
   result<std::string> run();
 
  private:
-  class range_taker;
+  class range_request;
   static constexpr int patience = 3;  // failures of a connection before the transfer tries with fewer
   static constexpr int most_connections = 64;
 
@@ -6545,13 +6543,12 @@ class ranged_transfer final : public transfer {
     const auto wanted = static_cast<std::uint64_t>((std::min)(job_.options.connections, most_connections));
     return static_cast<std::size_t>((std::min)(wanted, missing / range_plan::first_piece));
   }
-  [[nodiscard]] bool is_over() const { return state_.is_stopped() || state_.is_complete(); }
   void start_workers();
   void work(std::size_t connection);
   void fetch_range(std::size_t connection, std::string& buffer, milliseconds& park_time);
   bool wait_for_range(std::size_t connection);
   setback fetch(std::size_t connection, std::string& buffer);
-  result<void> flush(std::size_t connection, std::string& buffer);
+  bool flush(std::size_t connection, std::string& buffer);
   void flush_whole_blocks(std::size_t connection, std::string& buffer);
   void tick(phase now);
   void end();
@@ -6560,83 +6557,44 @@ class ranged_transfer final : public transfer {
   range_plan plan_;
   clock::time_point touched_ = clock::now();
   digest_follower digest_;
-  std::vector<thread> workers_;  // last: joined before the members that they use are destroyed
+  std::vector<thread> workers_;
 };
 
 /// Checks a response against the requested range, and stores its bytes.
-class ranged_transfer::range_taker final : public response_taker {
+class ranged_transfer::range_request final : public file_request {
  public:
   static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
 
-  range_taker(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
-      : transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]), asked_(asked),
-        is_range_(asked.size() < transfer.file_.size()), begin_(asked.begin), promised_end_(asked.end),
-        buffer_(buffer) {}
+  range_request(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
+      : file_request(transfer, asked.size() < transfer.file_.size() ? asked : byte_range(), remedy::whole),
+        transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
+        begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
 
   void connected() override { transfer_.plan_.connected(connection_, clock::now()); }
-  setback begin(const http_response& head, const url& source) override {
-    transfer_.plan_.responded(connection_, clock::now());
-    if (cursor_.is_taken_over())
-      return {setback::remedy::none, error(errc::cancelled, "not wanted any more")};
-    const std::string* field = head.header("Content-Range");
-    const auto range = content_range::parse(field != nullptr ? *field : "");
-    // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
-    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) return begin_part(range, field, source);
-    return begin_whole(head, source);
+  [[nodiscard]] bool is_wanted() const override {
+    return file_request::is_wanted() && !cursor_.is_taken_over();
   }
-  bool write(std::string_view bytes) override {
-    cursor_.received += bytes.size();
-    while (!bytes.empty()) {
-      const std::uint64_t position = cursor_.position, wanted_end = cursor_.end;
-      const auto end = (std::min)(wanted_end, promised_end_);
-      if (transfer_.state_.is_stopped() || position >= end) return is_surplus_ = true, false;
-      // A short 206 may end inside a block. The rest of the block stays in the buffer until the next response completes it.
-      const auto boundary = (std::min)((position / chunk + 1) * chunk, wanted_end);
-      const auto taken = static_cast<std::size_t>(
-          (std::min<std::uint64_t>)(bytes.size(), (std::min)(boundary, end) - position));
-      buffer_.append(bytes.substr(0, taken));
-      bytes.remove_prefix(taken);
-      cursor_.position = position + taken;
-      if (position + taken < boundary) continue;
-      if (auto written = transfer_.flush(connection_, buffer_); !written) {
-        disk_problem_ = written.error();
-        return false;
-      }
-    }
-    return true;
-  }
-
-  [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
-  /// Whether more bytes arrived than the response announced or the range has.
-  [[nodiscard]] bool is_surplus() const { return is_surplus_; }
   /// Whether the response is complete but a part of the requested range (RFC 9110, section 15.3.7), at least a block long.
   [[nodiscard]] bool is_short() const {
     return cursor_.position == promised_end_ && cursor_.position >= begin_ + partial_file::block;
   }
 
  private:
-  [[nodiscard]] setback violation(const url& source, const std::string& problem) const {
-    return {setback::remedy::whole, transfer_.job_.failure(errc::protocol_violation, source, problem)};
+  bool address_found() override {
+    transfer_.plan_.address_found(connection_, clock::now());
+    return true;
   }
-  /// RFC 9110, section 15.3.7.
-  [[nodiscard]] setback begin_part(const content_range& range, const std::string* field, const url& source) {
-    if (!is_range_ || range.bytes.end == 0)
-      return violation(source, "answers 206 without a range that was asked for");
-    if (range.size && *range.size != transfer_.file_.size())
-      return {setback::remedy::whole, transfer_.job_.wrong_size(source, *range.size)};
-    if (range.bytes.begin != asked_.begin || range.bytes.end > asked_.end)
-      return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
-    promised_end_ = range.bytes.end;
+  void responded() override { transfer_.plan_.responded(connection_, clock::now()); }
+  setback begin_part(const http_response&, const content_range& part) override {
+    if (part.size && *part.size != transfer_.file_.size()) return wrong_size(remedy::whole, *part.size);
+    promised_end_ = part.bytes.end;
     return {};
   }
-  /// Prepares for the whole file. If the server has ignored Range, this connection becomes the only one.
-  [[nodiscard]] setback begin_whole(const http_response& head, const url& source) {
+  /// If the server has ignored Range, this connection becomes the only one.
+  setback begin_whole(std::optional<std::uint64_t> length) override {
     const std::uint64_t size = transfer_.file_.size();
-    const std::string* field = head.header("Content-Length");
-    const auto length = field != nullptr ? to_number(trim(*field)) : std::nullopt;
-    if (length && *length != size)
-      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *length)};
-    if (is_range_) {
+    if (length && *length != size) return wrong_size(remedy::retry, *length);
+    if (is_range()) {
       transfer_.plan_.take_whole(connection_);
       buffer_.clear();
       begin_ = 0;
@@ -6644,20 +6602,34 @@ class ranged_transfer::range_taker final : public response_taker {
     promised_end_ = size;
     return {};
   }
+  bool take(std::string_view bytes) override {
+    cursor_.received += bytes.size();
+    while (!bytes.empty()) {
+      const std::uint64_t position = cursor_.position, wanted_end = cursor_.end;
+      const auto end = (std::min)(wanted_end, promised_end_);
+      if (transfer_.state_.is_stopped()) return false;
+      if (position >= end) return refuse_surplus();
+      // A short 206 may end inside a block. The rest of the block stays in the buffer until the next response completes it.
+      const auto boundary = (std::min)((position / chunk + 1) * chunk, wanted_end);
+      const auto taken = static_cast<std::size_t>(
+          (std::min<std::uint64_t>)(bytes.size(), (std::min)(boundary, end) - position));
+      buffer_.append(bytes.substr(0, taken));
+      bytes.remove_prefix(taken);
+      cursor_.position = position + taken;
+      if (position + taken == boundary && !transfer_.flush(connection_, buffer_)) return false;
+    }
+    return true;
+  }
 
   ranged_transfer& transfer_;
   const std::size_t connection_;
   range_plan::cursor& cursor_;
-  const byte_range asked_;
-  const bool is_range_;
   std::uint64_t begin_, promised_end_;  // the range that the response announces
   std::string& buffer_;
-  std::optional<error> disk_problem_;
-  bool is_surplus_ = false;
 };
 
 inline result<std::string> ranged_transfer::run() {
-  static_assert(range_plan::smallest_share >= range_taker::chunk,
+  static_assert(range_plan::smallest_share >= range_request::chunk,
                 "a buffer must not reach into the half of a range that another connection takes over");
   const bool is_followed = digest_.start();
   if (table_.is_complete()) {
@@ -6677,8 +6649,7 @@ inline result<std::string> ranged_transfer::run() {
   std::string digest = digest_.digest();
   if (!is_followed) {
     digest = md5_of_file(file_.content(), [&](std::uint64_t done) {
-      if (reporter_.is_due()) reporter_.report(phase::verifying, done, file_.size(), 0);
-      return !job_.user_call.cancelled();
+      return reporter_.report_if_due(phase::verifying, done, file_.size());
     });
   }
   reporter_.report(phase::verifying, file_.size(), file_.size(), pace_);
@@ -6714,15 +6685,19 @@ inline void ranged_transfer::tick(phase now) {
   reporter_.report(now, now == phase::verifying ? digest_.hashed() : arrived, file_.size(), pace_);
 }
 
-/// Stores the buffer of a connection. The buffer begins at the end of the stored part of the range.
-inline result<void> ranged_transfer::flush(std::size_t connection, std::string& buffer) {
-  if (buffer.empty()) return {};
+/// Stores the buffer of a connection, which begins at the end of the stored part of the range. A failure stops the transfer;
+/// then it returns false.
+inline bool ranged_transfer::flush(std::size_t connection, std::string& buffer) {
+  if (buffer.empty()) return true;
   const auto begin = plan_.stored(connection);
-  if (auto stored = table_.store(begin, buffer); !stored) return stored;
+  if (auto stored = table_.store(begin, buffer); !stored) {
+    state_.fail(stored.error());
+    return false;
+  }
   advance(table_.present());  // although the caller's thread does it too: its on_progress may block
   plan_.stored(connection, begin + buffer.size());
   buffer.clear();
-  return {};
+  return true;
 }
 
 /// Stores the complete blocks in the buffer when a connection gives its range up: the record has complete blocks only.
@@ -6731,13 +6706,13 @@ inline void ranged_transfer::flush_whole_blocks(std::size_t connection, std::str
   const auto end = (std::min)(stored + buffer.size(), plan_[connection].end.load());
   const auto whole = end == file_.size() ? end : end / partial_file::block * partial_file::block;
   buffer.resize(static_cast<std::size_t>((std::max)(whole, stored) - stored));
-  if (auto flushed = flush(connection, buffer); !flushed) state_.fail(flushed.error());
+  flush(connection, buffer);
 }
 
 /// One connection: fetches range after range until every byte is on disk.
 inline void ranged_transfer::work(std::size_t connection) {
   std::string buffer;
-  buffer.reserve(static_cast<std::size_t>(range_taker::chunk));
+  buffer.reserve(static_cast<std::size_t>(range_request::chunk));
   milliseconds park_time(5000);
   while (wait_for_range(connection)) {
     buffer.clear();
@@ -6750,7 +6725,7 @@ inline void ranged_transfer::work(std::size_t connection) {
 
 /// Waits for a range to fetch. Returns false when the transfer is complete or stopped.
 inline bool ranged_transfer::wait_for_range(std::size_t connection) {
-  while (!is_over()) {
+  while (!state_.is_over()) {
     if (table_.is_complete()) {
       plan_.finish();
       state_.complete();
@@ -6768,13 +6743,12 @@ inline bool ranged_transfer::wait_for_range(std::size_t connection) {
 /// over. If the server seems to want fewer connections, returns the range, waits for `park_time` and doubles that.
 inline void ranged_transfer::fetch_range(std::size_t connection, std::string& buffer,
                                          milliseconds& park_time) {
-  using remedy = setback::remedy;
   const auto& cursor = plan_[connection];
   backoff tries(job_.user_call, retries_);
-  while (cursor.is_wanted() && !is_over()) {
+  while (cursor.is_wanted() && !state_.is_over()) {
     const std::uint64_t position = cursor.position, present = table_.present();
     const setback now = fetch(connection, buffer);
-    if (!now || is_over()) continue;
+    if (!now || state_.is_over()) continue;
     if (now.cure == remedy::whole && plan_.use_whole(connection)) continue;
     if (now.cure == remedy::restart) is_replaced_ = true;
     // Retry at once if the try has brought at least a block.
@@ -6796,10 +6770,7 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
       return;
     }
     const auto wait = tries.after(*now.failure);
-    if (!wait) {
-      flush_whole_blocks(connection, buffer);
-      return state_.fail(wait.error());
-    }
+    if (!wait) return state_.fail(wait.error());
     for (const auto until = clock::now() + *wait; cursor.is_wanted() && clock::now() < until;) {
       if (state_.wait((std::min)(std::chrono::ceil<milliseconds>(until - clock::now()), milliseconds(20))))
         break;
@@ -6809,27 +6780,17 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
 
 /// Makes one request for the rest of a connection's range.
 inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffer) {
-  using remedy = setback::remedy;
-  auto& cursor = plan_[connection];
-  call inner(job_.user_call, state_.stop_flag());
+  const auto& cursor = plan_[connection];
   const byte_range asked = plan_.request(connection, clock::now());
   if (asked.size() == 0) return {};      // another connection has taken the range over
   if (asked.begin == 0) buffer.clear();  // the whole file: earlier bytes will arrive again
-  range_taker taker(*this, connection, asked, buffer);
-  const auto now = source_.fetch(
-      inner, asked.size() < file_.size() ? asked : byte_range(),
-      [&] { return state_.is_stopped() || cursor.is_taken_over(); }, taker,
-      [&] { plan_.address_found(connection, clock::now()); });
+  range_request request(*this, connection, asked, buffer);
+  const setback now = request.fetch();
   plan_.ended(connection);
-  if (taker.disk_problem()) return {remedy::retry, *taker.disk_problem()};
-  if (state_.is_stopped() || cursor.is_taken_over()) return {};
-  if (taker.is_surplus())
-    return {remedy::whole,
-            job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
-  if (now.problem || !now.has_ended || !cursor.is_wanted() || taker.is_short()) return now.problem;
-  return {remedy::retry,
-          job_.failure(errc::connection_failed, now.address,
-                       "ended " + std::to_string(cursor.end - cursor.position) + " bytes early")};
+  if (!request.is_wanted()) return {};
+  if (now || !request.has_ended() || !cursor.is_wanted() || request.is_short()) return now;
+  return request.failure(remedy::retry, errc::connection_failed,
+                         "ended " + std::to_string(cursor.end - cursor.position) + " bytes early");
 }
 
 /// Transfers a file of unknown size or md5: one connection fetches it, because ranges could not be verified together. Hashes
@@ -6844,15 +6805,11 @@ class stream_transfer final : public transfer {
   result<std::string> run();
 
  private:
-  class stream_taker;
+  class stream_request;
 
   void work();
   setback fetch();
   void start_over();
-  [[nodiscard]] setback shorter(const url& source) const {
-    return {setback::remedy::restart,
-            job_.failure(errc::protocol_violation, source, "became shorter during the download")};
-  }
   /// Whether the md5 proves that all bytes have arrived.
   [[nodiscard]] bool is_proved() const {
     return job_.is_verified() && md5(hash_).finish() == job_.remote.info.md5;
@@ -6867,56 +6824,61 @@ class stream_transfer final : public transfer {
   // Only the worker uses the next two.
   md5 hash_;                            // of the bytes before `position_`
   std::optional<std::uint64_t> total_;  // the file's size, from the service or a response; empty if unknown
-  thread worker_;                       // last: joined before the members that it uses are destroyed
+  thread worker_;
 };
 
 /// Checks a response and appends its bytes to the file.
-class stream_transfer::stream_taker final : public response_taker {
+class stream_transfer::stream_request final : public file_request {
  public:
-  stream_taker(stream_transfer& transfer, bool is_range) : transfer_(transfer), is_range_(is_range) {}
+  explicit stream_request(stream_transfer& transfer)
+      : file_request(transfer, {transfer.position_, 0}, remedy::retry), transfer_(transfer) {}
 
-  setback begin(const http_response& head, const url& source) override {
-    const std::string* field = head.header("Content-Range");
-    const auto range = content_range::parse(field != nullptr ? *field : "");
-    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) {
-      if (!is_range_ || range.bytes.end == 0)
-        return violation(source, "answers 206 without a range that was asked for");
-      if (range.bytes.begin != transfer_.position_)
-        return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
-      // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
-      if (!transfer_.job_.is_verified() && !transfer_.source_.is_pinned_to(head)) {
-        return {setback::remedy::whole, transfer_.job_.failure(errc::connection_failed, source,
-                                                               "sends a part without the entity tag")};
-      }
-      if (!range.size) return violation(source, "does not tell the size of the file");
-      if (transfer_.total_ && *range.size != *transfer_.total_) {
-        return {setback::remedy::restart, transfer_.job_.failure(errc::protocol_violation, source,
-                                                                 "changed its size while it was fetched")};
-      }
-      return check_total(range.size, source);
-    }
-    if (transfer_.position_ > 0) {
-      // The response has the whole file. With an md5, skip the bytes already present; without one, start over.
-      if (transfer_.job_.is_verified()) {
-        skipped_ = transfer_.position_;
-      } else {
-        transfer_.start_over();
-      }
-    }
-    const std::string* length = head.header("Content-Length");
-    return check_total(length != nullptr ? to_number(trim(*length)) : std::nullopt, source);
+  /// Whether the response ended before the end of the bytes that were present already.
+  [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
+  [[nodiscard]] setback shorter() const {
+    return failure(remedy::restart, errc::protocol_violation, "became shorter during the download");
   }
-  bool write(std::string_view bytes) override {
+
+ private:
+  setback begin_part(const http_response& head, const content_range& part) override {
+    // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
+    const bool is_pinned = !transfer_.entity_.strong_tag().empty() && head.header("ETag") != nullptr;
+    if (!transfer_.job_.is_verified() && !is_pinned)
+      return failure(remedy::whole, errc::connection_failed, "sends a part without the entity tag");
+    if (!part.size) return violation("does not tell the size of the file");
+    if (transfer_.total_ && *part.size != *transfer_.total_) {
+      return failure(remedy::restart, errc::protocol_violation, "changed its size while it was fetched");
+    }
+    return check_total(part.size);
+  }
+  setback begin_whole(std::optional<std::uint64_t> length) override {
+    // With an md5, skip the bytes already present; without one, start over.
+    if (transfer_.job_.is_verified()) {
+      skipped_ = transfer_.position_;
+    } else if (transfer_.position_ > 0) {
+      transfer_.start_over();
+    }
+    return check_total(length);
+  }
+  setback check_total(std::optional<std::uint64_t> size) {
+    if (!size) return {};
+    if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
+      return wrong_size(remedy::retry, *size);
+    if (*size < transfer_.position_) return shorter();
+    transfer_.total_ = size;
+    return {};
+  }
+  bool take(std::string_view bytes) override {
     transfer_.received_ += bytes.size();
     const auto skipped = static_cast<std::size_t>((std::min<std::uint64_t>)(bytes.size(), skipped_));
     bytes.remove_prefix(skipped);
     skipped_ -= skipped;
     if (bytes.empty()) return true;
     const std::uint64_t position = transfer_.position_;
-    if (transfer_.state_.is_stopped()) return false;
-    if (transfer_.total_ && bytes.size() > *transfer_.total_ - position) return is_surplus_ = true, false;
+    if (!is_wanted()) return false;
+    if (transfer_.total_ && bytes.size() > *transfer_.total_ - position) return refuse_surplus();
     if (auto written = transfer_.file_.write(position, bytes); !written) {
-      disk_problem_ = written.error();
+      transfer_.state_.fail(written.error());
       return false;
     }
     if (transfer_.job_.is_verified()) transfer_.hash_.update(bytes);
@@ -6925,30 +6887,8 @@ class stream_transfer::stream_taker final : public response_taker {
     return true;
   }
 
-  [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
-  /// Whether more bytes arrived than the file has.
-  [[nodiscard]] bool is_surplus() const { return is_surplus_; }
-  /// Whether the response ended before the end of the bytes that were present already.
-  [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
-
- private:
-  [[nodiscard]] setback violation(const url& source, const std::string& problem) const {
-    return {setback::remedy::retry, transfer_.job_.failure(errc::protocol_violation, source, problem)};
-  }
-  [[nodiscard]] setback check_total(std::optional<std::uint64_t> size, const url& source) {
-    if (!size) return {};
-    if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
-      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *size)};
-    if (*size < transfer_.position_) return transfer_.shorter(source);
-    transfer_.total_ = size;
-    return {};
-  }
-
   stream_transfer& transfer_;
-  const bool is_range_;
   std::uint64_t skipped_ = 0;  // bytes still to skip: they are present already
-  std::optional<error> disk_problem_;
-  bool is_surplus_ = false;
 };
 
 inline result<std::string> stream_transfer::run() {
@@ -6969,14 +6909,13 @@ inline void stream_transfer::start_over() {
   position_ = 0;
   hash_ = md5();
   total_ = job_.remote.info.size;
-  source_.start_over();
+  entity_.reset();
 }
 
 inline void stream_transfer::work() {
-  using remedy = setback::remedy;
   backoff tries(job_.user_call, retries_);
   std::uint64_t furthest = 0;  // the highest position of all tries
-  while (!state_.is_stopped() && !state_.is_complete()) {
+  while (!state_.is_over()) {
     const setback now = fetch();
     if (!now || state_.is_stopped()) continue;
     if (now.cure == remedy::restart) is_replaced_ = true;
@@ -6997,70 +6936,42 @@ inline void stream_transfer::work() {
 
 /// Makes one request for the rest of the file. Completes the transfer if the response ended properly.
 inline setback stream_transfer::fetch() {
-  using remedy = setback::remedy;
-  call inner(job_.user_call, state_.stop_flag());
-  const bool is_combinable = job_.is_verified() || source_.is_pinned();
+  const bool is_combinable = job_.is_verified() || !entity_.strong_tag().empty();
   if (position_ > 0 && (!is_combinable || (total_ && position_ >= *total_))) start_over();
-  stream_taker taker(*this, position_ > 0);
-  auto now = source_.fetch(
-      inner, {position_, 0}, [&] { return state_.is_stopped(); }, taker);
-  if (taker.disk_problem()) return {remedy::retry, *taker.disk_problem()};
-  if (taker.is_surplus())
-    return {remedy::retry,
-            job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
-  if (now.problem.cure == remedy::whole) {
+  stream_request request(*this);
+  const setback now = request.fetch();
+  if (now.cure == remedy::whole) {
     start_over();
-    if (!now.problem.failure->is_transient()) return {};
+    if (!now.failure->is_transient()) return {};
   }
-  if (now.problem || !now.has_ended) return now.problem;
-  if (taker.is_shorter()) return shorter(now.address);
+  if (now || !request.has_ended()) return now;
+  if (request.is_shorter()) return request.shorter();
   if (total_ && position_ < *total_) {
-    return {remedy::retry, job_.failure(errc::connection_failed, now.address,
-                                        "ended " + std::to_string(*total_ - position_) + " bytes early")};
+    return request.failure(remedy::retry, errc::connection_failed,
+                           "ended " + std::to_string(*total_ - position_) + " bytes early");
   }
   state_.complete();
   return {};
 }
 
-/// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Use an object once.
-class download {
- public:
-  download(session& service_session, call& user_call, const run_path& run, const std::string& name,
-           remote_file remote, const restore_options& options)
-      : remote_(std::move(remote)), job_{service_session, user_call, run, name, options, remote_} {}
-  download(const download&) = delete;
-  download& operator=(const download&) = delete;
-
-  /// Blocks. Calls on_progress in this thread.
-  result<void> run(partial_file& destination) {
-    const auto address = url::parse(remote_.address);
-    if (!address) return address.error();
-    if (remote_.info.size && job_.is_verified()) return run_as<ranged_transfer>(destination, *address);
-    return run_as<stream_transfer>(destination, *address);
-  }
-  /// Whether the run has replaced the file since the download began: then start a new download.
-  [[nodiscard]] bool entity_changed() const { return entity_changed_; }
-  /// Whether all bytes arrived, with a wrong md5.
-  [[nodiscard]] bool content_wrong() const { return content_wrong_; }
-
- private:
-  template <class Transfer>
-  result<void> run_as(partial_file& destination, const url& address) {
-    Transfer transfer(job_, destination, address);
-    const auto digest = transfer.run();
-    entity_changed_ = transfer.is_replaced();
-    if (!digest) return digest.error();
-    if (!job_.is_verified() || *digest == remote_.info.md5) return {};
-    content_wrong_ = true;
-    return error(errc::checksum_mismatch,
-                 job_.label() + ": its md5 is " + (digest->empty() ? "unreadable" : *digest) + " after " +
-                     std::to_string(destination.size()) + " bytes, the service says " + remote_.info.md5);
-  }
-
-  const remote_file remote_;
-  const transfer_job job_;
-  bool entity_changed_ = false, content_wrong_ = false;
-};
+/// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Blocks; calls on_progress in this
+/// thread. The remedy is `restart` if the bytes are worthless: the run has replaced the file, or the md5 is wrong.
+inline setback download(const transfer_job& job, partial_file& destination) {
+  const auto address = url::parse(job.remote.address);
+  if (!address) return {remedy::retry, address.error()};
+  const auto run = [&](auto&& transfer) -> setback {
+    const result<std::string> digest = transfer.run();
+    if (!digest) return {transfer.is_replaced() ? remedy::restart : remedy::retry, digest.error()};
+    if (!job.is_verified() || *digest == job.remote.info.md5) return {};
+    return {remedy::restart,
+            error(errc::checksum_mismatch, job.label() + ": its md5 is " +
+                                               (digest->empty() ? "unreadable" : *digest) + " after " +
+                                               std::to_string(destination.size()) +
+                                               " bytes, the service says " + job.remote.info.md5)};
+  };
+  if (job.remote.info.size && job.is_verified()) return run(ranged_transfer(job, destination, *address));
+  return run(stream_transfer(job, destination, *address));
+}
 
 }  // namespace detail
 
@@ -7144,14 +7055,6 @@ inline result<void> check_times(const settings& configuration, const std::string
 /// A run, for messages. Its entity may be empty.
 inline std::string shown(const run_path& run) {
   return run.entity.empty() ? run.project + '/' + run.run_id + " (of the default entity)" : run.str();
-}
-
-/// A copy of a failure with another text.
-inline error with_text(const error& failure, const std::string& text) {
-  error whole(failure.code(), text, failure.http_status());
-  if (!failure.is_transient()) whole = error::permanent(failure.code(), text, failure.http_status());
-  whole.retry_after(failure.retry_after());
-  return whole;
 }
 
 /// Puts the task in front of a failure's text, unless the text contains all of `names`.
@@ -7250,16 +7153,6 @@ class restoring {
   }
 
  private:
-  /// Reports progress to the caller, at most about ten times a second. Returns false if the call is cancelled.
-  bool report(phase activity, std::uint64_t done, std::optional<std::uint64_t> total) {
-    const auto time = clock::now();
-    if (time - reported_ >= milliseconds(90)) {
-      reported_ = time;
-      if (options_.on_progress && !options_.on_progress({name_, activity, done, total, 0})) call_.stop();
-    }
-    return !call_.cancelled();
-  }
-
   /// Opens the local copy, if there is one, and reads its receipt.
   result<void> open_copy() {
     auto opened = opened_copy::open(place_.target, name_);
@@ -7269,8 +7162,9 @@ class restoring {
     first_verdict_.reset();
     if (!opened_) return {};
     const auto& facts = opened_->facts();
-    opened_->watch(
-        [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); });
+    opened_->watch([this, size = facts.size](std::uint64_t done) {
+      return reporter_.report_if_due(phase::verifying, done, size);
+    });
     copy_.opened_ = opened_;
     copy_.path = place_.target;
     copy_.size = facts.size;
@@ -7379,40 +7273,37 @@ class restoring {
       if (!remote.info.md5.empty() && copy_.md5() == remote.info.md5) return use_local(&remote.info);
       if (call_.cancelled()) return call_.why_cancelled();
     }
+    const transfer_job job{session_, call_, run_, name_, options_, remote};
     for (bool again = false;; again = true) {
-      // Without an md5 to verify the whole file, no partial file is resumed.
-      const std::string key = options_.verify ? remote.info.md5 : std::string();
+      // The md5 to verify the file with. Without one, no partial file is resumed.
+      const std::string md5 = options_.verify ? remote.info.md5 : std::string();
       const std::uint64_t size = remote.info.size.value_or(0);
-      const watcher copying = [&](std::uint64_t done) { return report(phase::downloading, done, size); };
+      const watcher copying = [&](std::uint64_t done) {
+        return reporter_.report_if_due(phase::downloading, done, size);
+      };
       // Without a size, existing partial files are left for a later call.
       const bool resumes = !again && remote.info.size && may_find_partials(lock, size);
-      auto opened = resumes ? partial_file::open(place_, key, size, copying, &lock)
-                            : partial_file::create(place_, key, size);
+      auto opened = resumes ? partial_file::open(place_, md5, size, copying, &lock)
+                            : partial_file::create(place_, md5, size);
       if (!opened) return opened.error();
       partial_file& partial = **opened;
-      releaser on_exit{partial, place_, key};
+      releaser on_exit{partial, place_, md5};
       if (auto room = partial.reserve(); !room) return room.error();
 
-      bool changed = false, worthless = false;
-      auto outcome = [&] {
-        download transfer(session_, call_, run_, name_, remote, options_);
-        auto downloaded = transfer.run(partial);
-        changed = transfer.entity_changed();
-        worthless = changed || transfer.content_wrong();
-        return downloaded;
-      }();
-      if (outcome) return publish(partial, remote, lock);
-      const error& failure = outcome.error();
-      const bool wrong = failure.code() == errc::checksum_mismatch;
-      if (!wrong && !changed) {
-        if (!partial.is_worth_keeping(key)) return failure;
+      const setback end = download(job, partial);
+      if (!end) return publish(partial, md5, lock);
+      const error& failure = *end.failure;
+      const bool is_wrong = failure.code() == errc::checksum_mismatch;
+      const bool is_worthless = end.cure == remedy::restart;
+      if (!is_wrong && !is_worthless) {
+        if (!partial.is_worth_keeping(md5)) return failure;
         return with_text(failure,
                          failure.what() + std::string("; the next call resumes from the bytes that arrived"));
       }
-      on_exit.keep = !worthless;
+      on_exit.keep = !is_worthless;
       if (again) {
         return with_text(failure, std::string(failure.what()) + " (again after a second fetch from nothing" +
-                                      (wrong ? "; the run may be writing it: try again later)" : ")"));
+                                      (is_wrong ? "; the run may be writing it: try again later)" : ")"));
       }
       auto fresh = service(session_, call_).find_file(run_, name_);  // the run may have a new version
       if (!fresh) return fresh.error();
@@ -7431,18 +7322,17 @@ class restoring {
     }
   };
 
-  result<restored_file> publish(partial_file& partial, const remote_file& remote, place_lock& lock) {
+  /// `md5`: the verified md5 of the content; empty if it was not verified.
+  result<restored_file> publish(partial_file& partial, const std::string& md5, place_lock& lock) {
     if (auto finished = finish(partial); !finished) return finished.error();
     if (call_.cancelled()) return call_.why_cancelled();
-    const bool verified = options_.verify && !remote.info.md5.empty();
-    const std::string md5 = verified ? remote.info.md5 : std::string();
     // Write the receipt first: a call in between must not take another run's file for the user's own.
     auto stream = partial.publish(place_, [&](const file_facts& facts) { remember(md5, facts); });
     if (!stream) return stream.error();
     remove_quietly(place_.released());
     if (may_find_partials(lock, partial.size())) tidy(lock, {});
     return restored_file(*std::move(stream),
-                         {place_.target, partial.size(), md5, source::downloaded, verified});
+                         {place_.target, partial.size(), md5, source::downloaded, !md5.empty()});
   }
 
   /// Writes the content to stable storage. That can take many seconds: meanwhile it reports progress to the caller, and
@@ -7450,29 +7340,17 @@ class restoring {
   result<void> finish(partial_file& partial) {
     constexpr std::uint64_t large = 8 * 1024 * 1024;  // bytes
     if (partial.size() < large) return partial.finish();
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::optional<result<void>> outcome;
+    result<void> finished;
     thread syncing;
-    const bool started = syncing.start([&] {
-      auto finished = partial.finish();
-      const std::lock_guard<std::mutex> guard(mutex);
-      outcome = std::move(finished);
-      changed.notify_all();
-    });
-    if (!started) return partial.finish();
-    auto touched = clock::now();
-    std::unique_lock<std::mutex> held(mutex);
-    while (!changed.wait_for(held, milliseconds(100), [&] { return outcome.has_value(); })) {
-      held.unlock();
-      report(phase::verifying, partial.size(), partial.size());
+    if (!syncing.start([&] { finished = partial.finish(); })) return partial.finish();
+    for (auto touched = clock::now(); !syncing.wait(milliseconds(100));) {
+      reporter_.report_if_due(phase::verifying, partial.size(), partial.size());
       if (clock::now() - touched > std::chrono::seconds(partial_file::quiet / 6)) {
         touched = clock::now();
         partial.touch();
       }
-      held.lock();
     }
-    return *std::move(outcome);
+    return finished;
   }
 
   /// Whether to read the directory for partial files. A killed writer leaves its lock file, and the name of a released
@@ -7523,7 +7401,7 @@ class restoring {
       }
       // Do not wait for a holder without a sign of life.
       if (is_locked && clock::now() - last_sign > std::chrono::seconds(partial_file::quiet)) return true;
-      if (!report(phase::downloading, 0, {})) return false;
+      if (!reporter_.report_if_due(phase::downloading, 0, {})) return false;
       // Poll less often the longer the wait, so that many waiting processes do not overload the file system.
       const auto waited = std::chrono::duration_cast<milliseconds>(clock::now() - began);
       if (!call_.sleep(std::clamp(waited / 10, milliseconds(50), milliseconds(1000)))) return false;
@@ -7537,7 +7415,7 @@ class restoring {
   run_path run_;
   place place_;
   const cache_policy policy_;
-  clock::time_point reported_ = clock::now();
+  progress_reporter reporter_{call_, options_, name_};
   std::shared_ptr<opened_copy> opened_;                 // null: there is no local copy
   local_copy copy_;                                     // of opened_
   std::optional<cache_policy::verdict> first_verdict_;  // on copy_, before the request to the service
@@ -7564,26 +7442,24 @@ open_session(settings configuration, transport_ref transport, cache_policy polic
 WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
                                                            const restore_options& options) {
   if (auto good = check_name(name); !good) return good.error();
+  const std::string quoted = in_quotes(name), task = "cannot restore " + quoted;
   if (options.connections < 1) {
-    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) +
-                                             ": connections must be at least 1, not " +
-                                             std::to_string(options.connections));
+    return error(errc::invalid_argument,
+                 task + ": connections must be at least 1, not " + std::to_string(options.connections));
   }
-  if (auto good = check_times(current.config, "cannot restore " + in_quotes(name)); !good)
-    return good.error();
+  if (auto good = check_times(current.config, task); !good) return good.error();
   auto run = run_of(current.config, options.run_path);
-  if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
+  if (!run) return in_context(run.error(), "restoring " + quoted, {quoted});
   const path root = options.root.empty() ? current.config.run_dir : options.root;
   path existing = root;  // its deepest ancestor that exists
   while (existing.has_relative_path() && facts_of(existing).absent()) existing = existing.parent_path();
   if (const auto facts = facts_of(existing); facts.found() && !facts->is_directory) {
-    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) +
-                                             ": " + in_quotes(existing) + " is not a directory");
+    return error(errc::invalid_argument,
+                 task + ": root " + in_quotes(root) + ": " + in_quotes(existing) + " is not a directory");
   }
   for (const auto part : split(name, '/')) {
     if (const auto limit = longest_name(existing); name_length(part) > limit) {
-      return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": " +
-                                               std::to_string(name_length(part)) +
+      return error(errc::invalid_argument, task + ": " + std::to_string(name_length(part)) +
                                                " characters are more than a name in " + in_quotes(existing) +
                                                " may have (" + std::to_string(limit) + ")");
     }
@@ -7592,8 +7468,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
   auto restored =
       restoring(current, user_call, options, std::string(name), *run, place(root / from_utf8(name)))();
   if (restored) return restored;
-  return in_context(restored.error(), "restoring " + in_quotes(name) + " from " + shown(*run),
-                    {in_quotes(name), run->project + '/' + run->run_id});
+  return in_context(restored.error(), "restoring " + quoted + " from " + shown(*run),
+                    {quoted, run->project + '/' + run->run_id});
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
@@ -9035,14 +8911,7 @@ class cancellation_watcher {
  public:
   cancellation_watcher(const http_request& request, std::function<void()> interrupt)
       : request_(request), interrupt_(std::move(interrupt)) {}
-  ~cancellation_watcher() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      is_over_ = true;
-    }
-    over_.notify_all();
-    thread_.join();
-  }
+  ~cancellation_watcher() { exchange_.stop(); }
   cancellation_watcher(const cancellation_watcher&) = delete;
   cancellation_watcher& operator=(const cancellation_watcher&) = delete;
 
@@ -9052,17 +8921,14 @@ class cancellation_watcher {
 
  private:
   void watch() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    while (!over_.wait_for(lock, std::chrono::milliseconds(100), [this] { return is_over_; })) {
+    while (!exchange_.wait(milliseconds(100))) {
       if (request_.cancelled()) interrupt_();
     }
   }
 
   const http_request& request_;
   const std::function<void()> interrupt_;
-  std::mutex mutex_;
-  std::condition_variable over_;
-  bool is_over_ = false;
+  transfer_state exchange_;
   thread thread_;
 };
 
