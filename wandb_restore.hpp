@@ -957,6 +957,26 @@ inline namespace WANDB_RESTORE_PRIVATE_ABI {
 
 namespace detail {
 
+/// Refers to a function object, which must outlive the reference. std::function is slow to compile.
+template <class Signature>
+class function_ref;
+template <class Result, class... Arguments>
+class function_ref<Result(Arguments...)> {
+ public:
+  function_ref() = default;  ///< empty
+  template <class Function>
+  function_ref(const Function& function)  // NOLINT: implicit, as in std::function
+      : object_(&function), call_([](const void* object, Arguments... arguments) -> Result {
+          return (*static_cast<const Function*>(object))(arguments...);
+        }) {}
+  explicit operator bool() const { return call_ != nullptr; }
+  Result operator()(Arguments... arguments) const { return call_(object_, arguments...); }
+
+ private:
+  const void* object_ = nullptr;
+  Result (*call_)(const void* object, Arguments... arguments) = nullptr;
+};
+
 inline bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 inline bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
 inline bool is_digit(char c) { return c >= '0' && c <= '9'; }
@@ -1205,20 +1225,31 @@ inline std::int64_t days_from_civil(int year, int month, int day) {
   return era * 146097 + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year - 719468;
 }
 
+/// Converts a time in UTC to seconds since 1970. `parts`: year, month, day, hour, minute, second, in decimal digits.
+inline std::optional<std::uint64_t> utc_seconds(const std::array<std::string_view, 6>& parts) {
+  std::array<int, 6> number{};
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const auto value = parts[i].size() <= 4 ? to_number(parts[i]) : std::nullopt;
+    if (!value) return std::nullopt;
+    number[i] = static_cast<int>(*value);
+  }
+  const auto [year, month, day, hour, minute, second] = number;
+  if (year < 1970 || month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 ||
+      second > 60)
+    return std::nullopt;
+  return static_cast<std::uint64_t>(days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 +
+                                    second);
+}
+
 /// Converts an HTTP date in the preferred format, IMF-fixdate (RFC 9110, section 5.6.7), to seconds since 1970.
-inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
+inline std::optional<std::uint64_t> parse_http_date(std::string_view text) {
   static constexpr std::string_view months = "JanFebMarAprMayJunJulAugSepOctNovDec";
   if (text.size() != 29 || text.substr(25) != " GMT") return std::nullopt;
-  const auto month = months.find(text.substr(8, 3));
-  const auto day = to_number(text.substr(5, 2)), year = to_number(text.substr(12, 4)),
-             hour = to_number(text.substr(17, 2)), minute = to_number(text.substr(20, 2)),
-             second = to_number(text.substr(23, 2));
-  if (month == std::string_view::npos || month % 3 != 0 || !day || !year || !hour || !minute || !second) {
-    return std::nullopt;
-  }
-  const std::int64_t days =
-      days_from_civil(static_cast<int>(*year), static_cast<int>(month / 3) + 1, static_cast<int>(*day));
-  return days * 86400 + static_cast<std::int64_t>(*hour * 3600 + *minute * 60 + *second);
+  const auto found = months.find(text.substr(8, 3));
+  if (found == std::string_view::npos || found % 3 != 0) return std::nullopt;
+  const std::string month = std::to_string(found / 3 + 1);
+  return utc_seconds({text.substr(12, 4), month, text.substr(5, 2), text.substr(17, 2), text.substr(20, 2),
+                      text.substr(23, 2)});
 }
 
 // ---- header fields (RFC 9110, section 5)
@@ -2905,7 +2936,7 @@ inline std::vector<found_partial> find_partials(const place& at) {
 }
 
 /// A long operation calls this now and then with the number of bytes done, and stops if it returns false.
-using watcher = std::function<bool(std::uint64_t done)>;
+using watcher = function_ref<bool(std::uint64_t done)>;
 
 /// A partially downloaded file: the content at its final offsets, then a record of the blocks that are present. Both are in
 /// one file, so that one rename moves both. Blocks are written before they are recorded, but a crash may lose a write: only
@@ -2922,7 +2953,7 @@ class partial_file {
   /// recorded blocks of other files that no live process writes, until `go_on` returns false. `lock` is the lock of the
   /// place, or null.
   static result<std::unique_ptr<partial_file>> open(const place& at, const std::string& md5,
-                                                    std::uint64_t size, const watcher& go_on = {},
+                                                    std::uint64_t size, watcher go_on = {},
                                                     const place_lock* lock = nullptr);
   /// Starts a new file without reusing any. Others get no more permissions than for the file that it will replace.
   static result<std::unique_ptr<partial_file>> create(const place& at, const std::string& md5,
@@ -2985,7 +3016,7 @@ class partial_file {
   result<void> finish();
   /// Calls finish() if nobody has, replaces the target with this file, and returns a stream on it. Calls `announce` just
   /// before the replacement, with the facts that the published file will have.
-  result<std::ifstream> publish(const place& at, const std::function<void(const file_facts&)>& announce = {});
+  result<std::ifstream> publish(const place& at, function_ref<void(const file_facts&)> announce = {});
 
  private:
   static constexpr std::string_view magic = "wandb-restore 2\n";
@@ -3028,7 +3059,7 @@ class partial_file {
   /// Renames an abandoned candidate so that no other process claims it. Returns false if another process was faster.
   bool claim(const place& at);
   /// Copies the blocks that `source` has and this file lacks. Stops at a failure: the other blocks will be downloaded.
-  void adopt(const partial_file& source, const watcher& go_on);
+  void adopt(const partial_file& source, watcher go_on);
   /// Whether another writer has released a file with more blocks of the same content.
   [[nodiscard]] bool has_better_successor(const place& at) const {
     found_partial released;
@@ -3115,7 +3146,7 @@ inline bool partial_file::claim(const place& at) {
 }
 
 inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at, const std::string& md5,
-                                                                std::uint64_t size, const watcher& go_on,
+                                                                std::uint64_t size, watcher go_on,
                                                                 const place_lock* lock) {
   if (md5.empty() || size == 0) return create(at, md5, size);
   std::vector<found_partial> sources;  // with content to reuse; most recorded blocks first
@@ -3172,7 +3203,7 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   return made;
 }
 
-inline void partial_file::adopt(const partial_file& source, const watcher& go_on) {
+inline void partial_file::adopt(const partial_file& source, watcher go_on) {
   page_buffer buffer;
   constexpr std::uint64_t stride = 16;  // blocks copied between two calls of the watcher
   for (std::uint64_t first = 0, last = 0; first < blocks(); first = last) {
@@ -3239,7 +3270,7 @@ inline result<void> partial_file::finish() {
 }
 
 inline result<std::ifstream> partial_file::publish(const place& at,
-                                                   const std::function<void(const file_facts&)>& announce) {
+                                                   function_ref<void(const file_facts&)> announce) {
   const auto old = facts_of(at.target);
   // Restore the record, so that release() can keep the file.
   const auto failed = [&](const error& failure) {
@@ -3538,7 +3569,7 @@ class md5 {
 };
 
 /// Returns the md5 of a whole file in hex; empty if the file cannot be read or the watcher returned false.
-inline std::string md5_of_file(const file& opened, const watcher& go_on = {}) {
+inline std::string md5_of_file(const file& opened, watcher go_on = {}) {
   md5 hash;
   page_buffer buffer;
   for (std::uint64_t offset = 0;;) {
@@ -3549,7 +3580,7 @@ inline std::string md5_of_file(const file& opened, const watcher& go_on = {}) {
     offset += static_cast<std::uint64_t>(count);
   }
 }
-inline std::string md5_of_file(const path& where, const watcher& go_on = {}) {
+inline std::string md5_of_file(const path& where, watcher go_on = {}) {
   file opened;
   return opened.open(where, file::mode::read) == 0 ? md5_of_file(opened, go_on) : std::string();
 }
@@ -3914,24 +3945,16 @@ struct access_token {
   [[nodiscard]] bool lasts() const { return expires_at - std::chrono::system_clock::now() > margin; }
 };
 
-/// Converts "YYYY-MM-DD HH:MM:SS" (UTC) to seconds since 1970.
-inline std::optional<std::int64_t> parse_utc(std::string_view text) {
+/// Converts "YYYY-MM-DD HH:MM:SS" (UTC) to seconds since 1970. Takes years after 2200 for 2200: a system_clock that counts
+/// nanoseconds ends in 2262.
+inline std::optional<std::uint64_t> parse_utc(std::string_view text) {
   if (text.size() != 19 || text[4] != '-' || text[7] != '-' || text[10] != ' ' || text[13] != ':' ||
       text[16] != ':') {
     return std::nullopt;
   }
-  std::array<int, 6> part{};  // year, month, day, hour, minute, second
-  for (std::size_t i = 0; i < part.size(); ++i) {
-    const auto number = to_number(i == 0 ? text.substr(0, 4) : text.substr(i * 3 + 2, 2));
-    if (!number) return std::nullopt;
-    part[i] = static_cast<int>(*number);
-  }
-  const int year = part[0], month = part[1], day = part[2], hour = part[3], minute = part[4],
-            second = part[5];
-  if (month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60)
-    return std::nullopt;
-  const int known_year = std::clamp(year, 1970, 2200);  // a system_clock in nanoseconds ends in 2262
-  return days_from_civil(known_year, month, day) * 86400 + hour * 3600 + minute * 60 + second;
+  const auto year = (std::min)(text.substr(0, 4), std::string_view("2200"));
+  return utc_seconds({year, text.substr(5, 2), text.substr(8, 2), text.substr(11, 2), text.substr(14, 2),
+                      text.substr(17, 2)});
 }
 
 inline std::string format_utc(std::chrono::system_clock::time_point time) {
@@ -4483,7 +4506,7 @@ inline milliseconds parse_retry_after(const http_response& head) {
   const auto text = trim(*field);
   if (const auto date = parse_http_date(text)) {
     const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
-    return milliseconds((std::max<std::int64_t>)(0, *date - static_cast<std::int64_t>(now)) * 1000);
+    return milliseconds((std::max<std::int64_t>)(0, static_cast<std::int64_t>(*date) - now) * 1000);
   }
   const auto whole = to_number(text.substr(0, text.find('.')));
   if (!whole) return {};
@@ -4659,7 +4682,7 @@ class session {
   /// to addresses under the base URL. Streams the body of a 200 or 206 to the sink; returns any other answer with the
   /// beginning of its body. No status is an error here.
   result<answer> send(call& user_call, http_request request, const std::string& authorization,
-                      body_sink& sink, url& address, const std::function<void(const url&)>& redirected = {});
+                      body_sink& sink, url& address, function_ref<void(const url&)> redirected = {});
 
   /// Returns the value of Authorization for the base URL, or "" if there are no credentials.
   result<std::string> authorization(call& user_call);
@@ -4729,7 +4752,7 @@ inline result<void> session::ready() {
 
 inline result<answer> session::send(call& user_call, http_request request, const std::string& authorization,
                                     body_sink& sink, url& address,
-                                    const std::function<void(const url&)>& redirected) {
+                                    function_ref<void(const url&)> redirected) {
   if (!base) return base.error();
   const http_headers headers = std::move(request.headers);
   const auto is_cancelled = std::move(request.is_cancelled);
@@ -7099,12 +7122,14 @@ class opened_copy {
   explicit opened_copy(path location) : location_(std::move(location)) {}
 
   [[nodiscard]] const file_facts& facts() const { return facts_; }
-  /// md5() reports the bytes hashed to the watcher, which may stop it.
-  void watch(watcher go_on) { go_on_ = std::move(go_on); }
-  /// In hex; empty if the file cannot be read, has changed since it was opened, or the watcher stopped md5().
+  /// Makes md5() report its progress. The reporter must outlive this object.
+  void report_to(progress_reporter& reporter) { reporter_ = &reporter; }
+  /// In hex; empty if the file cannot be read, has changed since it was opened, or the call was cancelled.
   [[nodiscard]] std::string md5() const {
     if (!file_.is_open()) return {};
-    std::string digest = md5_of_file(file_, go_on_);
+    std::string digest = md5_of_file(file_, [this](std::uint64_t done) {
+      return !reporter_ || reporter_->report_if_due(phase::verifying, done, facts_.size);
+    });
     const auto now = file_.facts();
     return now.found() && *now == facts_ ? digest : std::string();
   }
@@ -7119,7 +7144,7 @@ class opened_copy {
   file file_;
   int open_code_ = 0;  // the system's error code if file_ is not open
   file_facts facts_;
-  watcher go_on_;
+  progress_reporter* reporter_ = nullptr;
 };
 
 /// One call of restore.
@@ -7159,12 +7184,10 @@ class restoring {
     if (!opened) return opened.error();
     opened_ = *std::move(opened);
     copy_ = local_copy();
-    first_verdict_.reset();
+    is_judged_ = false;
     if (!opened_) return {};
     const auto& facts = opened_->facts();
-    opened_->watch([this, size = facts.size](std::uint64_t done) {
-      return reporter_.report_if_due(phase::verifying, done, size);
-    });
+    opened_->report_to(reporter_);
     copy_.opened_ = opened_;
     copy_.path = place_.target;
     copy_.size = facts.size;
@@ -7183,8 +7206,8 @@ class restoring {
   cache_policy::verdict decide(const file_info* remote) {
     using verdict = cache_policy::verdict;
     if (!opened_) return verdict::fetch;
-    if (!first_verdict_) first_verdict_ = policy_(copy_, nullptr);
-    if (*first_verdict_ != verdict::ask || remote == nullptr) return *first_verdict_;
+    if (!std::exchange(is_judged_, true)) first_verdict_ = policy_(copy_, nullptr);
+    if (first_verdict_ != verdict::ask || remote == nullptr) return first_verdict_;
     return policy_(copy_, remote) == verdict::keep ? verdict::keep : verdict::fetch;
   }
 
@@ -7278,7 +7301,7 @@ class restoring {
       // The md5 to verify the file with. Without one, no partial file is resumed.
       const std::string md5 = options_.verify ? remote.info.md5 : std::string();
       const std::uint64_t size = remote.info.size.value_or(0);
-      const watcher copying = [&](std::uint64_t done) {
+      const auto copying = [&](std::uint64_t done) {
         return reporter_.report_if_due(phase::downloading, done, size);
       };
       // Without a size, existing partial files are left for a later call.
@@ -7416,9 +7439,11 @@ class restoring {
   place place_;
   const cache_policy policy_;
   progress_reporter reporter_{call_, options_, name_};
-  std::shared_ptr<opened_copy> opened_;                 // null: there is no local copy
-  local_copy copy_;                                     // of opened_
-  std::optional<cache_policy::verdict> first_verdict_;  // on copy_, before the request to the service
+  std::shared_ptr<opened_copy> opened_;  // null: there is no local copy
+  local_copy copy_;                      // of opened_
+  cache_policy::verdict first_verdict_ =
+      cache_policy::verdict::ask;  // on copy_, before the request to the service
+  bool is_judged_ = false;         // first_verdict_ is known
 };
 
 }  // namespace detail
@@ -8775,7 +8800,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
   auto connection = pool.idle.take(route->key());
   for (;;) {
     const bool is_fresh = !connection;
-    if (is_fresh) connection = std::make_unique<detail::connection>(*route, tls);
+    if (is_fresh) connection.reset(new detail::connection(*route, tls));
     detail::exchange current{request, sink, *route};
     if (connection->perform(current, *message, pool.memory)) {
       if (connection->is_reusable()) pool.idle.give_back(std::move(connection));
