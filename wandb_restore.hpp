@@ -1594,14 +1594,33 @@ inline result<text_map> parse_netrc(std::string_view text) {
 
 // ----------------------------------------------------------------------------------------------------- JSON
 
-// These functions are no templates, so that nlohmann/json's templates are instantiated for few types. A function that reads
-// accepts any value: if the value has another type, it returns an empty result.
+// nlohmann/json parses here, and nothing more: to build, copy or write its values takes long to compile. A function that
+// reads a value accepts any: if the value has another type, it returns an empty result.
 
 using json = nlohmann::json;
 
-/// Wraps a JSON value for result<T>: `result<json>` would be ambiguous, since an error converts to json, too.
-struct json_document {
-  json root;
+/// A value of a parsed JSON text, which it shares with its copies.
+class json_document {
+ public:
+  json_document() = default;  ///< null
+  explicit json_document(const json* parsed) : text_(parsed), value_(parsed) {}
+
+  const json& operator*() const { return *value_; }
+  const json* operator->() const { return value_; }
+  /// Returns the document of a value within this one.
+  [[nodiscard]] json_document at(const json& inner) const {
+    json_document narrowed = *this;
+    narrowed.value_ = &inner;
+    return narrowed;
+  }
+  static const json& null() {
+    static const json value;
+    return value;
+  }
+
+ private:
+  std::shared_ptr<const json> text_;
+  const json* value_ = &null();
 };
 
 /// Whether brackets are nested more than 64 levels deep. The service's answers have less than ten levels; thousands could
@@ -1627,16 +1646,10 @@ inline bool is_nested_too_deep(std::string_view text) {
 }
 
 /// Parses JSON. Returns null for text that is not JSON or is nested too deep.
-inline json parse_json(std::string_view text) {
-  json value;
-  if (is_nested_too_deep(text)) return value;
-  value = json::parse(text.data(), text.data() + text.size(), nullptr, false);
-  if (value.is_discarded()) value = json();
-  return value;
-}
-/// Writes JSON on one line, or indented by `indent` spaces per level. Bytes that are not UTF-8 become U+FFFD.
-inline std::string write_json(const json& value, int indent = -1) {
-  return value.dump(indent, ' ', false, json::error_handler_t::replace);
+inline json_document parse_json(std::string_view text) {
+  if (is_nested_too_deep(text)) return {};
+  json_document parsed(new json(json::parse(text.data(), text.data() + text.size(), nullptr, false)));
+  return parsed->is_discarded() ? json_document() : parsed;
 }
 
 inline const json::object_t& members(const json& value) {
@@ -1654,9 +1667,8 @@ inline bool has_member(const json& object, std::string_view name) {
 }
 /// Returns the member with this name, or null.
 inline const json& member(const json& object, std::string_view name) {
-  static const json null;
   const auto found = members(object).find(std::string(name));
-  return found == members(object).end() ? null : found->second;
+  return found == members(object).end() ? json_document::null() : found->second;
 }
 inline std::string text_of(const json& value) {
   const auto* text = value.get_ptr<const json::string_t*>();
@@ -1673,29 +1685,75 @@ inline bool is_true(const json& value) {
   return truth && *truth;
 }
 
-inline json json_object() { return json(json::value_t::object); }
-/// Appends to `array`, which must be an array.
-inline void append_element(json& array, json element) {
-  array.get_ptr<json::array_t*>()->push_back(std::move(element));
+/// Returns the bytes of the UTF-8 character that a text begins with (RFC 3629, section 4); 0 if there is none.
+inline std::size_t utf8_length(std::string_view text) {
+  const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+  const unsigned first = byte(0), second = byte(1);
+  const bool is_overlong = (first == 0xe0 && second < 0xa0) || (first == 0xf0 && second < 0x90);
+  const bool is_surrogate = first == 0xed && second > 0x9f, is_too_great = first == 0xf4 && second > 0x8f;
+  if (first < 0x80) return text.empty() ? 0 : 1;
+  if (first < 0xc2 || first > 0xf4 || is_overlong || is_surrogate || is_too_great) return 0;
+  const std::size_t size = first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+  for (std::size_t i = 1; i < size; ++i) {
+    if ((byte(i) & 0xc0) != 0x80) return 0;
+  }
+  return size;
 }
-inline json json_array_of(json element) {
-  json value(json::value_t::array);
-  append_element(value, std::move(element));
-  return value;
+/// Returns a JSON string (RFC 8259, section 7). Bytes that are not UTF-8 become U+FFFD.
+inline std::string json_string(std::string_view text) {
+  std::string out = "\"";
+  while (!text.empty()) {
+    const std::size_t size = utf8_length(text);
+    const std::string_view character = text.substr(0, (std::max<std::size_t>)(size, 1));
+    text.remove_prefix(character.size());
+    if (size == 0) {
+      out += "\xef\xbf\xbd";
+    } else if (is_control(character[0])) {
+      out += "\\u00" + hex_encode(character);
+    } else {
+      if (character[0] == '"' || character[0] == '\\') out += '\\';
+      out += character;
+    }
+  }
+  return out += '"';
 }
-inline json json_text(std::string_view text) {
-  json value(json::value_t::string);
-  value.get_ptr<json::string_t*>()->append(text);
-  return value;
-}
-inline json json_number(std::int64_t number) {
-  json value(json::value_t::number_integer);
-  *value.get_ptr<json::number_integer_t*>() = number;
-  return value;
-}
-/// Sets a member of `object`, which must be an object.
-inline void set_member(json& object, const std::string& name, json value) {
-  (*object.get_ptr<json::object_t*>())[name] = std::move(value);
+
+/// Writes a JSON object, member by member.
+class json_object {
+ public:
+  /// `value`: a JSON text.
+  json_object& add(std::string_view name, std::string_view value) {
+    members_.append(members_.empty() ? "" : ", ").append(json_string(name)).append(": ").append(value);
+    return *this;
+  }
+  json_object& add_text(std::string_view name, std::string_view text) { return add(name, json_string(text)); }
+  [[nodiscard]] std::string str() const { return '{' + members_ + '}'; }
+
+ private:
+  std::string members_;
+};
+
+/// Writes a value as JSON.
+inline std::string json_of(const json& value) {
+  if (value.is_string()) return json_string(text_of(value));
+  if (value.is_object()) {
+    json_object object;
+    for (const auto& [name, inner] : members(value)) object.add(name, json_of(inner));
+    return object.str();
+  }
+  if (value.is_array()) {
+    std::string list;
+    for (const json& element : elements(value))
+      list.append(list.empty() ? "" : ", ").append(json_of(element));
+    return '[' + list + ']';
+  }
+  if (value.is_boolean()) return is_true(value) ? "true" : "false";
+  if (const auto* count = value.get_ptr<const json::number_unsigned_t*>()) return std::to_string(*count);
+  if (const auto* integer = value.get_ptr<const json::number_integer_t*>()) return std::to_string(*integer);
+  if (!value.is_number()) return "null";
+  std::array<char, 32> digits{};
+  std::snprintf(digits.data(), digits.size(), "%.17g", number_of(value));
+  return digits.data();
 }
 
 // ------------------------------------------------------------------------------- the public service's names
@@ -3785,10 +3843,10 @@ inline std::chrono::milliseconds parse_seconds(std::string_view text) {
 
 /// Parses a JSON object whose values are strings. errc::invalid_argument for other texts.
 inline result<text_map> parse_string_object(std::string_view text) {
-  const json parsed = parse_json(text);
+  const auto parsed = parse_json(text);
   text_map strings;
-  bool good = parsed.is_object();
-  for (const auto& [name, value] : members(parsed)) {
+  bool good = parsed->is_object();
+  for (const auto& [name, value] : members(*parsed)) {
     good = good && value.is_string();
     strings[name] = text_of(value);
   }
@@ -3982,15 +4040,10 @@ inline std::vector<std::string> shared_token_keys(std::string_view base_text, co
 /// Reads the file of access tokens that the SDK shares between processes: {"credentials": {base URL: token}}. The file is a
 /// cache: a missing or malformed one counts as empty.
 inline result<json_document> read_credentials(const path& credentials_file) {
-  json_document file;
-  if (facts_of(credentials_file).found()) {
-    const auto text = read_small_file(credentials_file, 1 << 20);
-    if (!text) return text.error();
-    file.root = parse_json(*text);
-  }
-  if (!file.root.is_object()) file.root = json_object();
-  if (!member(file.root, "credentials").is_object()) set_member(file.root, "credentials", json_object());
-  return file;
+  if (!facts_of(credentials_file).found()) return json_document();
+  const auto text = read_small_file(credentials_file, 1 << 20);
+  if (!text) return text.error();
+  return parse_json(*text);
 }
 
 /// Reads a server's access token from that file. Returns an empty one if there is none or it expires within token_margin.
@@ -3999,7 +4052,7 @@ inline access_token read_shared_token(const path& credentials_file, const std::s
                                       std::chrono::system_clock::time_point now) {
   const auto file = read_credentials(credentials_file);
   if (!file) return {};
-  const json& entry = member(member(file->root, "credentials"), base_url);
+  const json& entry = member(member(**file, "credentials"), base_url);
   const auto expires_at = parse_utc(text_of(member(entry, "expires_at")));
   auto value = text_of(member(entry, "access_token"));
   if (!expires_at || value.empty() || has_control(value)) return {};
@@ -4011,17 +4064,20 @@ inline access_token read_shared_token(const path& credentials_file, const std::s
 /// Adds a token to that file and keeps its other content. Replaces the file atomically; only its owner can read it.
 inline result<void> write_shared_token(const path& credentials_file, const std::string& base_url,
                                        const access_token& token) {
-  auto file = read_credentials(credentials_file);
+  const auto file = read_credentials(credentials_file);
   if (!file) return file.error();
-  json entry = json_object();
-  set_member(entry, "expires_at", json_text(format_utc(token.expires_at)));
-  set_member(entry, "access_token", json_text(token.value));
-  json tokens = member(file->root, "credentials");
-  set_member(tokens, base_url, std::move(entry));
-  set_member(file->root, "credentials", std::move(tokens));
+  json_object entry, tokens, whole;
+  entry.add_text("expires_at", format_utc(token.expires_at)).add_text("access_token", token.value);
+  for (const auto& [name, other] : members(member(**file, "credentials"))) {
+    if (name != base_url) tokens.add(name, json_of(other));
+  }
+  for (const auto& [name, other] : members(**file)) {
+    if (name != "credentials") whole.add(name, json_of(other));
+  }
+  whole.add("credentials", tokens.add(base_url, entry.str()).str());
   std::error_code failure;  // replace the target of a symbolic link, not the link
   const path target = std::filesystem::canonical(credentials_file, failure);
-  return replace_small_file(failure ? credentials_file : target, write_json(file->root, 2), 0600);
+  return replace_small_file(failure ? credentials_file : target, whole.str() + "\n", 0600);
 }
 
 // --------------------------------------------------------------------- the sources of settings, by priority
@@ -4114,8 +4170,8 @@ class settings_sources {
     if (const auto text = read_small_file("secrets.env", 1 << 20)) secrets_ = parse_key_values(*text);
     const auto file_text = read_small_file(hyperparameters, 1 << 20);
     for (const std::string& text : {file_text ? *file_text : std::string(), training.value_or("")}) {
-      const json parsed = parse_json(text);
-      const json& entry = member(parsed, "wandb_api_key");
+      const auto parsed = parse_json(text);
+      const json& entry = member(*parsed, "wandb_api_key");
       if (!entry.is_string()) continue;
       const std::string quoted = text_of(entry);
       std::string_view key = trim(quoted);
@@ -4142,8 +4198,8 @@ inline void find_run(settings& s, const settings_sources& sources) {
       !facts_of(resume_file).found())
     return;
   const auto text = read_small_file(resume_file, 1 << 20);
-  const json resumed = text ? parse_json(*text) : json();
-  if (const json& id = member(resumed, "run_id"); id.is_string()) {
+  const auto resumed = parse_json(text ? *text : std::string());
+  if (const json& id = member(*resumed, "run_id"); id.is_string()) {
     s.run_id = text_of(id);
   } else {
     s.warnings.push_back("the resume file " + in_quotes(resume_file) + " has no run_id and is not used");
@@ -4912,9 +4968,9 @@ inline result<access_token> session::exchange_identity(call& user_call) {
           status);
       failure.retry_after(parse_retry_after(got->head));
     } else {
-      const json answered = parse_json(body.text);
-      const json& lifetime = member(answered, "expires_in");
-      auto token = text_of(member(answered, "access_token"));
+      const auto answered = parse_json(body.text);
+      const json& lifetime = member(*answered, "expires_in");
+      auto token = text_of(member(*answered, "access_token"));
       if (lifetime.is_number() && !token.empty() && !has_control(token)) {
         const std::chrono::seconds lives(
             static_cast<std::int64_t>(std::clamp(number_of(lifetime), 0.0, 1e9)));
@@ -4992,7 +5048,7 @@ inline std::string session::status_text(const answer& got, const url& address,
                                         const std::string& authorization) const {
   const std::string status = "HTTP status " + std::to_string(got.head.status);
   if (!base || !under_base(*base, address)) return status;  // answers of storage may contain signatures
-  const auto said = without_secrets(backend_message(parse_json(got.body)), authorization);
+  const auto said = without_secrets(backend_message(*parse_json(got.body)), authorization);
   return said.empty() ? status : status + ", " + in_quotes(said);
 }
 
@@ -5001,7 +5057,7 @@ inline error session::status_error(const std::string& task, const answer& got, c
   const int status = got.head.status;
   std::string text = task + ": " + status_text(got, address, authorization);
   if (base && under_base(*base, address)) {
-    const std::string said = backend_message(parse_json(got.body));
+    const std::string said = backend_message(*parse_json(got.body));
     const auto missing = code_of_missing(said, errc::http_failure);
     const bool forbidden = status == 403 || contains_ignoring_case(said, "permission denied");
     if (status == 401)
@@ -5112,11 +5168,11 @@ class service {
   static constexpr std::int64_t page_size = 500;  // files
 
   enum class retries { until_timeout, none };
-  result<json_document> ask(const std::string& task, const char* query, json variables,
+  result<json_document> ask(const std::string& task, const char* query, const json_object& variables,
                             retries wanted = retries::until_timeout);
   result<json_document> ask_once(const std::string& task, const std::string& authorization,
                                  const std::string& body);
-  result<json_document> files_page(const std::string& task, const run_path& run, json variables,
+  result<json_document> files_page(const std::string& task, const run_path& run, json_object variables,
                                    retries wanted = retries::until_timeout);
   std::string hint_for_missing(const run_path& run, const std::string& name);
   [[nodiscard]] result<void> check_answered(const std::string& task, const char* kind, const json& answered,
@@ -5135,16 +5191,13 @@ class service {
   bool anonymous_ = false;
 };
 
-inline result<json_document> service::ask(const std::string& task, const char* query, json variables,
-                                          retries wanted) {
+inline result<json_document> service::ask(const std::string& task, const char* query,
+                                          const json_object& variables, retries wanted) {
   if (auto good = session_.ready(); !good) return good.error();
   auto authorization = session_.authorization(call_);
   if (!authorization) return authorization.error();
   anonymous_ = authorization->empty();
-  json question = json_object();
-  set_member(question, "query", json_text(query));
-  set_member(question, "variables", std::move(variables));
-  const std::string body = write_json(question);
+  const std::string body = json_object().add_text("query", query).add("variables", variables.str()).str();
   retry_clock time(call_);
   for (backoff tries(call_, time);;) {
     auto data = ask_once(task, *authorization, body);
@@ -5181,15 +5234,15 @@ inline result<json_document> service::ask_once(const std::string& task, const st
                      " the base URL of a W&B server?",
                  404);
   }
-  const json parsed = parse_json(collected.text);
-  if (!parsed.is_object()) {
+  const auto parsed = parse_json(collected.text);
+  if (!parsed->is_object()) {
     return error(errc::protocol_violation,
                  task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply: is " +
                      session_.config.base_url + " the base URL of a W&B server?",
                  200);
   }
-  const auto message = backend_message(parsed);
-  if (!message.empty() || !member(parsed, "errors").empty()) {
+  const auto message = backend_message(*parsed);
+  if (!message.empty() || !member(*parsed, "errors").empty()) {
     const std::string full = task + ": " + host() + " answered " +
                              (message.empty() ? "with errors that have no message"
                                               : in_quotes(session_.without_secrets(message, authorization)));
@@ -5202,12 +5255,12 @@ inline result<json_document> service::ask_once(const std::string& task, const st
     const bool may_be_hidden = anonymous_ && code != errc::http_failure;
     return error(code, full + (may_be_hidden ? "; " + session_.credentials_hint({}) : std::string()), 200);
   }
-  return json_document{member(parsed, "data")};
+  return parsed.at(member(*parsed, "data"));
 }
 
 /// Requests a page of a run's files. Returns the member `project.run.files` of the answer.
-inline result<json_document> service::files_page(const std::string& task, const run_path& run, json variables,
-                                                 retries wanted) {
+inline result<json_document> service::files_page(const std::string& task, const run_path& run,
+                                                 json_object variables, retries wanted) {
   // The variables have the SDK's names (RunFiles in wandb/apis/public/files.py).
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
@@ -5216,15 +5269,13 @@ inline result<json_document> service::files_page(const std::string& task, const 
       "files(names: $fileNames, after: $fileCursor, first: $fileLimit, pattern: $pattern) { "
       "edges { node { id name url directUrl sizeBytes mimetype updatedAt md5 } cursor } "
       "pageInfo { endCursor hasNextPage } } } } }";
-  set_member(variables, "project", json_text(run.project));
-  set_member(variables, "entity", json_text(run.entity));
-  set_member(variables, "name", json_text(run.run_id));
-  auto data = ask(task, query, std::move(variables), wanted);
+  variables.add_text("project", run.project).add_text("entity", run.entity).add_text("name", run.run_id);
+  auto data = ask(task, query, variables, wanted);
   if (!data) return data;
-  if (!has_member(data->root, "project")) {
+  if (!has_member(**data, "project")) {
     return error(errc::protocol_violation, task + ": the answer of " + host() + " has no field \"project\"");
   }
-  const json& project = member(data->root, "project");
+  const json& project = member(**data, "project");
   const json& found = member(project, "run");
   if (auto good = check_answered(task, "project", project, run.project); !good) return good.error();
   if (auto good = check_answered(task, "run", found, run.run_id); !good) return good.error();
@@ -5243,7 +5294,7 @@ inline result<json_document> service::files_page(const std::string& task, const 
   if (!found.is_object() || !member(files, "edges").is_array()) {
     return error(errc::protocol_violation, task + ": the answer of " + host() + " has no list of files");
   }
-  return json_document{files};
+  return data->at(files);
 }
 
 /// Checks that an answer describes the requested project or run: a proxy or cache may mix up two answers. A missing name
@@ -5315,15 +5366,14 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
   const std::string task = "looking for " + in_quotes(name) + " in " + run.str();
   const std::string plain = plain_name(name);
   const bool has_other_spelling = plain != name;
-  json names = json_array_of(json_text(name));
-  if (has_other_spelling) append_element(names, json_text(plain));
-  json variables = json_object();
-  set_member(variables, "fileNames", std::move(names));
-  set_member(variables, "fileLimit", json_number(has_other_spelling ? 2 : 1));
+  json_object variables;
+  variables.add("fileNames",
+                '[' + json_string(name) + (has_other_spelling ? ", " + json_string(plain) : "") + ']');
+  variables.add("fileLimit", has_other_spelling ? "2" : "1");
   auto files = files_page(task, run, std::move(variables));
   if (!files) return files.error();
   const json *exact = nullptr, *similar = nullptr, *never_uploaded = nullptr, *unrelated = nullptr;
-  for (const json& edge : elements(member(files->root, "edges"))) {
+  for (const json& edge : elements(member(**files, "edges"))) {
     const json& node = member(edge, "node");
     if (!node.is_object()) continue;
     const auto node_name = text_of(member(node, "name"));
@@ -5352,13 +5402,13 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
 /// error message.
 inline std::string service::hint_for_missing(const run_path& run, const std::string& name) {
   const std::string advice = "`wandb-restore --list` shows the names of the run's files";
-  json variables = json_object();
-  set_member(variables, "fileLimit", json_number(page_size));
+  json_object variables;
+  variables.add("fileLimit", std::to_string(page_size));
   const auto files =
       files_page("looking for names like " + in_quotes(name), run, std::move(variables), retries::none);
   if (!files) return advice;
   std::vector<std::string> names;
-  for (const json& edge : elements(member(files->root, "edges"))) {
+  for (const json& edge : elements(member(**files, "edges"))) {
     const json& node = member(edge, "node");
     if (text_of(member(node, "md5")) != "0") names.push_back(text_of(member(node, "name")));
   }
@@ -5386,13 +5436,13 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   std::size_t bytes = 0;
   std::vector<std::string> seen;
   for (std::string cursor;;) {
-    json variables = json_object();
-    set_member(variables, "fileLimit", json_number(page_size));
-    if (!cursor.empty()) set_member(variables, "fileCursor", json_text(cursor));
+    json_object variables;
+    variables.add("fileLimit", std::to_string(page_size));
+    if (!cursor.empty()) variables.add_text("fileCursor", cursor);
     auto files = files_page(task, run, std::move(variables));
     if (!files) return files.error();
     std::string last;
-    for (const json& edge : elements(member(files->root, "edges"))) {
+    for (const json& edge : elements(member(**files, "edges"))) {
       last = text_of(member(edge, "cursor"));
       const json& node = member(edge, "node");
       if (text_of(member(node, "md5")) == "0") continue;
@@ -5400,7 +5450,7 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
       const file_info& added = all.back();
       bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
     }
-    const json& page = member(files->root, "pageInfo");
+    const json& page = member(**files, "pageInfo");
     if (last.empty()) last = text_of(member(page, "endCursor"));
     if (!is_true(member(page, "hasNextPage")) || last.empty()) return all;
     if (bytes > max_listed || seen.size() >= max_pages) {
@@ -5424,7 +5474,7 @@ inline result<std::string> service::default_entity() {
   const std::string task = "asking for the account's default entity";
   auto data = ask(task, "query Viewer { viewer { id entity } }", json_object());
   if (!data) return data.error();
-  const std::string entity = text_of(member(member(data->root, "viewer"), "entity"));
+  const std::string entity = text_of(member(member(**data, "viewer"), "entity"));
   if (entity.empty()) {
     return error(errc::invalid_run_path,
                  task + ": " + host() +

@@ -191,19 +191,19 @@ TEST_SUITE("text") {
       for (std::size_t i = 0; i < depth; ++i) text += close;
       return text;
     };
-    CHECK(detail::parse_json("{\"a\": [1]}").is_object());
-    CHECK(detail::parse_json("{\"a\": [1]").is_null());
-    CHECK(detail::parse_json("").is_null());
-    CHECK(detail::parse_json(nested(64, "[", "]")).is_array());
-    CHECK(detail::parse_json(nested(65, "[", "]")).is_null());
-    CHECK(detail::parse_json(nested(32, "[{\"a\":", "}]")).is_array());
-    CHECK(detail::parse_json(nested(33, "[{\"a\":", "}]")).is_null());
-    CHECK(detail::parse_json(nested(100'000, "{\"a\":", "}")).is_null());
-    CHECK(detail::parse_json(std::string(1'000'000, '[')).is_null());
+    CHECK(detail::parse_json("{\"a\": [1]}")->is_object());
+    CHECK(detail::parse_json("{\"a\": [1]")->is_null());
+    CHECK(detail::parse_json("")->is_null());
+    CHECK(detail::parse_json(nested(64, "[", "]"))->is_array());
+    CHECK(detail::parse_json(nested(65, "[", "]"))->is_null());
+    CHECK(detail::parse_json(nested(32, "[{\"a\":", "}]"))->is_array());
+    CHECK(detail::parse_json(nested(33, "[{\"a\":", "}]"))->is_null());
+    CHECK(detail::parse_json(nested(100'000, "{\"a\":", "}"))->is_null());
+    CHECK(detail::parse_json(std::string(1'000'000, '['))->is_null());
     // Brackets in strings do not count, also after escaped quotes.
     const std::string text = "\"\\\"" + std::string(100, '[') + "\\\\\"";
-    CHECK(detail::text_of(detail::parse_json(text)) == "\"" + std::string(100, '[') + "\\");
-    CHECK(detail::parse_json("[[],[],{}," + text + "]").is_array());
+    CHECK(detail::text_of(*detail::parse_json(text)) == "\"" + std::string(100, '[') + "\\");
+    CHECK(detail::parse_json("[[],[],{}," + text + "]")->is_array());
   }
 
   TEST_CASE("numbers: the whole text must be digits, and the value must fit") {
