@@ -880,7 +880,6 @@ std::vector<file_info> list_files(const Run& run) {
 #include <cstring>             // memcpy
 #include <ctime>               // HTTP dates
 #include <mutex>               //
-#include <thread>              // sleep_for
 
 #include <nlohmann/json.hpp>
 
@@ -2144,6 +2143,7 @@ inline std::uint64_t own_user() { return 0; }
   return MoveFileExW(source.c_str(), destination.c_str(), how) ? 0 : last_os_error();
 }
 inline void sync_directory(const path&) {}
+inline void pause_thread(int milliseconds) { ::Sleep(static_cast<DWORD>(milliseconds)); }
 inline const char* why_not_replaceable(const path&) { return nullptr; }
 inline std::size_t longest_name(const path&) { return 255; }
 /// Returns the length in UTF-16 units, the unit of longest_name.
@@ -2353,6 +2353,7 @@ inline void sync_directory(const path& directory) {
   (void)uninterrupted([&] { return ::fsync(opened); });
   close_file(opened);
 }
+inline void pause_thread(int milliseconds) { ::poll(nullptr, 0, milliseconds); }
 
 /// Returns the limit, in bytes, for a name in the directory.
 inline std::size_t longest_name(const path& directory) {
@@ -3771,17 +3772,19 @@ inline result<url> parse_base_url(std::string_view text) {
   return parsed;
 }
 
-/// The base URL under each host name of its service, the given host first.
-inline std::vector<url> names_of(const url& base) {
-  std::vector<url> names{base};
-  const auto* deployment = forge_deployment_of(base.host);
-  if (deployment == nullptr) return names;
-  for (const auto host : {deployment->api_host, deployment->wandb_api_host}) {
-    if (host == base.host) continue;
-    names.push_back(base);
-    names.back().host = host;
+/// The host names of a base URL's service, that of the base URL first.
+inline std::vector<std::string> hosts_of(const url& base) {
+  std::vector<std::string> hosts{base.host};
+  if (const auto* deployment = forge_deployment_of(base.host)) {
+    for (const auto host : {deployment->api_host, deployment->wandb_api_host}) {
+      if (host != base.host) hosts.push_back(std::string(host));
+    }
   }
-  return names;
+  return hosts;
+}
+inline url with_host(url address, std::string_view host) {
+  address.host = host;
+  return address;
 }
 
 inline std::string without_final_slash(const url& address) {
@@ -3802,9 +3805,9 @@ inline std::string key_page(url base) {
 /// service, and its path is the base URL's or extends it by whole segments. False for a path with a segment "..", plain or
 /// percent-encoded: the server may resolve it to a path outside.
 inline bool under_base(const url& base, const url& candidate) {
-  bool is_service = false;
-  for (const url& name : names_of(base)) is_service = is_service || name.origin() == candidate.origin();
-  if (!is_service) return false;
+  if (!contains(hosts_of(base), candidate.host) ||
+      with_host(base, candidate.host).origin() != candidate.origin())
+    return false;
   const std::string target = candidate.target.substr(0, candidate.target.find('?'));
   auto plain = percent_decode(target);
   if (!plain) return false;
@@ -3955,11 +3958,11 @@ inline std::vector<std::string> netrc_machines(std::string_view base_text, const
   }
   if (url::parse(base_text).value_or(base).host == base.host)
     machines.insert(machines.begin(), authority(base_text));
-  for (const url& name : names_of(base)) {
-    machines.push_back(authority(name.origin()));
-    machines.push_back(name.host);
+  for (const auto& host : hosts_of(base)) {
+    machines.push_back(authority(with_host(base, host).origin()));
+    machines.push_back(host);
   }
-  machines.emplace_back(deployment->web_host);
+  machines.push_back(std::string(deployment->web_host));
   return machines;
 }
 
@@ -4033,7 +4036,7 @@ inline std::vector<std::string> shared_token_keys(std::string_view base_text, co
   while (!base_text.empty() && base_text.back() == '/') base_text.remove_suffix(1);
   if (forge_deployment_of(base.host) == nullptr) return {std::string(base_text)};
   std::vector<std::string> keys;
-  for (const url& name : names_of(base)) keys.push_back(without_final_slash(name));
+  for (const auto& host : hosts_of(base)) keys.push_back(without_final_slash(with_host(base, host)));
   return keys;
 }
 
@@ -4442,7 +4445,7 @@ class call {
     for (const auto end = clock::now() + time; !cancelled();) {
       const auto left = std::chrono::duration_cast<milliseconds>(end - clock::now());
       if (left.count() <= 0) return true;
-      std::this_thread::sleep_for((std::min)(left, milliseconds(20)));
+      pause_thread(static_cast<int>((std::min<std::int64_t>)(left.count(), 20)));
     }
     return false;
   }
@@ -5501,9 +5504,11 @@ class thread {
   thread& operator=(const thread&) = delete;
   ~thread() { join(); }
 
-  /// Calls `body` in a new thread. Returns false if the system starts none.
-  [[nodiscard]] bool start(std::function<void()> body) {
-    body_ = std::move(body);
+  /// Calls a member function of an object in a new thread. Returns false if the system starts none.
+  template <auto Function, class Object>
+  [[nodiscard]] bool start(Object* object) {
+    object_ = object;
+    function_ = [](void* erased) { (static_cast<Object*>(erased)->*Function)(); };
 #ifdef _WIN32
     handle_ = reinterpret_cast<HANDLE>(_beginthreadex(nullptr, 0, &run, this, 0, nullptr));
     started_ = handle_ != nullptr;
@@ -5512,7 +5517,7 @@ class thread {
 #endif
     return started_;
   }
-  /// Blocks until a started thread has returned from its body, at most for `limit`. Returns whether it has.
+  /// Blocks until a started thread has returned from its function, at most for `limit`. Returns whether it has.
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
     return returned_.wait_for(held, limit, [&] { return has_returned_; });
@@ -5537,7 +5542,7 @@ class thread {
     return {};
   }
   void run_body() {
-    body_();
+    function_(object_);
     const std::lock_guard<std::mutex> guard(mutex_);
     has_returned_ = true;
     returned_.notify_all();
@@ -5547,7 +5552,8 @@ class thread {
 #else
   pthread_t handle_{};
 #endif
-  std::function<void()> body_;
+  void* object_ = nullptr;
+  void (*function_)(void* erased) = nullptr;
   bool started_ = false;
   std::mutex mutex_;
   std::condition_variable returned_;
@@ -5665,7 +5671,9 @@ class range_plan {
   };
 
   range_plan(std::size_t connections, std::uint64_t file_size, const std::vector<byte_range>& gaps)
-      : file_size_(file_size), gaps_(gaps.rbegin(), gaps.rend()), slots_(connections) {}
+      : file_size_(file_size), slots_(connections) {
+    for (auto gap = gaps.size(); gap-- > 0;) gaps_.push_back(gaps[gap]);
+  }
 
   [[nodiscard]] std::size_t connections() const { return slots_.size(); }
   [[nodiscard]] cursor& operator[](std::size_t connection) { return slots_[connection].range; }
@@ -6078,9 +6086,7 @@ class digest_follower {
       : file_(file), table_(table), state_(state) {}
 
   /// Returns false if the system starts no thread: then compute the digest after the download.
-  [[nodiscard]] bool start() {
-    return is_started_ = thread_.start([this] { follow(); });
-  }
+  [[nodiscard]] bool start() { return is_started_ = thread_.start<&digest_follower::follow>(this); }
   /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has.
   bool wait(milliseconds limit) { return thread_.wait(limit); }
   void join() { thread_.join(); }
@@ -6630,7 +6636,13 @@ class ranged_transfer final : public transfer {
   range_plan plan_;
   clock::time_point touched_ = clock::now();
   digest_follower digest_;
-  std::vector<thread> workers_;
+  struct worker {
+    ranged_transfer* owner = nullptr;
+    std::size_t connection = 0;
+    thread handle = {};
+    void run() { owner->work(connection); }
+  };
+  std::vector<worker> workers_;
 };
 
 /// Checks a response against the requested range, and stores its bytes.
@@ -6731,9 +6743,11 @@ inline result<std::string> ranged_transfer::run() {
 }
 
 inline void ranged_transfer::start_workers() {
-  workers_ = std::vector<thread>(plan_.connections());
+  workers_ = std::vector<worker>(plan_.connections());
   for (std::size_t connection = 0; connection < workers_.size(); ++connection) {
-    if (workers_[connection].start([this, connection] { work(connection); })) continue;
+    workers_[connection].owner = this;
+    workers_[connection].connection = connection;
+    if (workers_[connection].handle.start<&worker::run>(&workers_[connection])) continue;
     if (connection == 0) state_.fail(job_.no_thread());
     for (; connection < workers_.size(); ++connection) plan_.park(connection);  // fewer connections
   }
@@ -6742,7 +6756,7 @@ inline void ranged_transfer::start_workers() {
 inline void ranged_transfer::end() {
   state_.stop();
   table_.close();
-  for (auto& worker : workers_) worker.join();
+  for (auto& each : workers_) each.handle.join();
   digest_.join();
 }
 
@@ -6965,7 +6979,7 @@ class stream_transfer::stream_request final : public file_request {
 };
 
 inline result<std::string> stream_transfer::run() {
-  if (!worker_.start([this] { work(); })) return job_.no_thread();
+  if (!worker_.start<&stream_transfer::work>(this)) return job_.no_thread();
   supervise([&] {
     measure(received_);
     reporter_.report(phase::downloading, advance(position_), job_.remote.info.size, pace_);
@@ -7413,9 +7427,14 @@ class restoring {
   result<void> finish(partial_file& partial) {
     constexpr std::uint64_t large = 8 * 1024 * 1024;  // bytes
     if (partial.size() < large) return partial.finish();
-    result<void> finished;
+    struct task {
+      partial_file& content;
+      result<void> finished = {};
+      void run() { finished = content.finish(); }
+    };
+    task sync{partial};
     thread syncing;
-    if (!syncing.start([&] { finished = partial.finish(); })) return partial.finish();
+    if (!syncing.start<&task::run>(&sync)) return partial.finish();
     for (auto touched = clock::now(); !syncing.wait(milliseconds(100));) {
       reporter_.report_if_due(phase::verifying, partial.size(), partial.size());
       if (clock::now() - touched > std::chrono::seconds(partial_file::quiet / 6)) {
@@ -7423,7 +7442,7 @@ class restoring {
         partial.touch();
       }
     }
-    return finished;
+    return sync.finished;
   }
 
   /// Whether to read the directory for partial files. A killed writer leaves its lock file, and the name of a released
@@ -7952,8 +7971,8 @@ class address_memory {
       if (hosts_[known] != host) continue;
       for (std::size_t i = 1; i < addresses.size(); ++i) {
         if (!(addresses[i] == winners_[known])) continue;
-        addresses.erase(addresses.begin() + static_cast<std::ptrdiff_t>(i));
-        addresses.insert(addresses.begin(), winners_[known]);
+        for (auto place = i; place > 0; --place) std::swap(addresses[place], addresses[place - 1]);
+        return;
       }
     }
   }
@@ -8991,7 +9010,7 @@ class cancellation_watcher {
   cancellation_watcher& operator=(const cancellation_watcher&) = delete;
 
   [[nodiscard]] bool start() {
-    return !request_.is_cancelled || thread_.start([this] { watch(); });
+    return !request_.is_cancelled || thread_.start<&cancellation_watcher::watch>(this);
   }
 
  private:
