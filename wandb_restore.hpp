@@ -1012,6 +1012,29 @@ inline std::string_view trim(std::string_view text) {
   return text;
 }
 
+/// Removes the white space that Python's str.strip() removes from both ends of a UTF-8 text.
+inline std::string_view strip(std::string_view text) {
+  const auto is_white = [](std::string_view c) {
+    if (c.size() == 1) return is_space(c.front()) || (c.front() >= '\x1c' && c.front() <= '\x1f');
+    if (c.size() == 2) return c == "\xc2\x85" || c == "\xc2\xa0";  // U+0085, U+00A0
+    const std::string_view last = c.substr(2);
+    if (starts_with(c, "\xe2\x80"))  // U+2000 to U+200A, U+2028, U+2029, U+202F
+      return (last >= "\x80" && last <= "\x8a") || last == "\xa8" || last == "\xa9" || last == "\xaf";
+    return c == "\xe1\x9a\x80" || c == "\xe2\x81\x9f" || c == "\xe3\x80\x80";  // U+1680, U+205F, U+3000
+  };
+  for (std::size_t bytes = 1; bytes <= 3 && bytes <= text.size();) {
+    const bool white = is_white(text.substr(0, bytes));
+    if (white) text.remove_prefix(bytes);
+    bytes = white ? 1 : bytes + 1;
+  }
+  for (std::size_t bytes = 1; bytes <= 3 && bytes <= text.size();) {
+    const bool white = is_white(text.substr(text.size() - bytes));
+    if (white) text.remove_suffix(bytes);
+    bytes = white ? 1 : bytes + 1;
+  }
+  return text;
+}
+
 inline std::vector<std::string_view> split(std::string_view text, char separator) {
   std::vector<std::string_view> parts;
   for (;;) {
@@ -1679,7 +1702,7 @@ inline std::optional<run_path> plain_run_path(std::string_view text) {
   }
   if (parts.size() > 3) return std::nullopt;
   for (auto& part : parts) {
-    part = trim(part);
+    part = strip(part);
     if (part.empty()) return std::nullopt;
   }
   run_path found;
@@ -1719,8 +1742,8 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
   for (std::string* part : {&found.entity, &found.project, &found.run_id}) {
     if (next == runs) ++next;
     const auto plain = has_host ? percent_decode(segments[next++]) : std::string(segments[next++]);
-    if (!plain || !is_usable_part(trim(*plain))) return std::nullopt;
-    *part = trim(*plain);
+    if (!plain || !is_usable_part(strip(*plain))) return std::nullopt;
+    *part = strip(*plain);
   }
   return found;
 }
@@ -1730,7 +1753,7 @@ inline bool names_sweep(std::string_view path, bool has_scheme) {
   if (has_scheme) path.remove_prefix(path.find("://") + 3);
   std::vector<std::string_view> segments;
   for (const auto segment : split(path, '/')) {
-    if (!trim(segment).empty()) segments.push_back(trim(segment));
+    if (!strip(segment).empty()) segments.push_back(strip(segment));
   }
   std::size_t kind = has_scheme ? 3 : 2;  // after the host, if there is one, entity and project
   while (kind < segments.size() && segments[kind] != "runs" && segments[kind] != "sweeps") ++kind;
@@ -1745,7 +1768,7 @@ inline result<run_path> split_run_path(std::string_view text) {
     return error(errc::invalid_run_path,
                  "invalid run path " + in_quotes(redacted_address(text)) + ": " + std::string(why));
   };
-  const auto path = trim(text.substr(0, text.find_first_of("?#")));
+  const auto path = strip(text.substr(0, text.find_first_of("?#")));
   if (has_control(path)) return fail("it has control characters");
   const std::string start = lower(path.substr(0, 8));
   const bool has_scheme = starts_with(start, "http://") || start == "https://";
@@ -4071,9 +4094,9 @@ class settings_sources {
 
 /// Finds entity, project and id of the default run.
 inline void find_run(settings& s, const settings_sources& sources) {
-  s.entity = trim(sources.find_name("WANDB_ENTITY", "entity"));
-  s.project = trim(sources.find_name("WANDB_PROJECT", "project"));
-  s.run_id = trim(sources.find({"WANDB_RUN_ID"}, "run_id").value);
+  s.entity = strip(sources.find_name("WANDB_ENTITY", "entity"));
+  s.project = strip(sources.find_name("WANDB_PROJECT", "project"));
+  s.run_id = strip(sources.find({"WANDB_RUN_ID"}, "run_id").value);
   const path resume_file = sources.wandb_directory / "wandb-resume.json";
   if (!s.run_id.empty() || sources.find({"WANDB_RESUME"}, "resume").value != "auto" ||
       !facts_of(resume_file).found())
