@@ -1292,6 +1292,61 @@ inline std::string redacted_address(std::string_view text) {
   return shown.append(text.substr(0, text.find_first_of("?#")));
 }
 
+/// Removes tags, and the content of the elements "script" and "style", from a text in HTML or XML.
+inline std::string without_markup(std::string_view text) {
+  const auto skip_to = [&](std::string_view mark) {
+    text.remove_prefix((std::min)(text.find(mark), text.size()));
+  };
+  std::string plain;
+  while (!text.empty()) {
+    const auto tag = (std::min)(text.find('<'), text.size());
+    plain.append(text.substr(0, tag)).append(" ");
+    text.remove_prefix(tag);
+    const std::string name = lower(text.substr(0, 7));
+    if (starts_with(name, "<script") || starts_with(name, "<style")) skip_to("</");
+    skip_to(">");
+    if (!text.empty()) text.remove_prefix(1);
+  }
+  return plain;
+}
+
+/// Returns the first words of a server's text for a message, about 80 bytes: on one line, without markup and control
+/// characters. Words that may be secrets become "***": keys, tokens, and the queries of addresses.
+inline std::string first_words(std::string_view text) {
+  constexpr std::size_t most = 80, shortest_secret = 20;
+  std::string plain(without_markup(text));
+  if (trim(plain).empty()) plain = text;
+  for (char& c : plain) {
+    if (is_space(c)) c = ' ';
+  }
+  std::string words;
+  for (const auto word : split(plain, ' ')) {
+    std::string shown;
+    for (const char c : word) {
+      if (!is_control(c)) shown += c;
+    }
+    if (shown.empty()) continue;
+    if (const auto query = shown.find('='); query != shown.npos) {
+      const auto mark = shown.find('?');
+      shown = (mark < query ? redacted_address(shown) : std::string()) + "***";
+    }
+    std::size_t run = 0;  // of characters that a key consists of
+    for (const char c : shown) {
+      run = is_plain({&c, 1}) || c == '+' || c == '/' || c == '.' || c == '%' ? run + 1 : 0;
+      if (run == shortest_secret && shown.find("://") == shown.npos) {
+        shown = "***";
+        break;
+      }
+    }
+    words.append(words.empty() ? "" : " ").append(shown);
+    if (words.size() > most) break;
+  }
+  if (words.size() <= most) return words;
+  std::size_t end = most;  // not inside a character
+  while (end > 0 && (static_cast<unsigned char>(words[end]) & 0xC0U) == 0x80U) --end;
+  return words.substr(0, end) + "...";
+}
+
 }  // namespace detail
 
 WANDB_RESTORE_PRIVATE_INLINE const std::string* http_response::header(std::string_view name) const {
@@ -4482,6 +4537,27 @@ struct answer {
   std::string body;  // the beginning of a body that was not streamed
 };
 
+/// Returns the Content-Encoding of a response, for a message. Empty if there is none: requests accept identity only.
+inline std::string unwanted_coding(const http_response& head) {
+  const std::string* coding = head.header("Content-Encoding");
+  if (coding == nullptr || trim(*coding).empty() || equal_ignoring_case(trim(*coding), "identity")) return {};
+  return "its Content-Encoding is " + in_quotes(*coding) +
+         ", although the request accepts identity only: a proxy may be compressing";
+}
+
+/// The number of a body's first bytes that a message may describe.
+inline constexpr std::size_t max_described = 2048;
+
+/// Describes an answer in the place of the expected one, for a message. `text` is the beginning of the body, without secrets
+/// of this client.
+inline std::string description_of(const http_response& head, std::string_view text) {
+  const std::string* type = head.header("Content-Type");
+  const std::string words = first_words(text);
+  return "the answer " + (type != nullptr ? "is " + in_quotes(*type) : "has no Content-Type") +
+         (words.empty() ? " without a text" : " and begins with " + in_quotes(words)) +
+         ": a login page or proxy may answer in the place of the server";
+}
+
 /// Stands between a transport and the destination of the bytes. Bounds the head, ends a transfer that is too slow, and
 /// streams only bodies of status 200 and 206 to the destination; keeps the beginning of other bodies.
 class guarded_sink final : public body_sink {
@@ -4545,10 +4621,6 @@ class guarded_sink final : public body_sink {
     if (head.headers.size() > max_fields || size > max_head_bytes) return refuse("its header is too large");
     head_ = head;
     streamed_ = head.status == 200 || head.status == 206;
-    const std::string* coding = head.header("Content-Encoding");
-    if (streamed_ && coding != nullptr && !equal_ignoring_case(trim(*coding), "identity")) {
-      return refuse("its Content-Encoding is " + in_quotes(*coding) + ", the request accepts identity only");
-    }
     return !streamed_ || destination_.start(head);
   }
 
@@ -4587,18 +4659,24 @@ class guarded_sink final : public body_sink {
   std::uint64_t window_bytes_ = 0;
 };
 
-/// Collects a body of at most `limit` bytes in memory.
+/// Collects a body of at most `limit` bytes in memory, if it has no Content-Encoding.
 class collecting_sink final : public body_sink {
  public:
   explicit collecting_sink(std::size_t limit) : limit_(limit) {}
-  bool start(const http_response&) override { return true; }
+  bool start(const http_response& head) override {
+    problem = unwanted_coding(head);
+    return problem.empty();
+  }
   bool write(std::string_view bytes) override {
-    overflow = overflow || text.size() + bytes.size() > limit_;
-    if (!overflow) text.append(bytes);
-    return !overflow;
+    if (text.size() + bytes.size() > limit_) {
+      problem = "it is longer than " + readable_bytes(limit_);
+      return false;
+    }
+    text.append(bytes);
+    return true;
   }
   std::string text;
-  bool overflow = false;
+  std::string problem;  // why the answer cannot be used, for a message; empty if it can
 
  private:
   std::size_t limit_;
@@ -4865,7 +4943,8 @@ inline result<access_token> session::exchange_identity(call& user_call) {
     auto got = send(user_call, request, {}, body, address);
     error failure(errc::protocol_violation, task + ": the answer has no access token; is " + config.base_url +
                                                 " the base URL of a W&B server?");
-    if (body.overflow) return failure;
+    if (!body.problem.empty())
+      return error(errc::protocol_violation, task + ": cannot use the answer: " + body.problem);
     if (!got) {
       failure = got.error();
     } else if (got->head.status != 200) {
@@ -4942,6 +5021,7 @@ inline std::string session::without_secrets(std::string said, const std::string&
     if (starts_with(value, "Basic ")) hide(text_after(base64_decode(secret).value_or(""), ':'));
   };
   hide_credentials(authorization);
+  hide(std::string(trim(config.api_key)));
   for (const auto& field : config.extra_headers) hide_credentials(field.second);
   return said;
 }
@@ -5140,9 +5220,9 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   collecting_sink collected(max_answer);
   url address = join_path(*session_.base, "/graphql");
   auto response = session_.send(call_, std::move(request), authorization, collected, address);
-  if (collected.overflow) {
+  if (!collected.problem.empty()) {
     return error(errc::protocol_violation,
-                 task + ": the answer of " + host() + " is longer than " + readable_bytes(max_answer));
+                 task + ": cannot use the answer of " + host() + ": " + collected.problem);
   }
   if (!response) return error(response.error());
   if (response->head.status != 200) {
@@ -5155,10 +5235,13 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   }
   const json parsed = parse_json(collected.text);
   if (!parsed.is_object()) {
-    return error(errc::protocol_violation,
-                 task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply: is " +
-                     session_.config.base_url + " the base URL of a W&B server?",
-                 200);
+    return error(
+        errc::protocol_violation,
+        task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply: is " +
+            session_.config.base_url + " the base URL of a W&B server? " +
+            description_of(response->head,
+                           session_.without_secrets(collected.text.substr(0, max_described), authorization)),
+        200);
   }
   const auto message = backend_message(parsed);
   if (!message.empty() || !member(parsed, "errors").empty()) {
@@ -6218,6 +6301,8 @@ struct transfer_job {
   [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
   /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
+  /// Whether the service tells enough to notice bytes that are not the file's.
+  [[nodiscard]] bool is_checked() const { return remote.info.size || is_verified(); }
   /// Makes an error: <label>: <address> <problem>.
   [[nodiscard]] error failure(errc code, const url& address, const std::string& problem) const {
     return error(code, label() + ": " + address.redacted() + " " + problem);
@@ -6226,6 +6311,12 @@ struct transfer_job {
     return failure(errc::checksum_mismatch, source,
                    "has " + std::to_string(size) + " bytes, the service says " +
                        std::to_string(*remote.info.size));
+  }
+  /// Makes the error for a response that lacks bytes. A complete response that is not the file is no transient failure.
+  [[nodiscard]] error ended_early(const url& source, std::uint64_t missing, bool is_foreign,
+                                  const std::string& remark) const {
+    return failure(is_foreign ? errc::protocol_violation : errc::connection_failed, source,
+                   "ended " + std::to_string(missing) + " bytes early" + remark);
   }
   [[nodiscard]] error no_thread() const {
     return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
@@ -6275,6 +6366,40 @@ class response_taker {
   ~response_taker() = default;
 };
 
+/// The beginning of a response. Recognises answers that are not the file: a proxy has compressed them, or another server has
+/// sent a page.
+class response_sample {
+ public:
+  void start(const http_response& head, const std::string& mimetype) {
+    head_ = head;
+    coding_ = unwanted_coding(head);
+    const std::string* field = head.header("Content-Type");
+    const std::string type(field != nullptr ? lower(trim(field->substr(0, field->find(';')))) : "");
+    is_html_ = type == "text/html";
+    is_other_text_ = type != lower(mimetype) && (starts_with(type, "text/") || type == "application/json");
+  }
+  void write(std::string_view bytes) { text_.append(bytes.substr(0, max_described - text_.size())); }
+  [[nodiscard]] bool is_full() const { return text_.size() == max_described; }
+  [[nodiscard]] bool is_coded() const { return !coding_.empty(); }
+  /// Whether the head tells the length of the body, or where it ends: a cut connection does not look like its end.
+  [[nodiscard]] bool is_framed() const {
+    return head_.header("Content-Length") != nullptr || head_.header("Transfer-Encoding") != nullptr;
+  }
+  /// Returns text to append to a failure; empty if nothing is suspicious. Quotes only pages and texts of another type than the
+  /// file has: the file's own content may be private.
+  [[nodiscard]] std::string remark(const session& service_session, const std::string& authorization) const {
+    if (is_coded()) return "; " + coding_;
+    const bool is_page = is_html_ || is_other_text_ || starts_with(trim(text_), "<");
+    if (head_.status != 200 || text_.empty() || !is_page) return {};
+    return "; " + description_of(head_, service_session.without_secrets(text_, authorization));
+  }
+
+ private:
+  http_response head_;
+  std::string coding_, text_;
+  bool is_html_ = false, is_other_text_ = false;
+};
+
 /// Requests parts of a file from its final address. All parts have the entity tag of the first response. Thread-safe.
 class file_source {
  public:
@@ -6287,8 +6412,10 @@ class file_source {
 
   struct outcome {
     setback problem = {};
-    url address = {};        // the last address, after redirects
-    bool has_ended = false;  // the transport delivered a response of status 200 or 206 to its end
+    url address = {};         // the last address, after redirects
+    bool has_ended = false;   // the transport delivered a response of status 200 or 206 to its end
+    bool is_foreign = false;  // the response is complete, and perhaps not the file; `remark` says why
+    std::string remark = {};  // text to append to a failure
   };
   /// Makes one request for a range. An `end` of 0 stands for the end of the file; {0, 0} requests the whole file, without a
   /// Range field. Calls `address_found` when redirects have led away from the service.
@@ -6304,6 +6431,11 @@ class file_source {
   }
   /// Accepts any entity tag from the next response. Call when the transfer starts over.
   void start_over() { entity_.reset(); }
+  /// Returns text to append to the error for a wrong md5; empty if no response was suspicious.
+  [[nodiscard]] std::string remark() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return remark_;
+  }
 
  private:
   class guard;
@@ -6311,10 +6443,16 @@ class file_source {
   [[nodiscard]] setback refused(const file_location::lease& lease, const answer& got, const url& address,
                                 bool is_range, const std::string& authorization);
   [[nodiscard]] setback other_entity(call& asking_call, const url& address);
+  void remember(const std::string& remark) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    remark_ = remark;
+  }
 
   const transfer_job& job_;
   file_location location_;
   entity_pin entity_;
+  mutable std::mutex mutex_;  // guards the last
+  std::string remark_;
 };
 
 /// Stands between the session and a response_taker. Checks the entity tag, and reports the address of the response.
@@ -6325,30 +6463,43 @@ class file_source::guard final : public body_sink {
 
   void connected() override { taker_.connected(); }
   bool start(const http_response& head) override {
+    sample_.start(head, source_.job_.remote.info.mimetype);
     is_other_entity_ = !source_.entity_.accept(head);
     if (is_other_entity_) return false;
     problem_ = taker_.begin(head, address_);
-    if (problem_) return false;
+    if (!problem_ && sample_.is_coded() && !source_.job_.is_checked()) {
+      problem_ = {setback::remedy::retry, source_.job_.failure(errc::protocol_violation, address_,
+                                                               "sends bytes that cannot be checked")};
+    }
+    if (problem_) return is_sampled();
     source_.location_.found(lease_, address_);
     source_.location_.served(lease_);
     return true;
   }
   bool write(std::string_view bytes) override {
     has_body_ = true;
-    return taker_.write(bytes);
+    sample_.write(bytes);
+    return problem_ ? is_sampled() : taker_.write(bytes);
   }
 
   [[nodiscard]] bool is_other_entity() const { return is_other_entity_; }
   [[nodiscard]] const setback& problem() const { return problem_; }
   [[nodiscard]] bool has_body() const { return has_body_; }
+  [[nodiscard]] const response_sample& sample() const { return sample_; }
 
  private:
+  /// Whether to read on although the size is wrong: the error describes what came.
+  [[nodiscard]] bool is_sampled() const {
+    return problem_.failure->code() == errc::checksum_mismatch && !sample_.is_coded() && !sample_.is_full();
+  }
+
   file_source& source_;
   const file_location::lease& lease_;
   const url& address_;
   response_taker& taker_;
   bool is_other_entity_ = false, has_body_ = false;
   setback problem_;
+  response_sample sample_;
 };
 
 inline file_source::outcome file_source::fetch(call& asking_call, byte_range range,
@@ -6386,10 +6537,19 @@ inline file_source::outcome file_source::fetch(call& asking_call, byte_range ran
         location_.found(*lease, hop);  // now, so that other connections do not wait for the response
         address_found();
       });
+  const bool is_coded = sink.sample().is_coded();
+  now.remark = sink.sample().remark(job_.service_session, *authorization);
+  now.is_foreign = !now.remark.empty() && sink.sample().is_framed();
+  if (is_coded || !job_.remote.info.size) remember(now.remark);
   if (sink.is_other_entity()) {
     now.problem = other_entity(asking_call, now.address);
   } else if (sink.problem()) {
     now.problem = sink.problem();
+    if (const error& failure = *now.problem.failure; failure.code() == errc::checksum_mismatch || is_coded) {
+      const auto code =
+          is_coded && failure.code() == errc::checksum_mismatch ? errc::protocol_violation : failure.code();
+      now.problem.failure = error(code, failure.what() + now.remark);
+    }
   } else if (!got) {
     now.problem = {remedy::fewer, got.error()};
     if (!sink.has_body() && got.error().code() != errc::cancelled) location_.forget(*lease);
@@ -6455,6 +6615,8 @@ class transfer {
   transfer& operator=(const transfer&) = delete;
   /// Whether the run has replaced the file since the transfer began.
   [[nodiscard]] bool is_replaced() const { return is_replaced_; }
+  /// Returns text to append to the error for a wrong md5; empty if no response was suspicious.
+  [[nodiscard]] std::string remark() const { return source_.remark(); }
 
  protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
@@ -6805,11 +6967,10 @@ inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffe
   if (state_.is_stopped() || cursor.is_taken_over()) return {};
   if (taker.is_surplus())
     return {remedy::whole,
-            job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
+            job_.failure(errc::protocol_violation, now.address, "sends more than it promised" + now.remark)};
   if (now.problem || !now.has_ended || !cursor.is_wanted() || taker.is_short()) return now.problem;
   return {remedy::retry,
-          job_.failure(errc::connection_failed, now.address,
-                       "ended " + std::to_string(cursor.end - cursor.position) + " bytes early")};
+          job_.ended_early(now.address, cursor.end - cursor.position, now.is_foreign, now.remark)};
 }
 
 /// Transfers a file of unknown size or md5: one connection fetches it, because ranges could not be verified together. Hashes
@@ -6987,7 +7148,7 @@ inline setback stream_transfer::fetch() {
   if (taker.disk_problem()) return {remedy::retry, *taker.disk_problem()};
   if (taker.is_surplus())
     return {remedy::retry,
-            job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
+            job_.failure(errc::protocol_violation, now.address, "sends more than it promised" + now.remark)};
   if (now.problem.cure == remedy::whole) {
     start_over();
     if (!now.problem.failure->is_transient()) return {};
@@ -6995,8 +7156,7 @@ inline setback stream_transfer::fetch() {
   if (now.problem || !now.has_ended) return now.problem;
   if (taker.is_shorter()) return shorter(now.address);
   if (total_ && position_ < *total_) {
-    return {remedy::retry, job_.failure(errc::connection_failed, now.address,
-                                        "ended " + std::to_string(*total_ - position_) + " bytes early")};
+    return {remedy::retry, job_.ended_early(now.address, *total_ - position_, now.is_foreign, now.remark)};
   }
   state_.complete();
   return {};
@@ -7034,7 +7194,8 @@ class download {
     content_wrong_ = true;
     return error(errc::checksum_mismatch,
                  job_.label() + ": its md5 is " + (digest->empty() ? "unreadable" : *digest) + " after " +
-                     std::to_string(destination.size()) + " bytes, the service says " + remote_.info.md5);
+                     std::to_string(destination.size()) + " bytes, the service says " + remote_.info.md5 +
+                     transfer.remark());
   }
 
   const remote_file remote_;
