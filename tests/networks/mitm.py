@@ -1,9 +1,12 @@
-"""What the inspecting proxy of networks.py does to answers: the file's name tells."""
+"""The script of the inspecting proxy of networks.py. The name of a file says what happens to its answers."""
+import os
+import pathlib
 
 
 def requestheaders(flow):
     if "strip-range" in flow.request.path:
-        flow.request.headers.pop("Range", None)
+        if flow.request.headers.pop("Range", None):
+            pathlib.Path(os.environ["NETWORKS_STRIPPED"]).touch()
         flow.request.headers.pop("If-Range", None)
 
 

@@ -125,8 +125,8 @@ class Toxiproxy:
         self.ask("POST", "/proxies", {"name": name, "listen": listen, "upstream": upstream})
         return name
 
-    def add(self, name, kind, attributes):
-        self.ask("POST", f"/proxies/{name}/toxics", {"type": kind, "name": kind, "attributes": attributes})
+    def add(self, name, kind, attributes, stream="downstream"):
+        self.ask("POST", f"/proxies/{name}/toxics", {"type": kind, "name": kind, "attributes": attributes, "stream": stream})
 
     def clear(self, name):
         for toxic in json.loads(self.ask("GET", f"/proxies/{name}/toxics")):
@@ -177,7 +177,7 @@ def start_mitmproxy(server):
     """Returns the port of a proxy that inspects TLS, and the certificate of its authority."""
     folder, port = base / "mitmproxy", free_port()
     start([given.mitmdump, "--quiet", "--listen-host", "127.0.0.1", "--listen-port", port, "--set", f"confdir={folder}",
-        "--set", f"ssl_verify_upstream_trusted_ca={server.ca}", "--set", "connection_strategy=lazy", "--scripts", HERE / "mitm.py"])
+        "--set", f"ssl_verify_upstream_trusted_ca={server.ca}", "--set", "connection_strategy=lazy", "--scripts", HERE / "mitm.py"], env={**os.environ, "NETWORKS_STRIPPED": str(base / "stripped")})
     until(lambda: answers(port), "mitmproxy", 60)
     return port, folder / "mitmproxy-ca-cert.pem"
 
@@ -350,7 +350,10 @@ ATTRIBUTES = {
     "limit_data": {"bytes": 200_000},
     "reset_peer": {"timeout": 0},
     "timeout": {"timeout": 0},  # nothing passes
+    "timeout of what is sent": {"timeout": 0},
+    "slow_close": {"delay": 1000},
 }
+KINDS = {"jitter": "latency", "timeout of what is sent": "timeout"}
 
 
 def with_toxic(toxic, phase, file):
@@ -358,9 +361,9 @@ def with_toxic(toxic, phase, file):
     if phase != "content":
         attributes |= {"rate": 5} if toxic == "bandwidth" else {"bytes": 1000} if toxic == "limit_data" else {}
     # Cut connections bring the content in parts; all other phases need a whole answer.
-    is_fatal = toxic in ("reset_peer", "timeout") or (toxic == "limit_data" and phase != "content")
+    is_fatal = toxic.startswith(("reset_peer", "timeout")) or (toxic == "limit_data" and phase != "content")
     with Line(FILES[file]) as line:
-        line.toxiproxy.add(line.names[phase], "latency" if toxic == "jitter" else toxic, attributes)
+        line.toxiproxy.add(line.names[phase], KINDS.get(toxic, toxic), attributes, "upstream" if toxic.endswith("is sent") else "downstream")
         place = Place(line.server)
         if is_fatal:
             place.fail(line.file, "127.0.0.1")
@@ -569,6 +572,11 @@ def inspected(*names, server="loopback", fails=None, timeout=5, **environment):
     return place.fail(names[0], *words, status=status, timeout=timeout)
 
 
+def without_range():
+    inspected("strip-range.txt", SSL_CERT_FILE="@CA@")
+    assert (base / "stripped").exists(), "no request had a Range"
+
+
 def permanent(**environment):
     """The certificate is refused at once: a retry cannot help."""
     done = inspected("small.txt", fails=(5, ["certificate", "SSL_CERT_FILE"]), timeout=5, **environment)
@@ -583,7 +591,7 @@ case("mitmproxy", "its authority nowhere", permanent)
 case("mitmproxy", "another authority in SSL_CERT_FILE", lambda: permanent(SSL_CERT_FILE="@OTHER_CA@"))
 case("mitmproxy", "WANDB_INSECURE_DISABLE_SSL", lambda: inspected("small.txt", WANDB_INSECURE_DISABLE_SSL="true"))
 case("mitmproxy", "split file", lambda: inspected("split.txt", SSL_CERT_FILE="@CA@"))
-case("mitmproxy", "it removes Range", lambda: inspected("strip-range.txt", SSL_CERT_FILE="@CA@"))
+case("mitmproxy", "it removes Range", without_range)
 case("mitmproxy", "it compresses", lambda: inspected("compress.txt", SSL_CERT_FILE="@CA@",
     fails=(6, ['Content-Encoding is "gzip"', "a proxy may be compressing"])))
 case("mitmproxy", "it answers with a login page", lambda: inspected("login.txt", SSL_CERT_FILE="@CA@",
