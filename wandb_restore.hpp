@@ -4548,16 +4548,6 @@ inline std::string unwanted_coding(const http_response& head) {
 /// The number of a body's first bytes that a message may describe.
 inline constexpr std::size_t max_described = 2048;
 
-/// Describes an answer in the place of the expected one, for a message. `text` is the beginning of the body, without secrets
-/// of this client.
-inline std::string description_of(const http_response& head, std::string_view text) {
-  const std::string* type = head.header("Content-Type");
-  const std::string words = first_words(text);
-  return "the answer " + (type != nullptr ? "is " + in_quotes(*type) : "has no Content-Type") +
-         (words.empty() ? " without a text" : " and begins with " + in_quotes(words)) +
-         ": a login page or proxy may answer in the place of the server";
-}
-
 /// Stands between a transport and the destination of the bytes. Bounds the head, ends a transfer that is too slow, and
 /// streams only bodies of status 200 and 206 to the destination; keeps the beginning of other bodies.
 class guarded_sink final : public body_sink {
@@ -4730,6 +4720,10 @@ class session {
   [[nodiscard]] std::string without_secrets(std::string said, const std::string& authorization) const;
   /// Says, for a message, which credentials were refused or missing, and what to do.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
+  /// Describes an answer in the place of the expected one, for a message: its type and its first words. `body` is its
+  /// beginning; no more than max_described bytes of it count.
+  [[nodiscard]] std::string description(const http_response& head, std::string_view body,
+                                        const std::string& authorization) const;
   /// Returns the HTTP status and the service's message, if the answer has one.
   [[nodiscard]] std::string status_text(const answer& got, const url& address,
                                         const std::string& authorization) const;
@@ -5026,6 +5020,19 @@ inline std::string session::without_secrets(std::string said, const std::string&
   return said;
 }
 
+inline std::string session::description(const http_response& head, std::string_view body,
+                                        const std::string& authorization) const {
+  if (body.size() >= max_described) {
+    body = body.substr(0, max_described);
+    body = body.substr(0, body.find_last_of(" \t\r\n<>\"'"));  // a part of a secret would not be recognised
+  }
+  const std::string* type = head.header("Content-Type");
+  const std::string words = first_words(without_secrets(std::string(body), authorization));
+  return "the answer " + (type != nullptr ? "is " + in_quotes(*type) : "has no Content-Type") +
+         (words.empty() ? " without a text" : " and begins with " + in_quotes(words)) +
+         ": a login page or proxy may answer in the place of the server";
+}
+
 /// Returns run_not_found or file_not_found if the service's message says that a run or file does not exist, else
 /// `otherwise`. The message must name the thing: any web server says "not found", and a program that takes a run for
 /// missing starts a new one.
@@ -5235,13 +5242,11 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   }
   const json parsed = parse_json(collected.text);
   if (!parsed.is_object()) {
-    return error(
-        errc::protocol_violation,
-        task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply: is " +
-            session_.config.base_url + " the base URL of a W&B server? " +
-            description_of(response->head,
-                           session_.without_secrets(collected.text.substr(0, max_described), authorization)),
-        200);
+    return error(errc::protocol_violation,
+                 task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply: is " +
+                     session_.config.base_url + " the base URL of a W&B server? " +
+                     session_.description(response->head, collected.text, authorization),
+                 200);
   }
   const auto message = backend_message(parsed);
   if (!message.empty() || !member(parsed, "errors").empty()) {
@@ -6378,12 +6383,17 @@ class response_sample {
     is_html_ = type == "text/html";
     is_other_text_ = type != lower(mimetype) && (starts_with(type, "text/") || type == "application/json");
   }
-  void write(std::string_view bytes) { text_.append(bytes.substr(0, max_described - text_.size())); }
+  void write(std::string_view bytes) {
+    received_ += bytes.size();
+    text_.append(bytes.substr(0, max_described - text_.size()));
+  }
   [[nodiscard]] bool is_full() const { return text_.size() == max_described; }
   [[nodiscard]] bool is_coded() const { return !coding_.empty(); }
-  /// Whether the head tells the length of the body, or where it ends: a cut connection does not look like its end.
-  [[nodiscard]] bool is_framed() const {
-    return head_.header("Content-Length") != nullptr || head_.header("Transfer-Encoding") != nullptr;
+  /// Whether the whole body has arrived. False if that is uncertain: the end of the connection ended it.
+  [[nodiscard]] bool is_whole() const {
+    const std::string* length = head_.header("Content-Length");
+    return length != nullptr ? to_number(trim(*length)) == received_
+                             : head_.header("Transfer-Encoding") != nullptr;
   }
   /// Returns text to append to a failure; empty if nothing is suspicious. Quotes only pages and texts of another type than the
   /// file has: the file's own content may be private.
@@ -6391,12 +6401,13 @@ class response_sample {
     if (is_coded()) return "; " + coding_;
     const bool is_page = is_html_ || is_other_text_ || starts_with(trim(text_), "<");
     if (head_.status != 200 || text_.empty() || !is_page) return {};
-    return "; " + description_of(head_, service_session.without_secrets(text_, authorization));
+    return "; " + service_session.description(head_, text_, authorization);
   }
 
  private:
   http_response head_;
   std::string coding_, text_;
+  std::uint64_t received_ = 0;
   bool is_html_ = false, is_other_text_ = false;
 };
 
@@ -6433,7 +6444,7 @@ class file_source {
   void start_over() { entity_.reset(); }
   /// Returns text to append to the error for a wrong md5; empty if no response was suspicious.
   [[nodiscard]] std::string remark() const {
-    const std::lock_guard<std::mutex> guard(mutex_);
+    const std::lock_guard<std::mutex> lock(mutex_);
     return remark_;
   }
 
@@ -6443,9 +6454,9 @@ class file_source {
   [[nodiscard]] setback refused(const file_location::lease& lease, const answer& got, const url& address,
                                 bool is_range, const std::string& authorization);
   [[nodiscard]] setback other_entity(call& asking_call, const url& address);
-  void remember(const std::string& remark) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    remark_ = remark;
+  void remember(const std::string& last_remark) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    remark_ = last_remark;
   }
 
   const transfer_job& job_;
@@ -6539,7 +6550,7 @@ inline file_source::outcome file_source::fetch(call& asking_call, byte_range ran
       });
   const bool is_coded = sink.sample().is_coded();
   now.remark = sink.sample().remark(job_.service_session, *authorization);
-  now.is_foreign = !now.remark.empty() && sink.sample().is_framed();
+  now.is_foreign = !now.remark.empty() && sink.sample().is_whole();
   if (is_coded || !job_.remote.info.size) remember(now.remark);
   if (sink.is_other_entity()) {
     now.problem = other_entity(asking_call, now.address);

@@ -3,8 +3,8 @@
 
   networks.py --build FOLDER --toxiproxy SERVER --mitmdump PROGRAM [--in-namespace] [--match TEXT] [--list]
 
-FOLDER has examples/wandb-restore and tests/wandb-stand-in. With --in-namespace this program is alone in a network and a mount namespace;
-without it, the cases that need names and further addresses are left out. Exit status: 0 if no case failed.
+FOLDER has examples/wandb-restore and tests/wandb-stand-in. With --in-namespace this program is alone in a network and a
+mount namespace; without it, the cases that need names and further addresses are left out. Exit status: 0 if no case failed.
 """
 import argparse
 import base64
@@ -84,7 +84,8 @@ class StandIn:
 
     def __init__(self, *arguments, service_port=0, storage_port=0, service="", storage="", plain=False, with_folder=True):
         command = [given.build / "tests/wandb-stand-in", "--run", "e/p/r", "--key", KEY,
-            "--port", service_port, "--storage-port", storage_port, "--ca", base / f"ca-{free_port()}.pem", "--until-input-ends", *arguments]
+            "--port", service_port, "--storage-port", storage_port, "--ca", base / f"ca-{free_port()}.pem", "--until-input-ends",
+            *arguments]
         command += ["--folder", base / "files"] if with_folder else []
         command += ["--service-url", service] if service else []
         command += ["--storage-url", storage] if storage else []
@@ -137,7 +138,8 @@ class Toxiproxy:
 
     def sent(self, name):
         """Returns the bytes that went from the server to the client over connections that have ended."""
-        found = re.findall(r'sent_bytes_total\{direction="downstream",[^}]*proxy="' + name + r'"[^}]*\} (\S+)', self.ask("GET", "/metrics"))
+        found = re.findall(r'sent_bytes_total\{direction="downstream",[^}]*proxy="' + name + r'"[^}]*\} (\S+)',
+            self.ask("GET", "/metrics"))
         return sum(int(float(value)) for value in found)
 
 
@@ -177,7 +179,8 @@ def start_mitmproxy(server):
     """Returns the port of a proxy that inspects TLS, and the certificate of its authority."""
     folder, port = base / "mitmproxy", free_port()
     start([given.mitmdump, "--quiet", "--listen-host", "127.0.0.1", "--listen-port", port, "--set", f"confdir={folder}",
-        "--set", f"ssl_verify_upstream_trusted_ca={server.ca}", "--set", "connection_strategy=lazy", "--scripts", HERE / "mitm.py"], env={**os.environ, "NETWORKS_STRIPPED": str(base / "stripped")})
+        "--set", f"ssl_verify_upstream_trusted_ca={server.ca}", "--set", "connection_strategy=lazy", "--scripts",
+        HERE / "mitm.py"], env={**os.environ, "NETWORKS_STRIPPED": str(base / "stripped")})
     until(lambda: answers(port), "mitmproxy", 60)
     return port, folder / "mitmproxy-ca-cert.pem"
 
@@ -229,7 +232,8 @@ class Place:
 
     def begin(self, *names, timeout, with_terminal=False):
         """Starts a run. With a terminal for standard error, it shows progress; see `percent`."""
-        command = [given.build / "examples/wandb-restore", "--json", "--run-path", "e/p/r", "--root", self.root, "--timeout", str(timeout), *names]
+        command = [given.build / "examples/wandb-restore", "--json", "--run-path", "e/p/r", "--root", self.root, "--timeout",
+            str(timeout), *names]
         self.began, self.timeout, self.shown = time.monotonic(), timeout, b""
         ends = os.openpty() if with_terminal else None
         process = subprocess.Popen(command, env=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -263,7 +267,8 @@ class Place:
             self.reader.join()
             text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in self.shown.decode().split("\n"))
         assert KEY not in text and PASSWORD not in text and QUOTED not in text and "Signature" not in text, f"a secret: {text}"
-        return Outcome(process.returncode, [json.loads(line) for line in output.splitlines()], text.strip(), time.monotonic() - self.began)
+        return Outcome(process.returncode, [json.loads(line) for line in output.splitlines()], text.strip(),
+            time.monotonic() - self.began)
 
     def run(self, *names, timeout=5):
         return self.end(self.begin(*names, timeout=timeout))
@@ -320,7 +325,8 @@ class Line:
         runs.write_text(json.dumps({"e/p/r": {"public": True, "files": {file: node}}}))
         self.server = StandIn("--runs", runs, *(["--host", name] if name else []), with_folder=False, service_port=service_port,
             storage_port=storage_port, service=f"https://{shown}:{ends['question']}", storage=f"https://{shown}:{ends['content']}")
-        self.names = {phase: self.toxiproxy.forward(f"{bracketed}:{port}", f"127.0.0.1:{storage_port if phase == 'content' else service_port}")
+        self.names = {phase: self.toxiproxy.forward(f"{bracketed}:{port}",
+            f"127.0.0.1:{storage_port if phase == 'content' else service_port}")
                       for phase, port in ends.items()}
         self.file, self.size = file, (base / "files" / file).stat().st_size
 
@@ -363,7 +369,8 @@ def with_toxic(toxic, phase, file):
     # Cut connections bring the content in parts; all other phases need a whole answer.
     is_fatal = toxic.startswith(("reset_peer", "timeout")) or (toxic == "limit_data" and phase != "content")
     with Line(FILES[file]) as line:
-        line.toxiproxy.add(line.names[phase], KINDS.get(toxic, toxic), attributes, "upstream" if toxic.endswith("is sent") else "downstream")
+        line.toxiproxy.add(line.names[phase], KINDS.get(toxic, toxic), attributes,
+            "upstream" if toxic.endswith("is sent") else "downstream")
         place = Place(line.server)
         if is_fatal:
             place.fail(line.file, "127.0.0.1")
@@ -377,7 +384,8 @@ def with_toxic(toxic, phase, file):
 
 
 for _toxic, _phase, _file in itertools.product(ATTRIBUTES, ("question", "redirect", "content"), FILES):
-    case("toxics", f"{_toxic}, {_phase}, {_file} file", lambda toxic=_toxic, phase=_phase, file=_file: with_toxic(toxic, phase, file))
+    case("toxics", f"{_toxic}, {_phase}, {_file} file", lambda toxic=_toxic, phase=_phase,
+        file=_file: with_toxic(toxic, phase, file))
 
 
 # -- a download that breaks off midway, and the next call
@@ -402,7 +410,8 @@ def midway(fault):
         if fault == "killed":
             assert done.status == -9, f"status {done.status}: {done.text}"
         else:
-            place.check_failure(done, line.file, "the next call resumes" if fault != "interrupted" else "", status=130 if fault == "interrupted" else 5)
+            place.check_failure(done, line.file, "the next call resumes" if fault != "interrupted" else "",
+                status=130 if fault == "interrupted" else 5)
         line.toxiproxy.enable(name, True)
         line.toxiproxy.clear(name)
         _, fetched = line.fetched_by(lambda: place.restore(line.file))
@@ -470,7 +479,8 @@ for _file in FILES:
 def short_keepalive(names):
     service_port, storage_port = free_port(), free_port()
     front = start_nginx([service_port, storage_port])
-    server = StandIn("--rate", 150_000, service_port=service_port, storage_port=storage_port, service=f"http://127.0.0.1:{front[0]}",
+    server = StandIn("--rate", 150_000, service_port=service_port, storage_port=storage_port,
+        service=f"http://127.0.0.1:{front[0]}",
         storage=f"http://127.0.0.1:{front[1]}", plain=True)
     Place(server).restore(*names)
     server.stop()
@@ -496,20 +506,26 @@ def squid_refuses(environment, *words):
 
 
 for _variable in ("HTTPS_PROXY", "https_proxy", "WANDB_HTTPS_PROXY"):
-    case("squid", f"{_variable}, right password", lambda variable=_variable: through_squid(["small.txt"], **{variable: squid(QUOTED)}), True)
-    case("squid", f"{_variable}, wrong password", lambda variable=_variable: squid_refuses({variable: squid("wrong-password")}, "407", "proxy"), True)
+    case("squid", f"{_variable}, right password",
+        lambda variable=_variable: through_squid(["small.txt"], **{variable: squid(QUOTED)}), True)
+    case("squid", f"{_variable}, wrong password",
+        lambda variable=_variable: squid_refuses({variable: squid("wrong-password")}, "407", "proxy"), True)
     case("squid", f"{_variable}, no password", lambda variable=_variable: squid_refuses({variable: squid()}, "407", "proxy"), True)
 case("squid", "no scheme in HTTPS_PROXY", lambda: through_squid(["small.txt"], HTTPS_PROXY=squid(QUOTED).partition("//")[2]), True)
 case("squid", "split file", lambda: through_squid(["split.txt"], HTTPS_PROXY=squid(QUOTED)), True)
 case("squid", "several files", lambda: through_squid(["small.txt", "small-2.txt", "small-3.txt"], HTTPS_PROXY=squid(QUOTED)), True)
 case("squid", "Proxy-Authorization as an extra header", lambda: through_squid(["small.txt"], HTTPS_PROXY=squid(),
     WANDB__EXTRA_HTTP_HEADERS=json.dumps({"Proxy-Authorization": "Basic " + base64.b64encode(f"user:{PASSWORD}".encode()).decode()})), True)
-case("squid", "nothing listens at the proxy's port", lambda: squid_refuses({"HTTPS_PROXY": f"http://127.0.0.1:{free_port()}"}, "proxy", "refused"), True)
+case("squid", "nothing listens at the proxy's port",
+    lambda: squid_refuses({"HTTPS_PROXY": f"http://127.0.0.1:{free_port()}"}, "proxy", "refused"), True)
 case("squid", "a server that the proxy cannot reach", lambda: Place(SHARED["inner"], HTTPS_PROXY=squid(QUOTED),
     WANDB_BASE_URL=f"https://{LIVE}:1").fail("small.txt", "503"), True)
-case("squid", "plain HTTP, right password", lambda: Place(SHARED["plain inner"], HTTP_PROXY=squid(QUOTED)).restore("small.txt", "split.txt"), True)
-case("squid", "plain HTTP, wrong password", lambda: Place(SHARED["plain inner"], HTTP_PROXY=squid("wrong-password")).fail("small.txt", "407"), True)
-case("squid", "WANDB_HTTPS_PROXY to this machine, right password", lambda: Place(SHARED["loopback"], WANDB_HTTPS_PROXY=squid(QUOTED)).restore("small.txt", "split.txt"))
+case("squid", "plain HTTP, right password",
+    lambda: Place(SHARED["plain inner"], HTTP_PROXY=squid(QUOTED)).restore("small.txt", "split.txt"), True)
+case("squid", "plain HTTP, wrong password",
+    lambda: Place(SHARED["plain inner"], HTTP_PROXY=squid("wrong-password")).fail("small.txt", "407"), True)
+case("squid", "WANDB_HTTPS_PROXY to this machine, right password",
+    lambda: Place(SHARED["loopback"], WANDB_HTTPS_PROXY=squid(QUOTED)).restore("small.txt", "split.txt"))
 case("squid", "WANDB_HTTPS_PROXY to this machine, wrong password",
     lambda: Place(SHARED["loopback"], WANDB_HTTPS_PROXY=squid("wrong-password")).fail("small.txt", "407"))
 
@@ -551,7 +567,8 @@ NO_PROXY = [  # server, value, which requests go through the proxy: none, all, o
     ("addressed", "2.1", "proxied"),
 ]
 for _server, _value, _way in NO_PROXY:
-    case("NO_PROXY", f"{_value!r}, server {_server}: {_way}", lambda server=_server, value=_value, way=_way: no_proxy(server, value, way), True)
+    case("NO_PROXY", f"{_value!r}, server {_server}: {_way}", lambda server=_server, value=_value,
+        way=_way: no_proxy(server, value, way), True)
 case("NO_PROXY", "no_proxy in lower case", lambda: no_proxy("named", ".example.test", "direct", variable="no_proxy"), True)
 case("NO_PROXY", "does not count for WANDB_HTTPS_PROXY", lambda: no_proxy("named", "*", "proxied", proxy="WANDB_HTTPS_PROXY"), True)
 case("NO_PROXY", "unset, a server on this machine", lambda: no_proxy("loopback", "", "direct"))
@@ -586,7 +603,8 @@ def permanent(**environment):
 for _variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
     case("mitmproxy", f"its authority in {_variable}", lambda variable=_variable: inspected("small.txt", **{variable: "@CA@"}))
 for _variable in ("SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"):
-    case("mitmproxy", f"its authority in a directory in {_variable}", lambda variable=_variable: inspected("small.txt", **{variable: "@CA_DIRECTORY@"}))
+    case("mitmproxy", f"its authority in a directory in {_variable}",
+        lambda variable=_variable: inspected("small.txt", **{variable: "@CA_DIRECTORY@"}))
 case("mitmproxy", "its authority nowhere", permanent)
 case("mitmproxy", "another authority in SSL_CERT_FILE", lambda: permanent(SSL_CERT_FILE="@OTHER_CA@"))
 case("mitmproxy", "WANDB_INSECURE_DISABLE_SSL", lambda: inspected("small.txt", WANDB_INSECURE_DISABLE_SSL="true"))
@@ -604,7 +622,8 @@ case("mitmproxy", "it answers with a login page", lambda: inspected("login.txt",
 def write_files():
     folder = base / "files"
     folder.mkdir()
-    sizes = {"small.txt": SMALL, "small-2.txt": SMALL, "small-3.txt": SMALL, "login.txt": SMALL, "split.txt": SPLIT, "strip-range.txt": SPLIT}
+    sizes = {"small.txt": SMALL, "small-2.txt": SMALL, "small-3.txt": SMALL, "login.txt": SMALL, "split.txt": SPLIT,
+        "strip-range.txt": SPLIT}
     for seed, (name, size) in enumerate(sizes.items()):
         (folder / name).write_text(random.Random(seed).randbytes(size // 2 + 1).hex()[:size])
     (folder / "compress.txt").write_text("compressible " * 20_000)
@@ -625,12 +644,14 @@ def start_shared(chosen):
         shutil.copy(SHARED["mitmproxy"][1], base / "authorities" / "mitmproxy.pem")
         subprocess.run(["openssl", "rehash", base / "authorities"], check=True)
     if given.in_namespace:
-        for name, host, store, service_port, storage_port, plain in (("named", "api.example.test", "store.example.test", 443, 8443, False),
+        for name, host, store, service_port, storage_port, plain in (("named", "api.example.test", "store.example.test", 443,
+            8443, False),
             ("addressed", LIVE, LIVE, 9443, 9444, False), ("inner", "inner.example.test", "inner.example.test", 7443, 7444, False),
             ("plain inner", "inner.example.test", "inner.example.test", 7080, 7081, True)):
             scheme, real = "http" if plain else "https", (free_port(), free_port())
             shown = f"{scheme}://{host}" + ("" if service_port == 443 else f":{service_port}")
-            SHARED[name] = StandIn("--host", host, *(["--host", store] if store != host else []), service_port=real[0], storage_port=real[1],
+            SHARED[name] = StandIn("--host", host, *(["--host", store] if store != host else []), service_port=real[0],
+                storage_port=real[1],
                 service=shown, storage=f"{scheme}://{store}:{storage_port}", plain=plain)
             for listening, port in ((service_port, real[0]), (storage_port, real[1])):
                 toxiproxy.forward(f"{LIVE}:{listening}", f"127.0.0.1:{port}")
