@@ -5022,12 +5022,11 @@ inline std::string session::without_secrets(std::string said, const std::string&
 
 inline std::string session::description(const http_response& head, std::string_view body,
                                         const std::string& authorization) const {
-  if (body.size() >= max_described) {
-    body = body.substr(0, max_described);
-    body = body.substr(0, body.find_last_of(" \t\r\n<>\"'"));  // a part of a secret would not be recognised
-  }
+  std::string beginning(body.substr(0, max_described));
+  if (body.size() >= max_described)  // the last word may be a part of a secret, which would not be recognised
+    beginning.replace(beginning.find_last_of(" \t\r\n<>\"'") + 1, std::string::npos, "***");
   const std::string* type = head.header("Content-Type");
-  const std::string words = first_words(without_secrets(std::string(body), authorization));
+  const std::string words = first_words(without_secrets(std::move(beginning), authorization));
   return "the answer " + (type != nullptr ? "is " + in_quotes(*type) : "has no Content-Type") +
          (words.empty() ? " without a text" : " and begins with " + in_quotes(words)) +
          ": a login page or proxy may answer in the place of the server";
