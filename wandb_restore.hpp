@@ -1029,6 +1029,29 @@ inline std::string_view trim(std::string_view text) {
   return text;
 }
 
+/// Removes the white space that Python's str.strip() removes from both ends of a UTF-8 text.
+inline std::string_view strip(std::string_view text) {
+  const auto is_white = [](std::string_view c) {
+    if (c.size() == 1) return is_space(c.front()) || (c.front() >= '\x1c' && c.front() <= '\x1f');
+    if (c.size() == 2) return c == "\xc2\x85" || c == "\xc2\xa0";  // U+0085, U+00A0
+    const std::string_view last = c.substr(2);
+    if (starts_with(c, "\xe2\x80"))  // U+2000 to U+200A, U+2028, U+2029, U+202F
+      return (last >= "\x80" && last <= "\x8a") || last == "\xa8" || last == "\xa9" || last == "\xaf";
+    return c == "\xe1\x9a\x80" || c == "\xe2\x81\x9f" || c == "\xe3\x80\x80";  // U+1680, U+205F, U+3000
+  };
+  for (std::size_t bytes = 1; bytes <= 3 && bytes <= text.size();) {
+    const bool white = is_white(text.substr(0, bytes));
+    if (white) text.remove_prefix(bytes);
+    bytes = white ? 1 : bytes + 1;
+  }
+  for (std::size_t bytes = 1; bytes <= 3 && bytes <= text.size();) {
+    const bool white = is_white(text.substr(text.size() - bytes));
+    if (white) text.remove_suffix(bytes);
+    bytes = white ? 1 : bytes + 1;
+  }
+  return text;
+}
+
 inline std::vector<std::string_view> split(std::string_view text, char separator) {
   std::vector<std::string_view> parts;
   for (;;) {
@@ -1295,6 +1318,61 @@ inline std::string redacted_address(std::string_view text) {
     text.remove_prefix(user_end);
   }
   return shown.append(text.substr(0, text.find_first_of("?#")));
+}
+
+/// Removes tags, and the content of the elements "script" and "style", from a text in HTML or XML.
+inline std::string without_markup(std::string_view text) {
+  const auto skip_to = [&](std::string_view mark) {
+    text.remove_prefix((std::min)(text.find(mark), text.size()));
+  };
+  std::string plain;
+  while (!text.empty()) {
+    const auto tag = (std::min)(text.find('<'), text.size());
+    plain.append(text.substr(0, tag)).append(" ");
+    text.remove_prefix(tag);
+    const std::string name = lower(text.substr(0, 7));
+    if (starts_with(name, "<script") || starts_with(name, "<style")) skip_to("</");
+    skip_to(">");
+    if (!text.empty()) text.remove_prefix(1);
+  }
+  return plain;
+}
+
+/// Returns the first words of a server's text for a message, about 80 bytes: on one line, without markup and control
+/// characters. Words that may be secrets become "***": keys, tokens, and the queries of addresses.
+inline std::string first_words(std::string_view text) {
+  constexpr std::size_t most = 80, shortest_secret = 20;
+  std::string plain(without_markup(text));
+  if (trim(plain).empty()) plain = text;
+  for (char& c : plain) {
+    if (is_space(c)) c = ' ';
+  }
+  std::string words;
+  for (const auto word : split(plain, ' ')) {
+    std::string shown;
+    for (const char c : word) {
+      if (!is_control(c)) shown += c;
+    }
+    if (shown.empty()) continue;
+    if (const auto query = shown.find('='); query != shown.npos) {
+      const auto mark = shown.find('?');
+      shown = (mark < query ? redacted_address(shown) : std::string()) + "***";
+    }
+    std::size_t run = 0;  // of characters that a key consists of
+    for (const char c : shown) {
+      run = is_plain({&c, 1}) || c == '+' || c == '/' || c == '.' || c == '%' ? run + 1 : 0;
+      if (run == shortest_secret && shown.find("://") == shown.npos) {
+        shown = "***";
+        break;
+      }
+    }
+    words.append(words.empty() ? "" : " ").append(shown);
+    if (words.size() > most) break;
+  }
+  if (words.size() <= most) return words;
+  std::size_t end = most;  // not inside a character
+  while (end > 0 && (static_cast<unsigned char>(words[end]) & 0xC0U) == 0x80U) --end;
+  return words.substr(0, end) + "...";
 }
 
 }  // namespace detail
@@ -1807,7 +1885,7 @@ inline std::optional<run_path> plain_run_path(std::string_view text) {
   }
   if (parts.size() > 3) return std::nullopt;
   for (auto& part : parts) {
-    part = trim(part);
+    part = strip(part);
     if (part.empty()) return std::nullopt;
   }
   run_path found;
@@ -1847,8 +1925,8 @@ inline std::optional<run_path> pasted_run_path(std::string_view text, bool has_s
   for (std::string* part : {&found.entity, &found.project, &found.run_id}) {
     if (next == runs) ++next;
     const auto plain = has_host ? percent_decode(segments[next++]) : std::string(segments[next++]);
-    if (!plain || !is_usable_part(trim(*plain))) return std::nullopt;
-    *part = trim(*plain);
+    if (!plain || !is_usable_part(strip(*plain))) return std::nullopt;
+    *part = strip(*plain);
   }
   return found;
 }
@@ -1858,7 +1936,7 @@ inline bool names_sweep(std::string_view path, bool has_scheme) {
   if (has_scheme) path.remove_prefix(path.find("://") + 3);
   std::vector<std::string_view> segments;
   for (const auto segment : split(path, '/')) {
-    if (!trim(segment).empty()) segments.push_back(trim(segment));
+    if (!strip(segment).empty()) segments.push_back(strip(segment));
   }
   std::size_t kind = has_scheme ? 3 : 2;  // after the host, if there is one, entity and project
   while (kind < segments.size() && segments[kind] != "runs" && segments[kind] != "sweeps") ++kind;
@@ -1873,7 +1951,7 @@ inline result<run_path> split_run_path(std::string_view text) {
     return error(errc::invalid_run_path,
                  "invalid run path " + in_quotes(redacted_address(text)) + ": " + std::string(why));
   };
-  const auto path = trim(text.substr(0, text.find_first_of("?#")));
+  const auto path = strip(text.substr(0, text.find_first_of("?#")));
   if (has_control(path)) return fail("it has control characters");
   const std::string start = lower(path.substr(0, 8));
   const bool has_scheme = starts_with(start, "http://") || start == "https://";
@@ -4193,9 +4271,9 @@ class settings_sources {
 
 /// Finds entity, project and id of the default run.
 inline void find_run(settings& s, const settings_sources& sources) {
-  s.entity = trim(sources.find_name("WANDB_ENTITY", "entity"));
-  s.project = trim(sources.find_name("WANDB_PROJECT", "project"));
-  s.run_id = trim(sources.find({"WANDB_RUN_ID"}, "run_id").value);
+  s.entity = strip(sources.find_name("WANDB_ENTITY", "entity"));
+  s.project = strip(sources.find_name("WANDB_PROJECT", "project"));
+  s.run_id = strip(sources.find({"WANDB_RUN_ID"}, "run_id").value);
   const path resume_file = sources.wandb_directory / "wandb-resume.json";
   if (!s.run_id.empty() || sources.find({"WANDB_RESUME"}, "resume").value != "auto" ||
       !facts_of(resume_file).found())
@@ -4579,6 +4657,17 @@ struct answer {
   std::string body;  // the beginning of a body that was not streamed
 };
 
+/// Returns the Content-Encoding of a response, for a message. Empty if there is none: requests accept identity only.
+inline std::string unwanted_coding(const http_response& head) {
+  const std::string* coding = head.header("Content-Encoding");
+  if (coding == nullptr || trim(*coding).empty() || equal_ignoring_case(trim(*coding), "identity")) return {};
+  return "its Content-Encoding is " + in_quotes(*coding) +
+         ", although the request accepts identity only: a proxy may be compressing";
+}
+
+/// The number of a body's first bytes that a message may describe.
+inline constexpr std::size_t max_described = 2048;
+
 /// Stands between a transport and the destination of the bytes. Bounds the head, ends a transfer that is too slow, and
 /// streams only bodies of status 200 and 206 to the destination; keeps the beginning of other bodies.
 class guarded_sink final : public body_sink {
@@ -4642,10 +4731,6 @@ class guarded_sink final : public body_sink {
     if (head.headers.size() > max_fields || size > max_head_bytes) return refuse("its header is too large");
     head_ = head;
     streamed_ = head.status == 200 || head.status == 206;
-    const std::string* coding = head.header("Content-Encoding");
-    if (streamed_ && coding != nullptr && !equal_ignoring_case(trim(*coding), "identity")) {
-      return refuse("its Content-Encoding is " + in_quotes(*coding) + ", the request accepts identity only");
-    }
     return !streamed_ || destination_.start(head);
   }
 
@@ -4684,18 +4769,24 @@ class guarded_sink final : public body_sink {
   std::uint64_t window_bytes_ = 0;
 };
 
-/// Collects a body of at most `limit` bytes in memory.
+/// Collects a body of at most `limit` bytes in memory, if it has no Content-Encoding.
 class collecting_sink final : public body_sink {
  public:
   explicit collecting_sink(std::size_t limit) : limit_(limit) {}
-  bool start(const http_response&) override { return true; }
+  bool start(const http_response& head) override {
+    problem = unwanted_coding(head);
+    return problem.empty();
+  }
   bool write(std::string_view bytes) override {
-    overflow = overflow || text.size() + bytes.size() > limit_;
-    if (!overflow) text.append(bytes);
-    return !overflow;
+    if (text.size() + bytes.size() > limit_) {
+      problem = "it is longer than " + readable_bytes(limit_);
+      return false;
+    }
+    text.append(bytes);
+    return true;
   }
   std::string text;
-  bool overflow = false;
+  std::string problem;  // why the answer cannot be used, for a message; empty if it can
 
  private:
   std::size_t limit_;
@@ -4749,6 +4840,10 @@ class session {
   [[nodiscard]] std::string without_secrets(std::string said, const std::string& authorization) const;
   /// Says, for a message, which credentials were refused or missing, and what to do.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
+  /// Describes an answer in the place of the expected one, for a message: its type and its first words. `body` is its
+  /// beginning; no more than max_described bytes of it count.
+  [[nodiscard]] std::string description(const http_response& head, std::string_view body,
+                                        const std::string& authorization) const;
   /// Returns the HTTP status and the service's message, if the answer has one.
   [[nodiscard]] std::string status_text(const answer& got, const url& address,
                                         const std::string& authorization) const;
@@ -4954,7 +5049,8 @@ inline result<access_token> session::exchange_identity(call& user_call) {
     auto got = send(user_call, request, {}, body, address);
     error failure(errc::protocol_violation, task + ": the answer has no access token; is " + config.base_url +
                                                 " the base URL of a W&B server?");
-    if (body.overflow) return failure;
+    if (!body.problem.empty())
+      return error(errc::protocol_violation, task + ": cannot use the answer: " + body.problem);
     if (!got) {
       failure = got.error();
     } else if (got->head.status != 200) {
@@ -5031,8 +5127,21 @@ inline std::string session::without_secrets(std::string said, const std::string&
     if (starts_with(value, "Basic ")) hide(text_after(base64_decode(secret).value_or(""), ':'));
   };
   hide_credentials(authorization);
+  hide(std::string(trim(config.api_key)));
   for (const auto& field : config.extra_headers) hide_credentials(field.second);
   return said;
+}
+
+inline std::string session::description(const http_response& head, std::string_view body,
+                                        const std::string& authorization) const {
+  std::string beginning(body.substr(0, max_described));
+  if (body.size() >= max_described)  // the last word may be a part of a secret, which would not be recognised
+    beginning.replace(beginning.find_last_of(" \t\r\n<>\"'") + 1, std::string::npos, "***");
+  const std::string* type = head.header("Content-Type");
+  const std::string words = first_words(without_secrets(std::move(beginning), authorization));
+  return "the answer " + (type != nullptr ? "is " + in_quotes(*type) : "has no Content-Type") +
+         (words.empty() ? " without a text" : " and begins with " + in_quotes(words)) +
+         ": a login page or proxy may answer in the place of the server";
 }
 
 /// Returns run_not_found or file_not_found if the service's message says that a run or file does not exist, else
@@ -5224,9 +5333,9 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   collecting_sink collected(max_answer);
   url address = join_path(*session_.base, "/graphql");
   auto response = session_.send(call_, std::move(request), authorization, collected, address);
-  if (collected.overflow) {
+  if (!collected.problem.empty()) {
     return error(errc::protocol_violation,
-                 task + ": the answer of " + host() + " is longer than " + readable_bytes(max_answer));
+                 task + ": cannot use the answer of " + host() + ": " + collected.problem);
   }
   if (!response) return error(response.error());
   if (response->head.status != 200) {
@@ -5241,7 +5350,8 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   if (!parsed->is_object()) {
     return error(errc::protocol_violation,
                  task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply: is " +
-                     session_.config.base_url + " the base URL of a W&B server?",
+                     session_.config.base_url + " the base URL of a W&B server? " +
+                     session_.description(response->head, collected.text, authorization),
                  200);
   }
   const auto message = backend_message(*parsed);
@@ -6316,6 +6426,8 @@ struct transfer_job {
   [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
   /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
+  /// Whether the service tells enough to notice bytes that are not the file's.
+  [[nodiscard]] bool is_checked() const { return remote.info.size || is_verified(); }
   [[nodiscard]] error no_thread() const {
     return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
   }
@@ -6357,6 +6469,46 @@ struct setback {
 
 class file_request;
 
+/// The beginning of a response. Recognises answers that are not the file: a proxy has compressed them, or another server has
+/// sent a page.
+class response_sample {
+ public:
+  void start(const http_response& head, const std::string& mimetype) {
+    head_ = head;
+    coding_ = unwanted_coding(head);
+    const std::string* field = head.header("Content-Type");
+    const std::string type(field != nullptr ? lower(trim(field->substr(0, field->find(';')))) : "");
+    is_html_ = type == "text/html";
+    is_other_text_ = type != lower(mimetype) && (starts_with(type, "text/") || type == "application/json");
+  }
+  void write(std::string_view bytes) {
+    received_ += bytes.size();
+    text_.append(bytes.substr(0, max_described - text_.size()));
+  }
+  [[nodiscard]] bool is_full() const { return text_.size() == max_described; }
+  [[nodiscard]] bool is_coded() const { return !coding_.empty(); }
+  /// Whether the whole body has arrived. False if that is uncertain: the end of the connection ended it.
+  [[nodiscard]] bool is_whole() const {
+    const std::string* length = head_.header("Content-Length");
+    return length != nullptr ? to_number(trim(*length)) == received_
+                             : head_.header("Transfer-Encoding") != nullptr;
+  }
+  /// Returns text to append to a failure; empty if nothing is suspicious. Quotes only pages and texts of another type than the
+  /// file has: the file's own content may be private.
+  [[nodiscard]] std::string remark(const session& service_session, const std::string& authorization) const {
+    if (is_coded()) return "; " + coding_;
+    const bool is_page = is_html_ || is_other_text_ || starts_with(trim(text_), "<");
+    if (head_.status != 200 || text_.empty() || !is_page) return {};
+    return "; " + service_session.description(head_, text_, authorization);
+  }
+
+ private:
+  http_response head_;
+  std::string coding_, text_;
+  std::uint64_t received_ = 0;
+  bool is_html_ = false, is_other_text_ = false;
+};
+
 /// The base of both kinds of transfer: what the requests share. Supervises the threads, enforces the limits, reports progress.
 class transfer {
  public:
@@ -6364,6 +6516,11 @@ class transfer {
   transfer& operator=(const transfer&) = delete;
   /// Whether the run has replaced the file since the transfer began.
   [[nodiscard]] bool is_replaced() const { return is_replaced_; }
+  /// Returns text to append to the error for a wrong md5; empty if no response was suspicious.
+  [[nodiscard]] std::string remark() {
+    const std::lock_guard<std::mutex> guard(remark_mutex_);
+    return remark_;
+  }
 
  protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
@@ -6414,6 +6571,8 @@ class transfer {
 
   std::uint64_t received_before_ = 0;      // `received` of the last measure()
   std::atomic<std::uint64_t> arrived_{0};  // the maximum, in bytes
+  std::mutex remark_mutex_;                // guards remark_
+  std::string remark_;
 };
 
 // ---- one request for a file
@@ -6430,13 +6589,20 @@ class file_request : public body_sink {
   [[nodiscard]] setback failure(remedy cure, errc code, const std::string& problem) const {
     return {cure, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
   }
+  /// Makes the setback for a response that lacks bytes. A complete response that is not the file is no transient failure.
+  [[nodiscard]] setback ended_early(std::uint64_t missing) const {
+    const bool is_foreign = !remark_.empty() && sample_.is_whole();
+    return failure(remedy::retry, is_foreign ? errc::protocol_violation : errc::connection_failed,
+                   "ended " + std::to_string(missing) + " bytes early" + remark_);
+  }
   /// Whether the transfer still needs the bytes. The transport may ask from another thread.
   [[nodiscard]] virtual bool is_wanted() const { return !requester_.state_.is_stopped(); }
 
   bool start(const http_response& head) final;
   bool write(std::string_view bytes) final {
     has_body_ = true;
-    return take(bytes);
+    sample_.write(bytes);
+    return problem_ ? is_sampled() : take(bytes);
   }
 
  protected:
@@ -6473,6 +6639,10 @@ class file_request : public body_sink {
   /// Takes a piece of the body. Returns false to stop.
   virtual bool take(std::string_view bytes) = 0;
 
+  /// Whether to read on although the size is wrong: the error describes the answer.
+  [[nodiscard]] bool is_sampled() const {
+    return problem_.failure->code() == errc::checksum_mismatch && !sample_.is_coded() && !sample_.is_full();
+  }
   [[nodiscard]] setback begin(const http_response& head);
   [[nodiscard]] setback refused(const answer& got, const std::string& authorization);
   [[nodiscard]] setback other_entity(call& asking_call);
@@ -6483,6 +6653,8 @@ class file_request : public body_sink {
   file_location::lease lease_;
   url address_;      // of the request; after redirects, of the response
   setback problem_;  // the reason for which the response was refused
+  response_sample sample_;
+  std::string remark_;  // text to append to a failure
   bool is_other_entity_ = false, has_body_ = false, has_ended_ = false;
 };
 
@@ -6515,11 +6687,19 @@ inline setback file_request::fetch() {
         const bool is_final = !(base && under_base(*base, hop));
         if (is_final && address_found()) location.found(lease_, hop);  // before the response: others wait
       });
+  remark_ = sample_.remark(job.service_session, *authorization);
+  if (sample_.is_coded() || !job.remote.info.size) {
+    const std::lock_guard<std::mutex> guard(requester_.remark_mutex_);
+    requester_.remark_ = remark_;
+  }
   setback now;
   if (is_other_entity_) {
     now = other_entity(asking_call);
   } else if (problem_) {
     now = problem_;
+    const bool is_compressed = sample_.is_coded() && now.failure->code() == errc::checksum_mismatch;
+    const auto code = is_compressed ? errc::protocol_violation : now.failure->code();
+    if (!remark_.empty()) now.failure = error(code, now.failure->what() + remark_);
   } else if (!got) {
     now = {remedy::fewer, got.error()};
     if (!has_body_ && got.error().code() != errc::cancelled) location.forget(lease_);
@@ -6533,12 +6713,15 @@ inline setback file_request::fetch() {
 }
 
 inline bool file_request::start(const http_response& head) {
+  sample_.start(head, requester_.job_.remote.info.mimetype);
   is_other_entity_ = !requester_.entity_.accept(head);
   if (is_other_entity_) return false;
   responded();
   if (!is_wanted()) return false;
   problem_ = begin(head);
-  if (problem_) return false;
+  if (!problem_ && sample_.is_coded() && !requester_.job_.is_checked())
+    problem_ = failure(remedy::retry, errc::protocol_violation, "sends bytes that cannot be checked");
+  if (problem_) return is_sampled();
   requester_.location_.found(lease_, address_);
   requester_.location_.served(lease_);
   return true;
@@ -6876,8 +7059,7 @@ inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffe
   plan_.ended(connection);
   if (!request.is_wanted()) return {};
   if (now || !request.has_ended() || !cursor.is_wanted() || request.is_short()) return now;
-  return request.failure(remedy::retry, errc::connection_failed,
-                         "ended " + std::to_string(cursor.end - cursor.position) + " bytes early");
+  return request.ended_early(cursor.end - cursor.position);
 }
 
 /// Transfers a file of unknown size or md5: one connection fetches it, because ranges could not be verified together. Hashes
@@ -7034,8 +7216,7 @@ inline setback stream_transfer::fetch() {
   if (now || !request.has_ended()) return now;
   if (request.is_shorter()) return request.shorter();
   if (total_ && position_ < *total_) {
-    return request.failure(remedy::retry, errc::connection_failed,
-                           "ended " + std::to_string(*total_ - position_) + " bytes early");
+    return request.ended_early(*total_ - position_);
   }
   state_.complete();
   return {};
@@ -7051,10 +7232,10 @@ inline setback download(const transfer_job& job, partial_file& destination) {
     if (!digest) return {transfer.is_replaced() ? remedy::restart : remedy::retry, digest.error()};
     if (!job.is_verified() || *digest == job.remote.info.md5) return {};
     return {remedy::restart,
-            error(errc::checksum_mismatch, job.label() + ": its md5 is " +
-                                               (digest->empty() ? "unreadable" : *digest) + " after " +
-                                               std::to_string(destination.size()) +
-                                               " bytes, the service says " + job.remote.info.md5)};
+            error(errc::checksum_mismatch,
+                  job.label() + ": its md5 is " + (digest->empty() ? "unreadable" : *digest) + " after " +
+                      std::to_string(destination.size()) + " bytes, the service says " + job.remote.info.md5 +
+                      transfer.remark())};
   };
   if (job.remote.info.size && job.is_verified()) return run(ranged_transfer(job, destination, *address));
   return run(stream_transfer(job, destination, *address));

@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by examples/quickstart.sh, tests/run.sh and tests/interop/run.sh. `install_missing` installs missing tools and headers on
-# Debian, Ubuntu and Fedora, and prints their names on other systems. If none is missing it does nothing, and needs no root.
+# Sourced by examples/quickstart.sh and by run.sh in tests/, tests/interop/ and tests/networks/. `install_missing` installs missing
+# tools and headers on Debian, Ubuntu and Fedora, and prints their names on other systems. If none is missing it does nothing, and
+# needs no root.
 
 # Each line: the kind and name of a dependency, its package on Debian and Ubuntu, its package on Fedora.
 to_build='

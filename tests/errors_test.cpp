@@ -298,8 +298,11 @@ const std::vector<row>& table() {
        0,
        false,
        false,
-       {"127.0.0.1", fixture::path, "gzip"},
-       fault(place::storage, act::header("Content-Encoding", "gzip"))},
+       {"127.0.0.1", fixture::path, "gzip", "a proxy may be compressing"},
+       [](fixture& f, auto&, auto&) {
+         f.server.add_fault(place::storage, act::body("{}", "application/json"));
+         f.server.add_fault(place::storage, act::header("Content-Encoding", "gzip"));
+       }},
       {"no HTTP at all",
        errc::protocol_violation,
        0,

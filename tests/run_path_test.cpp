@@ -11,7 +11,7 @@ namespace {
 const wandb::run_path defaults{"DE", "DP", "DR"};
 
 struct good {
-  std::string_view text, entity, project, run_id;
+  std::string text, entity, project, run_id;
 };
 
 void check(const good& row) {
@@ -74,6 +74,57 @@ TEST_SUITE("run path") {
         {"e/p%20q/r", "e", "p%20q", "r"},
     };
     for (const auto& row : rows) check(row);
+  }
+
+  TEST_CASE("white space around the parts is removed as Python's str.strip() does") {
+    const std::string_view white[] = {" ",
+                                      "\t",
+                                      "\n",
+                                      "\v",
+                                      "\f",
+                                      "\r",
+                                      "\x1c",
+                                      "\x1d",
+                                      "\x1e",
+                                      "\x1f",
+                                      "\xc2\x85",
+                                      "\xc2\xa0",
+                                      "\xe1\x9a\x80",
+                                      "\xe2\x80\x80",
+                                      "\xe2\x80\x81",
+                                      "\xe2\x80\x82",
+                                      "\xe2\x80\x83",
+                                      "\xe2\x80\x84",
+                                      "\xe2\x80\x85",
+                                      "\xe2\x80\x86",
+                                      "\xe2\x80\x87",
+                                      "\xe2\x80\x88",
+                                      "\xe2\x80\x89",
+                                      "\xe2\x80\x8a",
+                                      "\xe2\x80\xa8",
+                                      "\xe2\x80\xa9",
+                                      "\xe2\x80\xaf",
+                                      "\xe2\x81\x9f",
+                                      "\xe3\x80\x80"};
+    for (const auto character : white) {
+      const std::string space(character);
+      CAPTURE(space);
+      CHECK(wandb::detail::strip(space + "r" + space + " " + space) == "r");
+      CHECK(wandb::detail::strip(space + space).empty());
+      check({"e/p/r" + space, "e", "p", "r"});
+      check({space + "e/p/r", "e", "p", "r"});
+      check({"https://wandb.ai/e/p/runs/r" + space, "e", "p", "r"});
+      if (wandb::detail::has_control(space)) continue;  // refused between the parts
+      check({"e" + space + "/" + space + "p/" + space + "r" + space, "e", "p", "r"});
+      check({"p:" + space + "r", "DE", "p", "r"});
+    }
+    // Other characters, and parts of characters, stay.
+    for (const std::string_view text : {"\xe2\x80\x8b", "\xe1\xa0\x8e", "\xe2\x80\x8e", "\xef\xbb\xbf",
+                                        "\xa0", "\x85", "\xe2\x80", "\x80\x80", "\xc4\x85", "\xe4\x80\x80"}) {
+      CAPTURE(text);
+      const std::string part = std::string(text) + "r" + std::string(text);
+      CHECK(wandb::detail::strip(part) == part);
+    }
   }
 
   TEST_CASE("run paths that the SDK refuses are refused") {

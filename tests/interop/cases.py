@@ -173,7 +173,8 @@ PATHS = [
     "e/p/r/files", "e/p/missing", "e/missing/r",
     "missing/p/r", "e/p/runs/r/files/a.txt", "e/p/r/overview", "e/p/runs/r/overview", "https://wandb.ai/e/p/runs/r",
     "wandb.ai/e/p/runs/r", "https://forge.coreweave.com/wandb/e/p/runs/r",
-    "e/p/r?nw=x", "e/p/runs/r?nw=nwuser", "e/p/r#x", "e\\p\\r", "e/p/%72", "e/p/..", "../p/r", "e/p/r\u00a0", "e|p|r",
+    "e/p/r?nw=x", "e/p/runs/r?nw=nwuser", "e/p/r#x", "e\\p\\r", "e/p/%72", "e/p/..", "../p/r", "e/p/r\u00a0",
+    "e\u3000/ \u2003p\u2028/\x85r", "\u1680e/p/r", "e/p/r\u200b", "e|p|r",
 ]
 for _path in PATHS:
     add("run path", f"{_path!r}", run_path=_path)

@@ -211,6 +211,8 @@ int main(int argc, char** argv) {
       ->allow_extra_args(false);
   app.add_option("--service-url", given.server.service_url,
                  "what the service calls itself, e.g. https://api.example.test");
+  app.add_option("--storage-url", given.server.storage_url,
+                 "what the storage calls itself, e.g. https://store.example.test");
   auto* const key = app.add_option("--key", given.server.key, "the API key that is good");
   app.add_flag("--public", given.is_public, "the run needs no key")->excludes(key);
   app.add_option("--identity-token", given.server.identity_tokens, "a JWT that /oidc/token takes; repeatable")

@@ -411,7 +411,10 @@ identity make_authority(const std::string& name, const identity* issuer = nullpt
 identity make_server_identity(const identity& authority, certificate kind,
                               const std::vector<std::string>& more_hosts) {
   std::string hosts = "DNS:localhost,IP:127.0.0.1,IP:::1";
-  for (const auto& host : more_hosts) hosts += ",DNS:" + host;
+  for (const auto& host : more_hosts) {
+    const bool is_address = host.find_first_not_of("0123456789.") == std::string::npos;
+    hosts += (is_address ? ",IP:" : ",DNS:") + host;
+  }
   if (kind == certificate::wrong_host) hosts = "DNS:elsewhere.invalid";
   const bool expired = kind == certificate::expired;
   return make_identity("stand-in server", &authority, expired ? -2 * day_seconds : -day_seconds,
@@ -1676,6 +1679,7 @@ class server::implementation {
   std::string address(origin at) const {
     const auto& it = listeners_.at(index_of(at));
     if (at == origin::service && !how_.service_url.empty()) return how_.service_url;
+    if (at == origin::storage && !how_.storage_url.empty()) return how_.storage_url;
     return (it.tls ? "https://" : "http://") + how_.host + ":" + std::to_string(it.port);
   }
   std::string base_url() const { return address(origin::service) + how_.prefix; }

@@ -112,7 +112,8 @@ struct options {
   std::vector<std::string> more_hosts;
   std::string
       service_url;  ///< what the service calls itself, e.g. "https://api.example.test"; empty: its port at `host`
-  std::string prefix;  ///< of every path of the service, e.g. "/wandb"
+  std::string storage_url;  ///< the same for the storage
+  std::string prefix;       ///< of every path of the service, e.g. "/wandb"
 
   std::string key = default_key;
   std::optional<std::string> viewer_entity =
