@@ -873,7 +873,7 @@ std::vector<file_info> list_files(const Run& run) {
     !defined(WANDB_RESTORE_IMPLEMENTED)
 #define WANDB_RESTORE_IMPLEMENTED
 
-#include <algorithm>           // min, max
+#include <algorithm>           // min, max, all_of
 #include <array>               //
 #include <condition_variable>  // waits between a download's threads
 #include <cstdio>              // warnings
@@ -4629,7 +4629,7 @@ class session {
   [[nodiscard]] std::string without_secrets(std::string said, const std::string& authorization) const;
   /// Says, for a message, which credentials were refused or missing, and what to do.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
-  /// Returns the HTTP status and the service's message, if the answer has one.
+  /// Returns the HTTP status and, if the answer has one, the service's message or storage's error code.
   [[nodiscard]] std::string status_text(const answer& got, const url& address,
                                         const std::string& authorization) const;
   /// Makes the error for an unexpected HTTP status.
@@ -4903,6 +4903,20 @@ inline std::string backend_message(const json& body) {
   return joined;
 }
 
+/// Returns the error code in an XML answer of storage (S3, Azure, Google), e.g. "NoSuchKey"; else an empty string. Codes have
+/// letters only: a signature has digits, and is never returned.
+inline std::string storage_code(std::string_view body) {
+  constexpr std::string_view begin = "<Code>", end = "</Code>";
+  const auto error_begin = body.find("<Error>");
+  const auto code_begin = error_begin == body.npos ? body.npos : body.find(begin, error_begin);
+  const auto code_end = code_begin == body.npos ? body.npos : body.find(end, code_begin);
+  if (code_end == body.npos) return {};
+  const auto code = trim(body.substr(code_begin + begin.size(), code_end - code_begin - begin.size()));
+  constexpr std::size_t longest = 64;
+  const bool is_word = code.size() <= longest && std::all_of(code.begin(), code.end(), is_letter);
+  return is_word ? std::string(code) : std::string();
+}
+
 inline std::string session::without_secrets(std::string said, const std::string& authorization) const {
   const auto text_after = [](const std::string& text, char mark) {
     const auto found = text.find(mark);
@@ -4944,8 +4958,11 @@ inline std::string session::error_message(const answer& got, const url& address,
 
 inline std::string session::status_text(const answer& got, const url& address,
                                         const std::string& authorization) const {
+  std::string text = "HTTP status " + std::to_string(got.head.status);
   const auto said = error_message(got, address, authorization);
-  return "HTTP status " + std::to_string(got.head.status) + (said.empty() ? said : ", " + in_quotes(said));
+  if (!said.empty()) return text + ", " + in_quotes(said);
+  const auto code = storage_code(got.body);
+  return code.empty() ? text : text + ", " + code;
 }
 
 inline error session::status_error(const std::string& task, const answer& got, const url& address,
