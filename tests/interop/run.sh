@@ -5,7 +5,7 @@
 #
 #   tests/interop/run.sh [--quick] [--match TEXT] [--verbose] [--build FOLDER]
 #
-#   --quick   every sixth case
+#   --quick   every sixth case, without slow ones
 #   --match   only the cases whose group and title contain TEXT
 #   --build   an existing build of the project, with examples and tests; default: builds in build-interop/build
 #
