@@ -879,9 +879,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <cstdio>              // warnings
 #include <cstring>             // memcpy
 #include <ctime>               // HTTP dates
-#include <map>                 //
 #include <mutex>               //
-#include <set>                 //
 #include <thread>              // sleep_for
 
 #include <nlohmann/json.hpp>
@@ -958,6 +956,26 @@ inline namespace WANDB_RESTORE_PRIVATE_ABI {
 // ==================================================================================================== text
 
 namespace detail {
+
+/// Refers to a function object, which must outlive the reference. std::function is slow to compile.
+template <class Signature>
+class function_ref;
+template <class Result, class... Arguments>
+class function_ref<Result(Arguments...)> {
+ public:
+  function_ref() = default;  ///< empty
+  template <class Function>
+  function_ref(const Function& function)  // NOLINT: implicit, as in std::function
+      : object_(&function), call_([](const void* object, Arguments... arguments) -> Result {
+          return (*static_cast<const Function*>(object))(arguments...);
+        }) {}
+  explicit operator bool() const { return call_ != nullptr; }
+  Result operator()(Arguments... arguments) const { return call_(object_, arguments...); }
+
+ private:
+  const void* object_ = nullptr;
+  Result (*call_)(const void* object, Arguments... arguments) = nullptr;
+};
 
 inline bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 inline bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
@@ -1207,20 +1225,31 @@ inline std::int64_t days_from_civil(int year, int month, int day) {
   return era * 146097 + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year - 719468;
 }
 
+/// Converts a time in UTC to seconds since 1970. `parts`: year, month, day, hour, minute, second, in decimal digits.
+inline std::optional<std::uint64_t> utc_seconds(const std::array<std::string_view, 6>& parts) {
+  std::array<int, 6> number{};
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const auto value = parts[i].size() <= 4 ? to_number(parts[i]) : std::nullopt;
+    if (!value) return std::nullopt;
+    number[i] = static_cast<int>(*value);
+  }
+  const auto [year, month, day, hour, minute, second] = number;
+  if (year < 1970 || month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 ||
+      second > 60)
+    return std::nullopt;
+  return static_cast<std::uint64_t>(days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 +
+                                    second);
+}
+
 /// Converts an HTTP date in the preferred format, IMF-fixdate (RFC 9110, section 5.6.7), to seconds since 1970.
-inline std::optional<std::int64_t> parse_http_date(std::string_view text) {
+inline std::optional<std::uint64_t> parse_http_date(std::string_view text) {
   static constexpr std::string_view months = "JanFebMarAprMayJunJulAugSepOctNovDec";
   if (text.size() != 29 || text.substr(25) != " GMT") return std::nullopt;
-  const auto month = months.find(text.substr(8, 3));
-  const auto day = to_number(text.substr(5, 2)), year = to_number(text.substr(12, 4)),
-             hour = to_number(text.substr(17, 2)), minute = to_number(text.substr(20, 2)),
-             second = to_number(text.substr(23, 2));
-  if (month == std::string_view::npos || month % 3 != 0 || !day || !year || !hour || !minute || !second) {
-    return std::nullopt;
-  }
-  const std::int64_t days =
-      days_from_civil(static_cast<int>(*year), static_cast<int>(month / 3) + 1, static_cast<int>(*day));
-  return days * 86400 + static_cast<std::int64_t>(*hour * 3600 + *minute * 60 + *second);
+  const auto found = months.find(text.substr(8, 3));
+  if (found == std::string_view::npos || found % 3 != 0) return std::nullopt;
+  const std::string month = std::to_string(found / 3 + 1);
+  return utc_seconds({text.substr(12, 4), month, text.substr(5, 2), text.substr(17, 2), text.substr(20, 2),
+                      text.substr(23, 2)});
 }
 
 // ---- header fields (RFC 9110, section 5)
@@ -1361,7 +1390,47 @@ namespace detail {
 
 // ------------------------------------------------------------------------------- configuration files, as text
 
-using text_map = std::map<std::string, std::string>;
+/// Whether a list of texts has this one.
+inline bool contains(const std::vector<std::string>& texts, std::string_view text) {
+  for (const auto& each : texts) {
+    if (each == text) return true;
+  }
+  return false;
+}
+
+/// Texts by name, in the order of their insertion. Configuration files are short, and std::map is slow to compile.
+class text_map {
+ public:
+  /// Returns null if there is no such name.
+  [[nodiscard]] const std::string* find(std::string_view name) const {
+    for (const auto& entry : entries_) {
+      if (entry.first == name) return &entry.second;
+    }
+    return nullptr;
+  }
+  /// Adds an empty text if there is no such name. A later addition invalidates the reference.
+  std::string& operator[](std::string_view name) {
+    for (auto& entry : entries_) {
+      if (entry.first == name) return entry.second;
+    }
+    entries_.push_back({std::string(name), {}});
+    return entries_.back().second;
+  }
+  /// Adds the texts whose names are missing.
+  void merge(const text_map& others) {
+    for (const auto& [name, text] : others.entries_) {
+      if (!find(name)) entries_.push_back({name, text});
+    }
+  }
+  void clear() { entries_.clear(); }
+  [[nodiscard]] auto begin() { return entries_.begin(); }
+  [[nodiscard]] auto end() { return entries_.end(); }
+  [[nodiscard]] auto begin() const { return entries_.begin(); }
+  [[nodiscard]] auto end() const { return entries_.end(); }
+
+ private:
+  http_headers entries_;
+};
 
 inline std::vector<std::string_view> split_lines(std::string_view text) {
   auto lines = split(text, '\n');
@@ -1387,7 +1456,7 @@ inline std::optional<std::string> unescape_percent(std::string_view value) {
 /// is indented deeper continues the value above. Returns an error for a file that Python refuses.
 inline result<text_map> parse_ini(std::string_view text) {
   text_map values, inherited, others;  // values in [default], in [DEFAULT], and in any other section
-  std::set<std::string> sections;
+  std::vector<std::string> sections;
   text_map* section = nullptr;
   std::string* value = nullptr;  // the value that an indented line continues
   std::size_t value_indent = 0, number = 0;
@@ -1412,8 +1481,10 @@ inline result<text_map> parse_ini(std::string_view text) {
 
     if (const auto end = content.rfind(']'); content.front() == '[' && end != content.npos && end > 1) {
       const std::string name(content.substr(1, end - 1));
-      const bool is_new = sections.insert(name).second;
-      if (!is_new && name != "DEFAULT") return fail("the section [" + name + "] appears twice");
+      if (name != "DEFAULT" && contains(sections, name)) {
+        return fail("the section [" + name + "] appears twice");
+      }
+      sections.push_back(name);
       others.clear();
       section = name == "default" ? &values : name == "DEFAULT" ? &inherited : &others;
       value = nullptr;
@@ -1423,13 +1494,13 @@ inline result<text_map> parse_ini(std::string_view text) {
     const auto delimiter = content.find_first_of("=:");
     const std::string key = lower(trim(content.substr(0, delimiter)));
     if (key.empty() || delimiter == content.npos) return fail("expected key = value");
-    if (section->count(key) != 0) {
+    if (section->find(key)) {
       return fail("the key " + in_quotes(std::string_view(key)) + " appears twice");
     }
     value = &((*section)[key] = trim(content.substr(delimiter + 1)));
   }
 
-  if (sections.count("default") == 0) return text_map{};
+  if (!contains(sections, "default")) return text_map{};
   values.merge(inherited);
   for (auto& [key, raw] : values) {
     while (!raw.empty() && is_space(raw.back())) raw.pop_back();
@@ -1448,7 +1519,7 @@ inline text_map parse_key_values(std::string_view text) {
   for (auto line : split_lines(text)) {
     line = trim(line);
     const auto equals = line.find('=');
-    if (equals != line.npos) values[std::string(line.substr(0, equals))] = line.substr(equals + 1);
+    if (equals != line.npos) values[line.substr(0, equals)] = line.substr(equals + 1);
   }
   return values;
 }
@@ -1523,14 +1594,33 @@ inline result<text_map> parse_netrc(std::string_view text) {
 
 // ----------------------------------------------------------------------------------------------------- JSON
 
-// These functions are no templates, so that nlohmann/json's templates are instantiated for few types. A function that reads
-// accepts any value: if the value has another type, it returns an empty result.
+// nlohmann/json parses here, and nothing more: to build, copy or write its values takes long to compile. A function that
+// reads a value accepts any: if the value has another type, it returns an empty result.
 
 using json = nlohmann::json;
 
-/// Wraps a JSON value for result<T>: `result<json>` would be ambiguous, since an error converts to json, too.
-struct json_document {
-  json root;
+/// A value of a parsed JSON text, which it shares with its copies.
+class json_document {
+ public:
+  json_document() = default;  ///< null
+  explicit json_document(const json* parsed) : text_(parsed), value_(parsed) {}
+
+  const json& operator*() const { return *value_; }
+  const json* operator->() const { return value_; }
+  /// Returns the document of a value within this one.
+  [[nodiscard]] json_document at(const json& inner) const {
+    json_document narrowed = *this;
+    narrowed.value_ = &inner;
+    return narrowed;
+  }
+  static const json& null() {
+    static const json value;
+    return value;
+  }
+
+ private:
+  std::shared_ptr<const json> text_;
+  const json* value_ = &null();
 };
 
 /// Whether brackets are nested more than 64 levels deep. The service's answers have less than ten levels; thousands could
@@ -1556,16 +1646,10 @@ inline bool is_nested_too_deep(std::string_view text) {
 }
 
 /// Parses JSON. Returns null for text that is not JSON or is nested too deep.
-inline json parse_json(std::string_view text) {
-  json value;
-  if (is_nested_too_deep(text)) return value;
-  value = json::parse(text.data(), text.data() + text.size(), nullptr, false);
-  if (value.is_discarded()) value = json();
-  return value;
-}
-/// Writes JSON on one line, or indented by `indent` spaces per level. Bytes that are not UTF-8 become U+FFFD.
-inline std::string write_json(const json& value, int indent = -1) {
-  return value.dump(indent, ' ', false, json::error_handler_t::replace);
+inline json_document parse_json(std::string_view text) {
+  if (is_nested_too_deep(text)) return {};
+  json_document parsed(new json(json::parse(text.data(), text.data() + text.size(), nullptr, false)));
+  return parsed->is_discarded() ? json_document() : parsed;
 }
 
 inline const json::object_t& members(const json& value) {
@@ -1583,9 +1667,8 @@ inline bool has_member(const json& object, std::string_view name) {
 }
 /// Returns the member with this name, or null.
 inline const json& member(const json& object, std::string_view name) {
-  static const json null;
   const auto found = members(object).find(std::string(name));
-  return found == members(object).end() ? null : found->second;
+  return found == members(object).end() ? json_document::null() : found->second;
 }
 inline std::string text_of(const json& value) {
   const auto* text = value.get_ptr<const json::string_t*>();
@@ -1602,29 +1685,75 @@ inline bool is_true(const json& value) {
   return truth && *truth;
 }
 
-inline json json_object() { return json(json::value_t::object); }
-/// Appends to `array`, which must be an array.
-inline void append_element(json& array, json element) {
-  array.get_ptr<json::array_t*>()->push_back(std::move(element));
+/// Returns the bytes of the UTF-8 character that a text begins with (RFC 3629, section 4); 0 if there is none.
+inline std::size_t utf8_length(std::string_view text) {
+  const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+  const unsigned first = byte(0), second = byte(1);
+  const bool is_overlong = (first == 0xe0 && second < 0xa0) || (first == 0xf0 && second < 0x90);
+  const bool is_surrogate = first == 0xed && second > 0x9f, is_too_great = first == 0xf4 && second > 0x8f;
+  if (first < 0x80) return text.empty() ? 0 : 1;
+  if (first < 0xc2 || first > 0xf4 || is_overlong || is_surrogate || is_too_great) return 0;
+  const std::size_t size = first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+  for (std::size_t i = 1; i < size; ++i) {
+    if ((byte(i) & 0xc0) != 0x80) return 0;
+  }
+  return size;
 }
-inline json json_array_of(json element) {
-  json value(json::value_t::array);
-  append_element(value, std::move(element));
-  return value;
+/// Returns a JSON string (RFC 8259, section 7). Bytes that are not UTF-8 become U+FFFD.
+inline std::string json_string(std::string_view text) {
+  std::string out = "\"";
+  while (!text.empty()) {
+    const std::size_t size = utf8_length(text);
+    const std::string_view character = text.substr(0, (std::max<std::size_t>)(size, 1));
+    text.remove_prefix(character.size());
+    if (size == 0) {
+      out += "\xef\xbf\xbd";
+    } else if (is_control(character[0])) {
+      out += "\\u00" + hex_encode(character);
+    } else {
+      if (character[0] == '"' || character[0] == '\\') out += '\\';
+      out += character;
+    }
+  }
+  return out += '"';
 }
-inline json json_text(std::string_view text) {
-  json value(json::value_t::string);
-  value.get_ptr<json::string_t*>()->append(text);
-  return value;
-}
-inline json json_number(std::int64_t number) {
-  json value(json::value_t::number_integer);
-  *value.get_ptr<json::number_integer_t*>() = number;
-  return value;
-}
-/// Sets a member of `object`, which must be an object.
-inline void set_member(json& object, const std::string& name, json value) {
-  (*object.get_ptr<json::object_t*>())[name] = std::move(value);
+
+/// Writes a JSON object, member by member.
+class json_object {
+ public:
+  /// `value`: a JSON text.
+  json_object& add(std::string_view name, std::string_view value) {
+    members_.append(members_.empty() ? "" : ", ").append(json_string(name)).append(": ").append(value);
+    return *this;
+  }
+  json_object& add_text(std::string_view name, std::string_view text) { return add(name, json_string(text)); }
+  [[nodiscard]] std::string str() const { return '{' + members_ + '}'; }
+
+ private:
+  std::string members_;
+};
+
+/// Writes a value as JSON.
+inline std::string json_of(const json& value) {
+  if (value.is_string()) return json_string(text_of(value));
+  if (value.is_object()) {
+    json_object object;
+    for (const auto& [name, inner] : members(value)) object.add(name, json_of(inner));
+    return object.str();
+  }
+  if (value.is_array()) {
+    std::string list;
+    for (const json& element : elements(value))
+      list.append(list.empty() ? "" : ", ").append(json_of(element));
+    return '[' + list + ']';
+  }
+  if (value.is_boolean()) return is_true(value) ? "true" : "false";
+  if (const auto* count = value.get_ptr<const json::number_unsigned_t*>()) return std::to_string(*count);
+  if (const auto* integer = value.get_ptr<const json::number_integer_t*>()) return std::to_string(*integer);
+  if (!value.is_number()) return "null";
+  std::array<char, 32> digits{};
+  std::snprintf(digits.data(), digits.size(), "%.17g", number_of(value));
+  return digits.data();
 }
 
 // ------------------------------------------------------------------------------- the public service's names
@@ -2722,23 +2851,18 @@ class place_lock {
   ~place_lock() {
     if (outcome_ == outcome::held && !leave_) remove_quietly(where_);  // before unlocking: see is_named below
     out_.close();
-    if (outcome_ != outcome::busy) {
-      const std::lock_guard<std::mutex> guard(mutex());
-      threads().erase(key_);
-    }
+    if (outcome_ != outcome::busy) forget();
   }
 
   outcome try_acquire() {
     if (outcome_ != outcome::busy) return outcome_;
     {
       const std::lock_guard<std::mutex> guard(mutex());
-      if (!threads().insert(key_).second) return outcome::busy;
+      if (contains(locked(), key_)) return outcome::busy;
+      locked().push_back(key_);
     }
     outcome_ = try_file();
-    if (outcome_ == outcome::busy) {
-      const std::lock_guard<std::mutex> guard(mutex());
-      threads().erase(key_);
-    }
+    if (outcome_ == outcome::busy) forget();
     return outcome_;
   }
   /// Whether the lock is held and its file is new: then no earlier holder was killed or left its file.
@@ -2775,9 +2899,19 @@ class place_lock {
     return guards_threads;
   }
   /// The targets that threads of this process have locked.
-  static std::set<std::string>& threads() {
-    static std::set<std::string> targets;
+  static std::vector<std::string>& locked() {
+    static std::vector<std::string> targets;
     return targets;
+  }
+  void forget() const {
+    const std::lock_guard<std::mutex> guard(mutex());
+    auto& targets = locked();
+    for (auto target = targets.begin(); target != targets.end(); ++target) {
+      if (*target == key_) {
+        targets.erase(target);
+        return;
+      }
+    }
   }
   outcome try_file() {
     int code = out_.open_lock(where_, existed_);
@@ -2815,7 +2949,9 @@ struct found_partial {
   std::string key;  // place::key of its content; empty for a released file
   owner writer;     // process 0: released, or the name is malformed
   bool released = false;
-  file_facts facts;  // of the entry itself, even if it is a link
+  file_facts facts;            // of the entry itself, even if it is a link
+  std::uint64_t recorded = 0;  // blocks that its record claims, once it was inspected
+  bool is_own = false;         // it may be taken over, once it was inspected
 
   /// Whether certainly no process writes to it.
   [[nodiscard]] bool abandoned() const { return released || writer.is_provably_dead(); }
@@ -2858,7 +2994,7 @@ inline std::vector<found_partial> find_partials(const place& at) {
 }
 
 /// A long operation calls this now and then with the number of bytes done, and stops if it returns false.
-using watcher = std::function<bool(std::uint64_t done)>;
+using watcher = function_ref<bool(std::uint64_t done)>;
 
 /// A partially downloaded file: the content at its final offsets, then a record of the blocks that are present. Both are in
 /// one file, so that one rename moves both. Blocks are written before they are recorded, but a crash may lose a write: only
@@ -2875,7 +3011,7 @@ class partial_file {
   /// recorded blocks of other files that no live process writes, until `go_on` returns false. `lock` is the lock of the
   /// place, or null.
   static result<std::unique_ptr<partial_file>> open(const place& at, const std::string& md5,
-                                                    std::uint64_t size, const watcher& go_on = {},
+                                                    std::uint64_t size, watcher go_on = {},
                                                     const place_lock* lock = nullptr);
   /// Starts a new file without reusing any. Others get no more permissions than for the file that it will replace.
   static result<std::unique_ptr<partial_file>> create(const place& at, const std::string& md5,
@@ -2938,9 +3074,7 @@ class partial_file {
   result<void> finish();
   /// Calls finish() if nobody has, replaces the target with this file, and returns a stream on it. Calls `announce` just
   /// before the replacement, with the facts that the published file will have.
-  result<std::ifstream> publish(const place& at, const std::function<void(const file_facts&)>& announce = {});
-  /// Facts of the published file, even if its name leads to another file by now.
-  [[nodiscard]] const std::optional<file_facts>& published() const { return published_; }
+  result<std::ifstream> publish(const place& at, function_ref<void(const file_facts&)> announce = {});
 
  private:
   static constexpr std::string_view magic = "wandb-restore 2\n";
@@ -2983,7 +3117,7 @@ class partial_file {
   /// Renames an abandoned candidate so that no other process claims it. Returns false if another process was faster.
   bool claim(const place& at);
   /// Copies the blocks that `source` has and this file lacks. Stops at a failure: the other blocks will be downloaded.
-  void adopt(const partial_file& source, const watcher& go_on);
+  void adopt(const partial_file& source, watcher go_on);
   /// Whether another writer has released a file with more blocks of the same content.
   [[nodiscard]] bool has_better_successor(const place& at) const {
     found_partial released;
@@ -3002,7 +3136,6 @@ class partial_file {
   bool is_own_ = true;          // this user's file; may be written and published
   bool is_finished_ = false;    // the record is cut off; the content is on stable storage
   bool is_unreliable_ = false;  // a sync failed: the kernel may have dropped written pages
-  std::optional<file_facts> published_;
 };
 
 /// Returns the permissions of a partial file that will replace `old`: those of `old`, and read and write for its owner.
@@ -3071,37 +3204,33 @@ inline bool partial_file::claim(const place& at) {
 }
 
 inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at, const std::string& md5,
-                                                                std::uint64_t size, const watcher& go_on,
+                                                                std::uint64_t size, watcher go_on,
                                                                 const place_lock* lock) {
   if (md5.empty() || size == 0) return create(at, md5, size);
-  struct inspected {
-    found_partial found;
-    std::unique_ptr<partial_file> content;
-  };
-  std::vector<inspected> sources;  // in order of recorded blocks, most first
-  const found_partial* in_use = nullptr;
-  auto candidates = find_partials(at);
-  for (auto& candidate : candidates) {
-    auto content = inspect(candidate, md5, size);
+  std::vector<found_partial> sources;  // with content to reuse; most recorded blocks first
+  for (auto& candidate : find_partials(at)) {
+    const auto content = inspect(candidate, md5, size);
     if (!content) {
       // Remove an abandoned file if its record is damaged or has another size. Keep other content for its own restore.
       if (candidate.abandoned() && candidate.key == place::key(md5)) remove_quietly(candidate.where);
       continue;
     }
-    if (!candidate.abandoned()) in_use = &candidate;
-    auto position = sources.begin();
-    while (position != sources.end() && position->content->recorded() >= content->recorded()) ++position;
-    content->out_.close();  // all candidates together may exceed the limit on open files
-    sources.insert(position, {std::move(candidate), std::move(content)});
+    candidate.recorded = content->recorded();
+    candidate.is_own = content->is_own_;
+    sources.push_back(std::move(candidate));
+    for (auto i = sources.size() - 1; i > 0 && sources[i].recorded > sources[i - 1].recorded; --i)
+      std::swap(sources[i], sources[i - 1]);
   }
   std::unique_ptr<partial_file> made;
-  for (auto& source : sources) {
-    if (made || !source.content->is_own_ || !source.found.abandoned()) continue;
-    auto content = inspect(source.found, md5, size);
-    if (content && content->is_own_ && content->claim(at)) {
-      made = std::move(content);
-      source.content.reset();
-    }
+  const found_partial* claimed = nullptr;
+  const found_partial* in_use = nullptr;
+  for (const auto& source : sources) {
+    if (!source.abandoned()) in_use = &source;
+    if (made || !source.is_own || !source.abandoned()) continue;
+    auto content = inspect(source, md5, size);
+    if (!content || !content->is_own_ || !content->claim(at)) continue;
+    made = std::move(content);
+    claimed = &source;
   }
   if (!made) {
     auto created = create(at, md5, size);
@@ -3117,22 +3246,22 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   made->touch();
   const auto now = made->out_.facts();  // touched just now, by the file system's clock
   for (const auto& source : sources) {
-    if (!source.content) continue;
-    const auto& writer = source.found.writer;
-    const bool is_abandoned = source.found.abandoned();
+    if (&source == claimed) continue;
+    const auto& writer = source.writer;
+    const bool is_abandoned = source.abandoned();
     // A live writer of this machine holds the lock, unless it was silent and lost it. It may resume: copy, do not claim.
     const bool is_locked_out =
         lock != nullptr && !writer.is_here() && writer.is_of_this_boot() && lock->is_effective();
-    const bool is_silent = now.found() && !writer.is_here() &&
-                           source.found.is_silent(now->modified, std::chrono::seconds(quiet));
+    const bool is_silent =
+        now.found() && !writer.is_here() && source.is_silent(now->modified, std::chrono::seconds(quiet));
     if (!is_abandoned && !is_locked_out && !is_silent) continue;
-    if (const auto content = inspect(source.found, md5, size)) made->adopt(*content, go_on);
-    if (is_abandoned || is_locked_out) remove_quietly(source.found.where);
+    if (const auto content = inspect(source, md5, size)) made->adopt(*content, go_on);
+    if (is_abandoned || is_locked_out) remove_quietly(source.where);
   }
   return made;
 }
 
-inline void partial_file::adopt(const partial_file& source, const watcher& go_on) {
+inline void partial_file::adopt(const partial_file& source, watcher go_on) {
   page_buffer buffer;
   constexpr std::uint64_t stride = 16;  // blocks copied between two calls of the watcher
   for (std::uint64_t first = 0, last = 0; first < blocks(); first = last) {
@@ -3199,7 +3328,7 @@ inline result<void> partial_file::finish() {
 }
 
 inline result<std::ifstream> partial_file::publish(const place& at,
-                                                   const std::function<void(const file_facts&)>& announce) {
+                                                   function_ref<void(const file_facts&)> announce) {
   const auto old = facts_of(at.target);
   // Restore the record, so that release() can keep the file.
   const auto failed = [&](const error& failure) {
@@ -3248,7 +3377,6 @@ inline result<std::ifstream> partial_file::publish(const place& at,
   out_.close();
   sync_directory(at.directory);
 #endif
-  if (facts.found()) published_ = *facts;
   return stream;
 }
 
@@ -3499,7 +3627,7 @@ class md5 {
 };
 
 /// Returns the md5 of a whole file in hex; empty if the file cannot be read or the watcher returned false.
-inline std::string md5_of_file(const file& opened, const watcher& go_on = {}) {
+inline std::string md5_of_file(const file& opened, watcher go_on = {}) {
   md5 hash;
   page_buffer buffer;
   for (std::uint64_t offset = 0;;) {
@@ -3510,7 +3638,7 @@ inline std::string md5_of_file(const file& opened, const watcher& go_on = {}) {
     offset += static_cast<std::uint64_t>(count);
   }
 }
-inline std::string md5_of_file(const path& where, const watcher& go_on = {}) {
+inline std::string md5_of_file(const path& where, watcher go_on = {}) {
   file opened;
   return opened.open(where, file::mode::read) == 0 ? md5_of_file(opened, go_on) : std::string();
 }
@@ -3704,7 +3832,9 @@ inline std::chrono::milliseconds parse_seconds(std::string_view text) {
   const auto dot = text.find('.');
   const auto seconds = to_number(text.substr(0, dot));
   std::string fraction(dot == text.npos ? "" : text.substr(dot + 1));
-  if (!std::all_of(fraction.begin(), fraction.end(), is_digit)) return {};
+  for (const char c : fraction) {
+    if (!is_digit(c)) return {};
+  }
   fraction.resize(3, '0');
   const auto thousandths = to_number(fraction);
   if (!seconds || *seconds > max_seconds || !thousandths) return {};
@@ -3713,10 +3843,10 @@ inline std::chrono::milliseconds parse_seconds(std::string_view text) {
 
 /// Parses a JSON object whose values are strings. errc::invalid_argument for other texts.
 inline result<text_map> parse_string_object(std::string_view text) {
-  const json parsed = parse_json(text);
+  const auto parsed = parse_json(text);
   text_map strings;
-  bool good = parsed.is_object();
-  for (const auto& [name, value] : members(parsed)) {
+  bool good = parsed->is_object();
+  for (const auto& [name, value] : members(*parsed)) {
     good = good && value.is_string();
     strings[name] = text_of(value);
   }
@@ -3848,16 +3978,16 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
     warnings.push_back("the netrc file " + in_quotes(file) + " is not used: " + passwords.error().what());
     return {};
   }
-  auto found = passwords->end();
   for (const auto& machine : netrc_machines(configuration.base_url, base)) {
-    if (found == passwords->end()) found = passwords->find(machine);
+    const std::string* const password = passwords->find(machine);
+    if (!password) continue;
+    if (trim(*password).empty()) {
+      warnings.push_back("the netrc file " + in_quotes(file) + " has no password for " +
+                         in_quotes(std::string_view(machine)));
+    }
+    return std::string(trim(*password));
   }
-  if (found == passwords->end()) return {};
-  if (trim(found->second).empty()) {
-    warnings.push_back("the netrc file " + in_quotes(file) + " has no password for " +
-                       in_quotes(std::string_view(found->first)));
-  }
-  return std::string(trim(found->second));
+  return {};
 }
 
 // ------------------------------------------------------------------------------------ shared access tokens
@@ -3873,24 +4003,16 @@ struct access_token {
   [[nodiscard]] bool lasts() const { return expires_at - std::chrono::system_clock::now() > margin; }
 };
 
-/// Converts "YYYY-MM-DD HH:MM:SS" (UTC) to seconds since 1970.
-inline std::optional<std::int64_t> parse_utc(std::string_view text) {
+/// Converts "YYYY-MM-DD HH:MM:SS" (UTC) to seconds since 1970. Takes years after 2200 for 2200: a system_clock that counts
+/// nanoseconds ends in 2262.
+inline std::optional<std::uint64_t> parse_utc(std::string_view text) {
   if (text.size() != 19 || text[4] != '-' || text[7] != '-' || text[10] != ' ' || text[13] != ':' ||
       text[16] != ':') {
     return std::nullopt;
   }
-  std::array<int, 6> part{};  // year, month, day, hour, minute, second
-  for (std::size_t i = 0; i < part.size(); ++i) {
-    const auto number = to_number(i == 0 ? text.substr(0, 4) : text.substr(i * 3 + 2, 2));
-    if (!number) return std::nullopt;
-    part[i] = static_cast<int>(*number);
-  }
-  const int year = part[0], month = part[1], day = part[2], hour = part[3], minute = part[4],
-            second = part[5];
-  if (month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60)
-    return std::nullopt;
-  const int known_year = std::clamp(year, 1970, 2200);  // a system_clock in nanoseconds ends in 2262
-  return days_from_civil(known_year, month, day) * 86400 + hour * 3600 + minute * 60 + second;
+  const auto year = (std::min)(text.substr(0, 4), std::string_view("2200"));
+  return utc_seconds({year, text.substr(5, 2), text.substr(8, 2), text.substr(11, 2), text.substr(14, 2),
+                      text.substr(17, 2)});
 }
 
 inline std::string format_utc(std::chrono::system_clock::time_point time) {
@@ -3918,15 +4040,10 @@ inline std::vector<std::string> shared_token_keys(std::string_view base_text, co
 /// Reads the file of access tokens that the SDK shares between processes: {"credentials": {base URL: token}}. The file is a
 /// cache: a missing or malformed one counts as empty.
 inline result<json_document> read_credentials(const path& credentials_file) {
-  json_document file;
-  if (facts_of(credentials_file).found()) {
-    const auto text = read_small_file(credentials_file, 1 << 20);
-    if (!text) return text.error();
-    file.root = parse_json(*text);
-  }
-  if (!file.root.is_object()) file.root = json_object();
-  if (!member(file.root, "credentials").is_object()) set_member(file.root, "credentials", json_object());
-  return file;
+  if (!facts_of(credentials_file).found()) return json_document();
+  const auto text = read_small_file(credentials_file, 1 << 20);
+  if (!text) return text.error();
+  return parse_json(*text);
 }
 
 /// Reads a server's access token from that file. Returns an empty one if there is none or it expires within token_margin.
@@ -3935,7 +4052,7 @@ inline access_token read_shared_token(const path& credentials_file, const std::s
                                       std::chrono::system_clock::time_point now) {
   const auto file = read_credentials(credentials_file);
   if (!file) return {};
-  const json& entry = member(member(file->root, "credentials"), base_url);
+  const json& entry = member(member(**file, "credentials"), base_url);
   const auto expires_at = parse_utc(text_of(member(entry, "expires_at")));
   auto value = text_of(member(entry, "access_token"));
   if (!expires_at || value.empty() || has_control(value)) return {};
@@ -3947,17 +4064,20 @@ inline access_token read_shared_token(const path& credentials_file, const std::s
 /// Adds a token to that file and keeps its other content. Replaces the file atomically; only its owner can read it.
 inline result<void> write_shared_token(const path& credentials_file, const std::string& base_url,
                                        const access_token& token) {
-  auto file = read_credentials(credentials_file);
+  const auto file = read_credentials(credentials_file);
   if (!file) return file.error();
-  json entry = json_object();
-  set_member(entry, "expires_at", json_text(format_utc(token.expires_at)));
-  set_member(entry, "access_token", json_text(token.value));
-  json tokens = member(file->root, "credentials");
-  set_member(tokens, base_url, std::move(entry));
-  set_member(file->root, "credentials", std::move(tokens));
+  json_object entry, tokens, whole;
+  entry.add_text("expires_at", format_utc(token.expires_at)).add_text("access_token", token.value);
+  for (const auto& [name, other] : members(member(**file, "credentials"))) {
+    if (name != base_url) tokens.add(name, json_of(other));
+  }
+  for (const auto& [name, other] : members(**file)) {
+    if (name != "credentials") whole.add(name, json_of(other));
+  }
+  whole.add("credentials", tokens.add(base_url, entry.str()).str());
   std::error_code failure;  // replace the target of a symbolic link, not the link
   const path target = std::filesystem::canonical(credentials_file, failure);
-  return replace_small_file(failure ? credentials_file : target, write_json(file->root, 2), 0600);
+  return replace_small_file(failure ? credentials_file : target, whole.str() + "\n", 0600);
 }
 
 // --------------------------------------------------------------------- the sources of settings, by priority
@@ -3998,9 +4118,9 @@ class settings_sources {
       if (auto value = name ? variable(name) : std::nullopt; value && !value->empty())
         return {*std::move(value), name, false};
     }
-    const auto at = key ? files_.find(key) : files_.end();
-    if (at == files_.end()) return {};
-    return {at->second, "the setting " + std::string(key) + " of a settings file", true};
+    const std::string* const value = key ? files_.find(key) : nullptr;
+    if (!value) return {};
+    return {*value, "the setting " + std::string(key) + " of a settings file", true};
   }
   /// As find, for the entity and the project: a variable that is set but empty hides the settings files.
   std::string find_name(const char* name, const char* key) const {
@@ -4025,8 +4145,9 @@ class settings_sources {
   }
   std::optional<std::string> variable(const char* name) const {
     if (auto value = environment(name)) return value;
-    const auto at = secrets_.find(name);
-    return at == secrets_.end() ? std::nullopt : std::optional(at->second);
+    // Hide the secret API key: netrc has priority over it.
+    const auto* const secret = std::string_view(name) == "WANDB_API_KEY" ? nullptr : secrets_.find(name);
+    return secret ? std::optional(*secret) : std::nullopt;
   }
   void load(const path& file) {
     if (file.empty() || !facts_of(file).found()) return;
@@ -4049,8 +4170,8 @@ class settings_sources {
     if (const auto text = read_small_file("secrets.env", 1 << 20)) secrets_ = parse_key_values(*text);
     const auto file_text = read_small_file(hyperparameters, 1 << 20);
     for (const std::string& text : {file_text ? *file_text : std::string(), training.value_or("")}) {
-      const json parsed = parse_json(text);
-      const json& entry = member(parsed, "wandb_api_key");
+      const auto parsed = parse_json(text);
+      const json& entry = member(*parsed, "wandb_api_key");
       if (!entry.is_string()) continue;
       const std::string quoted = text_of(entry);
       std::string_view key = trim(quoted);
@@ -4059,10 +4180,8 @@ class settings_sources {
       while (!key.empty() && key.back() == '"') key.remove_suffix(1);
       sagemaker_api_key = trim(key);
     }
-    if (const auto at = secrets_.find("WANDB_API_KEY"); sagemaker_api_key.empty() && at != secrets_.end()) {
-      sagemaker_api_key = at->second;
-    }
-    secrets_.erase("WANDB_API_KEY");  // hide it from `find`: netrc has priority over it
+    const std::string* const secret = secrets_.find("WANDB_API_KEY");
+    if (secret && sagemaker_api_key.empty()) sagemaker_api_key = *secret;
   }
 
   settings& target_;
@@ -4079,8 +4198,8 @@ inline void find_run(settings& s, const settings_sources& sources) {
       !facts_of(resume_file).found())
     return;
   const auto text = read_small_file(resume_file, 1 << 20);
-  const json resumed = text ? parse_json(*text) : json();
-  if (const json& id = member(resumed, "run_id"); id.is_string()) {
+  const auto resumed = parse_json(text ? *text : std::string());
+  if (const json& id = member(*resumed, "run_id"); id.is_string()) {
     s.run_id = text_of(id);
   } else {
     s.warnings.push_back("the resume file " + in_quotes(resume_file) + " has no run_id and is not used");
@@ -4284,6 +4403,14 @@ inline std::string seconds_text(milliseconds time) {
   return text.data();
 }
 
+/// A copy of a failure with another text.
+inline error with_text(const error& failure, const std::string& text) {
+  error whole(failure.code(), text, failure.http_status());
+  if (!failure.is_transient()) whole = error::permanent(failure.code(), text, failure.http_status());
+  whole.retry_after(failure.retry_after());
+  return whole;
+}
+
 /// The state of one call by the user: cancellation, total_timeout, and whether any server was reached. Thread-safe.
 class call {
  public:
@@ -4336,19 +4463,18 @@ class retry_clock {
  public:
   explicit retry_clock(const call& user_call) : call_(user_call) {}
 
-  /// Counts bytes that arrived. Restarts the clock, and returns true, if `low_speed` bytes a second have arrived since it
-  /// started: with only a few bytes for each try a transfer would never end.
-  bool progressed(std::uint64_t bytes) {
+  /// Counts bytes that arrived. Restarts the clock if `low_speed` bytes a second have arrived since it started: with only a
+  /// few bytes for each try a transfer would never end.
+  void progressed(std::uint64_t bytes) {
     const std::lock_guard<std::mutex> guard(mutex_);
     arrived_ += bytes;
     const double seconds = std::chrono::duration<double>(clock::now() - since_).count();
     if (bytes == 0 || static_cast<double>(arrived_) < static_cast<double>(call_.config.low_speed) * seconds)
-      return false;
+      return;
     since_ = clock::now();
     arrived_ = 0;
     failures_ = 0;
     last_failure_.reset();
-    return true;
   }
   /// Counts a failure. Returns the time that is left for another try; if there shall be none, the failure with the number of
   /// tries, the time and a remedy.
@@ -4382,9 +4508,7 @@ class retry_clock {
             seconds_text(spent()) + "; the limit without progress is " + seconds_text(limit()) + ")";
     text += failure.code() == errc::connection_failed ? ": check the network, WANDB_BASE_URL and HTTPS_PROXY"
                                                       : ": try again later";
-    error last(failure.code(), text, failure.http_status());
-    last.retry_after(failure.retry_after());
-    return last;
+    return with_text(failure, text);
   }
 
   const call& call_;
@@ -4398,17 +4522,11 @@ class retry_clock {
 /// Computes the wait before each retry: exponential backoff with full jitter, at least the server's Retry-After.
 class backoff {
  public:
-  explicit backoff(const call& user_call) : call_(user_call), own_clock_(user_call), clock_(own_clock_) {}
-  /// Uses a clock that several connections share.
-  backoff(const call& user_call, retry_clock& shared_clock)
-      : call_(user_call), own_clock_(user_call), clock_(shared_clock) {}
+  /// Several connections may share the clock.
+  backoff(const call& user_call, retry_clock& time) : call_(user_call), clock_(time) {}
 
   /// Starts again with the shortest wait.
   void reset() { tries_ = 0; }
-  /// Reports bytes that arrived to the clock.
-  void progressed(std::uint64_t bytes) {
-    if (clock_.progressed(bytes)) reset();
-  }
   /// Returns the number of failures since the last reset.
   [[nodiscard]] int failures() const { return tries_; }
   /// Returns the wait before the next try, or, if there shall be none, the error to give up with.
@@ -4433,7 +4551,6 @@ class backoff {
     return milliseconds(some_number() % static_cast<std::uint64_t>(ceiling.count() + 1));
   }
   const call& call_;
-  retry_clock own_clock_;
   retry_clock& clock_;
   int tries_ = 0;
 };
@@ -4445,7 +4562,7 @@ inline milliseconds parse_retry_after(const http_response& head) {
   const auto text = trim(*field);
   if (const auto date = parse_http_date(text)) {
     const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
-    return milliseconds((std::max<std::int64_t>)(0, *date - static_cast<std::int64_t>(now)) * 1000);
+    return milliseconds((std::max<std::int64_t>)(0, static_cast<std::int64_t>(*date) - now) * 1000);
   }
   const auto whole = to_number(text.substr(0, text.find('.')));
   if (!whole) return {};
@@ -4621,7 +4738,7 @@ class session {
   /// to addresses under the base URL. Streams the body of a 200 or 206 to the sink; returns any other answer with the
   /// beginning of its body. No status is an error here.
   result<answer> send(call& user_call, http_request request, const std::string& authorization,
-                      body_sink& sink, url& address, const std::function<void(const url&)>& redirected = {});
+                      body_sink& sink, url& address, function_ref<void(const url&)> redirected = {});
 
   /// Returns the value of Authorization for the base URL, or "" if there are no credentials.
   result<std::string> authorization(call& user_call);
@@ -4645,21 +4762,19 @@ class session {
   }
 
   std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be written
-  std::mutex mutex;                           // guards the members below
+  std::mutex mutex;                           // guards default_entity and netrc_key_
   std::optional<std::string> default_entity;  // the account's, once the service has told it
 
  private:
   void add_credentials(http_request& request, bool is_under_base, const std::string& authorization) const;
-  std::string error_message(const answer& got, const url& address, const std::string& authorization) const;
   result<std::string> bearer(call& user_call);
   result<access_token> exchange_identity(call& user_call);
 
   transport_ref transport_;
   std::atomic<bool> warned_{false};
   std::optional<std::string> netrc_key_;
+  std::mutex token_mutex_;  // guards token_, also while a call exchanges the identity token
   access_token token_;
-  bool exchanging_ = false;  // a call exchanges the identity token; the others wait
-  std::condition_variable exchanged_;
 };
 
 inline result<void> session::ready() {
@@ -4693,7 +4808,7 @@ inline result<void> session::ready() {
 
 inline result<answer> session::send(call& user_call, http_request request, const std::string& authorization,
                                     body_sink& sink, url& address,
-                                    const std::function<void(const url&)>& redirected) {
+                                    function_ref<void(const url&)> redirected) {
   if (!base) return base.error();
   const http_headers headers = std::move(request.headers);
   const auto is_cancelled = std::move(request.is_cancelled);
@@ -4784,34 +4899,27 @@ inline result<std::string> session::authorization(call& user_call) {
 /// call exchanges the identity token while the others wait.
 inline result<std::string> session::bearer(call& user_call) {
   if (!base) return base.error();
+  std::unique_lock<std::mutex> turn(token_mutex_, std::defer_lock);
+  while (!turn.try_lock()) {
+    if (!user_call.sleep(milliseconds(20))) return user_call.why_cancelled();
+  }
   const auto keys = shared_token_keys(config.base_url, *base);
-  {
-    std::unique_lock<std::mutex> held(mutex);
-    while (exchanging_) {
-      if (user_call.cancelled()) return user_call.why_cancelled();
-      exchanged_.wait_for(held, milliseconds(50));
-    }
-    for (const auto& key : keys) {
-      if (token_.lasts()) break;
-      token_ = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
-    }
-    if (token_.lasts()) return "Bearer " + token_.value;
-    exchanging_ = true;
+  for (const auto& key : keys) {
+    if (token_.lasts()) break;
+    token_ = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
   }
-  auto got = exchange_identity(user_call);
   result<void> kept;
-  if (got && !config.credentials_file.empty()) {
-    kept = write_shared_token(config.credentials_file, keys.front(), *got);
+  if (!token_.lasts()) {
+    auto got = exchange_identity(user_call);
+    if (!got) return got.error();
+    token_ = *std::move(got);
+    if (!config.credentials_file.empty())
+      kept = write_shared_token(config.credentials_file, keys.front(), token_);
   }
-  {
-    const std::lock_guard<std::mutex> guard(mutex);
-    if (got) token_ = *got;
-    exchanging_ = false;
-    exchanged_.notify_all();
-  }
+  const std::string value = "Bearer " + token_.value;
+  turn.unlock();  // on_warning may use this client
   if (!kept) warn(kept.error().what());
-  if (!got) return got.error();
-  return "Bearer " + got->value;
+  return value;
 }
 
 /// Exchanges the identity token for an access token (RFC 7523, section 2.1).
@@ -4836,7 +4944,8 @@ inline result<access_token> session::exchange_identity(call& user_call) {
   request.body = "grant_type=" + percent_encode("urn:ietf:params:oauth:grant-type:jwt-bearer") +
                  "&assertion=" + percent_encode(trim(*identity));
   const std::string task = "exchanging the identity token at " + base->redacted();
-  for (backoff tries(user_call);;) {
+  retry_clock time(user_call);
+  for (backoff tries(user_call, time);;) {
     collecting_sink body(64 * 1024);
     url address = join_path(*base, "/oidc/token");
     auto got = send(user_call, request, {}, body, address);
@@ -4859,9 +4968,9 @@ inline result<access_token> session::exchange_identity(call& user_call) {
           status);
       failure.retry_after(parse_retry_after(got->head));
     } else {
-      const json answered = parse_json(body.text);
-      const json& lifetime = member(answered, "expires_in");
-      auto token = text_of(member(answered, "access_token"));
+      const auto answered = parse_json(body.text);
+      const json& lifetime = member(*answered, "expires_in");
+      auto token = text_of(member(*answered, "access_token"));
       if (lifetime.is_number() && !token.empty() && !has_control(token)) {
         const std::chrono::seconds lives(
             static_cast<std::int64_t>(std::clamp(number_of(lifetime), 0.0, 1e9)));
@@ -4949,20 +5058,15 @@ inline errc code_of_missing(std::string_view said, errc otherwise) {
   return has_word(said, "file") ? errc::file_not_found : otherwise;
 }
 
-/// Returns the service's message in an answer. Empty for answers of storage, which may contain signatures.
-inline std::string session::error_message(const answer& got, const url& address,
-                                          const std::string& authorization) const {
-  if (!base || !under_base(*base, address)) return {};
-  return without_secrets(backend_message(parse_json(got.body)), authorization);
-}
-
 inline std::string session::status_text(const answer& got, const url& address,
                                         const std::string& authorization) const {
-  std::string text = "HTTP status " + std::to_string(got.head.status);
-  const auto said = error_message(got, address, authorization);
-  if (!said.empty()) return text + ", " + in_quotes(said);
-  const auto code = storage_code(got.body);
-  return code.empty() ? text : text + ", " + code;
+  const std::string status = "HTTP status " + std::to_string(got.head.status);
+  if (!base || !under_base(*base, address)) {  // the rest of storage's answer may contain signatures
+    const std::string code = storage_code(got.body);
+    return code.empty() ? status : status + ", " + code;
+  }
+  const auto said = without_secrets(backend_message(*parse_json(got.body)), authorization);
+  return said.empty() ? status : status + ", " + in_quotes(said);
 }
 
 inline error session::status_error(const std::string& task, const answer& got, const url& address,
@@ -4970,7 +5074,7 @@ inline error session::status_error(const std::string& task, const answer& got, c
   const int status = got.head.status;
   std::string text = task + ": " + status_text(got, address, authorization);
   if (base && under_base(*base, address)) {
-    const std::string said = backend_message(parse_json(got.body));
+    const std::string said = backend_message(*parse_json(got.body));
     const auto missing = code_of_missing(said, errc::http_failure);
     const bool forbidden = status == 403 || contains_ignoring_case(said, "permission denied");
     if (status == 401)
@@ -5035,20 +5139,22 @@ inline std::vector<std::string> nearest_names(std::string_view name, const std::
   const auto last_part = [](std::string_view text) { return text.substr(text.rfind('/') + 1); };
   const std::string wanted = lower(name.substr(0, max_bytes));
   const std::size_t limit = (std::max<std::size_t>)(1, wanted.size() / 3);
-  std::vector<std::pair<std::size_t, std::string>> similar;
+  std::vector<std::size_t> distances;
   for (const auto& existing : names) {
-    if (existing.empty() || existing.size() > max_bytes) continue;
     const std::string candidate = lower(existing);
     const auto longer = (std::max)(candidate.size(), wanted.size());
     const auto shorter = (std::min)(candidate.size(), wanted.size());
-    std::size_t distance = longer - shorter > limit ? limit + 1 : edit_distance(wanted, candidate);
+    const bool is_far = candidate.empty() || longer > max_bytes || longer - shorter > limit;
+    std::size_t distance = is_far ? limit + 1 : edit_distance(wanted, candidate);
     if (last_part(candidate) == last_part(wanted)) distance = (std::min<std::size_t>)(distance, 1);
-    if (distance <= limit) similar.emplace_back(distance, existing);
+    distances.push_back(distance);
   }
-  std::sort(similar.begin(), similar.end());
-  if (similar.size() > 3) similar.resize(3);
   std::vector<std::string> found;
-  for (auto& [distance, existing] : similar) found.push_back(std::move(existing));
+  for (std::size_t distance = 0; distance <= limit; ++distance) {
+    for (std::size_t i = 0; i < names.size() && found.size() < 3; ++i) {
+      if (distances[i] == distance) found.push_back(names[i]);
+    }
+  }
   return found;
 }
 
@@ -5079,11 +5185,11 @@ class service {
   static constexpr std::int64_t page_size = 500;  // files
 
   enum class retries { until_timeout, none };
-  result<json_document> ask(const std::string& task, const char* query, json variables,
+  result<json_document> ask(const std::string& task, const char* query, const json_object& variables,
                             retries wanted = retries::until_timeout);
   result<json_document> ask_once(const std::string& task, const std::string& authorization,
                                  const std::string& body);
-  result<json_document> files_page(const std::string& task, const run_path& run, json variables,
+  result<json_document> files_page(const std::string& task, const run_path& run, json_object variables,
                                    retries wanted = retries::until_timeout);
   std::string hint_for_missing(const run_path& run, const std::string& name);
   [[nodiscard]] result<void> check_answered(const std::string& task, const char* kind, const json& answered,
@@ -5102,17 +5208,15 @@ class service {
   bool anonymous_ = false;
 };
 
-inline result<json_document> service::ask(const std::string& task, const char* query, json variables,
-                                          retries wanted) {
+inline result<json_document> service::ask(const std::string& task, const char* query,
+                                          const json_object& variables, retries wanted) {
   if (auto good = session_.ready(); !good) return good.error();
   auto authorization = session_.authorization(call_);
   if (!authorization) return authorization.error();
   anonymous_ = authorization->empty();
-  json question = json_object();
-  set_member(question, "query", json_text(query));
-  set_member(question, "variables", std::move(variables));
-  const std::string body = write_json(question);
-  for (backoff tries(call_);;) {
+  const std::string body = json_object().add_text("query", query).add("variables", variables.str()).str();
+  retry_clock time(call_);
+  for (backoff tries(call_, time);;) {
     auto data = ask_once(task, *authorization, body);
     if (data || wanted == retries::none) return data;
     if (auto end = tries.wait_after(data.error())) return *end;
@@ -5147,15 +5251,15 @@ inline result<json_document> service::ask_once(const std::string& task, const st
                      " the base URL of a W&B server?",
                  404);
   }
-  const json parsed = parse_json(collected.text);
-  if (!parsed.is_object()) {
+  const auto parsed = parse_json(collected.text);
+  if (!parsed->is_object()) {
     return error(errc::protocol_violation,
                  task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply: is " +
                      session_.config.base_url + " the base URL of a W&B server?",
                  200);
   }
-  const auto message = backend_message(parsed);
-  if (!message.empty() || !member(parsed, "errors").empty()) {
+  const auto message = backend_message(*parsed);
+  if (!message.empty() || !member(*parsed, "errors").empty()) {
     const std::string full = task + ": " + host() + " answered " +
                              (message.empty() ? "with errors that have no message"
                                               : in_quotes(session_.without_secrets(message, authorization)));
@@ -5168,12 +5272,12 @@ inline result<json_document> service::ask_once(const std::string& task, const st
     const bool may_be_hidden = anonymous_ && code != errc::http_failure;
     return error(code, full + (may_be_hidden ? "; " + session_.credentials_hint({}) : std::string()), 200);
   }
-  return json_document{member(parsed, "data")};
+  return parsed.at(member(*parsed, "data"));
 }
 
 /// Requests a page of a run's files. Returns the member `project.run.files` of the answer.
-inline result<json_document> service::files_page(const std::string& task, const run_path& run, json variables,
-                                                 retries wanted) {
+inline result<json_document> service::files_page(const std::string& task, const run_path& run,
+                                                 json_object variables, retries wanted) {
   // The variables have the SDK's names (RunFiles in wandb/apis/public/files.py).
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
@@ -5182,15 +5286,13 @@ inline result<json_document> service::files_page(const std::string& task, const 
       "files(names: $fileNames, after: $fileCursor, first: $fileLimit, pattern: $pattern) { "
       "edges { node { id name url directUrl sizeBytes mimetype updatedAt md5 } cursor } "
       "pageInfo { endCursor hasNextPage } } } } }";
-  set_member(variables, "project", json_text(run.project));
-  set_member(variables, "entity", json_text(run.entity));
-  set_member(variables, "name", json_text(run.run_id));
-  auto data = ask(task, query, std::move(variables), wanted);
+  variables.add_text("project", run.project).add_text("entity", run.entity).add_text("name", run.run_id);
+  auto data = ask(task, query, variables, wanted);
   if (!data) return data;
-  if (!has_member(data->root, "project")) {
+  if (!has_member(**data, "project")) {
     return error(errc::protocol_violation, task + ": the answer of " + host() + " has no field \"project\"");
   }
-  const json& project = member(data->root, "project");
+  const json& project = member(**data, "project");
   const json& found = member(project, "run");
   if (auto good = check_answered(task, "project", project, run.project); !good) return good.error();
   if (auto good = check_answered(task, "run", found, run.run_id); !good) return good.error();
@@ -5209,7 +5311,7 @@ inline result<json_document> service::files_page(const std::string& task, const 
   if (!found.is_object() || !member(files, "edges").is_array()) {
     return error(errc::protocol_violation, task + ": the answer of " + host() + " has no list of files");
   }
-  return json_document{files};
+  return data->at(files);
 }
 
 /// Checks that an answer describes the requested project or run: a proxy or cache may mix up two answers. A missing name
@@ -5281,15 +5383,14 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
   const std::string task = "looking for " + in_quotes(name) + " in " + run.str();
   const std::string plain = plain_name(name);
   const bool has_other_spelling = plain != name;
-  json names = json_array_of(json_text(name));
-  if (has_other_spelling) append_element(names, json_text(plain));
-  json variables = json_object();
-  set_member(variables, "fileNames", std::move(names));
-  set_member(variables, "fileLimit", json_number(has_other_spelling ? 2 : 1));
+  json_object variables;
+  variables.add("fileNames",
+                '[' + json_string(name) + (has_other_spelling ? ", " + json_string(plain) : "") + ']');
+  variables.add("fileLimit", has_other_spelling ? "2" : "1");
   auto files = files_page(task, run, std::move(variables));
   if (!files) return files.error();
   const json *exact = nullptr, *similar = nullptr, *never_uploaded = nullptr, *unrelated = nullptr;
-  for (const json& edge : elements(member(files->root, "edges"))) {
+  for (const json& edge : elements(member(**files, "edges"))) {
     const json& node = member(edge, "node");
     if (!node.is_object()) continue;
     const auto node_name = text_of(member(node, "name"));
@@ -5318,13 +5419,13 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
 /// error message.
 inline std::string service::hint_for_missing(const run_path& run, const std::string& name) {
   const std::string advice = "`wandb-restore --list` shows the names of the run's files";
-  json variables = json_object();
-  set_member(variables, "fileLimit", json_number(page_size));
+  json_object variables;
+  variables.add("fileLimit", std::to_string(page_size));
   const auto files =
       files_page("looking for names like " + in_quotes(name), run, std::move(variables), retries::none);
   if (!files) return advice;
   std::vector<std::string> names;
-  for (const json& edge : elements(member(files->root, "edges"))) {
+  for (const json& edge : elements(member(**files, "edges"))) {
     const json& node = member(edge, "node");
     if (text_of(member(node, "md5")) != "0") names.push_back(text_of(member(node, "name")));
   }
@@ -5350,15 +5451,15 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   const std::string task = "listing the files of " + run.str();
   std::vector<file_info> all;
   std::size_t bytes = 0;
-  std::set<std::string> seen;
+  std::vector<std::string> seen;
   for (std::string cursor;;) {
-    json variables = json_object();
-    set_member(variables, "fileLimit", json_number(page_size));
-    if (!cursor.empty()) set_member(variables, "fileCursor", json_text(cursor));
+    json_object variables;
+    variables.add("fileLimit", std::to_string(page_size));
+    if (!cursor.empty()) variables.add_text("fileCursor", cursor);
     auto files = files_page(task, run, std::move(variables));
     if (!files) return files.error();
     std::string last;
-    for (const json& edge : elements(member(files->root, "edges"))) {
+    for (const json& edge : elements(member(**files, "edges"))) {
       last = text_of(member(edge, "cursor"));
       const json& node = member(edge, "node");
       if (text_of(member(node, "md5")) == "0") continue;
@@ -5366,17 +5467,18 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
       const file_info& added = all.back();
       bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
     }
-    const json& page = member(files->root, "pageInfo");
+    const json& page = member(**files, "pageInfo");
     if (last.empty()) last = text_of(member(page, "endCursor"));
     if (!is_true(member(page, "hasNextPage")) || last.empty()) return all;
     if (bytes > max_listed || seen.size() >= max_pages) {
       return error(errc::protocol_violation, task + ": " + host() + " lists too many files: " +
                                                  std::to_string(all.size()) + " so far, and more to come");
     }
-    if (!seen.insert(last).second) {
+    if (contains(seen, last)) {
       return error(errc::protocol_violation, task + ": " + host() + " sends the same page again and again");
     }
     bytes += last.size();
+    seen.push_back(last);
     cursor = last;
   }
 }
@@ -5389,7 +5491,7 @@ inline result<std::string> service::default_entity() {
   const std::string task = "asking for the account's default entity";
   auto data = ask(task, "query Viewer { viewer { id entity } }", json_object());
   if (!data) return data.error();
-  const std::string entity = text_of(member(member(data->root, "viewer"), "entity"));
+  const std::string entity = text_of(member(member(**data, "viewer"), "entity"));
   if (entity.empty()) {
     return error(errc::invalid_run_path,
                  task + ": " + host() +
@@ -5407,7 +5509,8 @@ inline result<std::string> service::default_entity() {
 
 namespace detail {
 
-/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions.
+/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions. Joined
+/// by the destructor: declare it behind the objects that it uses.
 class thread {
  public:
   thread() = default;
@@ -5415,6 +5518,7 @@ class thread {
   thread& operator=(const thread&) = delete;
   ~thread() { join(); }
 
+  /// Calls `body` in a new thread. Returns false if the system starts none.
   [[nodiscard]] bool start(std::function<void()> body) {
     body_ = std::move(body);
 #ifdef _WIN32
@@ -5424,6 +5528,11 @@ class thread {
     started_ = ::pthread_create(&handle_, nullptr, &run, this) == 0;
 #endif
     return started_;
+  }
+  /// Blocks until a started thread has returned from its body, at most for `limit`. Returns whether it has.
+  bool wait(milliseconds limit) {
+    std::unique_lock<std::mutex> held(mutex_);
+    return returned_.wait_for(held, limit, [&] { return has_returned_; });
   }
   void join() {
     if (!std::exchange(started_, false)) return;
@@ -5441,8 +5550,14 @@ class thread {
 #else
   static void* run(void* self) {
 #endif
-    static_cast<thread*>(self)->body_();
+    static_cast<thread*>(self)->run_body();
     return {};
+  }
+  void run_body() {
+    body_();
+    const std::lock_guard<std::mutex> guard(mutex_);
+    has_returned_ = true;
+    returned_.notify_all();
   }
 #ifdef _WIN32
   HANDLE handle_ = nullptr;
@@ -5451,6 +5566,9 @@ class thread {
 #endif
   std::function<void()> body_;
   bool started_ = false;
+  std::mutex mutex_;
+  std::condition_variable returned_;
+  bool has_returned_ = false;
 };
 
 // ---- the end of a transfer
@@ -5467,12 +5585,13 @@ class transfer_state {
 
   [[nodiscard]] bool is_complete() const { return complete_; }
   [[nodiscard]] bool is_stopped() const { return stopped_; }
+  [[nodiscard]] bool is_over() const { return complete_ || stopped_; }
   /// For detail::call: true once the transfer is stopped.
   [[nodiscard]] const std::atomic<bool>& stop_flag() const { return stopped_; }
   /// Blocks until the transfer is complete or stopped, at most for `limit`. Returns whether it is.
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
-    return ended_.wait_for(held, limit, [&] { return complete_ || stopped_; });
+    return ended_.wait_for(held, limit, [&] { return is_over(); });
   }
   [[nodiscard]] std::optional<error> failure() {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -5512,6 +5631,11 @@ class progress_reporter {
     if (options_.on_progress &&
         !options_.on_progress({name_, now, bytes_done, bytes_total, bytes_per_second}))
       call_.stop();
+  }
+  /// Calls on_progress if a report is due. Returns false if the call is cancelled.
+  bool report_if_due(phase now, std::uint64_t bytes_done, std::optional<std::uint64_t> bytes_total) {
+    if (is_due()) report(now, bytes_done, bytes_total, 0);
+    return !call_.cancelled();
   }
 
  private:
@@ -5974,12 +6098,8 @@ class digest_follower {
   [[nodiscard]] bool start() {
     return is_started_ = thread_.start([this] { follow(); });
   }
-  [[nodiscard]] bool is_started() const { return is_started_; }
-  /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has ended.
-  bool wait(milliseconds limit) {
-    std::unique_lock<std::mutex> held(mutex_);
-    return ended_.wait_for(held, limit, [&] { return has_ended_; });
-  }
+  /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has.
+  bool wait(milliseconds limit) { return thread_.wait(limit); }
   void join() { thread_.join(); }
 
   [[nodiscard]] std::uint64_t hashed() const { return hashed_; }
@@ -6022,10 +6142,7 @@ class digest_follower {
       busy += std::chrono::duration<double>(clock::now() - began).count();
       if (busy > 0) pace_ = static_cast<double>(offset) / busy;
     }
-    const std::lock_guard<std::mutex> guard(mutex_);
     if (hashed_ == file_.size()) digest_ = hash.finish();
-    has_ended_ = true;
-    ended_.notify_all();
   }
 
   const partial_file& file_;
@@ -6033,13 +6150,10 @@ class digest_follower {
   transfer_state& state_;
   std::atomic<std::uint64_t> hashed_{0};
   std::atomic<double> pace_{0};  // bytes a second, without the waits for the frontier
-  std::mutex mutex_;             // guards the next two
-  std::condition_variable ended_;
-  bool has_ended_ = false;
   std::string digest_;
   std::optional<error> failure_;
   bool is_started_ = false;
-  thread thread_;  // last: joined before the members that it uses are destroyed
+  thread thread_;
 };
 
 // ---- the address of the file
@@ -6156,7 +6270,8 @@ class entity_pin {
     if (tag_.empty()) tag_ = *tag;
     return *tag == tag_;
   }
-  /// Returns the tag for If-Range, which allows strong tags only (RFC 9110, section 13.1.5). Empty if unknown or weak.
+  /// Returns the tag if it is strong, else "". Strong tags alone may be sent as If-Range, and prove that parts of several
+  /// responses belong together (RFC 9110, sections 13.1.5 and 15.3.7.3).
   [[nodiscard]] std::string strong_tag() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return is_ignored_ || starts_with(tag_, "W/") ? std::string() : tag_;
@@ -6198,7 +6313,7 @@ struct content_range {
   }
 };
 
-// ---- one request for a file
+// ---- the job
 
 /// The file to transfer, and the call that asks for it.
 struct transfer_job {
@@ -6212,20 +6327,11 @@ struct transfer_job {
   [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
   /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
-  /// Makes an error: <label>: <address> <problem>.
-  [[nodiscard]] error failure(errc code, const url& address, const std::string& problem) const {
-    return error(code, label() + ": " + address.redacted() + " " + problem);
-  }
-  [[nodiscard]] error wrong_size(const url& source, std::uint64_t size) const {
-    return failure(errc::checksum_mismatch, source,
-                   "has " + std::to_string(size) + " bytes, the service says " +
-                       std::to_string(*remote.info.size));
-  }
   [[nodiscard]] error no_thread() const {
     return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
   }
-  /// Asks the service for the file again. Returns errc::protocol_violation if the file has changed.
-  result<remote_file> ask_again(call& asking_call) const {
+  /// Asks the service for the file's address again. Returns errc::protocol_violation if the file has changed.
+  result<url> ask_again(call& asking_call) const {
     auto fresh = service(service_session, asking_call).find_file(run, name);
     if (!fresh)
       return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
@@ -6233,216 +6339,36 @@ struct transfer_job {
       return error(errc::protocol_violation,
                    label() + ": the run replaced the file during the download; try again");
     }
-    return fresh;
+    return url::parse(fresh->address);
   }
 };
 
-/// Why a request did not bring all of its bytes, and how the transfer reacts.
+/// How a transfer reacts to a setback.
+enum class remedy {
+  none,     // no failure, or already remedied: continue
+  retry,    // try again if the error is transient
+  fewer,    // as retry; the server may accept fewer connections only
+  whole,    // the server does not support ranges: fetch the whole file
+  restart,  // the file has changed, or its bytes are wrong: start a new download
+};
+
+/// Why a request or a download did not bring all of its bytes.
 struct setback {
-  enum class remedy {
-    none,     // no failure, or already remedied: continue
-    retry,    // try again if the error is transient
-    fewer,    // as retry; the server may accept fewer connections only
-    whole,    // the server does not support ranges: fetch the whole file
-    restart,  // the file has changed: start a new download
-  };
   remedy cure = remedy::none;
   std::optional<error> failure = {};
 
+  /// For a failure of transfer_job::ask_again.
+  static setback of_asking(const error& failed) {
+    return {failed.code() == errc::protocol_violation ? remedy::restart : remedy::retry, failed};
+  }
   explicit operator bool() const { return failure.has_value(); }
 };
 
-/// Receives the response to one request for a file.
-class response_taker {
- public:
-  /// Reports an established connection to the file's server.
-  virtual void connected() {}
-  /// Checks the head of a response of status 200 or 206.
-  virtual setback begin(const http_response& head, const url& source) = 0;
-  /// Takes a piece of the body. Returns false to stop.
-  virtual bool write(std::string_view bytes) = 0;
+// ---- what the requests of a transfer share
 
- protected:
-  response_taker() = default;
-  response_taker(const response_taker&) = delete;
-  response_taker& operator=(const response_taker&) = delete;
-  ~response_taker() = default;
-};
+class file_request;
 
-/// Requests parts of a file from its final address. All parts have the entity tag of the first response. Thread-safe.
-class file_source {
- public:
-  file_source(const transfer_job& job, const url& service_address)
-      : job_(job), location_(service_address, [this](call& asking_call) -> result<url> {
-          auto fresh = job_.ask_again(asking_call);
-          if (!fresh) return fresh.error();
-          return url::parse(fresh->address);
-        }) {}
-
-  struct outcome {
-    setback problem = {};
-    url address = {};        // the last address, after redirects
-    bool has_ended = false;  // the transport delivered a response of status 200 or 206 to its end
-  };
-  /// Makes one request for a range. An `end` of 0 stands for the end of the file; {0, 0} requests the whole file, without a
-  /// Range field. Calls `address_found` when redirects have led away from the service.
-  outcome fetch(call& asking_call, byte_range range, std::function<bool()> is_cancelled,
-                response_taker& taker, const std::function<void()>& address_found = {});
-
-  /// Whether parts of several responses may be combined without an md5 (RFC 9110, section 15.3.7.3).
-  [[nodiscard]] bool is_pinned() const { return !entity_.strong_tag().empty(); }
-  /// Whether a response has the strong entity tag of the first one.
-  [[nodiscard]] bool is_pinned_to(const http_response& head) const {
-    const std::string* tag = head.header("ETag");
-    return tag != nullptr && is_pinned() && *tag == entity_.strong_tag();
-  }
-  /// Accepts any entity tag from the next response. Call when the transfer starts over.
-  void start_over() { entity_.reset(); }
-
- private:
-  class guard;
-
-  [[nodiscard]] setback refused(const file_location::lease& lease, const answer& got, const url& address,
-                                bool is_range, const std::string& authorization);
-  [[nodiscard]] setback other_entity(call& asking_call, const url& address);
-
-  const transfer_job& job_;
-  file_location location_;
-  entity_pin entity_;
-};
-
-/// Stands between the session and a response_taker. Checks the entity tag, and reports the address of the response.
-class file_source::guard final : public body_sink {
- public:
-  guard(file_source& requester, const file_location::lease& lease, const url& address, response_taker& taker)
-      : source_(requester), lease_(lease), address_(address), taker_(taker) {}
-
-  void connected() override { taker_.connected(); }
-  bool start(const http_response& head) override {
-    is_other_entity_ = !source_.entity_.accept(head);
-    if (is_other_entity_) return false;
-    problem_ = taker_.begin(head, address_);
-    if (problem_) return false;
-    source_.location_.found(lease_, address_);
-    source_.location_.served(lease_);
-    return true;
-  }
-  bool write(std::string_view bytes) override {
-    has_body_ = true;
-    return taker_.write(bytes);
-  }
-
-  [[nodiscard]] bool is_other_entity() const { return is_other_entity_; }
-  [[nodiscard]] const setback& problem() const { return problem_; }
-  [[nodiscard]] bool has_body() const { return has_body_; }
-
- private:
-  file_source& source_;
-  const file_location::lease& lease_;
-  const url& address_;
-  response_taker& taker_;
-  bool is_other_entity_ = false, has_body_ = false;
-  setback problem_;
-};
-
-inline file_source::outcome file_source::fetch(call& asking_call, byte_range range,
-                                               std::function<bool()> is_cancelled, response_taker& taker,
-                                               const std::function<void()>& address_found) {
-  using remedy = setback::remedy;
-  const auto lease = location_.acquire(asking_call);
-  if (!lease) {
-    const bool is_other = lease.error().code() == errc::protocol_violation;
-    return {{is_other ? remedy::restart : remedy::retry, lease.error()}};
-  }
-  const auto& base = job_.service_session.base;
-  result<std::string> authorization{std::string()};
-  if (base && under_base(*base, lease->address))
-    authorization = job_.service_session.authorization(asking_call);
-  if (!authorization) {
-    location_.release(*lease);
-    const error& failure = authorization.error();
-    return {{remedy::retry, error::permanent(failure.code(), failure.what(), failure.http_status())}};
-  }
-  http_request request;
-  const bool is_range = range.begin > 0 || range.end > 0;
-  if (is_range) {
-    const std::string last = range.end > 0 ? std::to_string(range.end - 1) : std::string();
-    add_header(request.headers, "Range", "bytes=" + std::to_string(range.begin) + '-' + last);
-    if (const auto tag = entity_.strong_tag(); !tag.empty()) add_header(request.headers, "If-Range", tag);
-  }
-  request.is_cancelled = std::move(is_cancelled);
-  outcome now;
-  now.address = lease->address;
-  guard sink(*this, *lease, now.address, taker);
-  const auto got = job_.service_session.send(
-      job_.user_call, std::move(request), *authorization, sink, now.address, [&](const url& hop) {
-        if (!address_found || (base && under_base(*base, hop))) return;
-        location_.found(*lease, hop);  // now, so that other connections do not wait for the response
-        address_found();
-      });
-  if (sink.is_other_entity()) {
-    now.problem = other_entity(asking_call, now.address);
-  } else if (sink.problem()) {
-    now.problem = sink.problem();
-  } else if (!got) {
-    now.problem = {remedy::fewer, got.error()};
-    if (!sink.has_body() && got.error().code() != errc::cancelled) location_.forget(*lease);
-  } else if (got->head.status != 200 && got->head.status != 206) {
-    now.problem = refused(*lease, *got, now.address, is_range, *authorization);
-  } else {
-    now.has_ended = true;
-  }
-  location_.release(*lease);
-  return now;
-}
-
-/// Interprets a status that is neither 200 nor 206.
-inline setback file_source::refused(const file_location::lease& lease, const answer& got, const url& address,
-                                    bool is_range, const std::string& authorization) {
-  using remedy = setback::remedy;
-  const int status = got.head.status;
-  error failure = job_.service_session.status_error(job_.label() + ": " + address.redacted(), got, address,
-                                                    authorization);
-  const auto& base = job_.service_session.base;
-  const bool is_own =
-      base && under_base(*base, address) && address.str() == lease.address.str() && lease.is_resolving;
-  // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
-  const bool has_expired = status == 401 || status == 403 || status == 410 ||
-                           (status == 404 && location_.was_served()) ||
-                           (status == 400 && contains_ignoring_case(got.body, "expired"));
-  if (!is_own && has_expired) {
-    if (location_.renew(lease)) return {};
-    return {remedy::fewer,
-            error(status == 401 || status == 403 ? errc::permission_denied : errc::http_failure,
-                  std::string(failure.what()) + ", also with " +
-                      std::to_string(file_location::most_renewals) + " new addresses",
-                  status)};
-  }
-  if (is_range && (status == 400 || status == 405 || status == 416 || status == 501))
-    return {remedy::whole, failure};
-  return {failure.is_transient() ? remedy::fewer : remedy::retry, failure};
-}
-
-/// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
-/// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
-inline setback file_source::other_entity(call& asking_call, const url& address) {
-  using remedy = setback::remedy;
-  const auto same = job_.ask_again(asking_call);
-  if (!same) {
-    const bool is_other = same.error().code() == errc::protocol_violation;
-    return {is_other ? remedy::restart : remedy::retry, same.error()};
-  }
-  if (job_.is_verified()) {
-    entity_.ignore();
-    return {};
-  }
-  return {remedy::whole,
-          job_.failure(errc::connection_failed, address, "has another entity tag than before")};
-}
-
-// ---- transfers
-
-/// The base of both kinds of transfer: supervises the threads, enforces the limits, reports progress.
+/// The base of both kinds of transfer: what the requests share. Supervises the threads, enforces the limits, reports progress.
 class transfer {
  public:
   transfer(const transfer&) = delete;
@@ -6452,8 +6378,9 @@ class transfer {
 
  protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
-      : job_(job), file_(destination), source_(job, service_address), retries_(job.user_call),
-        reporter_(job.user_call, job.options, job.name) {}
+      : job_(job), file_(destination),
+        location_(service_address, [this](call& asking_call) { return job_.ask_again(asking_call); }),
+        retries_(job.user_call), reporter_(job.user_call, job.options, job.name) {}
   ~transfer() = default;
 
   /// Waits in the caller's thread until the transfer is complete or stopped. Calls `tick` ten times a second. Stops the
@@ -6485,17 +6412,204 @@ class transfer {
 
   const transfer_job& job_;
   partial_file& file_;
-  file_source source_;
-  retry_clock retries_;
   transfer_state state_;
+  file_location location_;
+  entity_pin entity_;
+  retry_clock retries_;
   progress_reporter reporter_;
   std::atomic<bool> is_replaced_{false};
   std::atomic<double> pace_{0};  // of all connections together, in bytes a second
 
  private:
+  friend class file_request;
+
   std::uint64_t received_before_ = 0;      // `received` of the last measure()
   std::atomic<std::uint64_t> arrived_{0};  // the maximum, in bytes
 };
+
+// ---- one request for a file
+
+/// One request for a file or a range of it: checks the response, and takes its body.
+class file_request : public body_sink {
+ public:
+  /// Makes the request. A result without failure does not imply has_ended(): the cause of a failure may have been remedied.
+  setback fetch();
+
+  /// Whether the transport delivered a response of status 200 or 206 to its end.
+  [[nodiscard]] bool has_ended() const { return has_ended_; }
+  /// Makes a setback with the text "<label of the job>: <address> <problem>".
+  [[nodiscard]] setback failure(remedy cure, errc code, const std::string& problem) const {
+    return {cure, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
+  }
+  /// Whether the transfer still needs the bytes. The transport may ask from another thread.
+  [[nodiscard]] virtual bool is_wanted() const { return !requester_.state_.is_stopped(); }
+
+  bool start(const http_response& head) final;
+  bool write(std::string_view bytes) final {
+    has_body_ = true;
+    return take(bytes);
+  }
+
+ protected:
+  /// An `asked.end` of 0 stands for the end of the file; {0, 0} is the whole file, requested without a Range field.
+  /// `on_violation`: the remedy for a response that breaks the protocol.
+  file_request(transfer& requester, byte_range asked, remedy on_violation)
+      : requester_(requester), asked_(asked), on_violation_(on_violation) {}
+  ~file_request() = default;
+
+  [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
+  [[nodiscard]] setback wrong_size(remedy cure, std::uint64_t size) const {
+    return failure(cure, errc::checksum_mismatch,
+                   "has " + std::to_string(size) + " bytes, the service says " +
+                       std::to_string(*requester_.job_.remote.info.size));
+  }
+  [[nodiscard]] setback violation(const std::string& problem) const {
+    return failure(on_violation_, errc::protocol_violation, problem);
+  }
+  /// For take(): refuses bytes beyond the end of the response or the file.
+  bool refuse_surplus() {
+    problem_ = violation("sends more than it promised");
+    return false;
+  }
+
+ private:
+  /// Reports that redirects have led away from the service. Returns whether other connections wait for the address.
+  virtual bool address_found() { return false; }
+  /// Reports the head of a response of status 200 or 206.
+  virtual void responded() {}
+  /// Checks a response with the requested range or the beginning of it.
+  virtual setback begin_part(const http_response& head, const content_range& part) = 0;
+  /// Checks a response with the whole file. `length` is empty if the response does not tell it.
+  virtual setback begin_whole(std::optional<std::uint64_t> length) = 0;
+  /// Takes a piece of the body. Returns false to stop.
+  virtual bool take(std::string_view bytes) = 0;
+
+  [[nodiscard]] setback begin(const http_response& head);
+  [[nodiscard]] setback refused(const answer& got, const std::string& authorization);
+  [[nodiscard]] setback other_entity(call& asking_call);
+
+  transfer& requester_;
+  const byte_range asked_;
+  const remedy on_violation_;
+  file_location::lease lease_;
+  url address_;      // of the request; after redirects, of the response
+  setback problem_;  // the reason for which the response was refused
+  bool is_other_entity_ = false, has_body_ = false, has_ended_ = false;
+};
+
+inline setback file_request::fetch() {
+  const transfer_job& job = requester_.job_;
+  file_location& location = requester_.location_;
+  call asking_call(job.user_call, requester_.state_.stop_flag());
+  auto lease = location.acquire(asking_call);
+  if (!lease) return setback::of_asking(lease.error());
+  lease_ = *std::move(lease);
+  address_ = lease_.address;
+  const auto& base = job.service_session.base;
+  result<std::string> authorization{std::string()};
+  if (base && under_base(*base, address_)) authorization = job.service_session.authorization(asking_call);
+  if (!authorization) {
+    location.release(lease_);
+    const error& refusal = authorization.error();
+    return {remedy::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
+  }
+  http_request request;
+  if (is_range()) {
+    const std::string last = asked_.end > 0 ? std::to_string(asked_.end - 1) : std::string();
+    add_header(request.headers, "Range", "bytes=" + std::to_string(asked_.begin) + '-' + last);
+    if (const auto tag = requester_.entity_.strong_tag(); !tag.empty())
+      add_header(request.headers, "If-Range", tag);
+  }
+  request.is_cancelled = [this] { return !is_wanted(); };
+  const auto got = job.service_session.send(
+      job.user_call, std::move(request), *authorization, *this, address_, [&](const url& hop) {
+        const bool is_final = !(base && under_base(*base, hop));
+        if (is_final && address_found()) location.found(lease_, hop);  // before the response: others wait
+      });
+  setback now;
+  if (is_other_entity_) {
+    now = other_entity(asking_call);
+  } else if (problem_) {
+    now = problem_;
+  } else if (!got) {
+    now = {remedy::fewer, got.error()};
+    if (!has_body_ && got.error().code() != errc::cancelled) location.forget(lease_);
+  } else if (got->head.status != 200 && got->head.status != 206) {
+    now = refused(*got, *authorization);
+  } else {
+    has_ended_ = true;
+  }
+  location.release(lease_);
+  return now;
+}
+
+inline bool file_request::start(const http_response& head) {
+  is_other_entity_ = !requester_.entity_.accept(head);
+  if (is_other_entity_) return false;
+  responded();
+  if (!is_wanted()) return false;
+  problem_ = begin(head);
+  if (problem_) return false;
+  requester_.location_.found(lease_, address_);
+  requester_.location_.served(lease_);
+  return true;
+}
+
+/// RFC 9110, section 15.3.7.
+inline setback file_request::begin(const http_response& head) {
+  const std::string* field = head.header("Content-Range");
+  const auto part = content_range::parse(field != nullptr ? *field : "");
+  // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
+  if (head.status != 206 && (!is_range() || part.bytes.end == 0)) {
+    const std::string* length = head.header("Content-Length");
+    return begin_whole(length != nullptr ? to_number(trim(*length)) : std::nullopt);
+  }
+  if (!is_range() || part.bytes.end == 0) return violation("answers 206 without a range that was asked for");
+  if (part.bytes.begin != asked_.begin || (asked_.end != 0 && part.bytes.end > asked_.end))
+    return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
+  return begin_part(head, part);
+}
+
+/// Interprets a status that is neither 200 nor 206.
+inline setback file_request::refused(const answer& got, const std::string& authorization) {
+  const int status = got.head.status;
+  const session& service_session = requester_.job_.service_session;
+  error refusal = service_session.status_error(requester_.job_.label() + ": " + address_.redacted(), got,
+                                               address_, authorization);
+  const auto& base = service_session.base;
+  const bool is_own =
+      base && under_base(*base, address_) && address_.str() == lease_.address.str() && lease_.is_resolving;
+  // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
+  const bool has_expired = status == 401 || status == 403 || status == 410 ||
+                           (status == 404 && requester_.location_.was_served()) ||
+                           (status == 400 && contains_ignoring_case(got.body, "expired"));
+  if (!is_own && has_expired) {
+    if (requester_.location_.renew(lease_)) return {};
+    return {remedy::fewer,
+            error(status == 401 || status == 403 ? errc::permission_denied : errc::http_failure,
+                  std::string(refusal.what()) + ", also with " +
+                      std::to_string(file_location::most_renewals) + " new addresses",
+                  status)};
+  }
+  if (is_range() && (status == 400 || status == 405 || status == 416 || status == 501))
+    return {remedy::whole, refusal};
+  return {refusal.is_transient() ? remedy::fewer : remedy::retry, refusal};
+}
+
+/// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
+/// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
+inline setback file_request::other_entity(call& asking_call) {
+  const transfer_job& job = requester_.job_;
+  const auto same = job.ask_again(asking_call);
+  if (!same) return setback::of_asking(same.error());
+  if (job.is_verified()) {
+    requester_.entity_.ignore();
+    return {};
+  }
+  return failure(remedy::whole, errc::connection_failed, "has another entity tag than before");
+}
+
+// ---- transfers
 
 /// Transfers a file of known size and md5: several connections fetch ranges while the digest_follower hashes.
 class ranged_transfer final : public transfer {
@@ -6509,7 +6623,7 @@ class ranged_transfer final : public transfer {
   result<std::string> run();
 
  private:
-  class range_taker;
+  class range_request;
   static constexpr int patience = 3;  // failures of a connection before the transfer tries with fewer
   static constexpr int most_connections = 64;
 
@@ -6519,13 +6633,12 @@ class ranged_transfer final : public transfer {
     const auto wanted = static_cast<std::uint64_t>((std::min)(job_.options.connections, most_connections));
     return static_cast<std::size_t>((std::min)(wanted, missing / range_plan::first_piece));
   }
-  [[nodiscard]] bool is_over() const { return state_.is_stopped() || state_.is_complete(); }
   void start_workers();
   void work(std::size_t connection);
   void fetch_range(std::size_t connection, std::string& buffer, milliseconds& park_time);
   bool wait_for_range(std::size_t connection);
   setback fetch(std::size_t connection, std::string& buffer);
-  result<void> flush(std::size_t connection, std::string& buffer);
+  bool flush(std::size_t connection, std::string& buffer);
   void flush_whole_blocks(std::size_t connection, std::string& buffer);
   void tick(phase now);
   void end();
@@ -6534,83 +6647,44 @@ class ranged_transfer final : public transfer {
   range_plan plan_;
   clock::time_point touched_ = clock::now();
   digest_follower digest_;
-  std::vector<thread> workers_;  // last: joined before the members that they use are destroyed
+  std::vector<thread> workers_;
 };
 
 /// Checks a response against the requested range, and stores its bytes.
-class ranged_transfer::range_taker final : public response_taker {
+class ranged_transfer::range_request final : public file_request {
  public:
   static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
 
-  range_taker(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
-      : transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]), asked_(asked),
-        is_range_(asked.size() < transfer.file_.size()), begin_(asked.begin), promised_end_(asked.end),
-        buffer_(buffer) {}
+  range_request(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
+      : file_request(transfer, asked.size() < transfer.file_.size() ? asked : byte_range(), remedy::whole),
+        transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
+        begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
 
   void connected() override { transfer_.plan_.connected(connection_, clock::now()); }
-  setback begin(const http_response& head, const url& source) override {
-    transfer_.plan_.responded(connection_, clock::now());
-    if (cursor_.is_taken_over())
-      return {setback::remedy::none, error(errc::cancelled, "not wanted any more")};
-    const std::string* field = head.header("Content-Range");
-    const auto range = content_range::parse(field != nullptr ? *field : "");
-    // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
-    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) return begin_part(range, field, source);
-    return begin_whole(head, source);
+  [[nodiscard]] bool is_wanted() const override {
+    return file_request::is_wanted() && !cursor_.is_taken_over();
   }
-  bool write(std::string_view bytes) override {
-    cursor_.received += bytes.size();
-    while (!bytes.empty()) {
-      const std::uint64_t position = cursor_.position, wanted_end = cursor_.end;
-      const auto end = (std::min)(wanted_end, promised_end_);
-      if (transfer_.state_.is_stopped() || position >= end) return is_surplus_ = true, false;
-      // A short 206 may end inside a block. The rest of the block stays in the buffer until the next response completes it.
-      const auto boundary = (std::min)((position / chunk + 1) * chunk, wanted_end);
-      const auto taken = static_cast<std::size_t>(
-          (std::min<std::uint64_t>)(bytes.size(), (std::min)(boundary, end) - position));
-      buffer_.append(bytes.substr(0, taken));
-      bytes.remove_prefix(taken);
-      cursor_.position = position + taken;
-      if (position + taken < boundary) continue;
-      if (auto written = transfer_.flush(connection_, buffer_); !written) {
-        disk_problem_ = written.error();
-        return false;
-      }
-    }
-    return true;
-  }
-
-  [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
-  /// Whether more bytes arrived than the response announced or the range has.
-  [[nodiscard]] bool is_surplus() const { return is_surplus_; }
   /// Whether the response is complete but a part of the requested range (RFC 9110, section 15.3.7), at least a block long.
   [[nodiscard]] bool is_short() const {
     return cursor_.position == promised_end_ && cursor_.position >= begin_ + partial_file::block;
   }
 
  private:
-  [[nodiscard]] setback violation(const url& source, const std::string& problem) const {
-    return {setback::remedy::whole, transfer_.job_.failure(errc::protocol_violation, source, problem)};
+  bool address_found() override {
+    transfer_.plan_.address_found(connection_, clock::now());
+    return true;
   }
-  /// RFC 9110, section 15.3.7.
-  [[nodiscard]] setback begin_part(const content_range& range, const std::string* field, const url& source) {
-    if (!is_range_ || range.bytes.end == 0)
-      return violation(source, "answers 206 without a range that was asked for");
-    if (range.size && *range.size != transfer_.file_.size())
-      return {setback::remedy::whole, transfer_.job_.wrong_size(source, *range.size)};
-    if (range.bytes.begin != asked_.begin || range.bytes.end > asked_.end)
-      return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
-    promised_end_ = range.bytes.end;
+  void responded() override { transfer_.plan_.responded(connection_, clock::now()); }
+  setback begin_part(const http_response&, const content_range& part) override {
+    if (part.size && *part.size != transfer_.file_.size()) return wrong_size(remedy::whole, *part.size);
+    promised_end_ = part.bytes.end;
     return {};
   }
-  /// Prepares for the whole file. If the server has ignored Range, this connection becomes the only one.
-  [[nodiscard]] setback begin_whole(const http_response& head, const url& source) {
+  /// If the server has ignored Range, this connection becomes the only one.
+  setback begin_whole(std::optional<std::uint64_t> length) override {
     const std::uint64_t size = transfer_.file_.size();
-    const std::string* field = head.header("Content-Length");
-    const auto length = field != nullptr ? to_number(trim(*field)) : std::nullopt;
-    if (length && *length != size)
-      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *length)};
-    if (is_range_) {
+    if (length && *length != size) return wrong_size(remedy::retry, *length);
+    if (is_range()) {
       transfer_.plan_.take_whole(connection_);
       buffer_.clear();
       begin_ = 0;
@@ -6618,20 +6692,34 @@ class ranged_transfer::range_taker final : public response_taker {
     promised_end_ = size;
     return {};
   }
+  bool take(std::string_view bytes) override {
+    cursor_.received += bytes.size();
+    while (!bytes.empty()) {
+      const std::uint64_t position = cursor_.position, wanted_end = cursor_.end;
+      const auto end = (std::min)(wanted_end, promised_end_);
+      if (transfer_.state_.is_stopped()) return false;
+      if (position >= end) return refuse_surplus();
+      // A short 206 may end inside a block. The rest of the block stays in the buffer until the next response completes it.
+      const auto boundary = (std::min)((position / chunk + 1) * chunk, wanted_end);
+      const auto taken = static_cast<std::size_t>(
+          (std::min<std::uint64_t>)(bytes.size(), (std::min)(boundary, end) - position));
+      buffer_.append(bytes.substr(0, taken));
+      bytes.remove_prefix(taken);
+      cursor_.position = position + taken;
+      if (position + taken == boundary && !transfer_.flush(connection_, buffer_)) return false;
+    }
+    return true;
+  }
 
   ranged_transfer& transfer_;
   const std::size_t connection_;
   range_plan::cursor& cursor_;
-  const byte_range asked_;
-  const bool is_range_;
   std::uint64_t begin_, promised_end_;  // the range that the response announces
   std::string& buffer_;
-  std::optional<error> disk_problem_;
-  bool is_surplus_ = false;
 };
 
 inline result<std::string> ranged_transfer::run() {
-  static_assert(range_plan::smallest_share >= range_taker::chunk,
+  static_assert(range_plan::smallest_share >= range_request::chunk,
                 "a buffer must not reach into the half of a range that another connection takes over");
   const bool is_followed = digest_.start();
   if (table_.is_complete()) {
@@ -6651,8 +6739,7 @@ inline result<std::string> ranged_transfer::run() {
   std::string digest = digest_.digest();
   if (!is_followed) {
     digest = md5_of_file(file_.content(), [&](std::uint64_t done) {
-      if (reporter_.is_due()) reporter_.report(phase::verifying, done, file_.size(), 0);
-      return !job_.user_call.cancelled();
+      return reporter_.report_if_due(phase::verifying, done, file_.size());
     });
   }
   reporter_.report(phase::verifying, file_.size(), file_.size(), pace_);
@@ -6688,15 +6775,19 @@ inline void ranged_transfer::tick(phase now) {
   reporter_.report(now, now == phase::verifying ? digest_.hashed() : arrived, file_.size(), pace_);
 }
 
-/// Stores the buffer of a connection. The buffer begins at the end of the stored part of the range.
-inline result<void> ranged_transfer::flush(std::size_t connection, std::string& buffer) {
-  if (buffer.empty()) return {};
+/// Stores the buffer of a connection, which begins at the end of the stored part of the range. A failure stops the transfer;
+/// then it returns false.
+inline bool ranged_transfer::flush(std::size_t connection, std::string& buffer) {
+  if (buffer.empty()) return true;
   const auto begin = plan_.stored(connection);
-  if (auto stored = table_.store(begin, buffer); !stored) return stored;
+  if (auto stored = table_.store(begin, buffer); !stored) {
+    state_.fail(stored.error());
+    return false;
+  }
   advance(table_.present());  // although the caller's thread does it too: its on_progress may block
   plan_.stored(connection, begin + buffer.size());
   buffer.clear();
-  return {};
+  return true;
 }
 
 /// Stores the complete blocks in the buffer when a connection gives its range up: the record has complete blocks only.
@@ -6705,13 +6796,13 @@ inline void ranged_transfer::flush_whole_blocks(std::size_t connection, std::str
   const auto end = (std::min)(stored + buffer.size(), plan_[connection].end.load());
   const auto whole = end == file_.size() ? end : end / partial_file::block * partial_file::block;
   buffer.resize(static_cast<std::size_t>((std::max)(whole, stored) - stored));
-  if (auto flushed = flush(connection, buffer); !flushed) state_.fail(flushed.error());
+  flush(connection, buffer);
 }
 
 /// One connection: fetches range after range until every byte is on disk.
 inline void ranged_transfer::work(std::size_t connection) {
   std::string buffer;
-  buffer.reserve(static_cast<std::size_t>(range_taker::chunk));
+  buffer.reserve(static_cast<std::size_t>(range_request::chunk));
   milliseconds park_time(5000);
   while (wait_for_range(connection)) {
     buffer.clear();
@@ -6724,7 +6815,7 @@ inline void ranged_transfer::work(std::size_t connection) {
 
 /// Waits for a range to fetch. Returns false when the transfer is complete or stopped.
 inline bool ranged_transfer::wait_for_range(std::size_t connection) {
-  while (!is_over()) {
+  while (!state_.is_over()) {
     if (table_.is_complete()) {
       plan_.finish();
       state_.complete();
@@ -6742,13 +6833,12 @@ inline bool ranged_transfer::wait_for_range(std::size_t connection) {
 /// over. If the server seems to want fewer connections, returns the range, waits for `park_time` and doubles that.
 inline void ranged_transfer::fetch_range(std::size_t connection, std::string& buffer,
                                          milliseconds& park_time) {
-  using remedy = setback::remedy;
   const auto& cursor = plan_[connection];
   backoff tries(job_.user_call, retries_);
-  while (cursor.is_wanted() && !is_over()) {
+  while (cursor.is_wanted() && !state_.is_over()) {
     const std::uint64_t position = cursor.position, present = table_.present();
     const setback now = fetch(connection, buffer);
-    if (!now || is_over()) continue;
+    if (!now || state_.is_over()) continue;
     if (now.cure == remedy::whole && plan_.use_whole(connection)) continue;
     if (now.cure == remedy::restart) is_replaced_ = true;
     // Retry at once if the try has brought at least a block.
@@ -6770,10 +6860,7 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
       return;
     }
     const auto wait = tries.after(*now.failure);
-    if (!wait) {
-      flush_whole_blocks(connection, buffer);
-      return state_.fail(wait.error());
-    }
+    if (!wait) return state_.fail(wait.error());
     for (const auto until = clock::now() + *wait; cursor.is_wanted() && clock::now() < until;) {
       if (state_.wait((std::min)(std::chrono::ceil<milliseconds>(until - clock::now()), milliseconds(20))))
         break;
@@ -6783,27 +6870,17 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
 
 /// Makes one request for the rest of a connection's range.
 inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffer) {
-  using remedy = setback::remedy;
-  auto& cursor = plan_[connection];
-  call inner(job_.user_call, state_.stop_flag());
+  const auto& cursor = plan_[connection];
   const byte_range asked = plan_.request(connection, clock::now());
   if (asked.size() == 0) return {};      // another connection has taken the range over
   if (asked.begin == 0) buffer.clear();  // the whole file: earlier bytes will arrive again
-  range_taker taker(*this, connection, asked, buffer);
-  const auto now = source_.fetch(
-      inner, asked.size() < file_.size() ? asked : byte_range(),
-      [&] { return state_.is_stopped() || cursor.is_taken_over(); }, taker,
-      [&] { plan_.address_found(connection, clock::now()); });
+  range_request request(*this, connection, asked, buffer);
+  const setback now = request.fetch();
   plan_.ended(connection);
-  if (taker.disk_problem()) return {remedy::retry, *taker.disk_problem()};
-  if (state_.is_stopped() || cursor.is_taken_over()) return {};
-  if (taker.is_surplus())
-    return {remedy::whole,
-            job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
-  if (now.problem || !now.has_ended || !cursor.is_wanted() || taker.is_short()) return now.problem;
-  return {remedy::retry,
-          job_.failure(errc::connection_failed, now.address,
-                       "ended " + std::to_string(cursor.end - cursor.position) + " bytes early")};
+  if (!request.is_wanted()) return {};
+  if (now || !request.has_ended() || !cursor.is_wanted() || request.is_short()) return now;
+  return request.failure(remedy::retry, errc::connection_failed,
+                         "ended " + std::to_string(cursor.end - cursor.position) + " bytes early");
 }
 
 /// Transfers a file of unknown size or md5: one connection fetches it, because ranges could not be verified together. Hashes
@@ -6818,15 +6895,11 @@ class stream_transfer final : public transfer {
   result<std::string> run();
 
  private:
-  class stream_taker;
+  class stream_request;
 
   void work();
   setback fetch();
   void start_over();
-  [[nodiscard]] setback shorter(const url& source) const {
-    return {setback::remedy::restart,
-            job_.failure(errc::protocol_violation, source, "became shorter during the download")};
-  }
   /// Whether the md5 proves that all bytes have arrived.
   [[nodiscard]] bool is_proved() const {
     return job_.is_verified() && md5(hash_).finish() == job_.remote.info.md5;
@@ -6841,56 +6914,61 @@ class stream_transfer final : public transfer {
   // Only the worker uses the next two.
   md5 hash_;                            // of the bytes before `position_`
   std::optional<std::uint64_t> total_;  // the file's size, from the service or a response; empty if unknown
-  thread worker_;                       // last: joined before the members that it uses are destroyed
+  thread worker_;
 };
 
 /// Checks a response and appends its bytes to the file.
-class stream_transfer::stream_taker final : public response_taker {
+class stream_transfer::stream_request final : public file_request {
  public:
-  stream_taker(stream_transfer& transfer, bool is_range) : transfer_(transfer), is_range_(is_range) {}
+  explicit stream_request(stream_transfer& transfer)
+      : file_request(transfer, {transfer.position_, 0}, remedy::retry), transfer_(transfer) {}
 
-  setback begin(const http_response& head, const url& source) override {
-    const std::string* field = head.header("Content-Range");
-    const auto range = content_range::parse(field != nullptr ? *field : "");
-    if (head.status == 206 || (is_range_ && range.bytes.end != 0)) {
-      if (!is_range_ || range.bytes.end == 0)
-        return violation(source, "answers 206 without a range that was asked for");
-      if (range.bytes.begin != transfer_.position_)
-        return violation(source, "sends another range than it was asked for (" + in_quotes(*field) + ")");
-      // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
-      if (!transfer_.job_.is_verified() && !transfer_.source_.is_pinned_to(head)) {
-        return {setback::remedy::whole, transfer_.job_.failure(errc::connection_failed, source,
-                                                               "sends a part without the entity tag")};
-      }
-      if (!range.size) return violation(source, "does not tell the size of the file");
-      if (transfer_.total_ && *range.size != *transfer_.total_) {
-        return {setback::remedy::restart, transfer_.job_.failure(errc::protocol_violation, source,
-                                                                 "changed its size while it was fetched")};
-      }
-      return check_total(range.size, source);
-    }
-    if (transfer_.position_ > 0) {
-      // The response has the whole file. With an md5, skip the bytes already present; without one, start over.
-      if (transfer_.job_.is_verified()) {
-        skipped_ = transfer_.position_;
-      } else {
-        transfer_.start_over();
-      }
-    }
-    const std::string* length = head.header("Content-Length");
-    return check_total(length != nullptr ? to_number(trim(*length)) : std::nullopt, source);
+  /// Whether the response ended before the end of the bytes that were present already.
+  [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
+  [[nodiscard]] setback shorter() const {
+    return failure(remedy::restart, errc::protocol_violation, "became shorter during the download");
   }
-  bool write(std::string_view bytes) override {
+
+ private:
+  setback begin_part(const http_response& head, const content_range& part) override {
+    // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
+    const bool is_pinned = !transfer_.entity_.strong_tag().empty() && head.header("ETag") != nullptr;
+    if (!transfer_.job_.is_verified() && !is_pinned)
+      return failure(remedy::whole, errc::connection_failed, "sends a part without the entity tag");
+    if (!part.size) return violation("does not tell the size of the file");
+    if (transfer_.total_ && *part.size != *transfer_.total_) {
+      return failure(remedy::restart, errc::protocol_violation, "changed its size while it was fetched");
+    }
+    return check_total(part.size);
+  }
+  setback begin_whole(std::optional<std::uint64_t> length) override {
+    // With an md5, skip the bytes already present; without one, start over.
+    if (transfer_.job_.is_verified()) {
+      skipped_ = transfer_.position_;
+    } else if (transfer_.position_ > 0) {
+      transfer_.start_over();
+    }
+    return check_total(length);
+  }
+  setback check_total(std::optional<std::uint64_t> size) {
+    if (!size) return {};
+    if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
+      return wrong_size(remedy::retry, *size);
+    if (*size < transfer_.position_) return shorter();
+    transfer_.total_ = size;
+    return {};
+  }
+  bool take(std::string_view bytes) override {
     transfer_.received_ += bytes.size();
     const auto skipped = static_cast<std::size_t>((std::min<std::uint64_t>)(bytes.size(), skipped_));
     bytes.remove_prefix(skipped);
     skipped_ -= skipped;
     if (bytes.empty()) return true;
     const std::uint64_t position = transfer_.position_;
-    if (transfer_.state_.is_stopped()) return false;
-    if (transfer_.total_ && bytes.size() > *transfer_.total_ - position) return is_surplus_ = true, false;
+    if (!is_wanted()) return false;
+    if (transfer_.total_ && bytes.size() > *transfer_.total_ - position) return refuse_surplus();
     if (auto written = transfer_.file_.write(position, bytes); !written) {
-      disk_problem_ = written.error();
+      transfer_.state_.fail(written.error());
       return false;
     }
     if (transfer_.job_.is_verified()) transfer_.hash_.update(bytes);
@@ -6899,30 +6977,8 @@ class stream_transfer::stream_taker final : public response_taker {
     return true;
   }
 
-  [[nodiscard]] const std::optional<error>& disk_problem() const { return disk_problem_; }
-  /// Whether more bytes arrived than the file has.
-  [[nodiscard]] bool is_surplus() const { return is_surplus_; }
-  /// Whether the response ended before the end of the bytes that were present already.
-  [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
-
- private:
-  [[nodiscard]] setback violation(const url& source, const std::string& problem) const {
-    return {setback::remedy::retry, transfer_.job_.failure(errc::protocol_violation, source, problem)};
-  }
-  [[nodiscard]] setback check_total(std::optional<std::uint64_t> size, const url& source) {
-    if (!size) return {};
-    if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
-      return {setback::remedy::retry, transfer_.job_.wrong_size(source, *size)};
-    if (*size < transfer_.position_) return transfer_.shorter(source);
-    transfer_.total_ = size;
-    return {};
-  }
-
   stream_transfer& transfer_;
-  const bool is_range_;
   std::uint64_t skipped_ = 0;  // bytes still to skip: they are present already
-  std::optional<error> disk_problem_;
-  bool is_surplus_ = false;
 };
 
 inline result<std::string> stream_transfer::run() {
@@ -6943,14 +6999,13 @@ inline void stream_transfer::start_over() {
   position_ = 0;
   hash_ = md5();
   total_ = job_.remote.info.size;
-  source_.start_over();
+  entity_.reset();
 }
 
 inline void stream_transfer::work() {
-  using remedy = setback::remedy;
   backoff tries(job_.user_call, retries_);
   std::uint64_t furthest = 0;  // the highest position of all tries
-  while (!state_.is_stopped() && !state_.is_complete()) {
+  while (!state_.is_over()) {
     const setback now = fetch();
     if (!now || state_.is_stopped()) continue;
     if (now.cure == remedy::restart) is_replaced_ = true;
@@ -6971,70 +7026,42 @@ inline void stream_transfer::work() {
 
 /// Makes one request for the rest of the file. Completes the transfer if the response ended properly.
 inline setback stream_transfer::fetch() {
-  using remedy = setback::remedy;
-  call inner(job_.user_call, state_.stop_flag());
-  const bool is_combinable = job_.is_verified() || source_.is_pinned();
+  const bool is_combinable = job_.is_verified() || !entity_.strong_tag().empty();
   if (position_ > 0 && (!is_combinable || (total_ && position_ >= *total_))) start_over();
-  stream_taker taker(*this, position_ > 0);
-  auto now = source_.fetch(
-      inner, {position_, 0}, [&] { return state_.is_stopped(); }, taker);
-  if (taker.disk_problem()) return {remedy::retry, *taker.disk_problem()};
-  if (taker.is_surplus())
-    return {remedy::retry,
-            job_.failure(errc::protocol_violation, now.address, "sends more than it promised")};
-  if (now.problem.cure == remedy::whole) {
+  stream_request request(*this);
+  const setback now = request.fetch();
+  if (now.cure == remedy::whole) {
     start_over();
-    if (!now.problem.failure->is_transient()) return {};
+    if (!now.failure->is_transient()) return {};
   }
-  if (now.problem || !now.has_ended) return now.problem;
-  if (taker.is_shorter()) return shorter(now.address);
+  if (now || !request.has_ended()) return now;
+  if (request.is_shorter()) return request.shorter();
   if (total_ && position_ < *total_) {
-    return {remedy::retry, job_.failure(errc::connection_failed, now.address,
-                                        "ended " + std::to_string(*total_ - position_) + " bytes early")};
+    return request.failure(remedy::retry, errc::connection_failed,
+                           "ended " + std::to_string(*total_ - position_) + " bytes early");
   }
   state_.complete();
   return {};
 }
 
-/// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Use an object once.
-class download {
- public:
-  download(session& service_session, call& user_call, const run_path& run, const std::string& name,
-           remote_file remote, const restore_options& options)
-      : remote_(std::move(remote)), job_{service_session, user_call, run, name, options, remote_} {}
-  download(const download&) = delete;
-  download& operator=(const download&) = delete;
-
-  /// Blocks. Calls on_progress in this thread.
-  result<void> run(partial_file& destination) {
-    const auto address = url::parse(remote_.address);
-    if (!address) return address.error();
-    if (remote_.info.size && job_.is_verified()) return run_as<ranged_transfer>(destination, *address);
-    return run_as<stream_transfer>(destination, *address);
-  }
-  /// Whether the run has replaced the file since the download began: then start a new download.
-  [[nodiscard]] bool entity_changed() const { return entity_changed_; }
-  /// Whether all bytes arrived, with a wrong md5.
-  [[nodiscard]] bool content_wrong() const { return content_wrong_; }
-
- private:
-  template <class Transfer>
-  result<void> run_as(partial_file& destination, const url& address) {
-    Transfer transfer(job_, destination, address);
-    const auto digest = transfer.run();
-    entity_changed_ = transfer.is_replaced();
-    if (!digest) return digest.error();
-    if (!job_.is_verified() || *digest == remote_.info.md5) return {};
-    content_wrong_ = true;
-    return error(errc::checksum_mismatch,
-                 job_.label() + ": its md5 is " + (digest->empty() ? "unreadable" : *digest) + " after " +
-                     std::to_string(destination.size()) + " bytes, the service says " + remote_.info.md5);
-  }
-
-  const remote_file remote_;
-  const transfer_job job_;
-  bool entity_changed_ = false, content_wrong_ = false;
-};
+/// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Blocks; calls on_progress in this
+/// thread. The remedy is `restart` if the bytes are worthless: the run has replaced the file, or the md5 is wrong.
+inline setback download(const transfer_job& job, partial_file& destination) {
+  const auto address = url::parse(job.remote.address);
+  if (!address) return {remedy::retry, address.error()};
+  const auto run = [&](auto&& transfer) -> setback {
+    const result<std::string> digest = transfer.run();
+    if (!digest) return {transfer.is_replaced() ? remedy::restart : remedy::retry, digest.error()};
+    if (!job.is_verified() || *digest == job.remote.info.md5) return {};
+    return {remedy::restart,
+            error(errc::checksum_mismatch, job.label() + ": its md5 is " +
+                                               (digest->empty() ? "unreadable" : *digest) + " after " +
+                                               std::to_string(destination.size()) +
+                                               " bytes, the service says " + job.remote.info.md5)};
+  };
+  if (job.remote.info.size && job.is_verified()) return run(ranged_transfer(job, destination, *address));
+  return run(stream_transfer(job, destination, *address));
+}
 
 }  // namespace detail
 
@@ -7120,14 +7147,6 @@ inline std::string shown(const run_path& run) {
   return run.entity.empty() ? run.project + '/' + run.run_id + " (of the default entity)" : run.str();
 }
 
-/// A copy of a failure with another text.
-inline error with_text(const error& failure, const std::string& text) {
-  error whole(failure.code(), text, failure.http_status());
-  if (!failure.is_transient()) whole = error::permanent(failure.code(), text, failure.http_status());
-  whole.retry_after(failure.retry_after());
-  return whole;
-}
-
 /// Puts the task in front of a failure's text, unless the text contains all of `names`.
 inline error in_context(const error& failure, const std::string& task,
                         std::initializer_list<std::string> names) {
@@ -7170,12 +7189,14 @@ class opened_copy {
   explicit opened_copy(path location) : location_(std::move(location)) {}
 
   [[nodiscard]] const file_facts& facts() const { return facts_; }
-  /// md5() reports the bytes hashed to the watcher, which may stop it.
-  void watch(watcher go_on) { go_on_ = std::move(go_on); }
-  /// In hex; empty if the file cannot be read, has changed since it was opened, or the watcher stopped md5().
+  /// Makes md5() report its progress. The reporter must outlive this object.
+  void report_to(progress_reporter& reporter) { reporter_ = &reporter; }
+  /// In hex; empty if the file cannot be read, has changed since it was opened, or the call was cancelled.
   [[nodiscard]] std::string md5() const {
     if (!file_.is_open()) return {};
-    std::string digest = md5_of_file(file_, go_on_);
+    std::string digest = md5_of_file(file_, [this](std::uint64_t done) {
+      return !reporter_ || reporter_->report_if_due(phase::verifying, done, facts_.size);
+    });
     const auto now = file_.facts();
     return now.found() && *now == facts_ ? digest : std::string();
   }
@@ -7190,7 +7211,7 @@ class opened_copy {
   file file_;
   int open_code_ = 0;  // the system's error code if file_ is not open
   file_facts facts_;
-  watcher go_on_;
+  progress_reporter* reporter_ = nullptr;
 };
 
 /// One call of restore.
@@ -7224,27 +7245,16 @@ class restoring {
   }
 
  private:
-  /// Reports progress to the caller, at most about ten times a second. Returns false if the call is cancelled.
-  bool report(phase activity, std::uint64_t done, std::optional<std::uint64_t> total) {
-    const auto time = clock::now();
-    if (time - reported_ >= milliseconds(90)) {
-      reported_ = time;
-      if (options_.on_progress && !options_.on_progress({name_, activity, done, total, 0})) call_.stop();
-    }
-    return !call_.cancelled();
-  }
-
   /// Opens the local copy, if there is one, and reads its receipt.
   result<void> open_copy() {
     auto opened = opened_copy::open(place_.target, name_);
     if (!opened) return opened.error();
     opened_ = *std::move(opened);
     copy_ = local_copy();
-    first_verdict_.reset();
+    is_judged_ = false;
     if (!opened_) return {};
     const auto& facts = opened_->facts();
-    opened_->watch(
-        [this, size = facts.size](std::uint64_t done) { return report(phase::verifying, done, size); });
+    opened_->report_to(reporter_);
     copy_.opened_ = opened_;
     copy_.path = place_.target;
     copy_.size = facts.size;
@@ -7263,8 +7273,8 @@ class restoring {
   cache_policy::verdict decide(const file_info* remote) {
     using verdict = cache_policy::verdict;
     if (!opened_) return verdict::fetch;
-    if (!first_verdict_) first_verdict_ = policy_(copy_, nullptr);
-    if (*first_verdict_ != verdict::ask || remote == nullptr) return *first_verdict_;
+    if (!std::exchange(is_judged_, true)) first_verdict_ = policy_(copy_, nullptr);
+    if (first_verdict_ != verdict::ask || remote == nullptr) return first_verdict_;
     return policy_(copy_, remote) == verdict::keep ? verdict::keep : verdict::fetch;
   }
 
@@ -7353,40 +7363,37 @@ class restoring {
       if (!remote.info.md5.empty() && copy_.md5() == remote.info.md5) return use_local(&remote.info);
       if (call_.cancelled()) return call_.why_cancelled();
     }
+    const transfer_job job{session_, call_, run_, name_, options_, remote};
     for (bool again = false;; again = true) {
-      // Without an md5 to verify the whole file, no partial file is resumed.
-      const std::string key = options_.verify ? remote.info.md5 : std::string();
+      // The md5 to verify the file with. Without one, no partial file is resumed.
+      const std::string md5 = options_.verify ? remote.info.md5 : std::string();
       const std::uint64_t size = remote.info.size.value_or(0);
-      const watcher copying = [&](std::uint64_t done) { return report(phase::downloading, done, size); };
+      const auto copying = [&](std::uint64_t done) {
+        return reporter_.report_if_due(phase::downloading, done, size);
+      };
       // Without a size, existing partial files are left for a later call.
       const bool resumes = !again && remote.info.size && may_find_partials(lock, size);
-      auto opened = resumes ? partial_file::open(place_, key, size, copying, &lock)
-                            : partial_file::create(place_, key, size);
+      auto opened = resumes ? partial_file::open(place_, md5, size, copying, &lock)
+                            : partial_file::create(place_, md5, size);
       if (!opened) return opened.error();
       partial_file& partial = **opened;
-      releaser on_exit{partial, place_, key};
+      releaser on_exit{partial, place_, md5};
       if (auto room = partial.reserve(); !room) return room.error();
 
-      bool changed = false, worthless = false;
-      auto outcome = [&] {
-        download transfer(session_, call_, run_, name_, remote, options_);
-        auto downloaded = transfer.run(partial);
-        changed = transfer.entity_changed();
-        worthless = changed || transfer.content_wrong();
-        return downloaded;
-      }();
-      if (outcome) return publish(partial, remote, lock);
-      const error& failure = outcome.error();
-      const bool wrong = failure.code() == errc::checksum_mismatch;
-      if (!wrong && !changed) {
-        if (!partial.is_worth_keeping(key)) return failure;
+      const setback end = download(job, partial);
+      if (!end) return publish(partial, md5, lock);
+      const error& failure = *end.failure;
+      const bool is_wrong = failure.code() == errc::checksum_mismatch;
+      const bool is_worthless = end.cure == remedy::restart;
+      if (!is_wrong && !is_worthless) {
+        if (!partial.is_worth_keeping(md5)) return failure;
         return with_text(failure,
                          failure.what() + std::string("; the next call resumes from the bytes that arrived"));
       }
-      on_exit.keep = !worthless;
+      on_exit.keep = !is_worthless;
       if (again) {
         return with_text(failure, std::string(failure.what()) + " (again after a second fetch from nothing" +
-                                      (wrong ? "; the run may be writing it: try again later)" : ")"));
+                                      (is_wrong ? "; the run may be writing it: try again later)" : ")"));
       }
       auto fresh = service(session_, call_).find_file(run_, name_);  // the run may have a new version
       if (!fresh) return fresh.error();
@@ -7405,18 +7412,17 @@ class restoring {
     }
   };
 
-  result<restored_file> publish(partial_file& partial, const remote_file& remote, place_lock& lock) {
+  /// `md5`: the verified md5 of the content; empty if it was not verified.
+  result<restored_file> publish(partial_file& partial, const std::string& md5, place_lock& lock) {
     if (auto finished = finish(partial); !finished) return finished.error();
     if (call_.cancelled()) return call_.why_cancelled();
-    const bool verified = options_.verify && !remote.info.md5.empty();
-    const std::string md5 = verified ? remote.info.md5 : std::string();
     // Write the receipt first: a call in between must not take another run's file for the user's own.
     auto stream = partial.publish(place_, [&](const file_facts& facts) { remember(md5, facts); });
     if (!stream) return stream.error();
     remove_quietly(place_.released());
     if (may_find_partials(lock, partial.size())) tidy(lock, {});
     return restored_file(*std::move(stream),
-                         {place_.target, partial.size(), md5, source::downloaded, verified});
+                         {place_.target, partial.size(), md5, source::downloaded, !md5.empty()});
   }
 
   /// Writes the content to stable storage. That can take many seconds: meanwhile it reports progress to the caller, and
@@ -7424,29 +7430,17 @@ class restoring {
   result<void> finish(partial_file& partial) {
     constexpr std::uint64_t large = 8 * 1024 * 1024;  // bytes
     if (partial.size() < large) return partial.finish();
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::optional<result<void>> outcome;
+    result<void> finished;
     thread syncing;
-    const bool started = syncing.start([&] {
-      auto finished = partial.finish();
-      const std::lock_guard<std::mutex> guard(mutex);
-      outcome = std::move(finished);
-      changed.notify_all();
-    });
-    if (!started) return partial.finish();
-    auto touched = clock::now();
-    std::unique_lock<std::mutex> held(mutex);
-    while (!changed.wait_for(held, milliseconds(100), [&] { return outcome.has_value(); })) {
-      held.unlock();
-      report(phase::verifying, partial.size(), partial.size());
+    if (!syncing.start([&] { finished = partial.finish(); })) return partial.finish();
+    for (auto touched = clock::now(); !syncing.wait(milliseconds(100));) {
+      reporter_.report_if_due(phase::verifying, partial.size(), partial.size());
       if (clock::now() - touched > std::chrono::seconds(partial_file::quiet / 6)) {
         touched = clock::now();
         partial.touch();
       }
-      held.lock();
     }
-    return *std::move(outcome);
+    return finished;
   }
 
   /// Whether to read the directory for partial files. A killed writer leaves its lock file, and the name of a released
@@ -7497,7 +7491,7 @@ class restoring {
       }
       // Do not wait for a holder without a sign of life.
       if (is_locked && clock::now() - last_sign > std::chrono::seconds(partial_file::quiet)) return true;
-      if (!report(phase::downloading, 0, {})) return false;
+      if (!reporter_.report_if_due(phase::downloading, 0, {})) return false;
       // Poll less often the longer the wait, so that many waiting processes do not overload the file system.
       const auto waited = std::chrono::duration_cast<milliseconds>(clock::now() - began);
       if (!call_.sleep(std::clamp(waited / 10, milliseconds(50), milliseconds(1000)))) return false;
@@ -7511,10 +7505,12 @@ class restoring {
   run_path run_;
   place place_;
   const cache_policy policy_;
-  clock::time_point reported_ = clock::now();
-  std::shared_ptr<opened_copy> opened_;                 // null: there is no local copy
-  local_copy copy_;                                     // of opened_
-  std::optional<cache_policy::verdict> first_verdict_;  // on copy_, before the request to the service
+  progress_reporter reporter_{call_, options_, name_};
+  std::shared_ptr<opened_copy> opened_;  // null: there is no local copy
+  local_copy copy_;                      // of opened_
+  cache_policy::verdict first_verdict_ =
+      cache_policy::verdict::ask;  // on copy_, before the request to the service
+  bool is_judged_ = false;         // first_verdict_ is known
 };
 
 }  // namespace detail
@@ -7538,26 +7534,24 @@ open_session(settings configuration, transport_ref transport, cache_policy polic
 WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
                                                            const restore_options& options) {
   if (auto good = check_name(name); !good) return good.error();
+  const std::string quoted = in_quotes(name), task = "cannot restore " + quoted;
   if (options.connections < 1) {
-    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) +
-                                             ": connections must be at least 1, not " +
-                                             std::to_string(options.connections));
+    return error(errc::invalid_argument,
+                 task + ": connections must be at least 1, not " + std::to_string(options.connections));
   }
-  if (auto good = check_times(current.config, "cannot restore " + in_quotes(name)); !good)
-    return good.error();
+  if (auto good = check_times(current.config, task); !good) return good.error();
   auto run = run_of(current.config, options.run_path);
-  if (!run) return in_context(run.error(), "restoring " + in_quotes(name), {in_quotes(name)});
+  if (!run) return in_context(run.error(), "restoring " + quoted, {quoted});
   const path root = options.root.empty() ? current.config.run_dir : options.root;
   path existing = root;  // its deepest ancestor that exists
   while (existing.has_relative_path() && facts_of(existing).absent()) existing = existing.parent_path();
   if (const auto facts = facts_of(existing); facts.found() && !facts->is_directory) {
-    return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": root " + in_quotes(root) +
-                                             ": " + in_quotes(existing) + " is not a directory");
+    return error(errc::invalid_argument,
+                 task + ": root " + in_quotes(root) + ": " + in_quotes(existing) + " is not a directory");
   }
   for (const auto part : split(name, '/')) {
     if (const auto limit = longest_name(existing); name_length(part) > limit) {
-      return error(errc::invalid_argument, "cannot restore " + in_quotes(name) + ": " +
-                                               std::to_string(name_length(part)) +
+      return error(errc::invalid_argument, task + ": " + std::to_string(name_length(part)) +
                                                " characters are more than a name in " + in_quotes(existing) +
                                                " may have (" + std::to_string(limit) + ")");
     }
@@ -7566,8 +7560,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
   auto restored =
       restoring(current, user_call, options, std::string(name), *run, place(root / from_utf8(name)))();
   if (restored) return restored;
-  return in_context(restored.error(), "restoring " + in_quotes(name) + " from " + shown(*run),
-                    {in_quotes(name), run->project + '/' + run->run_id});
+  return in_context(restored.error(), "restoring " + quoted + " from " + shown(*run),
+                    {quoted, run->project + '/' + run->run_id});
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
@@ -7971,23 +7965,32 @@ class address_memory {
   /// Moves the remembered address to the front, if it is still among the host's.
   void prefer_remembered(const std::string& host, socket_addresses& addresses) {
     const std::lock_guard<std::mutex> lock(mutex);
-    for (const auto& [name, address] : known_) {
-      const auto found = std::find(addresses.begin(), addresses.end(), address);
-      if (name == host && found != addresses.end()) std::rotate(addresses.begin(), found, found + 1);
+    for (std::size_t known = 0; known < hosts_.size(); ++known) {
+      if (hosts_[known] != host) continue;
+      for (std::size_t i = 1; i < addresses.size(); ++i) {
+        if (!(addresses[i] == winners_[known])) continue;
+        addresses.erase(addresses.begin() + static_cast<std::ptrdiff_t>(i));
+        addresses.insert(addresses.begin(), winners_[known]);
+      }
     }
   }
   void remember(const std::string& host, const socket_address& address) {
     const std::lock_guard<std::mutex> lock(mutex);
-    known_.erase(
-        std::remove_if(known_.begin(), known_.end(), [&](const auto& each) { return each.first == host; }),
-        known_.end());
-    if (known_.size() == max_hosts) known_.erase(known_.begin());
-    known_.emplace_back(host, address);
+    for (std::size_t known = 0; known < hosts_.size(); ++known) {
+      if (hosts_[known] == host) return void(winners_[known] = address);
+    }
+    if (hosts_.size() == max_hosts) {
+      hosts_.erase(hosts_.begin());
+      winners_.erase(winners_.begin());
+    }
+    hosts_.push_back(host);
+    winners_.push_back(address);
   }
 
  private:
   static constexpr std::size_t max_hosts = 64;
-  std::vector<std::pair<std::string, socket_address>> known_;  // by "host:port"; the oldest first
+  std::vector<std::string> hosts_;  // "host:port"; the oldest first
+  socket_addresses winners_;        // of each host
 };
 
 struct connect_outcome {
@@ -8362,7 +8365,7 @@ class channel {
   clock::time_point deadline_ = no_deadline;
   int code_ = 0;            ///< error of the last system call, or 0
   bool has_ended_ = false;  ///< the peer has closed its side
-  std::vector<char> buffer_ = std::vector<char>(buffer_bytes);
+  std::string buffer_ = std::string(buffer_bytes, '\0');
   std::size_t begin_ = 0, end_ = 0;  ///< the part of the buffer that is not consumed
 };
 
@@ -8752,8 +8755,8 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
   }
   const std::string directories = utf8(ca_directory);
   const auto parts = split(directories, list_separator);
-  const bool any = std::any_of(parts.begin(), parts.end(),
-                               [](std::string_view part) { return facts_of(from_utf8(part))->is_directory; });
+  bool any = false;
+  for (const auto part : parts) any = any || facts_of(from_utf8(part))->is_directory;
   if (!ca_directory.empty() &&
       (!any ||  // OpenSSL would not notice before the handshake
        SSL_CTX_load_verify_locations(context.get(), nullptr, directories.c_str()) != 1)) {
@@ -8815,11 +8818,14 @@ struct http_transport::state {
   detail::connection_pool& pool() {
     detail::connection_pool* pool = newest;
     if (pool->process == detail::this_process()) return *pool;
-    auto own = std::make_unique<detail::connection_pool>(pool);
+    auto* const own = new detail::connection_pool(pool);
     // Several threads of a child may get here at once: one installs its pool, the others use that.
-    if (!newest.compare_exchange_strong(pool, own.get())) return *pool;
+    if (!newest.compare_exchange_strong(pool, own)) {
+      delete own;
+      return *pool;
+    }
     pool->clear();
-    return *own.release();
+    return *own;
   }
 
   /// Returns the pool's TLS configuration, which the first https request makes.
@@ -8861,7 +8867,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
   auto connection = pool.idle.take(route->key());
   for (;;) {
     const bool is_fresh = !connection;
-    if (is_fresh) connection = std::make_unique<detail::connection>(*route, tls);
+    if (is_fresh) connection.reset(new detail::connection(*route, tls));
     detail::exchange current{request, sink, *route};
     if (connection->perform(current, *message, pool.memory)) {
       if (connection->is_reusable()) pool.idle.give_back(std::move(connection));
@@ -8997,14 +9003,7 @@ class cancellation_watcher {
  public:
   cancellation_watcher(const http_request& request, std::function<void()> interrupt)
       : request_(request), interrupt_(std::move(interrupt)) {}
-  ~cancellation_watcher() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      is_over_ = true;
-    }
-    over_.notify_all();
-    thread_.join();
-  }
+  ~cancellation_watcher() { exchange_.stop(); }
   cancellation_watcher(const cancellation_watcher&) = delete;
   cancellation_watcher& operator=(const cancellation_watcher&) = delete;
 
@@ -9014,17 +9013,14 @@ class cancellation_watcher {
 
  private:
   void watch() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    while (!over_.wait_for(lock, std::chrono::milliseconds(100), [this] { return is_over_; })) {
+    while (!exchange_.wait(milliseconds(100))) {
       if (request_.cancelled()) interrupt_();
     }
   }
 
   const http_request& request_;
   const std::function<void()> interrupt_;
-  std::mutex mutex_;
-  std::condition_variable over_;
-  bool is_over_ = false;
+  transfer_state exchange_;
   thread thread_;
 };
 

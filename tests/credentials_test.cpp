@@ -3,9 +3,11 @@
 
 #include <ctime>
 #include <functional>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <thread>
+#include <utility>
 
 #include <openssl/pem.h>
 #include <openssl/x509.h>
@@ -548,6 +550,29 @@ TEST_SUITE("credentials: identity tokens") {
     CHECK_FALSE(first_is_back);
     stop_first = true;
     first.join();
+  }
+
+  /// Throws once, instead of the first request.
+  class throwing_transport : public wandb::http_transport {
+   public:
+    using http_transport::http_transport;
+    wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
+      if (std::exchange(throws_, false)) throw std::bad_alloc();
+      return http_transport::send(request, sink);
+    }
+
+   private:
+    bool throws_ = true;
+  };
+
+  TEST_CASE("after an exception during the exchange the next call exchanges the token, and does not wait") {
+    federated f;
+    auto s = f.settings();
+    s.total_timeout = 20s;  // ends a call that waits for the exchange of the first
+    wandb::client<throwing_transport> client(s);
+    CHECK_THROWS_AS((void)client.try_restore("a.txt", f.path), std::bad_alloc);
+    (void)f.success(client.try_restore("a.txt", f.path));
+    CHECK(f.exchanges() == 1);
   }
 
   TEST_CASE("an unwritable shared file causes a warning; a malformed one is replaced") {

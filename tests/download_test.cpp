@@ -1465,20 +1465,64 @@ TEST_SUITE("download: a store in memory") {
   }
 
   TEST_CASE("a long Retry-After for one connection does not end the download while others receive") {
+    /// Calls a function between the head of a response and its body.
+    struct pausing_sink final : wandb::body_sink {
+      pausing_sink(wandb::body_sink& to, std::function<void()> between)
+          : sink(to), pause(std::move(between)) {}
+      bool start(const wandb::http_response& head) override {
+        if (!sink.start(head)) return false;
+        pause();
+        return true;
+      }
+      bool write(std::string_view bytes) override { return sink.write(bytes); }
+      wandb::body_sink& sink;
+      std::function<void()> pause;
+    };
     const std::string content(32 * MiB, 'x');
     memory_world world;
-    std::atomic<int> refused{0};
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool receives = false;     // the body of response 5 is awaited
+    std::string refused;       // the range of request 6, without its end
+    bool is_repeated = false;  // another connection requests it
     const auto got = world.restore(memory_store(
         world.facts(content), [&](int number, const wandb::http_request& request, wandb::body_sink& sink) {
+          const auto wait_for = [&](const bool& flag) {
+            std::unique_lock<std::mutex> held(mutex);
+            while (!flag && !request.cancelled()) changed.wait_for(held, 20ms);
+          };
+          const auto set = [&](bool& flag) {
+            const std::lock_guard<std::mutex> guard(mutex);
+            flag = true;
+            changed.notify_all();
+          };
+          std::string range;
+          for (const auto& [name, value] : request.headers)
+            if (name == "Range") range = value.substr(0, value.find('-') + 1);
           if (number == 6) {
-            ++refused;
+            wait_for(receives);
+            const std::lock_guard<std::mutex> guard(mutex);
+            refused = range;
             return memory_store::answer(sink, 429, {{"Retry-After", "3600"}}, "");
+          }
+          if (number == 5) {
+            pausing_sink pausing(sink, [&] {
+              set(receives);
+              wait_for(is_repeated);
+            });
+            return memory_store::part(request, pausing, content);
+          }
+          if (number > 6) {
+            std::unique_lock<std::mutex> held(mutex);
+            const bool is_refused = range == refused;
+            held.unlock();
+            if (is_refused) set(is_repeated);
           }
           return memory_store::part(request, sink, content);
         }));
     if (!got) MESSAGE(got.error().what());
     CHECK(got.has_value());
-    CHECK(refused == 1);
+    CHECK(is_repeated);
   }
 
   TEST_CASE("several connections learn at once that ranges do not work") {

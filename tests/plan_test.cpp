@@ -679,7 +679,7 @@ TEST_SUITE("retry clock") {
     CHECK(clock.expired()->http_status() == 503);
     CHECK(std::string(clock.expired()->what()).find("gave up after 1 try") != std::string::npos);
     one.configuration.low_speed = 1;
-    CHECK(clock.progressed(1000 * 1000));
+    clock.progressed(1000 * 1000);
     CHECK_FALSE(clock.expired().has_value());
   }
 
@@ -697,14 +697,35 @@ TEST_SUITE("retry clock") {
     REQUIRE_FALSE(end.has_value());
     CHECK(std::string(end.error().what()).find("gave up after 3 tries") != std::string::npos);
   }
+
+  TEST_CASE("progress of low_speed since the last reset starts the time again") {
+    call_of_a_test one;
+    one.call.reached = true;
+    one.configuration.retry_timeout = 0ms;
+    retry_clock clock(one.call);
+    const error failure(errc::connection_failed, "x");
+    const auto expires_after = [&](std::uint64_t bytes, std::uint64_t low_speed) {
+      (void)clock.failed(failure);
+      one.configuration.low_speed = low_speed;
+      clock.progressed(bytes);
+      return clock.expired().has_value();
+    };
+    for (int n = 0; n < 200; ++n) {
+      CHECK(expires_after(0, 1));
+      CHECK(expires_after(1, std::uint64_t{1} << 50));
+      CHECK_FALSE(expires_after(1000 * 1000, 1));
+    }
+  }
 }
 
 TEST_SUITE("backoff") {
   using wandb::detail::backoff;
+  using wandb::detail::retry_clock;
 
   TEST_CASE("permanent failures are given up at once") {
     call_of_a_test one;
-    backoff tries(one.call);
+    retry_clock time(one.call);
+    backoff tries(one.call, time);
     for (const auto& failure :
          {error(errc::http_failure, "x", 400), error(errc::http_failure, "x", 404),
           error(errc::http_failure, "x", 501), error(errc::not_authenticated, "x", 401),
@@ -728,7 +749,8 @@ TEST_SUITE("backoff") {
       const error failure(status == 0 ? errc::connection_failed : errc::http_failure, "x", status);
       std::int64_t longest = 0, shortest = 1000000;
       for (int round = 0; round < 200; ++round) {
-        backoff tries(one.call);
+        retry_clock time(one.call);
+        backoff tries(one.call, time);
         for (int n = 0; n < 9; ++n) {
           const auto wait = tries.after(failure);
           REQUIRE(wait.has_value());
@@ -745,7 +767,8 @@ TEST_SUITE("backoff") {
   TEST_CASE("Retry-After is honoured, unless it exceeds the remaining time") {
     call_of_a_test one;
     one.call.reached = true;
-    backoff tries(one.call);
+    retry_clock time(one.call);
+    backoff tries(one.call, time);
     error failure(errc::http_failure, "busy", 429);
     failure.retry_after(60s);
     auto wait = tries.after(failure);
@@ -762,7 +785,8 @@ TEST_SUITE("backoff") {
 
   TEST_CASE("if no server was reached, retries end after connect_timeout") {
     call_of_a_test one;
-    backoff tries(one.call);
+    retry_clock time(one.call);
+    backoff tries(one.call, time);
     error failure(errc::connection_failed, "refused");
     failure.retry_after(one.configuration.connect_timeout + 1s);
     CHECK_FALSE(tries.after(failure).has_value());
@@ -775,39 +799,36 @@ TEST_SUITE("backoff") {
       call_of_a_test one;
       one.call.reached = true;
       one.configuration.retry_timeout = 10ms;
-      backoff tries(one.call);
+      retry_clock time(one.call);
+      backoff tries(one.call, time);
       const auto wait = tries.after(error(errc::connection_failed, "x"));
       REQUIRE(wait.has_value());
       REQUIRE(*wait <= 10ms);
     }
   }
 
-  TEST_CASE("progress of low_speed since the last reset starts the time again") {
+  TEST_CASE("after a reset the upper bound is the shortest again") {
     call_of_a_test one;
     one.call.reached = true;
     one.configuration.retry_timeout = 1h;
-    one.configuration.low_speed = 1;
-    backoff tries(one.call);
-    REQUIRE(tries.after(error(errc::connection_failed, "x")).has_value());
-    tries.progressed(0);
-    CHECK(tries.failures() == 1);
-    one.configuration.low_speed = std::uint64_t{1} << 50;
-    tries.progressed(1);
-    CHECK(tries.failures() == 1);
-    one.configuration.low_speed = 1;
+    retry_clock time(one.call);
+    backoff tries(one.call, time);
+    const error failure(errc::connection_failed, "x");
     for (int n = 0; n < 200; ++n) {
-      tries.progressed(1000 * 1000);
-      CHECK(tries.failures() == 0);
-      const auto wait = tries.after(error(errc::connection_failed, "x"));
+      const auto wait = tries.after(failure);
       REQUIRE(wait.has_value());
       REQUIRE(wait->count() <= 500);
+      CHECK(tries.failures() == 1);
+      tries.reset();
+      CHECK(tries.failures() == 0);
     }
   }
 
   TEST_CASE("a cancellation takes precedence") {
     call_of_a_test one;
     one.cancel = true;
-    backoff tries(one.call);
+    retry_clock time(one.call);
+    backoff tries(one.call, time);
     const auto wait = tries.after(error(errc::connection_failed, "x"));
     REQUIRE_FALSE(wait.has_value());
     CHECK(wait.error().code() == errc::cancelled);

@@ -23,16 +23,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define TESTS_SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define TESTS_SANITIZED 1
-#endif
-#endif
-#ifndef TESTS_SANITIZED
-#define TESTS_SANITIZED 0
-#endif
+#include "support.hpp"
 
 extern char** environ;
 

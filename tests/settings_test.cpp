@@ -661,7 +661,7 @@ TEST_SUITE("shared access tokens") {
     // [checked against date -u]
     const struct {
       const char* text;
-      std::int64_t seconds;
+      std::uint64_t seconds;
     } rows[] = {
         {"1970-01-01 00:00:00", 0},          {"2000-02-29 12:34:56", 951827696},
         {"2026-11-21 21:50:00", 1795297800}, {"2024-12-31 23:59:59", 1735689599},

@@ -36,6 +36,13 @@ inline namespace WANDB_RESTORE_PRIVATE_ABI {
 using namespace std::chrono_literals;
 using clock_type = std::chrono::steady_clock;
 
+/// Forks. In the child, returns 0, and ends the process after a minute, so that a child that hangs fails the test.
+inline pid_t fork_child() {
+  const pid_t child = ::fork();
+  if (child == 0) ::alarm(60);
+  return child;
+}
+
 /// A sink that stores head and body, and stops the exchange where a test wants.
 class collector final : public wandb::body_sink {
  public:

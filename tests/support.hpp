@@ -14,6 +14,19 @@
 #include <system_error>  //
 #include <vector>        //
 
+// 1 under the address or the thread sanitizer. Their allocators do not survive a fork while another thread allocates: the
+// first allocation of the child may wait for ever. So tests that fork beside the stand-in's threads run without them.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define TESTS_SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define TESTS_SANITIZED 1
+#endif
+#endif
+#ifndef TESTS_SANITIZED
+#define TESTS_SANITIZED 0
+#endif
+
 namespace support {
 
 /// Sets or removes environment variables for the duration of a scope. Not for use with several threads.
