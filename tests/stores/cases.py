@@ -584,6 +584,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="only the most telling cases")
     given = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stores end, too
     begin, failures, output = time.monotonic(), 0, threading.Lock()
     world = World(given)
     try:
