@@ -873,7 +873,7 @@ std::vector<file_info> list_files(const Run& run) {
     !defined(WANDB_RESTORE_IMPLEMENTED)
 #define WANDB_RESTORE_IMPLEMENTED
 
-#include <algorithm>           // min, max
+#include <algorithm>           // min, max, all_of
 #include <array>               //
 #include <condition_variable>  // waits between a download's threads
 #include <cstdio>              // warnings
@@ -4844,7 +4844,7 @@ class session {
   /// beginning; no more than max_described bytes of it count.
   [[nodiscard]] std::string description(const http_response& head, std::string_view body,
                                         const std::string& authorization) const;
-  /// Returns the HTTP status and the service's message, if the answer has one.
+  /// Returns the HTTP status and, if the answer has one, the service's message or storage's error code.
   [[nodiscard]] std::string status_text(const answer& got, const url& address,
                                         const std::string& authorization) const;
   /// Makes the error for an unexpected HTTP status.
@@ -5111,6 +5111,20 @@ inline std::string backend_message(const json& body) {
   return joined;
 }
 
+/// Returns the error code in an XML answer of storage (S3, Azure, Google), e.g. "NoSuchKey"; else an empty string. Codes have
+/// letters only: a signature has digits, and is never returned.
+inline std::string storage_code(std::string_view body) {
+  constexpr std::string_view begin = "<Code>", end = "</Code>";
+  const auto error_begin = body.find("<Error>");
+  const auto code_begin = error_begin == body.npos ? body.npos : body.find(begin, error_begin);
+  const auto code_end = code_begin == body.npos ? body.npos : body.find(end, code_begin);
+  if (code_end == body.npos) return {};
+  const auto code = trim(body.substr(code_begin + begin.size(), code_end - code_begin - begin.size()));
+  constexpr std::size_t longest = 64;
+  const bool is_word = code.size() <= longest && std::all_of(code.begin(), code.end(), is_letter);
+  return is_word ? std::string(code) : std::string();
+}
+
 inline std::string session::without_secrets(std::string said, const std::string& authorization) const {
   const auto text_after = [](const std::string& text, char mark) {
     const auto found = text.find(mark);
@@ -5159,7 +5173,10 @@ inline errc code_of_missing(std::string_view said, errc otherwise) {
 inline std::string session::status_text(const answer& got, const url& address,
                                         const std::string& authorization) const {
   const std::string status = "HTTP status " + std::to_string(got.head.status);
-  if (!base || !under_base(*base, address)) return status;  // answers of storage may contain signatures
+  if (!base || !under_base(*base, address)) {  // the rest of storage's answer may contain signatures
+    const std::string code = storage_code(got.body);
+    return code.empty() ? status : status + ", " + code;
+  }
   const auto said = without_secrets(backend_message(*parse_json(got.body)), authorization);
   return said.empty() ? status : status + ", " + in_quotes(said);
 }

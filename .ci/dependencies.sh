@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by examples/quickstart.sh and by run.sh in tests/, tests/interop/ and tests/networks/. `install_missing` installs missing
-# tools and headers on Debian, Ubuntu and Fedora, and prints their names on other systems. If none is missing it does nothing, and
+# Sourced by examples/quickstart.sh, tests/run.sh, tests/tools.sh and tests/networks/run.sh. `install_missing` installs missing tools
+# and headers on Debian, Ubuntu and Fedora, and prints their names on other systems. If none is missing it does nothing, and
 # needs no root.
 
 # Each line: the kind and name of a dependency, its package on Debian and Ubuntu, its package on Fedora.
@@ -24,6 +24,15 @@ to_test='
   command python3           python3              python3
   sanitizer address         g++                  libasan
   sanitizer undefined       g++                  libubsan
+'
+to_compare='
+  command python3           python3              python3
+  module  ensurepip         python3-venv         python3-libs
+'
+to_store="$to_compare"'
+  command go                golang-go            golang
+  command node              nodejs               nodejs
+  command npm               npm                  nodejs-npm
 '
 
 is_there() {
@@ -68,7 +77,7 @@ install_with_apt() {
 install_with_dnf() { as_root dnf -q -y install --setopt=install_weak_deps=False --skip-unavailable "$@" ||
   as_root dnf -q -y install --setopt=install_weak_deps=False "$@"; } # before dnf 5, --skip-unavailable was unknown
 
-# install_missing LIST...: installs the missing ones of $to_build or $to_test.
+# install_missing LIST...: installs the missing ones of $to_build, $to_test, $to_compare or $to_store.
 install_missing() {
   local kind what debian fedora log
   local -a missing=() for_apt=() for_dnf=()

@@ -823,6 +823,36 @@ TEST_SUITE("download: expired signatures") {
 }
 
 TEST_SUITE("download: failures") {
+  TEST_CASE("a refusal of storage is named by the code in its body, and nothing else of the body is shown") {
+    const struct {
+      const char *body, *shown;
+    } rows[] = {
+        {"<?xml version=\"1.0\"?>\n<Error><Code>NoSuchKey</Code><Message>m</Message></Error>",
+         "HTTP status 404, NoSuchKey"},
+        {"<Error>\n <Code>\n BlobNotFound </Code><Message>RequestId:1</Message></Error>",
+         "HTTP status 404, BlobNotFound"},
+        {"<Error><Code>a1b2c3</Code></Error>", "HTTP status 404"},  // may be a signature
+        {"<Error><Code></Code></Error>", "HTTP status 404"},
+        {"<Error><Code>NoSuchKey", "HTTP status 404"},
+        {"<Error><Code>No such key</Code></Error>", "HTTP status 404"},
+        {"<Code>NoSuchKey</Code>", "HTTP status 404"},  // not an error document
+        {"", "HTTP status 404"},
+    };
+    for (const auto& row : rows) {
+      CAPTURE(row.body);
+      world it;
+      it.add("a.txt", 5);
+      it.server.add_fault(place::storage, act::status(404, {}, row.body));
+      auto failed = it.restore("a.txt");
+      REQUIRE(!failed);
+      const std::string text = failed.error().what();
+      it.check_failed(std::move(failed), errc::http_failure, 404);
+      const std::string shown = row.shown;
+      CHECK_MESSAGE(text.find(shown) != text.npos, text);
+      CHECK(text.substr(text.find(shown)) == shown);
+    }
+  }
+
   struct failing {
     const char* name;
     place where;

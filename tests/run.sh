@@ -21,7 +21,7 @@ done
 
 # shellcheck source-path=SCRIPTDIR source=../.ci/dependencies.sh
 . .ci/dependencies.sh
-install_missing "$to_build" "$to_test"
+install_missing "$to_build" "$to_test" "$to_store"
 
 jobs=$(nproc)
 folders=()

@@ -97,6 +97,29 @@ TEST_SUITE("stand-in") {
       CHECK(answer["errors"][0]["message"] == r.says);
     }
   }
+
+  TEST_CASE("/files/... leads to addresses that the test gives, a new one for each request") {
+    fixture f;
+    stand_in::server store;
+    const stand_in::run_ref elsewhere = store.add_run("a", "b", "c");
+    store.add_file(elsewhere, "key", std::string("of another server"));
+    f.server.add_file(f.run, "x y.txt", std::string("of another server"));
+    std::vector<std::string> given;
+    f.server.set_addresses([&](const stand_in::run_ref& run, const std::string& name) {
+      CHECK(run.id == f.run.id);
+      CHECK(name == "x y.txt");
+      given.push_back(store.signed_url(elsewhere, "key"));
+      if (given.size() == 1) store.expire_signatures();
+      return given.back();
+    });
+    wandb::settings s = f.settings();
+    write_file(f.directory / "both.pem", f.server.ca_pem() + store.ca_pem());
+    s.ca_file = f.directory / "both.pem";
+    auto file = wandb::client<>(s).restore("x y.txt", f.path);
+    CHECK(read_all(file) == "of another server");
+    CHECK(given.size() == 2);
+    CHECK(f.server.counted().of(request_kind::storage).requests == 0);
+  }
 }
 
 }  // namespace

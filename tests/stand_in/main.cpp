@@ -9,12 +9,16 @@
 #include <CLI/CLI.hpp>
 #include <array>
 #include <cerrno>
+#include <condition_variable>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <map>
+#include <mutex>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -33,15 +37,21 @@ extern "C" void wake(int) {
   errno = kept;
 }
 
-/// Waits for SIGTERM, SIGINT or, if requested, the end of standard input.
-void wait_for_the_end(bool watch_input) {
+/// Waits for SIGTERM, SIGINT or, if requested, the end of standard input. Passes each line of the input on.
+void wait_for_the_end(bool watch_input, const std::function<void(const std::string& line)>& take) {
+  std::string input;
   for (;;) {
     std::array<pollfd, 2> both{{{wake_pipe[0], POLLIN, 0}, {watch_input ? STDIN_FILENO : -1, POLLIN, 0}}};
     if (poll(both.data(), both.size(), -1) < 0)
       continue;  // interrupted: the signal handler wrote to the pipe
     if (both[0].revents != 0) return;
-    std::array<char, 4096> waste;
-    if (both[1].revents != 0 && read(STDIN_FILENO, waste.data(), waste.size()) <= 0) return;
+    if (both[1].revents == 0) continue;
+    std::array<char, 65536> piece;
+    const ssize_t count = read(STDIN_FILENO, piece.data(), piece.size());
+    if (count <= 0) return;
+    input.append(piece.data(), static_cast<std::size_t>(count));
+    for (std::size_t end; (end = input.find('\n')) != std::string::npos; input.erase(0, end + 1))
+      take(input.substr(0, end));
   }
 }
 
@@ -83,14 +93,12 @@ std::optional<std::string> text_in(const nlohmann::json& object, const char* nam
   return found->get<std::string>();
 }
 
-/// Adds the runs of a JSON file, for example
+/// Adds runs, for example
 ///   {"ENTITY/PROJECT/RUN": {"public": true, "files": {"NAME": {"text": "...", "md5": "0", "sizeBytes": null}}}}
 /// "text", or "generate" (a number of pseudo-random bytes), is the content of a file. The other members replace fields of the
 /// file's GraphQL node: "md5", "sizeBytes", "updatedAt", "url", "directUrl", "mimetype". "md5_as": "hex" changes the md5's form.
 /// "absent" lists the fields that the node leaves out: "md5", "sizeBytes".
-void add_runs(stand_in::server& server, const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  const auto runs = nlohmann::json::parse(in);
+void add_runs(stand_in::server& server, const nlohmann::json& runs) {
   for (const auto& [name, content] : runs.items()) {
     const stand_in::run_ref asked = parse_run(name);
     const auto run = server.add_run(asked.entity, asked.project, asked.id, content.value("public", false));
@@ -120,6 +128,47 @@ void add_runs(stand_in::server& server, const std::string& path) {
   }
 }
 
+/// The conversation of --control, over standard output and input; one JSON object a line.
+class control {
+ public:
+  explicit control(stand_in::server& server) : server_(server) {}
+
+  /// Asks for the address of a file, and waits for the answer. Empty once the input has ended.
+  std::string ask(const stand_in::run_ref& run, const std::string& name) {
+    const std::lock_guard<std::mutex> one_question(asking_);
+    std::unique_lock<std::mutex> held(mutex_);
+    answer_.reset();
+    say({{"address_of", name}, {"run", run.entity + "/" + run.project + "/" + run.id}});
+    changed_.wait(held, [&] { return answer_ || is_over_; });
+    return answer_.value_or("");
+  }
+  void take(const std::string& line) {
+    const std::lock_guard<std::mutex> held(mutex_);
+    const auto command = nlohmann::json::parse(line);
+    if (command.contains("address")) {
+      answer_ = command["address"].get<std::string>();
+      changed_.notify_all();
+    } else {
+      add_runs(server_, command.at("runs"));
+      say({{"done", true}});
+    }
+  }
+  void end() {
+    const std::lock_guard<std::mutex> held(mutex_);
+    is_over_ = true;
+    changed_.notify_all();
+  }
+
+ private:
+  static void say(const nlohmann::json& what) { std::cout << what.dump() << std::endl; }
+
+  stand_in::server& server_;
+  std::mutex asking_, mutex_;  // mutex_ guards the rest, and standard output
+  std::condition_variable changed_;
+  std::optional<std::string> answer_;
+  bool is_over_ = false;
+};
+
 const std::map<std::string, stand_in::redirect>& redirect_names() {
   using stand_in::redirect;
   static const std::map<std::string, redirect> names = {{"absolute", redirect::absolute},
@@ -134,7 +183,7 @@ struct arguments {
   std::string folder, run = "stand-in/project/run1", runs_file, ca_file, env_file;
   std::optional<std::string> default_entity;
   std::vector<std::string> generate, faults;
-  bool is_public = false, plain = false, until_input_ends = false;
+  bool is_public = false, plain = false, until_input_ends = false, control = false;
   stand_in::options server;
 };
 
@@ -153,7 +202,10 @@ int serve(arguments& given) {
       throw std::invalid_argument("--generate: no size \"" + size + '"');
     server.add_file(run, name, stand_in::generated(bytes));
   }
-  if (!given.runs_file.empty()) add_runs(server, given.runs_file);
+  if (!given.runs_file.empty()) {
+    std::ifstream in(given.runs_file, std::ios::binary);
+    add_runs(server, nlohmann::json::parse(in));
+  }
   for (const auto& spec : given.faults) server.add_fault(spec);
 
   std::string ca;
@@ -175,9 +227,17 @@ int serve(arguments& given) {
   std::cout << "base_url=" << server.base_url() << "\nstorage=" << server.storage_url() << "\nca=" << ca
             << "\nkey=" << key << "\n";
   if (given.server.proxy) std::cout << "proxy=" << server.proxy_url() << "\n";
-  std::cout << "ready" << std::endl;
 
-  wait_for_the_end(given.until_input_ends);
+  control commands(server);
+  if (given.control) {
+    server.set_addresses(
+        [&](const stand_in::run_ref& of, const std::string& name) { return commands.ask(of, name); });
+  }
+  std::cout << "ready" << std::endl;
+  wait_for_the_end(given.until_input_ends || given.control, [&](const std::string& line) {
+    if (given.control) commands.take(line);
+  });
+  commands.end();
   server.stop();
   if (!ca.empty() && given.ca_file.empty()) std::filesystem::remove(ca);
   return 0;
@@ -231,6 +291,12 @@ int main(int argc, char** argv) {
   app.add_flag("--proxy", given.server.proxy, "be a forward proxy too, to this stand-in alone");
   app.add_option("--fault", given.faults, "what goes wrong, see below; repeatable")->allow_extra_args(false);
   app.add_flag("--until-input-ends", given.until_input_ends, "stop at the end of standard input too");
+  app.add_flag("--control", given.control,
+               "/files/... leads to addresses from outside. For each redirect, standard output gets a line "
+               "{\"address_of\": NAME, \"run\": RUN}, and standard input must answer {\"address\": URL}. A "
+               "line {\"runs\": {...}} of "
+               "the input adds runs and files as --runs does, and is answered with {\"done\": true}. Ends "
+               "with the input.");
   CLI11_PARSE(app, argc, argv);
 
   if (pipe(wake_pipe.data()) != 0) return EXIT_FAILURE;

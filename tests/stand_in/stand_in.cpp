@@ -2257,8 +2257,10 @@ class server::implementation {
     unsigned hops = 0;
     int status = 0;
     bool allowed = false;
+    std::function<std::string(const run_ref&, const std::string&)> addresses;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      addresses = addresses_;
       const auto run = runs_.find(text_of(where.run));
       allowed = by != caller::wrong && (by == caller::known || (run != runs_.end() && run->second.is_public));
       to = how_.redirect_to;
@@ -2277,7 +2279,7 @@ class server::implementation {
     } else if (to == redirect::loop || (to == redirect::chain && hop < hops)) {
       location = base_url() + here.substr(how_.prefix.size()) + "?hop=" + std::to_string(hop + 1);
     } else {
-      location = sign(where.run, where.name);
+      location = addresses ? addresses(where.run, where.name) : sign(where.run, where.name);
       if (to == redirect::plain_http && starts_with(location, "https:")) location.erase(4, 1);
       if (to == redirect::other_host)
         location.replace(location.find(how_.host), how_.host.size(), how_.other_host);
@@ -2586,6 +2588,7 @@ class server::implementation {
   std::set<std::string> tokens_;
   std::vector<fault_rule> faults_;
   std::function<void(const request_record&)> on_request_;
+  std::function<std::string(const run_ref&, const std::string&)> addresses_;
   std::vector<request_record> requests_;
   counters counters_;
   std::size_t next_request_ = 0;
@@ -2663,6 +2666,9 @@ void server::set_redirect(redirect to, unsigned hops, int status) {
     impl_->how_.redirect_hops = hops;
     impl_->how_.redirect_status = status;
   });
+}
+void server::set_addresses(std::function<std::string(const run_ref&, const std::string&)> addresses) {
+  impl_->change([&] { impl_->addresses_ = std::move(addresses); });
 }
 void server::set_rate(std::uint64_t each_body, std::uint64_t all_together) {
   impl_->change([&] {

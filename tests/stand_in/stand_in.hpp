@@ -307,6 +307,9 @@ class server {
   void expire_signatures();       ///< storage answers 403 to all signed addresses so far
   void revoke_tokens();           ///< tokens of /oidc/token get 401 from now on
   void set_redirect(redirect to, unsigned hops = 3, int status = 302);
+  /// From now on `/files/...` redirects to the address that this function returns for a file, e.g. a signed address of another
+  /// server, in place of one of the stand-in's storage. The function runs in the connection's thread and may block.
+  void set_addresses(std::function<std::string(const run_ref&, const std::string& name)> addresses);
   void set_rate(std::uint64_t each_body, std::uint64_t all_together = 0);  ///< applies to later answers
 
   std::size_t add_fault(target where, action what);  ///< returns the number of the fault

@@ -1,0 +1,164 @@
+"""Measures one large object of an object store (versitygw): this library against s5cmd, the client of AWS's CRT, the Python SDK, curl and
+aria2c. run.sh --store starts it and describes the arguments.
+SPDX-License-Identifier: MIT"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "stores"))
+import bench
+import report
+import stores
+from servers import MIB, machine, run
+
+REGION = "us-east-1"
+CRT = """
+import sys
+from awscrt import auth, http, io, s3
+authority, port, key, path = sys.argv[1:]
+tls = io.TlsContextOptions()
+tls.override_default_trust_store_from_path(None, authority)
+credentials = auth.AwsCredentialsProvider.new_static("tests", "%s")
+client = s3.S3Client(region="%s", tls_mode=s3.S3RequestTlsMode.ENABLED,
+                     signing_config=s3.create_default_s3_signing_config(region="%s", credential_provider=credentials),
+                     tls_connection_options=io.ClientTlsContext(tls).new_connection_options())
+request = http.HttpRequest("GET", "/%s/" + key, http.HttpHeaders([("Host", "127.0.0.1:" + port)]))
+client.make_request(type=s3.S3RequestType.GET_OBJECT, request=request, recv_filepath=path).finished_future.result()
+""" % (stores.SECRET, REGION, REGION, stores.BUCKET)
+SDK = "import sys, wandb\nwandb.restore(sys.argv[1], run_path=sys.argv[2], root=sys.argv[3], replace=True)\n"
+
+
+class MadeCertificates:
+    """The benchmark's certificates, as stores.S3 wants them."""
+
+    def __init__(self, folder):
+        self.authority, self.certificate, self.key = folder / "ca.pem", folder / "server.pem", folder / "server.key"
+
+
+class StoreBench(bench.Bench):
+    def __init__(self, arguments, work):
+        super().__init__(arguments, work)
+        (work / "home").mkdir()
+        self.gateway = stores.S3(Path(arguments.tools), work, MadeCertificates(work))
+        self.service = stores.Service(Path(arguments.stand_in), True)
+        self.both = work / "both.pem"
+        self.both.write_text(self.ca.read_text() + Path(self.service.says["ca"]).read_text())
+        self.service.addresses[bench.RUN] = self.gateway.address
+
+    def close(self):
+        self.service.stop()
+        self.gateway.stop()
+
+    def environment(self, base="", ca=None):
+        """For every contender: the run's service, and the store's account and authority."""
+        made = super().environment(self.service.says["base_url"], self.both)
+        return dict(made, WANDB_API_KEY=self.service.says["key"], REQUESTS_CA_BUNDLE=str(self.both), WANDB_SILENT="true",
+                    WANDB_ERROR_REPORTING="false", AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY=stores.SECRET,
+                    AWS_REGION=REGION, AWS_CA_BUNDLE=str(self.ca), AWS_EC2_METADATA_DISABLED="true")
+
+    def fresh(self):
+        super().fresh()
+        (self.work / "home").mkdir()
+
+    def timed(self, file, *command):
+        self.fresh()
+        return self.checked(self.measure(command), file)
+
+    def curl_md5(self, file, md5):
+        then = '"$@" && [ "$(md5sum < "%s")" = "%s  -" ]' % (self.out / file, md5)
+        return self.timed(file, "sh", "-c", then, "sh", *self.curl_command(file))
+
+    def curl_command(self, file):
+        return ["curl", "-sSf", "--cacert", self.ca, "-o", self.out / file, self.gateway.address(file)]
+
+    def aria2_command(self, file, *more):
+        return ["aria2c", "--no-conf", "-q", *more, "-x8", "-s8", "-k1M", "--file-allocation=none", "--ca-certificate=%s" % self.ca,
+                "-d", self.out, "-o", file, self.gateway.address(file)]
+
+    def store(self):
+        size, file = self.arguments.size, "model.h5"
+        self.files.make(file, size)
+        self.gateway.put(file, (self.files.folder / file).read_bytes(), parts=True)
+        self.service.add(bench.RUN, file, md5=self.files.base64(file), sizeBytes=size)
+        peers, port, hexadecimal = Path(self.arguments.peers), self.gateway.port, self.files.hex(file)
+        s5cmd = s5cmd_in(peers)
+        times = self.rounds("store", {
+            "ours": lambda: self.timed(file, *self.restore(file)),
+            "s5cmd": lambda: self.timed(file, s5cmd, "--endpoint-url", "https://127.0.0.1:%d" % port, "--log", "error", "cp",
+                                        "s3://%s/%s" % (stores.BUCKET, file), self.out / file),
+            "AWS CRT": lambda: self.timed(file, peers / "bin/python", "-c", CRT, self.ca, port, file, self.out / file),
+            "wandb.restore": lambda: self.timed(file, self.arguments.sdk + "/bin/python", "-c", SDK, file, bench.RUN, self.out),
+            "aria2c -x8 -s8": lambda: self.timed(file, *self.aria2_command(file)),
+            "aria2c --checksum": lambda: self.timed(file, *self.aria2_command(file, "--checksum=md5=" + hexadecimal)),
+            "curl": lambda: self.timed(file, *self.curl_command(file)),
+            "curl && md5sum": lambda: self.curl_md5(file, hexadecimal),
+        })
+        imports = {name: self.measure([python, "-c", "import " + module])["seconds"] for name, python, module in (
+            ("AWS CRT", peers / "bin/python", "awscrt.s3"), ("wandb.restore", self.arguments.sdk + "/bin/python", "wandb"))}
+        for name in list(times)[1:]:
+            verifies = "verifies" if name in ("aria2c --checksum", "curl && md5sum") else "does not verify"
+            started = ", of which %s start Python and import" % report.seconds(imports[name]) if name in imports else ""
+            self.row("store", "%s: ours %s (verifies), %s %s (%s%s)" % (bench.amount(size), report.seconds(times["ours"]), name,
+                     report.seconds(times[name]), verifies, started), "%.2f" % (times["ours"] / times[name]), "(for information)", None)
+        self.group("An object store over TLS, loopback", "%s; ours, aria2c --checksum and md5sum verify" % bench.amount(size), times)
+        self.notes.append("`store`: versitygw, its folder in memory; addresses signed for an hour. Each contender is a new process. Ours and "
+                          "wandb.restore ask the service first, and follow its redirect; the others are given the object's name or address. "
+                          "Ours and the two commands with an md5 verify the md5 of the file; the others check no content, beside TLS.")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="tests/bench/run.sh --store")
+    parser.add_argument("size", metavar="SIZE", nargs="?", type=bench.parse_size, default=512 * MIB)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--before")
+    parser.add_argument("--out", default="build-bench")
+    parser.add_argument("--work", default="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    for hidden in ("--programs", "--stand-in", "--tools", "--peers", "--sdk"):
+        parser.add_argument(hidden, required=True, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, bench.on_terminate)
+
+    work = Path(tempfile.mkdtemp(prefix="wandb-bench-", dir=arguments.work))
+    measured = None
+    try:
+        measured = StoreBench(arguments, work)
+        facts = [*(pair for pair in machine(measured.programs) if pair[0] != "nginx"), ("store", "versitygw " + Path(arguments.tools, "versitygw").resolve().parent.name.rpartition("-")[2]),
+                 ("peers", peer_versions(arguments))]
+        measured.store()
+    finally:
+        if measured:
+            measured.close()
+        shutil.rmtree(work, ignore_errors=True)
+
+    settings = "SIZE %s, %d rounds, contenders in turn, medians. Store and clients on the same machine; files in memory." % (
+        bench.amount(arguments.size), arguments.rounds)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = report.markdown(facts, measured.rows, measured.notes, settings)
+    (out / "store.md").write_text(text)
+    (out / "store.json").write_text(json.dumps({"machine": facts, "runs": measured.raw}, indent=1) + "\n")
+    (out / "store.svg").write_text(report.chart(measured.groups, "Shorter is better; medians of %d rounds. %s" % (arguments.rounds, facts[0][1])))
+    print("\n" + text)
+
+
+def s5cmd_in(peers):
+    """Returns the program itself: the command that the package installs is a wrapper in Python."""
+    program = next(Path(peers).glob("lib/python*/site-packages/s5cmd/bin/s5cmd"))
+    program.chmod(0o755)
+    return program
+
+
+def peer_versions(arguments):
+    found = [path.name for folder in (arguments.peers, arguments.sdk) for path in Path(folder).glob("lib/python*/site-packages/*.dist-info")]
+    wanted = [name.removesuffix(".dist-info").replace("-", " ") for name in found if name.startswith(("awscrt-", "wandb-"))]
+    return ", ".join([*sorted(wanted), "s5cmd " + run(s5cmd_in(arguments.peers), "version").partition("-")[0].strip("v\n")])
+
+
+if __name__ == "__main__":
+    main()

