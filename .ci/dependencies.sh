@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by examples/quickstart.sh, tests/run.sh, tests/tools.sh and tests/networks/run.sh. `install_missing` installs missing tools
+# Sourced by examples/quickstart.sh, tests/run.sh and tests/tools.sh. `install_missing` installs missing tools
 # and headers on Debian, Ubuntu and Fedora, and prints their names on other systems. If none is missing it does nothing, and
 # needs no root.
 
@@ -33,6 +33,14 @@ to_store="$to_compare"'
   command go                golang-go            golang
   command node              nodejs               nodejs
   command npm               npm                  nodejs-npm
+'
+to_connect="$to_compare"'
+  command go                golang-go            golang
+  command ip                iproute2             iproute
+  command nginx             nginx-light          nginx
+  command openssl           openssl              openssl
+  command squid             squid                squid
+  command unshare           util-linux           util-linux
 '
 
 is_there() {
@@ -77,7 +85,7 @@ install_with_apt() {
 install_with_dnf() { as_root dnf -q -y install --setopt=install_weak_deps=False --skip-unavailable "$@" ||
   as_root dnf -q -y install --setopt=install_weak_deps=False "$@"; } # before dnf 5, --skip-unavailable was unknown
 
-# install_missing LIST...: installs the missing ones of $to_build, $to_test, $to_compare or $to_store.
+# install_missing LIST...: installs the missing ones of $to_build, $to_test, $to_compare, $to_store or $to_connect.
 install_missing() {
   local kind what debian fedora log
   local -a missing=() for_apt=() for_dnf=()

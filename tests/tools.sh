@@ -31,8 +31,16 @@ install_once() {
   exec {lock}>&-
 }
 
+# Go before 1.21 does not fetch the toolchain that a module asks for: then fetch it, as a module, like newer ones do.
 fill_with_go() { # MODULE FOLDER
-  GOBIN=$2 GOPATH=$2/go GOFLAGS=-modcacherw go install "$1" && rm -rf "$2/go"
+  local -x GOBIN=$2 GOPATH=$2/go GOFLAGS=-modcacherw
+  local toolchain=golang.org/toolchain@v0.0.1-go1.25.0.$(go env GOOS)-$(go env GOARCH) go=go
+  if [[ $(go env GOVERSION) =~ ^go1\.(1[0-9]|20)(\.|$) ]]; then
+    go mod download "$toolchain" || return
+    chmod -R u+x "$GOPATH/pkg/mod/$toolchain"/{bin,pkg/tool}
+    go=$GOPATH/pkg/mod/$toolchain/bin/go
+  fi
+  "$go" install "$1" && rm -rf "$2/go"
 }
 fill_with_npm() { # PACKAGE FOLDER
   npm install --prefix "$2" --no-audit --no-fund "$1"
@@ -49,6 +57,14 @@ install_versitygw() {
 install_azurite() {
   install_once "$tools/azurite-3.35.0" fill_with_npm azurite@3.35.0
   ln -sfn azurite-3.35.0/node_modules/.bin/azurite-blob "$tools/azurite-blob"
+}
+install_toxiproxy() {
+  toxiproxy=$tools/toxiproxy-2.5.0/server
+  install_once "$tools/toxiproxy-2.5.0" fill_with_go github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0
+}
+install_mitmproxy() {
+  mitmdump=$tools/mitmproxy-11.0.2/bin/mitmdump
+  install_once "$tools/mitmproxy-11.0.2" fill_with_pip mitmproxy==11.0.2
 }
 install_sdk() { install_once "$sdk" fill_with_pip wandb==0.31.0; }
 install_store_clients() {
