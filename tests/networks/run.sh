@@ -16,21 +16,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source-path=SCRIPTDIR source=../tools.sh
 . tests/tools.sh
 
-build=
-arguments=()
-while [ $# != 0 ]; do
-  case $1 in
-    -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-    --build) build=$2; shift 2 ;;
-    *) arguments+=("$1"); shift ;;
-  esac
-done
+read_arguments "$@"
 
 PATH=$PATH:/usr/sbin # nginx and squid, on Debian
 install_missing "$to_build" "$to_connect"
 install_toxiproxy
 install_mitmproxy
-[ -n "$build" ] || { build=build-interop/build && build_programs "$build"; }
+build_programs
 command=(python3 tests/networks/networks.py --build "$build" --toxiproxy "$toxiproxy" --mitmdump "$mitmdump" "${arguments[@]}")
 # In a network namespace of their own, the programs can have names, further addresses and the ports 80 and 443, and reach no other
 # machine. networks.py prints which cases it leaves out without one.

@@ -15,19 +15,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source-path=SCRIPTDIR source=../tools.sh
 . tests/tools.sh
 
-build=
-arguments=()
-while [ $# != 0 ]; do
-  case $1 in
-    -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-    --build) build=$2; shift 2 ;;
-    *) arguments+=("$1"); shift ;;
-  esac
-done
+read_arguments "$@"
 
 install_missing "$to_build" "$to_store"
 install_versitygw
 install_azurite
 install_store_clients
-[ -n "$build" ] || { build=build-interop/build && build_programs "$build"; }
+build_programs
 exec "$store_clients/bin/python" tests/stores/cases.py --build "$build" --tools "$tools" "${arguments[@]}"
