@@ -209,7 +209,7 @@ class Bench:
             port = site.paced if rate else site.free
             cap = "%d MB/s a connection" % (rate // 1000000) if rate else "no cap"
             for delay in (0, 50, 200, 1000):
-                with Relay(self.programs / "relay", site, port, delay):
+                with Relay(self.programs / "relay", site.far, port, delay):
                     label = "%d ms, %s" % (delay, cap)
                     times = self.rounds("far", {
                         "ours": lambda: (pace(), self.ours(site, file, "far"))[1],

@@ -1,11 +1,12 @@
-// A TCP relay that simulates a distant server: relay LISTEN-PORT SERVER-PORT MILLISECONDS. Delays every byte from the server
-// by MILLISECONDS, without limiting the rate. Ends with SIGTERM.
+// A TCP relay that simulates a distant server: relay LISTEN-PORT SERVER-PORT MILLISECONDS [RATE]. Delays every byte from the
+// server by MILLISECONDS. RATE limits each connection, in bytes a second. Ends with SIGTERM.
 // SPDX-License-Identifier: MIT
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <csignal>
@@ -41,8 +42,8 @@ bool send_all(int socket, const char* bytes, std::size_t size) {
 /// The connections to one client and to the server.
 class relayed_connection {
  public:
-  relayed_connection(int client, int server, std::chrono::milliseconds delay)
-      : client_(client), server_(server), delay_(delay) {}
+  relayed_connection(int client, int server, std::chrono::milliseconds delay, double rate)
+      : client_(client), server_(server), delay_(delay), rate_(rate) {}
   relayed_connection(const relayed_connection&) = delete;
   relayed_connection& operator=(const relayed_connection&) = delete;
   ~relayed_connection() {
@@ -89,6 +90,7 @@ class relayed_connection {
     }
   }
   void deliver() {
+    clock_type::time_point idle_since;  // when the rate allows the next piece
     for (bool more = true; more;) {
       piece next;
       {
@@ -99,7 +101,12 @@ class relayed_connection {
         queued_ -= next.bytes.size();
         changed_.notify_all();
       }
-      std::this_thread::sleep_until(next.due);
+      const auto begin = std::max(next.due, idle_since);
+      std::this_thread::sleep_until(begin);
+      if (rate_ > 0) {
+        const std::chrono::duration<double> time(static_cast<double>(next.bytes.size()) / rate_);
+        idle_since = begin + std::chrono::duration_cast<clock_type::duration>(time);
+      }
       more = !next.bytes.empty() && send_all(client_, next.bytes.data(), next.bytes.size());
     }
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -109,7 +116,8 @@ class relayed_connection {
 
   const int client_, server_;
   const std::chrono::milliseconds delay_;
-  std::mutex mutex_;  // guards the rest
+  const double rate_;  // bytes a second; 0: no limit
+  std::mutex mutex_;   // guards the rest
   std::condition_variable changed_;
   std::deque<piece> queue_;
   std::size_t queued_ = 0;  // bytes
@@ -119,10 +127,11 @@ class relayed_connection {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) return 2;
+  if (argc != 4 && argc != 5) return 2;
   std::signal(SIGPIPE, SIG_IGN);
   const int port = std::atoi(argv[2]);
   const std::chrono::milliseconds delay(std::atoi(argv[3]));
+  const double rate = argc == 5 ? std::atof(argv[4]) : 0;
   const int listener = socket(AF_INET, SOCK_STREAM, 0), on = 1;
   setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
   const sockaddr_in here = loopback(std::atoi(argv[1]));
@@ -133,7 +142,7 @@ int main(int argc, char** argv) {
     const sockaddr_in there = loopback(port);
     if (connect(server, reinterpret_cast<const sockaddr*>(&there), sizeof there) != 0) return 1;
     for (const int each : {client, server}) setsockopt(each, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    std::thread([connection = std::make_shared<relayed_connection>(client, server, delay)] {
+    std::thread([connection = std::make_shared<relayed_connection>(client, server, delay, rate)] {
       connection->run();
     }).detach();
   }

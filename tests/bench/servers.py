@@ -204,13 +204,13 @@ class Site:
 
 
 class Relay:
-    """Delays the bytes from a port of a site by `milliseconds` (relay.cpp)."""
+    """Delays the bytes from a server by `milliseconds`, and limits each connection to `rate` bytes a second (relay.cpp)."""
 
-    def __init__(self, program, site, port, milliseconds):
-        self.process = subprocess.Popen([str(program), str(site.far), str(port), str(milliseconds)], stdin=subprocess.DEVNULL)
+    def __init__(self, program, port, server, milliseconds, rate=0):
+        self.process = subprocess.Popen([str(program), str(port), str(server), str(milliseconds), str(rate)], stdin=subprocess.DEVNULL)
         for _ in range(100):
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", site.far)) == 0:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
                     return
             time.sleep(0.05)
         raise SystemExit("the relay does not start")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "stores"))
 import bench
 import report
 import stores
-from servers import MIB, machine, run
+from servers import MIB, Relay, machine, run
 
 REGION = "us-east-1"
 CRT = """
@@ -49,7 +49,8 @@ class StoreBench(bench.Bench):
         self.service = stores.Service(Path(arguments.stand_in), True)
         self.both = work / "both.pem"
         self.both.write_text(self.ca.read_text() + Path(self.service.says["ca"]).read_text())
-        self.service.addresses[bench.RUN] = self.gateway.address
+        self.service.addresses[bench.RUN] = self.address
+        self.port, self.far = self.gateway.port, stores.free_port()
 
     def close(self):
         self.service.stop()
@@ -75,41 +76,59 @@ class StoreBench(bench.Bench):
         return self.timed(file, "sh", "-c", then, "sh", *self.curl_command(file))
 
     def curl_command(self, file):
-        return ["curl", "-sSf", "--cacert", self.ca, "-o", self.out / file, self.gateway.address(file)]
+        return ["curl", "-sSf", "--cacert", self.ca, "-o", self.out / file, self.address(file)]
 
     def aria2_command(self, file, *more):
         return ["aria2c", "--no-conf", "-q", *more, "-x8", "-s8", "-k1M", "--file-allocation=none", "--ca-certificate=%s" % self.ca,
-                "-d", self.out, "-o", file, self.gateway.address(file)]
+                "-d", self.out, "-o", file, self.address(file)]
 
-    def store(self):
-        size, file = self.arguments.size, "model.h5"
+    def address(self, file):
+        return self.gateway.address(file, port=self.port)
+
+    def make(self, file, size):
         self.files.make(file, size)
-        self.gateway.put(file, (self.files.folder / file).read_bytes(), parts=True)
+        self.gateway.put(file, (self.files.folder / file).read_bytes(), parts=size > 8 * MIB)
         self.service.add(bench.RUN, file, md5=self.files.base64(file), sizeBytes=size)
-        peers, port, hexadecimal = Path(self.arguments.peers), self.gateway.port, self.files.hex(file)
-        s5cmd = s5cmd_in(peers)
-        times = self.rounds("store", {
+
+    def contenders(self, file):
+        peers, hexadecimal = Path(self.arguments.peers), self.files.hex(file)
+        return {
             "ours": lambda: self.timed(file, *self.restore(file)),
-            "s5cmd": lambda: self.timed(file, s5cmd, "--endpoint-url", "https://127.0.0.1:%d" % port, "--log", "error", "cp",
-                                        "s3://%s/%s" % (stores.BUCKET, file), self.out / file),
-            "AWS CRT": lambda: self.timed(file, peers / "bin/python", "-c", CRT, self.ca, port, file, self.out / file),
+            "s5cmd": lambda: self.timed(file, s5cmd_in(peers), "--endpoint-url", "https://127.0.0.1:%d" % self.port, "--log", "error",
+                                        "cp", "s3://%s/%s" % (stores.BUCKET, file), self.out / file),
+            "AWS CRT": lambda: self.timed(file, peers / "bin/python", "-c", CRT, self.ca, self.port, file, self.out / file),
             "wandb.restore": lambda: self.timed(file, self.arguments.sdk + "/bin/python", "-c", SDK, file, bench.RUN, self.out),
             "aria2c -x8 -s8": lambda: self.timed(file, *self.aria2_command(file)),
             "aria2c --checksum": lambda: self.timed(file, *self.aria2_command(file, "--checksum=md5=" + hexadecimal)),
             "curl": lambda: self.timed(file, *self.curl_command(file)),
             "curl && md5sum": lambda: self.curl_md5(file, hexadecimal),
-        })
-        imports = {name: self.measure([python, "-c", "import " + module])["seconds"] for name, python, module in (
-            ("AWS CRT", peers / "bin/python", "awscrt.s3"), ("wandb.restore", self.arguments.sdk + "/bin/python", "wandb"))}
+        }
+
+    def measured(self, case, title, file, size, contenders):
+        times = self.rounds(case, contenders)
         for name in list(times)[1:]:
             verifies = "verifies" if name in ("aria2c --checksum", "curl && md5sum") else "does not verify"
-            started = ", of which %s start Python and import" % report.seconds(imports[name]) if name in imports else ""
-            self.row("store", "%s: ours %s (verifies), %s %s (%s%s)" % (bench.amount(size), report.seconds(times["ours"]), name,
+            started = ", of which %s start Python and import" % report.seconds(self.imports[name]) if name in self.imports else ""
+            self.row(case, "%s, %s: ours %s (verifies), %s %s (%s%s)" % (bench.amount(size), title, report.seconds(times["ours"]), name,
                      report.seconds(times[name]), verifies, started), "%.2f" % (times["ours"] / times[name]), "(for information)", None)
-        self.group("An object store over TLS, loopback", "%s; ours, aria2c --checksum and md5sum verify" % bench.amount(size), times)
-        self.notes.append("`store`: versitygw, its folder in memory; addresses signed for an hour. Each contender is a new process. Ours and "
+        self.group("An object store over TLS, " + title, "%s; ours, aria2c --checksum and md5sum verify" % bench.amount(size), times)
+
+    def store(self):
+        peers, size, file = Path(self.arguments.peers), self.arguments.size, "model.h5"
+        self.imports = {name: self.measure([python, "-c", "import " + module])["seconds"] for name, python, module in (
+            ("AWS CRT", peers / "bin/python", "awscrt.s3"), ("wandb.restore", self.arguments.sdk + "/bin/python", "wandb"))}
+        self.make(file, size)
+        self.make("small", 1024)
+        self.measured("store", "loopback", file, size, self.contenders(file))
+        self.measured("store-small", "loopback, new process", "small", 1024, self.contenders("small"))
+        with Relay(self.programs / "relay", self.far, self.gateway.port, 50, bench.RATE):
+            self.port = self.far
+            several = {name: contender for name, contender in self.contenders(file).items() if not name.startswith("curl")}
+            self.measured("store-far", "50 ms, 20 MB/s a connection", file, size, several)
+        self.notes.append("versitygw, its folder in memory; addresses signed for an hour. Each contender is a new process. Ours and "
                           "wandb.restore ask the service first, and follow its redirect; the others are given the object's name or address. "
-                          "Ours and the two commands with an md5 verify the md5 of the file; the others check no content, beside TLS.")
+                          "Ours and the two commands with an md5 verify the md5 of the file; the others check no content, beside TLS. "
+                          "`store-far`: what the store sends arrives 50 ms later, on each connection at 20 MB/s (relay.cpp).")
 
 
 def main():
