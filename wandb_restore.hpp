@@ -1795,33 +1795,38 @@ inline std::string json_string(std::string_view text) {
   return out += '"';
 }
 
-/// Writes a JSON object, member by member.
+/// Writes a JSON object, member by member: on one line, or, as a value `depth` levels deep, on lines of its own.
 class json_object {
  public:
+  json_object() = default;
+  explicit json_object(std::size_t depth)
+      : open_('\n' + std::string(depth * 2 + 2, ' ')), close_('\n' + std::string(depth * 2, ' ')) {}
+
   /// `value`: a JSON text.
   json_object& add(std::string_view name, std::string_view value) {
-    members_.append(members_.empty() ? "" : ", ").append(json_string(name)).append(": ").append(value);
+    members_.append(members_.empty() ? "" : ",").append(open_);
+    members_.append(json_string(name)).append(": ").append(value);
     return *this;
   }
   json_object& add_text(std::string_view name, std::string_view text) { return add(name, json_string(text)); }
-  [[nodiscard]] std::string str() const { return '{' + members_ + '}'; }
+  [[nodiscard]] std::string str() const { return '{' + members_ + close_ + '}'; }
 
  private:
-  std::string members_;
+  std::string open_, close_, members_;
 };
 
-/// Writes a value as JSON.
-inline std::string json_of(const json& value) {
+/// Writes a value, which is `depth` levels deep, as JSON.
+inline std::string json_of(const json& value, std::size_t depth) {
   if (value.is_string()) return json_string(text_of(value));
   if (value.is_object()) {
-    json_object object;
-    for (const auto& [name, inner] : members(value)) object.add(name, json_of(inner));
+    json_object object(depth);
+    for (const auto& [name, inner] : members(value)) object.add(name, json_of(inner, depth + 1));
     return object.str();
   }
   if (value.is_array()) {
     std::string list;
     for (const json& element : elements(value))
-      list.append(list.empty() ? "" : ", ").append(json_of(element));
+      list.append(list.empty() ? "" : ", ").append(json_of(element, depth));
     return '[' + list + ']';
   }
   if (value.is_boolean()) return is_true(value) ? "true" : "false";
@@ -4147,15 +4152,16 @@ inline result<void> write_shared_token(const path& credentials_file, const std::
                                        const access_token& token) {
   const auto file = read_credentials(credentials_file);
   if (!file) return file.error();
-  json_object entry, tokens, whole;
-  entry.add_text("expires_at", format_utc(token.expires_at)).add_text("access_token", token.value);
+  json_object whole(0), tokens(1), entry(2);
+  entry.add_text("access_token", token.value).add_text("expires_at", format_utc(token.expires_at));
+  tokens.add(base_url, entry.str());
   for (const auto& [name, other] : members(member(**file, "credentials"))) {
-    if (name != base_url) tokens.add(name, json_of(other));
+    if (name != base_url) tokens.add(name, json_of(other, 2));
   }
+  whole.add("credentials", tokens.str());
   for (const auto& [name, other] : members(**file)) {
-    if (name != "credentials") whole.add(name, json_of(other));
+    if (name != "credentials") whole.add(name, json_of(other, 1));
   }
-  whole.add("credentials", tokens.add(base_url, entry.str()).str());
   std::error_code failure;  // replace the target of a symbolic link, not the link
   const path target = std::filesystem::canonical(credentials_file, failure);
   return replace_small_file(failure ? credentials_file : target, whole.str() + "\n", 0600);
