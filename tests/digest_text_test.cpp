@@ -206,6 +206,42 @@ TEST_SUITE("text") {
     CHECK(detail::parse_json("[[],[],{}," + text + "]")->is_array());
   }
 
+  TEST_CASE("JSON strings: what nlohmann/json reads is the text, with U+FFFD for bytes that are not UTF-8") {
+    const struct {
+      std::string text, read;
+    } rows[] = {
+        {"", ""},
+        {"a\"b\\c/", "a\"b\\c/"},
+        {"\0\x01\n\t\x1f\x7f"s, "\0\x01\n\t\x1f\x7f"s},
+        {"\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80", "\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80"},
+        {"\xed\x9f\xbf\xee\x80\x80\xf4\x8f\xbf\xbf", "\xed\x9f\xbf\xee\x80\x80\xf4\x8f\xbf\xbf"},
+        {"a\x80z", "a\xef\xbf\xbdz"},                                              // a continuation alone
+        {"\xc3", "\xef\xbf\xbd"},                                                  // cut
+        {"\xe2\x82", "\xef\xbf\xbd\xef\xbf\xbd"},                                  // cut
+        {"\xc0\xaf", "\xef\xbf\xbd\xef\xbf\xbd"},                                  // overlong
+        {"\xe0\x9f\xbf", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},                  // overlong
+        {"\xf0\x8f\xbf\xbf", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},  // overlong
+        {"\xed\xa0\x80", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},                  // a surrogate
+        {"\xf4\x90\x80\x80", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},  // beyond U+10FFFF
+        {"\xff", "\xef\xbf\xbd"},
+    };
+    for (const auto& row : rows) {
+      CAPTURE(row.read);
+      const auto parsed = nlohmann::json::parse(detail::json_string(row.text), nullptr, false);
+      REQUIRE(parsed.is_string());
+      CHECK(parsed.get<std::string>() == row.read);
+    }
+  }
+
+  TEST_CASE("JSON values are written as they were read") {
+    const std::string text =
+        R"({"a": [1, -2, 0.1, 1e300, true, false, null, "x\"y", []], "b": {}, "c": {"d": {"e": 18446744073709551615}}})";
+    const auto parsed = detail::parse_json(text);
+    const std::string written = detail::json_of(*parsed, 0);
+    CHECK(nlohmann::json::parse(written) == nlohmann::json::parse(text));
+    CHECK(written.find("\n  \"c\": {\n    \"d\": {\n      \"e\": 1") != std::string::npos);
+  }
+
   TEST_CASE("numbers: the whole text must be digits, and the value must fit") {
     const struct {
       std::string text;
