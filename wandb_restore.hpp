@@ -1805,7 +1805,7 @@ class json_object {
   /// `value`: a JSON text.
   json_object& add(std::string_view name, std::string_view value) {
     members_.append(members_.empty() ? "" : ",").append(open_);
-    members_.append(json_string(name)).append(": ").append(value);
+    members_.append(json_string(name)).append(open_.empty() ? ":" : ": ").append(value);
     return *this;
   }
   json_object& add_text(std::string_view name, std::string_view text) { return add(name, json_string(text)); }
@@ -5504,7 +5504,7 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
   const bool has_other_spelling = plain != name;
   json_object variables;
   variables.add("fileNames",
-                '[' + json_string(name) + (has_other_spelling ? ", " + json_string(plain) : "") + ']');
+                '[' + json_string(name) + (has_other_spelling ? "," + json_string(plain) : "") + ']');
   variables.add("fileLimit", has_other_spelling ? "2" : "1");
   auto files = files_page(task, run, std::move(variables));
   if (!files) return files.error();
