@@ -7545,9 +7545,11 @@ class restoring {
     if (!wait_for_turn(lock, remote.info)) return call_.why_cancelled();
     if (!lock.is_first()) lock.leave_file();  // until tidy() has found that no hidden file remains
     // Another call may have restored the file meanwhile: apply the policy to the new copy, too.
-    const auto before = opened_;
+    auto before = opened_;
     if (auto opened = open_copy(); !opened) return opened.error();
-    if (opened_ && !(before && before->facts() == opened_->facts())) {
+    const bool is_another = opened_ && !(before && before->facts() == opened_->facts());
+    before.reset();  // closes it: see publish()
+    if (is_another) {
       if (!lock.is_first()) tidy(lock, std::chrono::hours(1));
       if (decide(&remote.info) == cache_policy::verdict::keep) {
         if (first_verdict_ == cache_policy::verdict::keep) {  // a call that started now would check this, too
@@ -7611,6 +7613,7 @@ class restoring {
   result<restored_file> publish(partial_file& partial, const std::string& md5, place_lock& lock) {
     if (auto finished = finish(partial); !finished) return finished.error();
     if (call_.cancelled()) return call_.why_cancelled();
+    opened_.reset();  // Windows does not replace an open file
     // Write the receipt first: a call in between must not take another run's file for the user's own.
     auto stream = partial.publish(place_, [&](const file_facts& facts) { remember(md5, facts); });
     if (!stream) return stream.error();
