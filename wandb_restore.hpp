@@ -4084,16 +4084,17 @@ struct access_token {
   [[nodiscard]] bool lasts() const { return expires_at - std::chrono::system_clock::now() > margin; }
 };
 
-/// Converts "YYYY-MM-DD HH:MM:SS" (UTC) to seconds since 1970. Takes years after 2200 for 2200: a system_clock that counts
-/// nanoseconds ends in 2262.
+/// Converts "YYYY-MM-DD HH:MM:SS" (UTC) to seconds since 1970. Takes times after 2200 for the beginning of 2200: a
+/// system_clock that counts nanoseconds ends in 2262.
 inline std::optional<std::uint64_t> parse_utc(std::string_view text) {
   if (text.size() != 19 || text[4] != '-' || text[7] != '-' || text[10] != ' ' || text[13] != ':' ||
       text[16] != ':') {
     return std::nullopt;
   }
-  const auto year = (std::min)(text.substr(0, 4), std::string_view("2200"));
-  return utc_seconds({year, text.substr(5, 2), text.substr(8, 2), text.substr(11, 2), text.substr(14, 2),
-                      text.substr(17, 2)});
+  constexpr std::uint64_t year_2200 = 7258118400;
+  const auto seconds = utc_seconds({text.substr(0, 4), text.substr(5, 2), text.substr(8, 2),
+                                    text.substr(11, 2), text.substr(14, 2), text.substr(17, 2)});
+  return seconds ? (std::min)(*seconds, year_2200) : seconds;
 }
 
 inline std::string format_utc(std::chrono::system_clock::time_point time) {

@@ -746,7 +746,8 @@ TEST_SUITE("shared access tokens") {
          R"({"credentials": {"https://a": {"expires_at": 1, "access_token": "A"}}})",
          R"({"credentials": {"https://a": {"expires_at": "2999-01-01 00:00:00", "access_token": 1}}})",
          R"({"credentials": {"https://a": {"expires_at": "2999-01-01 00:00:00", "access_token": "a\r\nb"}}})",
-         R"({"credentials": {"https://a": {"expires_at": "soon", "access_token": "A"}}})"}) {
+         R"({"credentials": {"https://a": {"expires_at": "soon", "access_token": "A"}}})",
+         R"({"credentials": {"https://a": {"expires_at": "yyyy-01-01 00:00:00", "access_token": "A"}}})"}) {
       CAPTURE(text);
       const auto where = write_file(directory / "c.json", text);
       CHECK(read_shared_token(where, "https://a", clock::now()).value.empty());
