@@ -1830,6 +1830,7 @@ inline std::string json_of(const json& value) {
   if (!value.is_number()) return "null";
   std::array<char, 32> digits{};
   std::snprintf(digits.data(), digits.size(), "%.17g", number_of(value));
+  std::replace(digits.begin(), digits.end(), ',', '.');  // the decimal comma of the program's locale
   return digits.data();
 }
 
