@@ -1342,7 +1342,7 @@ inline std::string without_markup(std::string_view text) {
 /// characters. Words that may be secrets become "***": keys, tokens, and the queries of addresses.
 inline std::string first_words(std::string_view text) {
   constexpr std::size_t most = 80, shortest_secret = 20;
-  std::string plain(without_markup(text));
+  std::string plain = without_markup(text);
   if (trim(plain).empty()) plain = text;
   for (char& c : plain) {
     if (is_space(c)) c = ' ';
@@ -1354,11 +1354,14 @@ inline std::string first_words(std::string_view text) {
       if (!is_control(c)) shown += c;
     }
     if (shown.empty()) continue;
-    if (const auto query = shown.find('='); query != shown.npos) {
-      const auto mark = shown.find('?');
-      shown = (mark < query ? redacted_address(shown) : std::string()) + "***";
+    if (const auto mark = shown.find('?'), equals = shown.find('='); equals < mark) {
+      shown = "***";
+    } else if (equals != shown.npos) {
+      shown = redacted_address(shown) + "***";
+    } else if (shown.find("://") != shown.npos) {
+      shown = redacted_address(shown);
     }
-    std::size_t run = 0;  // of characters that a key consists of
+    std::size_t run = 0;  // length of a run of characters that occur in keys
     for (const char c : shown) {
       run = is_plain({&c, 1}) || c == '+' || c == '/' || c == '.' || c == '%' ? run + 1 : 0;
       if (run == shortest_secret && shown.find("://") == shown.npos) {
