@@ -6498,10 +6498,14 @@ class response_sample {
   void start(const http_response& head, const std::string& mimetype) {
     head_ = head;
     coding_ = unwanted_coding(head);
+    const auto without_parameters = [](std::string_view type) {
+      return lower(trim(type.substr(0, type.find(';'))));
+    };
     const std::string* field = head.header("Content-Type");
-    const std::string type(field != nullptr ? lower(trim(field->substr(0, field->find(';')))) : "");
+    const std::string type = without_parameters(field != nullptr ? *field : std::string());
     is_html_ = type == "text/html";
-    is_other_text_ = type != lower(mimetype) && (starts_with(type, "text/") || type == "application/json");
+    is_other_text_ =
+        type != without_parameters(mimetype) && (starts_with(type, "text/") || type == "application/json");
   }
   void write(std::string_view bytes) {
     received_ += bytes.size();

@@ -1126,16 +1126,19 @@ TEST_SUITE("download: failures") {
       CHECK(text.find("begins with \"Sign in\"") != std::string::npos);
     }
     for (const std::string type : {"application/json", "application/octet-stream"}) {
-      CAPTURE(type);
-      world it;
-      stand_in::file_attributes attributes;
-      attributes.mimetype = type;
-      it.add("summary.json", small_size, attributes);
-      it.server.add_fault(place::storage, act::body("{\"password\": \"abc\"}", type));
-      const std::string text = it.check_failed(it.restore("summary.json"), errc::checksum_mismatch).what();
-      CAPTURE(text);
-      CHECK(text.find("abc") == std::string::npos);
-      CHECK(text.find("has 19 bytes, the service says 300001") != std::string::npos);
+      for (const std::string parameters : {"", "; charset=utf-8"}) {
+        CAPTURE(type);
+        CAPTURE(parameters);
+        world it;
+        stand_in::file_attributes attributes;
+        attributes.mimetype = type + parameters;
+        it.add("summary.json", small_size, attributes);
+        it.server.add_fault(place::storage, act::body("{\"password\": \"abc\"}", type));
+        const std::string text = it.check_failed(it.restore("summary.json"), errc::checksum_mismatch).what();
+        CAPTURE(text);
+        CHECK(text.find("abc") == std::string::npos);
+        CHECK(text.find("has 19 bytes, the service says 300001") != std::string::npos);
+      }
     }
   }
 
