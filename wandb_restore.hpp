@@ -2928,7 +2928,8 @@ class place_lock {
  public:
   enum class outcome { held, busy, unavailable };
 
-  explicit place_lock(const place& at) : where_(at.lock()), key_(utf8(absolute_path(at.target))) {}
+  explicit place_lock(const place& at)
+      : where_(at.lock()), key_(std::to_string(own_process()) + ' ' + utf8(absolute_path(at.target))) {}
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
@@ -2981,7 +2982,7 @@ class place_lock {
     static std::mutex guards_threads;
     return guards_threads;
   }
-  /// The targets that threads of this process have locked.
+  /// The keys of the targets that threads have locked: process id and path. A forked child inherits its parent's keys.
   static std::vector<std::string>& locked() {
     static std::vector<std::string> targets;
     return targets;
