@@ -5581,7 +5581,7 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
     for (const json& edge : elements(member(**files, "edges"))) {
       last = text_of(member(edge, "cursor"));
       const json& node = member(edge, "node");
-      if (text_of(member(node, "md5")) == "0") continue;
+      if (!node.is_object() || text_of(member(node, "md5")) == "0") continue;
       all.push_back(info_of(node));
       const file_info& added = all.back();
       bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
