@@ -6454,17 +6454,6 @@ struct transfer_job {
   [[nodiscard]] error no_thread() const {
     return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
   }
-  /// Asks the service for the file's address again. Returns errc::protocol_violation if the file has changed.
-  result<url> ask_again(call& asking_call) const {
-    auto fresh = service(service_session, asking_call).find_file(run, name);
-    if (!fresh)
-      return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
-    if (fresh->info.md5 != remote.info.md5 || fresh->info.size != remote.info.size) {
-      return error(errc::protocol_violation,
-                   label() + ": the run replaced the file during the download; try again");
-    }
-    return url::parse(fresh->address);
-  }
 };
 
 /// How a transfer reacts to a setback.
@@ -6481,10 +6470,6 @@ struct setback {
   remedy cure = remedy::none;
   std::optional<error> failure = {};
 
-  /// For a failure of transfer_job::ask_again.
-  static setback of_asking(const error& failed) {
-    return {failed.code() == errc::protocol_violation ? remedy::restart : remedy::retry, failed};
-  }
   explicit operator bool() const { return failure.has_value(); }
 };
 
@@ -6552,7 +6537,7 @@ class transfer {
  protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
       : job_(job), file_(destination),
-        location_(service_address, [this](call& asking_call) { return job_.ask_again(asking_call); }),
+        location_(service_address, [this](call& asking_call) { return ask_again(asking_call); }),
         retries_(job.user_call), reporter_(job.user_call, job.options, job.name) {}
   ~transfer() = default;
 
@@ -6595,6 +6580,20 @@ class transfer {
 
  private:
   friend class file_request;
+
+  /// Asks the service for the file's address again. Fails if the run has replaced the file; then is_replaced() is true.
+  result<url> ask_again(call& asking_call) {
+    auto fresh = service(job_.service_session, asking_call).find_file(job_.run, job_.name);
+    if (!fresh)
+      return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
+    const file_info& known = job_.remote.info;
+    if (fresh->info.md5 != known.md5 || fresh->info.size != known.size) {
+      is_replaced_ = true;
+      return error(errc::protocol_violation,
+                   job_.label() + ": the run replaced the file during the download; try again");
+    }
+    return url::parse(fresh->address);
+  }
 
   std::uint64_t received_before_ = 0;      // `received` of the last measure()
   std::atomic<std::uint64_t> arrived_{0};  // the maximum, in bytes
@@ -6690,7 +6689,7 @@ inline setback file_request::fetch() {
   file_location& location = requester_.location_;
   call asking_call(job.user_call, requester_.state_.stop_flag());
   auto lease = location.acquire(asking_call);
-  if (!lease) return setback::of_asking(lease.error());
+  if (!lease) return {remedy::retry, lease.error()};
   lease_ = *std::move(lease);
   address_ = lease_.address;
   const auto& base = job.service_session.base;
@@ -6798,10 +6797,9 @@ inline setback file_request::refused(const answer& got, const std::string& autho
 /// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
 /// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
 inline setback file_request::other_entity(call& asking_call) {
-  const transfer_job& job = requester_.job_;
-  const auto same = job.ask_again(asking_call);
-  if (!same) return setback::of_asking(same.error());
-  if (job.is_verified()) {
+  const auto same = requester_.ask_again(asking_call);
+  if (!same) return {remedy::retry, same.error()};
+  if (requester_.job_.is_verified()) {
     requester_.entity_.ignore();
     return {};
   }

@@ -801,6 +801,22 @@ TEST_SUITE("download: expired signatures") {
     CHECK(it.graphql() <= 2 + it.storage() / 3);
   }
 
+  TEST_CASE("the bytes that arrived are kept if the service's answer about a new address cannot be used") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.options.connections = 1;
+    it.server.add_fault(target(place::storage).nth(1), act::cut_abruptly(MiB));
+    it.server.add_fault(target(place::storage).nth(2), act::status(403));
+    it.server.add_fault(target(place::graphql).from(2), act::body("<html>Sign in", "text/html"));
+    const auto failure = it.check_failed(it.restore("model.h5"), errc::protocol_violation);
+    CHECK(std::string(failure.what()).find("resumes from the bytes") != std::string::npos);
+    CHECK(it.hidden() == 1);
+    it.server.clear_faults();
+    it.server.clear_log();
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage_bytes() <= large_size - MiB + 64 * 1024);
+  }
+
   TEST_CASE("after three refused new addresses: permission_denied (410: http_failure), without a fourth") {
     for (const int status : {401, 403, 410}) {
       for (const auto size : {small_size, large_size}) {
