@@ -8777,9 +8777,8 @@ class body_reader {
     for (std::uint64_t total = 0;;) {
       if (!read_line("the size line of a chunk")) return false;
       const auto size = to_number(trim(std::string_view(line).substr(0, line.find(';'))), 16);
-      if (!size || *size > max_body_bytes - total) {
-        return fail("bad size of a chunk in the body: " + in_quotes(line));
-      }
+      // Do not show the line: if the body is not chunked at all, it is a part of the content.
+      if (!size || *size > max_body_bytes - total) return fail("the size line of a chunk is malformed");
       if (*size == 0) break;
       total += *size;
       if (!pass_on(*size) || !read_line("the end of a chunk")) return false;
