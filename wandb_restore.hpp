@@ -4829,6 +4829,8 @@ class session {
   const settings config;
   const cache_policy policy;
   const result<url> base;  // the base URL, or the reason why it cannot be used
+  /// Whether an address is the service's own: see under_base.
+  [[nodiscard]] bool is_own(const url& address) const { return base && under_base(*base, address); }
 
   /// Checks that the settings allow a request. The first call reports their warnings.
   result<void> ready();
@@ -4927,7 +4929,7 @@ inline result<answer> session::send(call& user_call, http_request request, const
     add_header(request.headers, "Accept", "*/*");
     add_header(request.headers, "Accept-Encoding", "identity");
     for (const auto& field : headers) request.headers.push_back(field);
-    add_credentials(request, under_base(*base, address), authorization);
+    add_credentials(request, is_own(address), authorization);
 
     const std::string label = request.method + " " + address.redacted();
     guarded_sink guard(user_call, sink, label);
@@ -4945,7 +4947,7 @@ inline result<answer> session::send(call& user_call, http_request request, const
     // redirects would make it a GET. Usually a wrong base URL is the cause.
     auto next = address.resolve(trim(*location));
     const bool keeps_method = got->status == 307 || got->status == 308;
-    const bool repeatable = request.method == "GET" || (keeps_method && next && under_base(*base, *next));
+    const bool repeatable = request.method == "GET" || (keeps_method && next && is_own(*next));
     const bool downgrade = next && address.scheme == "https" && next->scheme == "http";
     if (!repeatable || !next || downgrade) {
       return error(errc::protocol_violation,
@@ -5179,7 +5181,7 @@ inline errc code_of_missing(std::string_view said, errc otherwise) {
 inline std::string session::status_text(const answer& got, const url& address,
                                         const std::string& authorization) const {
   const std::string status = "HTTP status " + std::to_string(got.head.status);
-  if (!base || !under_base(*base, address)) {  // the rest of storage's answer may contain signatures
+  if (!is_own(address)) {  // the rest of storage's answer may contain signatures
     const std::string code = storage_code(got.body);
     return code.empty() ? status : status + ", " + code;
   }
@@ -5191,7 +5193,7 @@ inline error session::status_error(const std::string& task, const answer& got, c
                                    const std::string& authorization) const {
   const int status = got.head.status;
   std::string text = task + ": " + status_text(got, address, authorization);
-  if (base && under_base(*base, address)) {
+  if (is_own(address)) {
     const std::string said = backend_message(*parse_json(got.body));
     const auto missing = code_of_missing(said, errc::http_failure);
     const bool forbidden = status == 403 || contains_ignoring_case(said, "permission denied");
@@ -6692,9 +6694,8 @@ inline setback file_request::fetch() {
   if (!lease) return {remedy::retry, lease.error()};
   lease_ = *std::move(lease);
   address_ = lease_.address;
-  const auto& base = job.service_session.base;
   result<std::string> authorization{std::string()};
-  if (base && under_base(*base, address_)) authorization = job.service_session.authorization(asking_call);
+  if (job.service_session.is_own(address_)) authorization = job.service_session.authorization(asking_call);
   if (!authorization) {
     location.release(lease_);
     const error& refusal = authorization.error();
@@ -6710,7 +6711,7 @@ inline setback file_request::fetch() {
   request.is_cancelled = [this] { return !is_wanted(); };
   const auto got = job.service_session.send(
       job.user_call, std::move(request), *authorization, *this, address_, [&](const url& hop) {
-        const bool is_final = !(base && under_base(*base, hop));
+        const bool is_final = !job.service_session.is_own(hop);
         if (is_final && address_found()) location.found(lease_, hop);  // before the response: others wait
       });
   remark_ = sample_.remark(job.service_session, *authorization);
@@ -6774,9 +6775,8 @@ inline setback file_request::refused(const answer& got, const std::string& autho
   const session& service_session = requester_.job_.service_session;
   error refusal = service_session.status_error(requester_.job_.label() + ": " + address_.redacted(), got,
                                                address_, authorization);
-  const auto& base = service_session.base;
   const bool is_own =
-      base && under_base(*base, address_) && address_.str() == lease_.address.str() && lease_.is_resolving;
+      service_session.is_own(address_) && address_.str() == lease_.address.str() && lease_.is_resolving;
   // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
   const bool has_expired = status == 401 || status == 403 || status == 410 ||
                            (status == 404 && requester_.location_.was_served()) ||
