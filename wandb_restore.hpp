@@ -2111,6 +2111,9 @@ enum class file_mode {
   create,     // read and write a new file; fails if the name is taken
 };
 
+/// Returns a directory by a name that the system accepts: an empty path stands for the working directory.
+inline path or_dot(const path& directory) { return directory.empty() ? path(".") : directory; }
+
 // ---- operating systems: one block for each, with the same functions. An error code is the system's; 0 means success.
 
 using process_id = std::uint64_t;
@@ -2232,7 +2235,7 @@ inline std::size_t longest_name(const path&) { return 255; }
 inline std::size_t name_length(std::string_view name) { return from_utf8(name).native().size(); }
 inline std::optional<std::uint64_t> free_space(const path& directory) {
   std::error_code failure;
-  const auto space = std::filesystem::space(directory.empty() ? path(".") : directory, failure);
+  const auto space = std::filesystem::space(or_dot(directory), failure);
   return failure ? std::nullopt : std::optional<std::uint64_t>(space.available);
 }
 inline std::optional<std::uint64_t> file_size_limit() { return std::nullopt; }
@@ -2431,7 +2434,7 @@ inline std::uint64_t own_user() { return static_cast<std::uint64_t>(::geteuid())
 /// Brings renames in a directory to stable storage. Ignores failures: some file systems refuse the call.
 inline void sync_directory(const path& directory) {
   file_handle opened = no_file();
-  if (open_file(opened, directory.empty() ? path(".") : directory, file_mode::read, 0) != 0) return;
+  if (open_file(opened, or_dot(directory), file_mode::read, 0) != 0) return;
   (void)uninterrupted([&] { return ::fsync(opened); });
   close_file(opened);
 }
@@ -2439,7 +2442,7 @@ inline void pause_thread(int milliseconds) { ::poll(nullptr, 0, milliseconds); }
 
 /// Returns the limit, in bytes, for a name in the directory.
 inline std::size_t longest_name(const path& directory) {
-  const long limit = ::pathconf(directory.empty() ? "." : directory.c_str(), _PC_NAME_MAX);
+  const long limit = ::pathconf(or_dot(directory).c_str(), _PC_NAME_MAX);
   return limit > 0 ? static_cast<std::size_t>(limit) : 255;
 }
 inline std::size_t name_length(std::string_view name) { return name.size(); }
@@ -2448,10 +2451,10 @@ inline std::size_t name_length(std::string_view name) { return name.size(); }
 inline std::optional<std::uint64_t> free_space(const path& directory) {
 #ifdef __GLIBC__
   struct statvfs64 volume;
-  const int code = ::statvfs64(directory.empty() ? "." : directory.c_str(), &volume);
+  const int code = ::statvfs64(or_dot(directory).c_str(), &volume);
 #else
   struct statvfs volume;
-  const int code = ::statvfs(directory.empty() ? "." : directory.c_str(), &volume);
+  const int code = ::statvfs(or_dot(directory).c_str(), &volume);
 #endif
   if (code != 0 || volume.f_blocks == 0) return std::nullopt;  // some remote file systems report only zeros
   return static_cast<std::uint64_t>(volume.f_bavail) * volume.f_frsize;
@@ -2912,7 +2915,7 @@ inline result<void> check_replaceable(const place& at) {
   };
   if (const char* why = why_not_replaceable(at.target)) return refuse(why);
   // In a directory with the sticky bit, only the owners of file and directory, and root, may replace a file.
-  const auto directory = facts_of(at.directory.empty() ? path(".") : at.directory);
+  const auto directory = facts_of(or_dot(at.directory));
   if (directory.found() && (directory->mode & 01000u) != 0 && own_user() != 0 && old->user != own_user() &&
       directory->user != own_user()) {
     return refuse("it belongs to another user, and in this directory only owners may replace files");
@@ -3048,7 +3051,7 @@ struct found_partial {
 inline std::vector<found_partial> find_partials(const place& at) {
   std::vector<found_partial> found;
   std::error_code failure;
-  std::filesystem::directory_iterator entry(at.directory.empty() ? path(".") : at.directory, failure), end;
+  std::filesystem::directory_iterator entry(or_dot(at.directory), failure), end;
   for (; !failure && entry != end; entry.increment(failure)) {
     const path where = at.directory / entry->path().filename();
     const std::string name = utf8(where.filename());
@@ -3380,8 +3383,8 @@ inline result<void> partial_file::check_room(const path& directory, std::uint64_
   const auto space = free_space(directory);
   if (!space || bytes <= *space) return {};
   return error(errc::disk_failure,
-               "not enough room in " + in_quotes(directory.empty() ? path(".") : directory) + ": " +
-                   std::to_string(bytes) + " bytes are needed, " + std::to_string(*space) + " are free, " +
+               "not enough room in " + in_quotes(or_dot(directory)) + ": " + std::to_string(bytes) +
+                   " bytes are needed, " + std::to_string(*space) + " are free, " +
                    std::to_string(bytes - *space) + " are missing; free some, or set root to another disk");
 }
 
@@ -3395,8 +3398,7 @@ inline result<void> partial_file::reserve() const {
   if (auto room = check_room(directory, missing); !room) return room;
   const int code = out_.reserve(whole());
   if (code == 0) return {};
-  return error(errc::disk_failure, "not enough room in " +
-                                       in_quotes(directory.empty() ? path(".") : directory) + ": " +
+  return error(errc::disk_failure, "not enough room in " + in_quotes(or_dot(directory)) + ": " +
                                        std::to_string(missing) + " bytes are missing: " + system_text(code) +
                                        "; free some (or raise the quota), or set root to another disk");
 }
@@ -7762,9 +7764,9 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
   }
   for (const auto part : split(name, '/')) {
     if (const auto limit = longest_name(existing); name_length(part) > limit) {
-      return error(errc::invalid_argument, task + ": " + std::to_string(name_length(part)) +
-                                               " characters are more than a name in " + in_quotes(existing) +
-                                               " may have (" + std::to_string(limit) + ")");
+      return error(errc::invalid_argument,
+                   task + ": " + std::to_string(name_length(part)) + " characters are more than a name in " +
+                       in_quotes(or_dot(existing)) + " may have (" + std::to_string(limit) + ")");
     }
   }
   call user_call(current.config, options.cancel);
