@@ -357,8 +357,8 @@ struct http_request {
   std::string proxy_authorization = {};  ///< the value of Proxy-Authorization; sent to the proxy only
   /// Limits TCP connection, CONNECT and TLS handshake together, without name resolution.
   std::chrono::milliseconds connect_timeout{30000};
-  std::chrono::milliseconds idle_timeout{
-      30000};                               ///< the exchange fails after this long without a byte either way
+  /// The exchange fails after this long without a byte in either direction.
+  std::chrono::milliseconds idle_timeout{30000};
   std::function<bool()> is_cancelled = {};  ///< may be empty; may be called from any thread
 
   /// Returns true if the exchange shall end. A transport calls this at least once a second.
@@ -623,7 +623,7 @@ struct settings {
   std::function<void(std::string_view)> on_warning = {};
   /// Warnings of from_environment; the first request passes them to on_warning.
   std::vector<std::string> warnings = {};
-  std::optional<wandb::error> problem = {};  ///< an error of from_environment; the first request returns it
+  std::optional<wandb::error> problem = {};  ///< an error of from_environment; requests return it
 
   /// Reads environment variables, then settings files (local, then global), then wandb-resume.json (if WANDB_RESUME is
   /// auto), as README.md lists them; the first source of a value counts. Makes no request. Never fails: see `problem`.
@@ -802,8 +802,7 @@ class client {
               return result<http_response>(static_cast<Transport*>(object)->send(request, sink));
             }};
   }
-  std::unique_ptr<Transport>
-      transport_;  // on the heap: the session keeps its address when the client is moved
+  std::unique_ptr<Transport> transport_;  // on the heap: a move of the client must not change its address
   std::shared_ptr<detail::session> session_;
 };
 
@@ -878,7 +877,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <condition_variable>  // waits between a download's threads
 #include <cstdio>              // warnings
 #include <cstring>             // memcpy
-#include <ctime>               // HTTP dates
+#include <ctime>               // strftime
 #include <mutex>               //
 
 #include <nlohmann/json.hpp>
@@ -1765,7 +1764,7 @@ inline bool is_true(const json& value) {
   return truth && *truth;
 }
 
-/// Returns the bytes of the UTF-8 character that a text begins with (RFC 3629, section 4); 0 if there is none.
+/// Returns the length in bytes of the UTF-8 character at the beginning of a text (RFC 3629, section 4); 0 if there is none.
 inline std::size_t utf8_length(std::string_view text) {
   const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
   const unsigned first = byte(0), second = byte(1);
@@ -3857,7 +3856,7 @@ inline result<url> parse_base_url(std::string_view text) {
   return parsed;
 }
 
-/// The host names of a base URL's service, that of the base URL first.
+/// The host names of a base URL's service. The first is the base URL's own.
 inline std::vector<std::string> hosts_of(const url& base) {
   std::vector<std::string> hosts{base.host};
   if (const auto* deployment = forge_deployment_of(base.host)) {
@@ -4565,8 +4564,7 @@ class retry_clock {
     failures_ = 0;
     last_failure_.reset();
   }
-  /// Counts a failure. Returns the time that is left for another try; if there shall be none, the failure with the number of
-  /// tries, the time and a remedy.
+  /// Counts a failure. Returns the time left for another try, or, if no time is left, the error to give up with.
   result<milliseconds> failed(const error& failure) {
     const std::lock_guard<std::mutex> guard(mutex_);
     ++failures_;
@@ -4850,8 +4848,8 @@ class session {
   [[nodiscard]] std::string without_secrets(std::string said, const std::string& authorization) const;
   /// Says, for a message, which credentials were refused or missing, and what to do.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
-  /// Describes an answer in the place of the expected one, for a message: its type and its first words. `body` is its
-  /// beginning; no more than max_described bytes of it count.
+  /// Describes an unexpected answer for a message: its type and its first words. Uses the first max_described bytes of
+  /// `body`, which may be the beginning of the answer's body.
   [[nodiscard]] std::string description(const http_response& head, std::string_view body,
                                         const std::string& authorization) const;
   /// Returns the HTTP status and, if the answer has one, the service's message or storage's error code.
@@ -5300,9 +5298,8 @@ class service {
   result<std::string> default_entity();
 
  private:
-  static constexpr std::size_t max_answer = 8 * 1024 * 1024;  // bytes; a page of files takes about 1 MiB
-  static constexpr std::size_t max_listed =
-      128 * 1024 * 1024;  // bytes in memory, for about half a million files
+  static constexpr std::size_t max_answer = 8 * 1024 * 1024;    // bytes; a page of files takes about 1 MiB
+  static constexpr std::size_t max_listed = 128 * 1024 * 1024;  // bytes in memory; about half a million files
   static constexpr std::size_t max_pages = 5000;
   static constexpr std::int64_t page_size = 500;  // files
 
@@ -5632,8 +5629,8 @@ inline result<std::string> service::default_entity() {
 
 namespace detail {
 
-/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions. Joined
-/// by the destructor: declare it behind the objects that it uses.
+/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions. The
+/// destructor joins the thread: declare it after the objects that it uses.
 class thread {
  public:
   thread() = default;
@@ -5654,7 +5651,8 @@ class thread {
 #endif
     return started_;
   }
-  /// Blocks until a started thread has returned from its function, at most for `limit`. Returns whether it has.
+  /// Blocks until a started thread has returned from its function, but no longer than `limit`. Returns whether it has
+  /// returned.
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
     return returned_.wait_for(held, limit, [&] { return has_returned_; });
@@ -5714,7 +5712,7 @@ class transfer_state {
   [[nodiscard]] bool is_over() const { return complete_ || stopped_; }
   /// For detail::call: true once the transfer is stopped.
   [[nodiscard]] const std::atomic<bool>& stop_flag() const { return stopped_; }
-  /// Blocks until the transfer is complete or stopped, at most for `limit`. Returns whether it is.
+  /// Blocks until the transfer is complete or stopped, but no longer than `limit`. Returns is_over().
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
     return ended_.wait_for(held, limit, [&] { return is_over(); });
@@ -5794,7 +5792,7 @@ class range_plan {
   static constexpr std::uint64_t largest_unmeasured_piece = 32 * mebibyte;  // before the first response
   static constexpr std::uint64_t smallest_share = mebibyte / 2;      // do not divide into smaller parts
   static constexpr std::uint64_t worth_splitting = 2 * first_piece;  // use one connection for less
-  static constexpr milliseconds probe_time{50};  // the other connections wait so long for the first response
+  static constexpr milliseconds probe_time{50};  // the others wait this long for the first response
 
   /// The range of one connection. The connection's thread advances `position` and `received`; the plan may lower `end`.
   struct cursor {
@@ -6224,7 +6222,7 @@ class digest_follower {
 
   /// Returns false if the system starts no thread: then compute the digest after the download.
   [[nodiscard]] bool start() { return is_started_ = thread_.start<&digest_follower::follow>(this); }
-  /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has.
+  /// Blocks until the thread has hashed the file or ended early, but no longer than `limit`. Returns whether it has ended.
   bool wait(milliseconds limit) { return thread_.wait(limit); }
   void join() { thread_.join(); }
 
@@ -6292,8 +6290,8 @@ class file_location {
   struct lease {
     url address;
     std::uint64_t generation = 0;
-    bool is_resolving =
-        false;  // the service's address: this request follows redirects, the others wait for it
+    // The address is the service's: this request follows the redirects, the other connections wait for the final address.
+    bool is_resolving = false;
   };
   /// Asks the service for the file again. Returns the new address at the service.
   using renewal = std::function<result<url>(call& asking_call)>;
@@ -6503,7 +6501,7 @@ class response_sample {
   }
   [[nodiscard]] bool is_full() const { return text_.size() == max_described; }
   [[nodiscard]] bool is_coded() const { return !coding_.empty(); }
-  /// Whether the whole body has arrived. False if that is uncertain: the end of the connection ended it.
+  /// Whether the whole body has arrived. False for a body that ends with the connection: it may have been cut off.
   [[nodiscard]] bool is_whole() const {
     const std::string* length = head_.header("Content-Length");
     return length != nullptr ? to_number(trim(*length)) == received_
@@ -6669,7 +6667,7 @@ class file_request : public body_sink {
   /// Takes a piece of the body. Returns false to stop.
   virtual bool take(std::string_view bytes) = 0;
 
-  /// Whether to read on although the size is wrong: the error describes the answer.
+  /// Whether to read on although the size is wrong, so that the error can describe the answer.
   [[nodiscard]] bool is_sampled() const {
     return problem_.failure->code() == errc::checksum_mismatch && !sample_.is_coded() && !sample_.is_full();
   }
@@ -7249,7 +7247,7 @@ inline setback stream_transfer::fetch() {
   return {};
 }
 
-/// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Blocks; calls on_progress in this
+/// Downloads the blocks that are missing in a partial file, and verifies the whole file. Blocks; calls on_progress in this
 /// thread. The remedy is `restart` if the bytes are worthless: the run has replaced the file, or the md5 is wrong.
 inline setback download(const transfer_job& job, partial_file& destination) {
   const auto address = url::parse(job.remote.address);
@@ -7721,9 +7719,9 @@ class restoring {
   progress_reporter reporter_{call_, options_, name_};
   std::shared_ptr<opened_copy> opened_;  // null: there is no local copy
   local_copy copy_;                      // of opened_
-  cache_policy::verdict first_verdict_ =
-      cache_policy::verdict::ask;  // on copy_, before the request to the service
-  bool is_judged_ = false;         // first_verdict_ is known
+  // The policy's verdict on copy_ before the request to the service. Known if is_judged_.
+  cache_policy::verdict first_verdict_ = cache_policy::verdict::ask;
+  bool is_judged_ = false;
 };
 
 }  // namespace detail
