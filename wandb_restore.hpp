@@ -357,8 +357,8 @@ struct http_request {
   std::string proxy_authorization = {};  ///< the value of Proxy-Authorization; sent to the proxy only
   /// Limits TCP connection, CONNECT and TLS handshake together, without name resolution.
   std::chrono::milliseconds connect_timeout{30000};
-  std::chrono::milliseconds idle_timeout{
-      30000};                               ///< the exchange fails after this long without a byte either way
+  /// The exchange fails after this long without a byte in either direction.
+  std::chrono::milliseconds idle_timeout{30000};
   std::function<bool()> is_cancelled = {};  ///< may be empty; may be called from any thread
 
   /// Returns true if the exchange shall end. A transport calls this at least once a second.
@@ -623,7 +623,7 @@ struct settings {
   std::function<void(std::string_view)> on_warning = {};
   /// Warnings of from_environment; the first request passes them to on_warning.
   std::vector<std::string> warnings = {};
-  std::optional<wandb::error> problem = {};  ///< an error of from_environment; the first request returns it
+  std::optional<wandb::error> problem = {};  ///< an error of from_environment; requests return it
 
   /// Reads environment variables, then settings files (local, then global), then wandb-resume.json (if WANDB_RESUME is
   /// auto), as README.md lists them; the first source of a value counts. Makes no request. Never fails: see `problem`.
@@ -802,8 +802,7 @@ class client {
               return result<http_response>(static_cast<Transport*>(object)->send(request, sink));
             }};
   }
-  std::unique_ptr<Transport>
-      transport_;  // on the heap: the session keeps its address when the client is moved
+  std::unique_ptr<Transport> transport_;  // on the heap: a move of the client must not change its address
   std::shared_ptr<detail::session> session_;
 };
 
@@ -878,7 +877,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <condition_variable>  // waits between a download's threads
 #include <cstdio>              // warnings
 #include <cstring>             // memcpy
-#include <ctime>               // HTTP dates
+#include <ctime>               // strftime
 #include <mutex>               //
 
 #include <nlohmann/json.hpp>
@@ -1342,7 +1341,7 @@ inline std::string without_markup(std::string_view text) {
 /// characters. Words that may be secrets become "***": keys, tokens, and the queries of addresses.
 inline std::string first_words(std::string_view text) {
   constexpr std::size_t most = 80, shortest_secret = 20;
-  std::string plain(without_markup(text));
+  std::string plain = without_markup(text);
   if (trim(plain).empty()) plain = text;
   for (char& c : plain) {
     if (is_space(c)) c = ' ';
@@ -1354,11 +1353,14 @@ inline std::string first_words(std::string_view text) {
       if (!is_control(c)) shown += c;
     }
     if (shown.empty()) continue;
-    if (const auto query = shown.find('='); query != shown.npos) {
-      const auto mark = shown.find('?');
-      shown = (mark < query ? redacted_address(shown) : std::string()) + "***";
+    if (const auto mark = shown.find('?'), equals = shown.find('='); equals < mark) {
+      shown = "***";
+    } else if (equals != shown.npos) {
+      shown = redacted_address(shown) + "***";
+    } else if (shown.find("://") != shown.npos) {
+      shown = redacted_address(shown);
     }
-    std::size_t run = 0;  // of characters that a key consists of
+    std::size_t run = 0;  // length of a run of characters that occur in keys
     for (const char c : shown) {
       run = is_plain({&c, 1}) || c == '+' || c == '/' || c == '.' || c == '%' ? run + 1 : 0;
       if (run == shortest_secret && shown.find("://") == shown.npos) {
@@ -1762,7 +1764,7 @@ inline bool is_true(const json& value) {
   return truth && *truth;
 }
 
-/// Returns the bytes of the UTF-8 character that a text begins with (RFC 3629, section 4); 0 if there is none.
+/// Returns the length in bytes of the UTF-8 character at the beginning of a text (RFC 3629, section 4); 0 if there is none.
 inline std::size_t utf8_length(std::string_view text) {
   const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
   const unsigned first = byte(0), second = byte(1);
@@ -1835,6 +1837,7 @@ inline std::string json_of(const json& value, std::size_t depth) {
   if (!value.is_number()) return "null";
   std::array<char, 32> digits{};
   std::snprintf(digits.data(), digits.size(), "%.17g", number_of(value));
+  std::replace(digits.begin(), digits.end(), ',', '.');  // the decimal comma of the program's locale
   return digits.data();
 }
 
@@ -2112,6 +2115,9 @@ enum class file_mode {
   create,     // read and write a new file; fails if the name is taken
 };
 
+/// Returns a directory by a name that the system accepts: an empty path stands for the working directory.
+inline path or_dot(const path& directory) { return directory.empty() ? path(".") : directory; }
+
 // ---- operating systems: one block for each, with the same functions. An error code is the system's; 0 means success.
 
 using process_id = std::uint64_t;
@@ -2233,7 +2239,7 @@ inline std::size_t longest_name(const path&) { return 255; }
 inline std::size_t name_length(std::string_view name) { return from_utf8(name).native().size(); }
 inline std::optional<std::uint64_t> free_space(const path& directory) {
   std::error_code failure;
-  const auto space = std::filesystem::space(directory.empty() ? path(".") : directory, failure);
+  const auto space = std::filesystem::space(or_dot(directory), failure);
   return failure ? std::nullopt : std::optional<std::uint64_t>(space.available);
 }
 inline std::optional<std::uint64_t> file_size_limit() { return std::nullopt; }
@@ -2432,7 +2438,7 @@ inline std::uint64_t own_user() { return static_cast<std::uint64_t>(::geteuid())
 /// Brings renames in a directory to stable storage. Ignores failures: some file systems refuse the call.
 inline void sync_directory(const path& directory) {
   file_handle opened = no_file();
-  if (open_file(opened, directory.empty() ? path(".") : directory, file_mode::read, 0) != 0) return;
+  if (open_file(opened, or_dot(directory), file_mode::read, 0) != 0) return;
   (void)uninterrupted([&] { return ::fsync(opened); });
   close_file(opened);
 }
@@ -2440,7 +2446,7 @@ inline void pause_thread(int milliseconds) { ::poll(nullptr, 0, milliseconds); }
 
 /// Returns the limit, in bytes, for a name in the directory.
 inline std::size_t longest_name(const path& directory) {
-  const long limit = ::pathconf(directory.empty() ? "." : directory.c_str(), _PC_NAME_MAX);
+  const long limit = ::pathconf(or_dot(directory).c_str(), _PC_NAME_MAX);
   return limit > 0 ? static_cast<std::size_t>(limit) : 255;
 }
 inline std::size_t name_length(std::string_view name) { return name.size(); }
@@ -2449,10 +2455,10 @@ inline std::size_t name_length(std::string_view name) { return name.size(); }
 inline std::optional<std::uint64_t> free_space(const path& directory) {
 #ifdef __GLIBC__
   struct statvfs64 volume;
-  const int code = ::statvfs64(directory.empty() ? "." : directory.c_str(), &volume);
+  const int code = ::statvfs64(or_dot(directory).c_str(), &volume);
 #else
   struct statvfs volume;
-  const int code = ::statvfs(directory.empty() ? "." : directory.c_str(), &volume);
+  const int code = ::statvfs(or_dot(directory).c_str(), &volume);
 #endif
   if (code != 0 || volume.f_blocks == 0) return std::nullopt;  // some remote file systems report only zeros
   return static_cast<std::uint64_t>(volume.f_bavail) * volume.f_frsize;
@@ -2913,7 +2919,7 @@ inline result<void> check_replaceable(const place& at) {
   };
   if (const char* why = why_not_replaceable(at.target)) return refuse(why);
   // In a directory with the sticky bit, only the owners of file and directory, and root, may replace a file.
-  const auto directory = facts_of(at.directory.empty() ? path(".") : at.directory);
+  const auto directory = facts_of(or_dot(at.directory));
   if (directory.found() && (directory->mode & 01000u) != 0 && own_user() != 0 && old->user != own_user() &&
       directory->user != own_user()) {
     return refuse("it belongs to another user, and in this directory only owners may replace files");
@@ -2929,7 +2935,8 @@ class place_lock {
  public:
   enum class outcome { held, busy, unavailable };
 
-  explicit place_lock(const place& at) : where_(at.lock()), key_(utf8(absolute_path(at.target))) {}
+  explicit place_lock(const place& at)
+      : where_(at.lock()), key_(std::to_string(own_process()) + ' ' + utf8(absolute_path(at.target))) {}
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
@@ -2982,7 +2989,7 @@ class place_lock {
     static std::mutex guards_threads;
     return guards_threads;
   }
-  /// The targets that threads of this process have locked.
+  /// The keys of the targets that threads have locked: process id and path. A forked child inherits its parent's keys.
   static std::vector<std::string>& locked() {
     static std::vector<std::string> targets;
     return targets;
@@ -3048,7 +3055,7 @@ struct found_partial {
 inline std::vector<found_partial> find_partials(const place& at) {
   std::vector<found_partial> found;
   std::error_code failure;
-  std::filesystem::directory_iterator entry(at.directory.empty() ? path(".") : at.directory, failure), end;
+  std::filesystem::directory_iterator entry(or_dot(at.directory), failure), end;
   for (; !failure && entry != end; entry.increment(failure)) {
     const path where = at.directory / entry->path().filename();
     const std::string name = utf8(where.filename());
@@ -3380,8 +3387,8 @@ inline result<void> partial_file::check_room(const path& directory, std::uint64_
   const auto space = free_space(directory);
   if (!space || bytes <= *space) return {};
   return error(errc::disk_failure,
-               "not enough room in " + in_quotes(directory.empty() ? path(".") : directory) + ": " +
-                   std::to_string(bytes) + " bytes are needed, " + std::to_string(*space) + " are free, " +
+               "not enough room in " + in_quotes(or_dot(directory)) + ": " + std::to_string(bytes) +
+                   " bytes are needed, " + std::to_string(*space) + " are free, " +
                    std::to_string(bytes - *space) + " are missing; free some, or set root to another disk");
 }
 
@@ -3395,8 +3402,7 @@ inline result<void> partial_file::reserve() const {
   if (auto room = check_room(directory, missing); !room) return room;
   const int code = out_.reserve(whole());
   if (code == 0) return {};
-  return error(errc::disk_failure, "not enough room in " +
-                                       in_quotes(directory.empty() ? path(".") : directory) + ": " +
+  return error(errc::disk_failure, "not enough room in " + in_quotes(or_dot(directory)) + ": " +
                                        std::to_string(missing) + " bytes are missing: " + system_text(code) +
                                        "; free some (or raise the quota), or set root to another disk");
 }
@@ -3855,7 +3861,7 @@ inline result<url> parse_base_url(std::string_view text) {
   return parsed;
 }
 
-/// The host names of a base URL's service, that of the base URL first.
+/// The host names of a base URL's service. The first is the base URL's own.
 inline std::vector<std::string> hosts_of(const url& base) {
   std::vector<std::string> hosts{base.host};
   if (const auto* deployment = forge_deployment_of(base.host)) {
@@ -4089,16 +4095,17 @@ struct access_token {
   [[nodiscard]] bool lasts() const { return expires_at - std::chrono::system_clock::now() > margin; }
 };
 
-/// Converts "YYYY-MM-DD HH:MM:SS" (UTC) to seconds since 1970. Takes years after 2200 for 2200: a system_clock that counts
-/// nanoseconds ends in 2262.
+/// Converts "YYYY-MM-DD HH:MM:SS" (UTC) to seconds since 1970. Takes times after 2200 for the beginning of 2200: a
+/// system_clock that counts nanoseconds ends in 2262.
 inline std::optional<std::uint64_t> parse_utc(std::string_view text) {
   if (text.size() != 19 || text[4] != '-' || text[7] != '-' || text[10] != ' ' || text[13] != ':' ||
       text[16] != ':') {
     return std::nullopt;
   }
-  const auto year = (std::min)(text.substr(0, 4), std::string_view("2200"));
-  return utc_seconds({year, text.substr(5, 2), text.substr(8, 2), text.substr(11, 2), text.substr(14, 2),
-                      text.substr(17, 2)});
+  constexpr std::uint64_t year_2200 = 7258118400;
+  const auto seconds = utc_seconds({text.substr(0, 4), text.substr(5, 2), text.substr(8, 2),
+                                    text.substr(11, 2), text.substr(14, 2), text.substr(17, 2)});
+  return seconds ? (std::min)(*seconds, year_2200) : seconds;
 }
 
 inline std::string format_utc(std::chrono::system_clock::time_point time) {
@@ -4563,8 +4570,7 @@ class retry_clock {
     failures_ = 0;
     last_failure_.reset();
   }
-  /// Counts a failure. Returns the time that is left for another try; if there shall be none, the failure with the number of
-  /// tries, the time and a remedy.
+  /// Counts a failure. Returns the time left for another try, or, if no time is left, the error to give up with.
   result<milliseconds> failed(const error& failure) {
     const std::lock_guard<std::mutex> guard(mutex_);
     ++failures_;
@@ -4829,6 +4835,8 @@ class session {
   const settings config;
   const cache_policy policy;
   const result<url> base;  // the base URL, or the reason why it cannot be used
+  /// Whether an address is the service's own: see under_base.
+  [[nodiscard]] bool is_own(const url& address) const { return base && under_base(*base, address); }
 
   /// Checks that the settings allow a request. The first call reports their warnings.
   result<void> ready();
@@ -4846,8 +4854,8 @@ class session {
   [[nodiscard]] std::string without_secrets(std::string said, const std::string& authorization) const;
   /// Says, for a message, which credentials were refused or missing, and what to do.
   [[nodiscard]] std::string credentials_hint(const std::string& authorization) const;
-  /// Describes an answer in the place of the expected one, for a message: its type and its first words. `body` is its
-  /// beginning; no more than max_described bytes of it count.
+  /// Describes an unexpected answer for a message: its type and its first words. Uses the first max_described bytes of
+  /// `body`, which may be the beginning of the answer's body.
   [[nodiscard]] std::string description(const http_response& head, std::string_view body,
                                         const std::string& authorization) const;
   /// Returns the HTTP status and, if the answer has one, the service's message or storage's error code.
@@ -4927,7 +4935,7 @@ inline result<answer> session::send(call& user_call, http_request request, const
     add_header(request.headers, "Accept", "*/*");
     add_header(request.headers, "Accept-Encoding", "identity");
     for (const auto& field : headers) request.headers.push_back(field);
-    add_credentials(request, under_base(*base, address), authorization);
+    add_credentials(request, is_own(address), authorization);
 
     const std::string label = request.method + " " + address.redacted();
     guarded_sink guard(user_call, sink, label);
@@ -4945,7 +4953,7 @@ inline result<answer> session::send(call& user_call, http_request request, const
     // redirects would make it a GET. Usually a wrong base URL is the cause.
     auto next = address.resolve(trim(*location));
     const bool keeps_method = got->status == 307 || got->status == 308;
-    const bool repeatable = request.method == "GET" || (keeps_method && next && under_base(*base, *next));
+    const bool repeatable = request.method == "GET" || (keeps_method && next && is_own(*next));
     const bool downgrade = next && address.scheme == "https" && next->scheme == "http";
     if (!repeatable || !next || downgrade) {
       return error(errc::protocol_violation,
@@ -5179,7 +5187,7 @@ inline errc code_of_missing(std::string_view said, errc otherwise) {
 inline std::string session::status_text(const answer& got, const url& address,
                                         const std::string& authorization) const {
   const std::string status = "HTTP status " + std::to_string(got.head.status);
-  if (!base || !under_base(*base, address)) {  // the rest of storage's answer may contain signatures
+  if (!is_own(address)) {  // the rest of storage's answer may contain signatures
     const std::string code = storage_code(got.body);
     return code.empty() ? status : status + ", " + code;
   }
@@ -5191,7 +5199,7 @@ inline error session::status_error(const std::string& task, const answer& got, c
                                    const std::string& authorization) const {
   const int status = got.head.status;
   std::string text = task + ": " + status_text(got, address, authorization);
-  if (base && under_base(*base, address)) {
+  if (is_own(address)) {
     const std::string said = backend_message(*parse_json(got.body));
     const auto missing = code_of_missing(said, errc::http_failure);
     const bool forbidden = status == 403 || contains_ignoring_case(said, "permission denied");
@@ -5296,9 +5304,8 @@ class service {
   result<std::string> default_entity();
 
  private:
-  static constexpr std::size_t max_answer = 8 * 1024 * 1024;  // bytes; a page of files takes about 1 MiB
-  static constexpr std::size_t max_listed =
-      128 * 1024 * 1024;  // bytes in memory, for about half a million files
+  static constexpr std::size_t max_answer = 8 * 1024 * 1024;    // bytes; a page of files takes about 1 MiB
+  static constexpr std::size_t max_listed = 128 * 1024 * 1024;  // bytes in memory; about half a million files
   static constexpr std::size_t max_pages = 5000;
   static constexpr std::int64_t page_size = 500;  // files
 
@@ -5581,7 +5588,7 @@ inline result<std::vector<file_info>> service::list_files(const run_path& run) {
     for (const json& edge : elements(member(**files, "edges"))) {
       last = text_of(member(edge, "cursor"));
       const json& node = member(edge, "node");
-      if (text_of(member(node, "md5")) == "0") continue;
+      if (!node.is_object() || text_of(member(node, "md5")) == "0") continue;
       all.push_back(info_of(node));
       const file_info& added = all.back();
       bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
@@ -5628,8 +5635,8 @@ inline result<std::string> service::default_entity() {
 
 namespace detail {
 
-/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions. Joined
-/// by the destructor: declare it behind the objects that it uses.
+/// A thread that reports a failure to start. std::thread throws instead, which terminates a program without exceptions. The
+/// destructor joins the thread: declare it after the objects that it uses.
 class thread {
  public:
   thread() = default;
@@ -5650,7 +5657,8 @@ class thread {
 #endif
     return started_;
   }
-  /// Blocks until a started thread has returned from its function, at most for `limit`. Returns whether it has.
+  /// Blocks until a started thread has returned from its function, but no longer than `limit`. Returns whether it has
+  /// returned.
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
     return returned_.wait_for(held, limit, [&] { return has_returned_; });
@@ -5710,7 +5718,7 @@ class transfer_state {
   [[nodiscard]] bool is_over() const { return complete_ || stopped_; }
   /// For detail::call: true once the transfer is stopped.
   [[nodiscard]] const std::atomic<bool>& stop_flag() const { return stopped_; }
-  /// Blocks until the transfer is complete or stopped, at most for `limit`. Returns whether it is.
+  /// Blocks until the transfer is complete or stopped, but no longer than `limit`. Returns is_over().
   bool wait(milliseconds limit) {
     std::unique_lock<std::mutex> held(mutex_);
     return ended_.wait_for(held, limit, [&] { return is_over(); });
@@ -5790,7 +5798,7 @@ class range_plan {
   static constexpr std::uint64_t largest_unmeasured_piece = 32 * mebibyte;  // before the first response
   static constexpr std::uint64_t smallest_share = mebibyte / 2;      // do not divide into smaller parts
   static constexpr std::uint64_t worth_splitting = 2 * first_piece;  // use one connection for less
-  static constexpr milliseconds probe_time{50};  // the other connections wait so long for the first response
+  static constexpr milliseconds probe_time{50};  // the others wait this long for the first response
 
   /// The range of one connection. The connection's thread advances `position` and `received`; the plan may lower `end`.
   struct cursor {
@@ -6220,7 +6228,7 @@ class digest_follower {
 
   /// Returns false if the system starts no thread: then compute the digest after the download.
   [[nodiscard]] bool start() { return is_started_ = thread_.start<&digest_follower::follow>(this); }
-  /// Blocks until the thread has hashed the file or ended early, at most for `limit`. Returns whether it has.
+  /// Blocks until the thread has hashed the file or ended early, but no longer than `limit`. Returns whether it has ended.
   bool wait(milliseconds limit) { return thread_.wait(limit); }
   void join() { thread_.join(); }
 
@@ -6288,8 +6296,8 @@ class file_location {
   struct lease {
     url address;
     std::uint64_t generation = 0;
-    bool is_resolving =
-        false;  // the service's address: this request follows redirects, the others wait for it
+    // The address is the service's: this request follows the redirects, the other connections wait for the final address.
+    bool is_resolving = false;
   };
   /// Asks the service for the file again. Returns the new address at the service.
   using renewal = std::function<result<url>(call& asking_call)>;
@@ -6454,17 +6462,6 @@ struct transfer_job {
   [[nodiscard]] error no_thread() const {
     return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
   }
-  /// Asks the service for the file's address again. Returns errc::protocol_violation if the file has changed.
-  result<url> ask_again(call& asking_call) const {
-    auto fresh = service(service_session, asking_call).find_file(run, name);
-    if (!fresh)
-      return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
-    if (fresh->info.md5 != remote.info.md5 || fresh->info.size != remote.info.size) {
-      return error(errc::protocol_violation,
-                   label() + ": the run replaced the file during the download; try again");
-    }
-    return url::parse(fresh->address);
-  }
 };
 
 /// How a transfer reacts to a setback.
@@ -6481,10 +6478,6 @@ struct setback {
   remedy cure = remedy::none;
   std::optional<error> failure = {};
 
-  /// For a failure of transfer_job::ask_again.
-  static setback of_asking(const error& failed) {
-    return {failed.code() == errc::protocol_violation ? remedy::restart : remedy::retry, failed};
-  }
   explicit operator bool() const { return failure.has_value(); }
 };
 
@@ -6499,10 +6492,14 @@ class response_sample {
   void start(const http_response& head, const std::string& mimetype) {
     head_ = head;
     coding_ = unwanted_coding(head);
+    const auto without_parameters = [](std::string_view type) {
+      return lower(trim(type.substr(0, type.find(';'))));
+    };
     const std::string* field = head.header("Content-Type");
-    const std::string type(field != nullptr ? lower(trim(field->substr(0, field->find(';')))) : "");
+    const std::string type = without_parameters(field != nullptr ? *field : std::string());
     is_html_ = type == "text/html";
-    is_other_text_ = type != lower(mimetype) && (starts_with(type, "text/") || type == "application/json");
+    is_other_text_ =
+        type != without_parameters(mimetype) && (starts_with(type, "text/") || type == "application/json");
   }
   void write(std::string_view bytes) {
     received_ += bytes.size();
@@ -6510,7 +6507,7 @@ class response_sample {
   }
   [[nodiscard]] bool is_full() const { return text_.size() == max_described; }
   [[nodiscard]] bool is_coded() const { return !coding_.empty(); }
-  /// Whether the whole body has arrived. False if that is uncertain: the end of the connection ended it.
+  /// Whether the whole body has arrived. False for a body that ends with the connection: it may have been cut off.
   [[nodiscard]] bool is_whole() const {
     const std::string* length = head_.header("Content-Length");
     return length != nullptr ? to_number(trim(*length)) == received_
@@ -6548,7 +6545,7 @@ class transfer {
  protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
       : job_(job), file_(destination),
-        location_(service_address, [this](call& asking_call) { return job_.ask_again(asking_call); }),
+        location_(service_address, [this](call& asking_call) { return ask_again(asking_call); }),
         retries_(job.user_call), reporter_(job.user_call, job.options, job.name) {}
   ~transfer() = default;
 
@@ -6591,6 +6588,20 @@ class transfer {
 
  private:
   friend class file_request;
+
+  /// Asks the service for the file's address again. Fails if the run has replaced the file; then is_replaced() is true.
+  result<url> ask_again(call& asking_call) {
+    auto fresh = service(job_.service_session, asking_call).find_file(job_.run, job_.name);
+    if (!fresh)
+      return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
+    const file_info& known = job_.remote.info;
+    if (fresh->info.md5 != known.md5 || fresh->info.size != known.size) {
+      is_replaced_ = true;
+      return error(errc::protocol_violation,
+                   job_.label() + ": the run replaced the file during the download; try again");
+    }
+    return url::parse(fresh->address);
+  }
 
   std::uint64_t received_before_ = 0;      // `received` of the last measure()
   std::atomic<std::uint64_t> arrived_{0};  // the maximum, in bytes
@@ -6662,7 +6673,7 @@ class file_request : public body_sink {
   /// Takes a piece of the body. Returns false to stop.
   virtual bool take(std::string_view bytes) = 0;
 
-  /// Whether to read on although the size is wrong: the error describes the answer.
+  /// Whether to read on although the size is wrong, so that the error can describe the answer.
   [[nodiscard]] bool is_sampled() const {
     return problem_.failure->code() == errc::checksum_mismatch && !sample_.is_coded() && !sample_.is_full();
   }
@@ -6686,12 +6697,11 @@ inline setback file_request::fetch() {
   file_location& location = requester_.location_;
   call asking_call(job.user_call, requester_.state_.stop_flag());
   auto lease = location.acquire(asking_call);
-  if (!lease) return setback::of_asking(lease.error());
+  if (!lease) return {remedy::retry, lease.error()};
   lease_ = *std::move(lease);
   address_ = lease_.address;
-  const auto& base = job.service_session.base;
   result<std::string> authorization{std::string()};
-  if (base && under_base(*base, address_)) authorization = job.service_session.authorization(asking_call);
+  if (job.service_session.is_own(address_)) authorization = job.service_session.authorization(asking_call);
   if (!authorization) {
     location.release(lease_);
     const error& refusal = authorization.error();
@@ -6707,7 +6717,7 @@ inline setback file_request::fetch() {
   request.is_cancelled = [this] { return !is_wanted(); };
   const auto got = job.service_session.send(
       job.user_call, std::move(request), *authorization, *this, address_, [&](const url& hop) {
-        const bool is_final = !(base && under_base(*base, hop));
+        const bool is_final = !job.service_session.is_own(hop);
         if (is_final && address_found()) location.found(lease_, hop);  // before the response: others wait
       });
   remark_ = sample_.remark(job.service_session, *authorization);
@@ -6771,9 +6781,8 @@ inline setback file_request::refused(const answer& got, const std::string& autho
   const session& service_session = requester_.job_.service_session;
   error refusal = service_session.status_error(requester_.job_.label() + ": " + address_.redacted(), got,
                                                address_, authorization);
-  const auto& base = service_session.base;
   const bool is_own =
-      base && under_base(*base, address_) && address_.str() == lease_.address.str() && lease_.is_resolving;
+      service_session.is_own(address_) && address_.str() == lease_.address.str() && lease_.is_resolving;
   // Some stores answer 400 to an expired signature, and say so in the body. A storage node that lost the file answers 404.
   const bool has_expired = status == 401 || status == 403 || status == 410 ||
                            (status == 404 && requester_.location_.was_served()) ||
@@ -6794,10 +6803,9 @@ inline setback file_request::refused(const answer& got, const std::string& autho
 /// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
 /// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
 inline setback file_request::other_entity(call& asking_call) {
-  const transfer_job& job = requester_.job_;
-  const auto same = job.ask_again(asking_call);
-  if (!same) return setback::of_asking(same.error());
-  if (job.is_verified()) {
+  const auto same = requester_.ask_again(asking_call);
+  if (!same) return {remedy::retry, same.error()};
+  if (requester_.job_.is_verified()) {
     requester_.entity_.ignore();
     return {};
   }
@@ -7245,7 +7253,7 @@ inline setback stream_transfer::fetch() {
   return {};
 }
 
-/// Downloads a file into a partial file, from the blocks that are missing, and verifies it. Blocks; calls on_progress in this
+/// Downloads the blocks that are missing in a partial file, and verifies the whole file. Blocks; calls on_progress in this
 /// thread. The remedy is `restart` if the bytes are worthless: the run has replaced the file, or the md5 is wrong.
 inline setback download(const transfer_job& job, partial_file& destination) {
   const auto address = url::parse(job.remote.address);
@@ -7551,9 +7559,11 @@ class restoring {
     if (!wait_for_turn(lock, remote.info)) return call_.why_cancelled();
     if (!lock.is_first()) lock.leave_file();  // until tidy() has found that no hidden file remains
     // Another call may have restored the file meanwhile: apply the policy to the new copy, too.
-    const auto before = opened_;
+    auto before = opened_;
     if (auto opened = open_copy(); !opened) return opened.error();
-    if (opened_ && !(before && before->facts() == opened_->facts())) {
+    const bool is_another = opened_ && !(before && before->facts() == opened_->facts());
+    before.reset();  // closes it: see publish()
+    if (is_another) {
       if (!lock.is_first()) tidy(lock, std::chrono::hours(1));
       if (decide(&remote.info) == cache_policy::verdict::keep) {
         if (first_verdict_ == cache_policy::verdict::keep) {  // a call that started now would check this, too
@@ -7617,6 +7627,7 @@ class restoring {
   result<restored_file> publish(partial_file& partial, const std::string& md5, place_lock& lock) {
     if (auto finished = finish(partial); !finished) return finished.error();
     if (call_.cancelled()) return call_.why_cancelled();
+    opened_.reset();  // Windows does not replace an open file
     // Write the receipt first: a call in between must not take another run's file for the user's own.
     auto stream = partial.publish(place_, [&](const file_facts& facts) { remember(md5, facts); });
     if (!stream) return stream.error();
@@ -7714,9 +7725,9 @@ class restoring {
   progress_reporter reporter_{call_, options_, name_};
   std::shared_ptr<opened_copy> opened_;  // null: there is no local copy
   local_copy copy_;                      // of opened_
-  cache_policy::verdict first_verdict_ =
-      cache_policy::verdict::ask;  // on copy_, before the request to the service
-  bool is_judged_ = false;         // first_verdict_ is known
+  // The policy's verdict on copy_ before the request to the service. Known if is_judged_.
+  cache_policy::verdict first_verdict_ = cache_policy::verdict::ask;
+  bool is_judged_ = false;
 };
 
 }  // namespace detail
@@ -7757,9 +7768,9 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
   }
   for (const auto part : split(name, '/')) {
     if (const auto limit = longest_name(existing); name_length(part) > limit) {
-      return error(errc::invalid_argument, task + ": " + std::to_string(name_length(part)) +
-                                               " characters are more than a name in " + in_quotes(existing) +
-                                               " may have (" + std::to_string(limit) + ")");
+      return error(errc::invalid_argument,
+                   task + ": " + std::to_string(name_length(part)) + " characters are more than a name in " +
+                       in_quotes(or_dot(existing)) + " may have (" + std::to_string(limit) + ")");
     }
   }
   call user_call(current.config, options.cancel);
@@ -8772,9 +8783,8 @@ class body_reader {
     for (std::uint64_t total = 0;;) {
       if (!read_line("the size line of a chunk")) return false;
       const auto size = to_number(trim(std::string_view(line).substr(0, line.find(';'))), 16);
-      if (!size || *size > max_body_bytes - total) {
-        return fail("bad size of a chunk in the body: " + in_quotes(line));
-      }
+      // Do not show the line: if the body is not chunked at all, it is a part of the content.
+      if (!size || *size > max_body_bytes - total) return fail("the size line of a chunk is malformed");
       if (*size == 0) break;
       total += *size;
       if (!pass_on(*size) || !read_line("the end of a chunk")) return false;

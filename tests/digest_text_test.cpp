@@ -183,6 +183,24 @@ TEST_SUITE("text") {
     }
   }
 
+  TEST_CASE("first words of a server's text: without keys, and without queries and users of addresses") {
+    const struct {
+      const char *text, *shown;
+    } rows[] = {
+        {"see https://host/a?X-Signature=1 now", "see https://host/a*** now"},
+        {"see https://host/a?secret now", "see https://host/a now"},
+        {"see https://user:secret@host/a now", "see https://...@host/a now"},
+        {"see https://user:secret@host/a?b=c now", "see https://...@host/a*** now"},
+        {"token=secret?x now", "*** now"},
+        {"is it 0123456789abcdefghij ?", "is it *** ?"},
+        {"is it 0123456789abcdefghi?", "is it 0123456789abcdefghi?"},
+    };
+    for (const auto& row : rows) {
+      CAPTURE(std::string(row.text));
+      CHECK(detail::first_words(row.text) == row.shown);
+    }
+  }
+
   TEST_CASE("JSON: null for malformed texts, and for texts nested too deeply") {
     const auto nested = [](std::size_t depth, const char* open, const char* close) {
       std::string text;

@@ -1007,6 +1007,31 @@ TEST_SUITE("locks") {
     kill(left, SIGKILL);
   }
 
+  TEST_CASE("a child gets a lock that a thread of its parent held during the fork and has released") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    int released[2];
+    REQUIRE(pipe(released) == 0);
+    auto held = std::make_unique<place_lock>(at);
+    REQUIRE(held->try_acquire() == place_lock::outcome::held);
+    const pid_t id = fork();
+    REQUIRE(id >= 0);
+    if (id == 0) {
+      ::close(released[1]);
+      char unused = 0;
+      if (read(released[0], &unused, 1) != 0) _exit(2);  // until the parent closes its end
+      place_lock lock(at);
+      _exit(lock.try_acquire() == place_lock::outcome::held ? 0 : 1);
+    }
+    held.reset();
+    ::close(released[0]);
+    ::close(released[1]);
+    int status = -1;
+    REQUIRE(waitpid(id, &status, 0) == id);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
+  }
+
   TEST_CASE("without a lock file the lock is unavailable, but still excludes other threads") {
     const temporary_directory directory;
     const place at(directory / "missing" / "model.h5");

@@ -801,6 +801,22 @@ TEST_SUITE("download: expired signatures") {
     CHECK(it.graphql() <= 2 + it.storage() / 3);
   }
 
+  TEST_CASE("the bytes that arrived are kept if the service's answer about a new address cannot be used") {
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    it.options.connections = 1;
+    it.server.add_fault(target(place::storage).nth(1), act::cut_abruptly(MiB));
+    it.server.add_fault(target(place::storage).nth(2), act::status(403));
+    it.server.add_fault(target(place::graphql).from(2), act::body("<html>Sign in", "text/html"));
+    const auto failure = it.check_failed(it.restore("model.h5"), errc::protocol_violation);
+    CHECK(std::string(failure.what()).find("resumes from the bytes") != std::string::npos);
+    CHECK(it.hidden() == 1);
+    it.server.clear_faults();
+    it.server.clear_log();
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage_bytes() <= large_size - MiB + 64 * 1024);
+  }
+
   TEST_CASE("after three refused new addresses: permission_denied (410: http_failure), without a fourth") {
     for (const int status : {401, 403, 410}) {
       for (const auto size : {small_size, large_size}) {
@@ -1126,16 +1142,19 @@ TEST_SUITE("download: failures") {
       CHECK(text.find("begins with \"Sign in\"") != std::string::npos);
     }
     for (const std::string type : {"application/json", "application/octet-stream"}) {
-      CAPTURE(type);
-      world it;
-      stand_in::file_attributes attributes;
-      attributes.mimetype = type;
-      it.add("summary.json", small_size, attributes);
-      it.server.add_fault(place::storage, act::body("{\"password\": \"abc\"}", type));
-      const std::string text = it.check_failed(it.restore("summary.json"), errc::checksum_mismatch).what();
-      CAPTURE(text);
-      CHECK(text.find("abc") == std::string::npos);
-      CHECK(text.find("has 19 bytes, the service says 300001") != std::string::npos);
+      for (const std::string parameters : {"", "; charset=utf-8"}) {
+        CAPTURE(type);
+        CAPTURE(parameters);
+        world it;
+        stand_in::file_attributes attributes;
+        attributes.mimetype = type + parameters;
+        it.add("summary.json", small_size, attributes);
+        it.server.add_fault(place::storage, act::body("{\"password\": \"abc\"}", type));
+        const std::string text = it.check_failed(it.restore("summary.json"), errc::checksum_mismatch).what();
+        CAPTURE(text);
+        CHECK(text.find("abc") == std::string::npos);
+        CHECK(text.find("has 19 bytes, the service says 300001") != std::string::npos);
+      }
     }
   }
 

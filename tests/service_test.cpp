@@ -878,13 +878,14 @@ TEST_SUITE("service: the list of files") {
     CHECK(pages < 20);
   }
 
-  TEST_CASE("a run without files has an empty list; files that were never uploaded are left out") {
+  TEST_CASE("a run without files has an empty list; nulls and files never uploaded are left out") {
     fixture f;
     auto client = f.client();
     CHECK(f.success(client.try_list_files(f.options())).empty());
-    f.server.add_fault(place::graphql,
-                       act::body(answer(json::array({json{{"node", {{"name", "soon"}, {"md5", "0"}}}},
-                                                     json{{"node", {{"name", "there"}}}}}))));
+    f.server.add_fault(
+        place::graphql,
+        act::body(answer(json::array({json{{"node", {{"name", "soon"}, {"md5", "0"}}}},
+                                      json{{"node", nullptr}}, json{{"node", {{"name", "there"}}}}}))));
     const auto listed = f.success(client.try_list_files(f.options()));
     REQUIRE(listed.size() == 1);
     CHECK(listed[0].name == "there");

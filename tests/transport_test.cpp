@@ -302,6 +302,16 @@ TEST_SUITE("http_transport") {
     }
   }
 
+  TEST_CASE("the error about a body that is not chunked shows nothing of it") {
+    scripted peer({"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                   "{\"url\": \"https://host/?Signature=secret\"}\r\n"},
+                  false);
+    collector sink;
+    const auto outcome = ask(peer.url(), sink);
+    check_failed(outcome, wandb::errc::protocol_violation, "the size line of a chunk is malformed");
+    CHECK(std::string(outcome.error().what()).find("secret") == std::string::npos);
+  }
+
   TEST_CASE("a head has a maximum size") {
     for (const bool many_lines : {true, false}) {
       CAPTURE(many_lines);
