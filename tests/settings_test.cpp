@@ -712,6 +712,7 @@ TEST_SUITE("shared access tokens") {
     const clock::time_point end{std::chrono::seconds(1795297800)};
     REQUIRE(write_shared_token(where, "https://a", {"A", end}).has_value());
     const auto written = support::read_file(where);
+    CHECK(contains(written, "{\n  \"credentials\": {\n    \"https://a\": {\n"));
     const auto json = nlohmann::json::parse(written);
     CHECK(json == nlohmann::json::parse(R"({"credentials": {
       "https://a": {"expires_at": "2026-11-21 21:50:00", "access_token": "A"},
