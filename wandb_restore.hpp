@@ -1247,9 +1247,9 @@ inline std::int64_t days_from_civil(int year, int month, int day) {
 }
 
 /// Converts a time in UTC to seconds since 1970. `parts`: year, month, day, hour, minute, second, in decimal digits.
-inline std::optional<std::uint64_t> utc_seconds(const std::array<std::string_view, 6>& parts) {
-  std::array<int, 6> number{};
-  for (std::size_t i = 0; i < parts.size(); ++i) {
+inline std::optional<std::uint64_t> utc_seconds(const std::string_view (&parts)[6]) {
+  int number[6] = {};
+  for (std::size_t i = 0; i < 6; ++i) {
     const auto value = parts[i].size() <= 4 ? to_number(parts[i]) : std::nullopt;
     if (!value) return std::nullopt;
     number[i] = static_cast<int>(*value);
@@ -1835,10 +1835,12 @@ inline std::string json_of(const json& value, std::size_t depth) {
   if (const auto* count = value.get_ptr<const json::number_unsigned_t*>()) return std::to_string(*count);
   if (const auto* integer = value.get_ptr<const json::number_integer_t*>()) return std::to_string(*integer);
   if (!value.is_number()) return "null";
-  std::array<char, 32> digits{};
-  std::snprintf(digits.data(), digits.size(), "%.17g", number_of(value));
-  std::replace(digits.begin(), digits.end(), ',', '.');  // the decimal comma of the program's locale
-  return digits.data();
+  char digits[32] = {};
+  std::snprintf(digits, sizeof digits, "%.17g", number_of(value));
+  for (char& c : digits) {
+    if (c == ',') c = '.';  // the decimal comma of the program's locale
+  }
+  return digits;
 }
 
 // ------------------------------------------------------------------------------- the public service's names
@@ -3477,7 +3479,7 @@ inline bool clean_up(const place& at, std::int64_t now, std::chrono::nanoseconds
   bool is_clean = true;
   for (const auto& partial : find_partials(at)) {
     const bool is_old = age.count() == 0 || partial.is_silent(now, age);
-    const bool is_lost = !partial.writer.is_here() && partial.is_silent(now, std::chrono::hours(1));
+    const bool is_lost = !partial.writer.is_here() && partial.is_silent(now, std::chrono::seconds(3600));
     if ((partial.abandoned() && is_old) || is_lost) {
       remove_quietly(partial.where);
     } else if (!partial.released) {
@@ -3519,7 +3521,8 @@ inline bool is_too_fresh(std::int64_t modified) {
 /// their file systems may not answer.
 inline void sweep_receipts(const path& directory) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
-  const auto old = std::chrono::duration_cast<std::chrono::nanoseconds>(now - std::chrono::hours(24)).count();
+  const auto old =
+      std::chrono::duration_cast<std::chrono::nanoseconds>(now - std::chrono::seconds(86400)).count();
   std::error_code failure;
   std::filesystem::directory_iterator entry(directory, failure), end;
   for (; !failure && entry != end; entry.increment(failure)) {
@@ -3900,7 +3903,7 @@ inline bool under_base(const url& base, const url& candidate) {
   const std::string target = candidate.target.substr(0, candidate.target.find('?'));
   auto plain = percent_decode(target);
   if (!plain) return false;
-  std::replace(plain->begin(), plain->end(), '\\', '/');
+  *plain = replace_all(*plain, "\\", "/");
   for (const auto segment : split(*plain, '/')) {
     if (segment == "..") return false;
   }
@@ -4817,7 +4820,7 @@ inline url join_path(url base, std::string_view suffix) {
 
 /// Limits all durations to a year: `milliseconds::max()` would overflow when it is added to a time point.
 inline settings with_bounded_times(settings configuration) {
-  constexpr std::chrono::hours year(365 * 24);
+  constexpr std::chrono::seconds year(365 * 86400);
   for (auto* time : {&configuration.connect_timeout, &configuration.idle_timeout,
                      &configuration.retry_timeout, &configuration.total_timeout}) {
     *time = (std::min<milliseconds>)(*time, year);
@@ -7531,7 +7534,7 @@ class restoring {
   void remove_orphans() const {
     if (!facts_of_entry(place_.lock()).found()) return;
     place_lock lock(place_);
-    if (lock.try_acquire() == place_lock::outcome::held) tidy(lock, std::chrono::hours(1));
+    if (lock.try_acquire() == place_lock::outcome::held) tidy(lock, std::chrono::seconds(3600));
   }
   /// Removes abandoned hidden files that are older than `age`. Keeps the lock file if any hidden file remains.
   void tidy(place_lock& lock, std::chrono::nanoseconds age) const {
@@ -7564,7 +7567,7 @@ class restoring {
     const bool is_another = opened_ && !(before && before->facts() == opened_->facts());
     before.reset();  // closes it: see publish()
     if (is_another) {
-      if (!lock.is_first()) tidy(lock, std::chrono::hours(1));
+      if (!lock.is_first()) tidy(lock, std::chrono::seconds(3600));
       if (decide(&remote.info) == cache_policy::verdict::keep) {
         if (first_verdict_ == cache_policy::verdict::keep) {  // a call that started now would check this, too
           if (auto good = check_origin(); !good) return good.error();
