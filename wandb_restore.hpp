@@ -5160,6 +5160,12 @@ inline std::string session::without_secrets(std::string said, const std::string&
   hide_credentials(authorization);
   hide(std::string(trim(config.api_key)));
   for (const auto& field : config.extra_headers) hide_credentials(field.second);
+  for (const auto* proxy : {&config.http_proxy, &config.https_proxy}) {
+    const auto address = parse_proxy(proxy->url);
+    const std::string user = address ? percent_decode(address->user_info).value_or(address->user_info) : "";
+    hide(text_after(user, ':'));
+    hide(base64_encode(user));
+  }
   return said;
 }
 
@@ -5382,9 +5388,9 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   const auto parsed = parse_json(collected.text);
   if (!parsed->is_object()) {
     return error(errc::protocol_violation,
-                 task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply: is " +
-                     session_.config.base_url + " the base URL of a W&B server? " +
-                     session_.description(response->head, collected.text, authorization),
+                 task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply; " +
+                     session_.description(response->head, collected.text, authorization) + "; is " +
+                     session_.config.base_url + " the base URL of a W&B server?",
                  200);
   }
   const auto message = backend_message(*parsed);

@@ -1169,6 +1169,17 @@ TEST_SUITE("download: failures") {
     CHECK(text.find("a login page or proxy may answer in the place of the server") != std::string::npos);
   }
 
+  TEST_CASE("the error about another answer hides the password of a proxy") {
+    world it;
+    it.settings.https_proxy = {"http://user:pr%6fxy-pass@127.0.0.1:9", "*"};  // used by nobody
+    it.add("model.h5", small_size);
+    it.server.add_fault(place::storage,
+                        act::body("<html>hello pr0xy, proxy-pass, dXNlcjpwcm94eS1wYXNz", "text/html"));
+    const std::string text = it.check_failed(it.restore("model.h5"), errc::checksum_mismatch).what();
+    CAPTURE(text);
+    CHECK(text.find("\"hello pr0xy, ***, ***\"") != std::string::npos);
+  }
+
   TEST_CASE("after 400, 405, 416 or 501 to a range, one plain GET fetches the file") {
     for (const int status : {400, 405, 416, 501}) {
       CAPTURE(status);
