@@ -15,7 +15,7 @@
 #include <vector>        //
 
 // 1 under the address or the thread sanitizer. Their allocators do not survive a fork while another thread allocates: the
-// first allocation of the child may wait for ever. So tests that fork beside the stand-in's threads run without them.
+// first allocation of the child may wait for ever. So tests that fork beside threads of the stand-in run without them.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define TESTS_SANITIZED 1
 #elif defined(__has_feature)
