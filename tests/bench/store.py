@@ -50,7 +50,8 @@ class StoreBench(bench.Bench):
         self.both = work / "both.pem"
         self.both.write_text(self.ca.read_text() + Path(self.service.says["ca"]).read_text())
         self.service.addresses[bench.RUN] = self.address
-        self.port, self.far = self.gateway.port, stores.free_port()
+        self.port, self.far, self.slow = self.gateway.port, stores.free_port(), stores.free_port()
+        self.life = 3600  # seconds that a signed address is good for
 
     def close(self):
         self.service.stop()
@@ -83,7 +84,7 @@ class StoreBench(bench.Bench):
                 "-d", self.out, "-o", file, self.address(file)]
 
     def address(self, file):
-        return self.gateway.address(file, port=self.port)
+        return self.gateway.address(file, self.life, self.port)
 
     def make(self, file, size):
         self.files.make(file, size)
@@ -125,10 +126,25 @@ class StoreBench(bench.Bench):
             self.port = self.far
             several = {name: contender for name, contender in self.contenders(file).items() if not name.startswith("curl")}
             self.measured("store-far", "50 ms, 20 MB/s a connection", file, size, several)
+        self.expiring()
         self.notes.append("versitygw, its folder in memory; addresses signed for an hour. Each contender is a new process. Ours and "
                           "wandb.restore ask the service first, and follow its redirect; the others are given the object's name or address. "
                           "Ours and the two commands with an md5 verify the md5 of the file; the others check no content, beside TLS. "
                           "`store-far`: what the store sends arrives 50 ms later, on each connection at 20 MB/s (relay.cpp).")
+
+
+    def expiring(self):
+        """An address that expires every two seconds, against the time that eight connections at their limit take."""
+        size, rate, file = 200 * MIB, 5_000_000, "expiring.h5"
+        self.make(file, size)
+        self.port, self.life = self.slow, 2
+        with Relay(self.programs / "relay", self.slow, self.gateway.port, 0, rate):
+            times = self.rounds("store-expiring", {"ours": lambda: self.timed(file, *self.restore(file))})
+        self.port, self.life = self.gateway.port, 3600
+        least, taken = size / (8 * rate), times["ours"]
+        self.row("store-expiring", "%s, 5 MB/s a connection, addresses of 2 s: ours %s; the rate allows %s" % (
+            bench.amount(size), report.seconds(taken), report.seconds(least)), "%.2f" % (taken / least),
+            "≤ 1.15 times the time that the rate allows", round(taken / least, 2) <= 1.15)
 
 
 def main():

@@ -91,6 +91,7 @@ class S3(Program):
         self.start(folder, [tools / "versitygw", "--port", f"127.0.0.1:{self.port}", "--access", "tests", "--secret", SECRET, "--quiet",
             *tls, "posix", "--sidecar", beside, top], self.port)
         self.client = self.client_at(self.port)
+        self.signers = {(self.port, SECRET): self.client}
         self.client.create_bucket(Bucket=BUCKET)
 
     def client_at(self, port, secret=SECRET, checksums="when_required"):
@@ -127,8 +128,10 @@ class S3(Program):
 
     def address(self, key, seconds=3600, port=None, secret=SECRET, bucket=BUCKET):
         """Returns an address that is signed now, and is good for so many seconds."""
-        client = self.client if (port, secret) == (None, SECRET) else self.client_at(port or self.port, secret)
-        return client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds)
+        signer = (port or self.port, secret)
+        if signer not in self.signers:  # a new client takes a tenth of a second
+            self.signers[signer] = self.client_at(*signer)
+        return self.signers[signer].generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds)
 
     def expired_address(self, key):
         address = self.address(key, seconds=1)
