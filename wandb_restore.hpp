@@ -1419,6 +1419,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<url> url::parse(std::string_view text) {
   }
   if (host.empty()) return fail("it has no host");
   if (host.find_first_of(" \"<>\\^`{|}%") != std::string_view::npos) return fail("its host is malformed");
+  for (const char c : host) {
+    if (static_cast<unsigned char>(c) >= 0x80)
+      return fail("its host has characters beyond ASCII; write it in its xn-- form (RFC 5890)");
+  }
   parsed.host = detail::lower(host);
   if (!port.empty() && port.front() != ':') return fail("its port is malformed");
   if (port.size() > 1) {
@@ -3829,41 +3833,6 @@ inline result<void> check_api_key(std::string_view key) {
   return {};
 }
 
-/// Parses a base URL. Removes trailing slashes, and replaces https://forge.coreweave.com/api/wandb by the API's own host.
-/// Source: wandb/sdk/lib/wbauth/host_url.py, sdk/lib/urls.py. Beyond the source, it refuses URLs that could not be sent
-/// unchanged, and http for every host of the public service.
-inline result<url> parse_base_url(std::string_view text) {
-  const auto fail = [&](std::string_view why) {
-    return error(errc::invalid_argument,
-                 "cannot use the base URL " + in_quotes(redacted_address(text)) + ": " + std::string(why));
-  };
-  if (text.find('@') != text.npos) return fail("it has an @, but must not contain a user name or password");
-  if (text.find_first_of("?#") != text.npos) return fail("it has a query or a fragment");
-  if (text.find(' ') != text.npos) return fail("it has a space");
-  auto parsed = url::parse(text);
-  if (!parsed)
-    return error(errc::invalid_argument, std::string("the base URL is malformed: ") + parsed.error().what());
-  while (parsed->target.size() > 1 && parsed->target.back() == '/') parsed->target.pop_back();
-  const std::string_view host = parsed->host;
-  const auto* deployment = forge_deployment_of(host);
-  const auto public_api =
-      "https://" + std::string((deployment ? *deployment : forge_deployments[0]).api_host);
-  if (deployment && host == deployment->web_host) {
-    const auto rest = text.substr(text.find("://") + 3);
-    const bool has_port = rest.substr(0, rest.find('/')).find(':') != rest.npos;
-    if (parsed->scheme == "https" && !has_port && parsed->target == "/api/wandb")
-      return url::parse(public_api);
-    return fail("the API of this server is at " + public_api);
-  }
-  const bool on_wandb_ai =
-      host == "wandb.ai" || (host.size() > 9 && host.substr(host.size() - 9) == ".wandb.ai");
-  if (on_wandb_ai && host.find("api.") == host.npos) return fail("did you mean " + public_api + "?");
-  if ((on_wandb_ai || deployment) && parsed->scheme != "https") {
-    return fail("http is not secure, use " + public_api);
-  }
-  return parsed;
-}
-
 /// The host names of a base URL's service. The first is the base URL's own.
 inline std::vector<std::string> hosts_of(const url& base) {
   std::vector<std::string> hosts{base.host};
@@ -3910,6 +3879,42 @@ inline bool under_base(const url& base, const url& candidate) {
   std::string_view prefix = base.target;
   while (!prefix.empty() && prefix.back() == '/') prefix.remove_suffix(1);
   return starts_with(target, prefix) && (target.size() == prefix.size() || target[prefix.size()] == '/');
+}
+
+/// Parses a base URL. Removes trailing slashes, and replaces https://forge.coreweave.com/api/wandb by the API's own host.
+/// Source: wandb/sdk/lib/wbauth/host_url.py, sdk/lib/urls.py. Beyond the source, it refuses URLs that could not be sent
+/// unchanged, and http for every host of the public service.
+inline result<url> parse_base_url(std::string_view text) {
+  const auto fail = [&](std::string_view why) {
+    return error(errc::invalid_argument,
+                 "cannot use the base URL " + in_quotes(redacted_address(text)) + ": " + std::string(why));
+  };
+  if (text.find('@') != text.npos) return fail("it has an @, but must not contain a user name or password");
+  if (text.find_first_of("?#") != text.npos) return fail("it has a query or a fragment");
+  if (text.find(' ') != text.npos) return fail("it has a space");
+  auto parsed = url::parse(text);
+  if (!parsed)
+    return error(errc::invalid_argument, std::string("the base URL is malformed: ") + parsed.error().what());
+  while (parsed->target.size() > 1 && parsed->target.back() == '/') parsed->target.pop_back();
+  const std::string_view host = parsed->host;
+  const auto* deployment = forge_deployment_of(host);
+  const auto public_api =
+      "https://" + std::string((deployment ? *deployment : forge_deployments[0]).api_host);
+  if (deployment && host == deployment->web_host) {
+    const auto rest = text.substr(text.find("://") + 3);
+    const bool has_port = rest.substr(0, rest.find('/')).find(':') != rest.npos;
+    if (parsed->scheme == "https" && !has_port && parsed->target == "/api/wandb")
+      return url::parse(public_api);
+    return fail("the API of this server is at " + public_api);
+  }
+  const bool on_wandb_ai =
+      host == "wandb.ai" || (host.size() > 9 && host.substr(host.size() - 9) == ".wandb.ai");
+  if (on_wandb_ai && host.find("api.") == host.npos) return fail("did you mean " + public_api + "?");
+  if ((on_wandb_ai || deployment) && parsed->scheme != "https") {
+    return fail("http is not secure, use " + public_api);
+  }
+  if (!under_base(*parsed, *parsed)) return fail("its path has a segment \"..\" or a malformed escape");
+  return parsed;
 }
 
 inline bool is_one_of(std::string_view text, std::initializer_list<const char*> words) {
