@@ -756,8 +756,8 @@ class client {
   }
 
   /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Errors as in
-  /// wandb::try_restore, and errc::protocol_violation for a list that takes more than 128 MiB (about half a million files)
-  /// or 5,000 pages.
+  /// wandb::try_restore, and errc::protocol_violation for a list that takes more than 32 MiB (about 170,000 files) or
+  /// 5,000 pages.
   result<std::vector<file_info>> try_list_files(const restore_options& options = {}) {
     return detail::list_files(*session_, options);
   }
@@ -878,6 +878,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <cstdio>              // warnings
 #include <cstring>             // memcpy
 #include <ctime>               // strftime
+#include <exception>           // exceptions of threads
 #include <mutex>               //
 
 #include <nlohmann/json.hpp>
@@ -903,6 +904,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <process.h>  // _beginthreadex
 #else
 #include <cerrno>          //
+#include <dirent.h>        // opendir
 #include <fcntl.h>         // open, record locks, fallocate
 #include <pthread.h>       // threads: pthread_create returns its error, std::thread throws it
 #include <signal.h>        // kill(pid, 0): is the process alive
@@ -1678,11 +1680,23 @@ inline result<text_map> parse_netrc(std::string_view text) {
 
 using json = nlohmann::json;
 
+/// Empties containers from the innermost out. The destructor of nlohmann::json needs memory to destroy containers in
+/// containers, and ends the program if there is none.
+inline void clear_json(json& value) {
+  if (auto* const list = value.get_ptr<json::array_t*>()) {
+    for (json& element : *list) clear_json(element);
+    list->clear();
+  } else if (auto* const object = value.get_ptr<json::object_t*>()) {
+    for (auto& entry : *object) clear_json(entry.second);
+    object->clear();
+  }
+}
+
 /// A value of a parsed JSON text, which it shares with its copies.
 class json_document {
  public:
   json_document() = default;  ///< null
-  explicit json_document(const json* parsed) : text_(parsed), value_(parsed) {}
+  explicit json_document(json* parsed) : text_(parsed, destroy), value_(parsed) {}
 
   const json& operator*() const { return *value_; }
   const json* operator->() const { return value_; }
@@ -1698,15 +1712,20 @@ class json_document {
   }
 
  private:
+  static void destroy(json* parsed) {
+    clear_json(*parsed);
+    delete parsed;
+  }
   std::shared_ptr<const json> text_;
   const json* value_ = &null();
 };
 
-/// Whether brackets are nested more than 64 levels deep. The service's answers have less than ten levels; thousands could
-/// overflow the stack when the value is destroyed.
-inline bool is_nested_too_deep(std::string_view text) {
-  constexpr int limit = 64;
-  int depth = 0;
+/// Whether a JSON text takes too much to parse: brackets are nested more than 64 levels deep, or there are more than 131,072
+/// values. The service's answers have less than ten levels, and about 7,000 values for a page of files. Thousands of levels
+/// could overflow the stack when the value is destroyed; a value of two bytes takes up to 160 bytes of memory.
+inline bool is_too_complex(std::string_view text) {
+  constexpr int limit = 64, most_values = 131'072;
+  int depth = 0, values = 0;
   bool in_string = false;
   for (std::size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
@@ -1714,7 +1733,9 @@ inline bool is_nested_too_deep(std::string_view text) {
       if (c == '\\') ++i;  // the next character is escaped
       if (c == '"') in_string = false;
     } else if (c == '[' || c == '{') {
-      if (++depth > limit) return true;
+      if (++depth > limit || ++values > most_values) return true;
+    } else if (c == ',') {
+      if (++values > most_values) return true;
     } else if (c == ']' || c == '}') {
       --depth;
     } else if (c == '"') {
@@ -1724,9 +1745,9 @@ inline bool is_nested_too_deep(std::string_view text) {
   return false;
 }
 
-/// Parses JSON. Returns null for text that is not JSON or is nested too deep.
+/// Parses JSON. Returns null for text that is not JSON or is too complex.
 inline json_document parse_json(std::string_view text) {
-  if (is_nested_too_deep(text)) return {};
+  if (is_too_complex(text)) return {};
   json_document parsed(new json(json::parse(text.data(), text.data() + text.size(), nullptr, false)));
   return parsed->is_discarded() ? json_document() : parsed;
 }
@@ -2261,6 +2282,11 @@ inline int open_lock_file(file_handle& opened, const path& where, bool& existed)
   return opened == no_file() ? last_os_error() : 0;
 }
 inline bool is_lock_busy(int code) { return code == ERROR_SHARING_VIOLATION; }
+inline void for_each_name(const path& directory, function_ref<void(const path& name)> take) {
+  std::error_code failure;
+  std::filesystem::directory_iterator entry(directory, failure), end;
+  for (; !failure && entry != end; entry.increment(failure)) take(entry->path().filename());
+}
 inline int lock_file(file_handle) { return 0; }  // open_lock_file shares the file with nobody
 inline bool are_locks_effective(file_handle, const path&) { return true; }
 
@@ -2516,6 +2542,20 @@ inline int open_lock_file(file_handle& opened, const path& where, bool& existed)
   return EACCES;
 }
 inline bool is_lock_busy(int code) { return code == EAGAIN; }
+
+/// Calls `take` with the name of each entry of a directory, except "." and "..". A directory that cannot be read counts as
+/// empty. std::filesystem::directory_iterator would do, but that of libstdc++ ends the program if there is no memory.
+inline void for_each_name(const path& directory, function_ref<void(const path& name)> take) {
+  struct closer {
+    void operator()(DIR* opened) const { ::closedir(opened); }
+  };
+  const std::unique_ptr<DIR, closer> opened(::opendir(directory.c_str()));
+  if (!opened) return;
+  while (const auto* const entry = WANDB_RESTORE_PRIVATE_LARGE(readdir)(opened.get())) {
+    const path name = entry->d_name;
+    if (name != "." && name != "..") take(name);
+  }
+}
 #if defined(F_OFD_SETLK)
 constexpr int set_lock_command = F_OFD_SETLK, get_lock_command = F_OFD_GETLK;
 #elif defined(__GLIBC__)
@@ -2954,6 +2994,7 @@ class place_lock {
       if (contains(locked(), key_)) return outcome::busy;
       locked().push_back(key_);
     }
+    outcome_ = outcome::unavailable;  // if try_file() throws: the destructor then forgets the key
     outcome_ = try_file();
     if (outcome_ == outcome::busy) forget();
     return outcome_;
@@ -3056,33 +3097,30 @@ struct found_partial {
 
 inline std::vector<found_partial> find_partials(const place& at) {
   std::vector<found_partial> found;
-  std::error_code failure;
-  std::filesystem::directory_iterator entry(or_dot(at.directory), failure), end;
-  for (; !failure && entry != end; entry.increment(failure)) {
-    const path where = at.directory / entry->path().filename();
-    const std::string name = utf8(where.filename());
+  for_each_name(or_dot(at.directory), [&](const path& file_name) {
+    const std::string name = utf8(file_name);
     constexpr std::string_view suffix = ".part";
     if (!starts_with(name, at.tag) || name.size() < at.tag.size() + suffix.size() ||
         name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) {
-      continue;
+      return;
     }
     found_partial partial;
-    partial.where = where;
+    partial.where = at.directory / file_name;
     std::string_view middle = name;
     middle = middle.substr(at.tag.size(), name.size() - at.tag.size() - suffix.size());
     if (middle.empty()) {
       partial.released = true;
     } else {
       const auto dash = middle.find('-', 1);
-      if (middle[0] != '-' || dash == std::string_view::npos || dash + 1 == middle.size()) continue;
+      if (middle[0] != '-' || dash == std::string_view::npos || dash + 1 == middle.size()) return;
       partial.key = middle.substr(1, dash - 1);
       partial.writer = owner::parse(middle.substr(dash + 1));
     }
-    const auto facts = facts_of_entry(where);
-    if (!facts.found()) continue;
+    const auto facts = facts_of_entry(partial.where);
+    if (!facts.found()) return;
     partial.facts = *facts;
     found.push_back(std::move(partial));
-  }
+  });
   return found;
 }
 
@@ -3095,8 +3133,9 @@ using watcher = function_ref<bool(std::uint64_t done)>;
 class partial_file {
  public:
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
-  /// The size of the largest file, 64 TiB: the record has a bit for each block, and is held in memory.
-  static constexpr std::uint64_t max_size = std::uint64_t{1} << 46;
+  /// The size of the largest file, 8 TiB: more than storage services take in one upload. The record has a bit for each block,
+  /// 16 MiB at most, and is held in memory.
+  static constexpr std::uint64_t max_size = std::uint64_t{1} << 43;
   // Seconds without a write after which a writer counts as dead if its process cannot be examined.
   static constexpr std::uint64_t quiet = 60;
 
@@ -3246,10 +3285,10 @@ inline result<std::unique_ptr<partial_file>> partial_file::create(const place& a
   const auto old = facts_of(at.target);
   if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
   const path where = at.partial(md5, owner::self().str());
-  file out;
-  if (const int code = out.open(where, file::mode::create, permissions_beside(old)))
+  // Make the object before the file: a lack of memory must not leave a file behind.
+  std::unique_ptr<partial_file> made(new partial_file(file(), where, md5, size));
+  if (const int code = made->out_.open(where, file::mode::create, permissions_beside(old)))
     return disk_error("create", where, code);
-  std::unique_ptr<partial_file> made(new partial_file(std::move(out), where, md5, size));
   made->is_claimed_ = true;
   if (auto allowed = check_limit(made->whole()); !allowed) return allowed.error();
   if (size > 0) {
@@ -3523,14 +3562,12 @@ inline void sweep_receipts(const path& directory) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   const auto old =
       std::chrono::duration_cast<std::chrono::nanoseconds>(now - std::chrono::seconds(86400)).count();
-  std::error_code failure;
-  std::filesystem::directory_iterator entry(directory, failure), end;
-  for (; !failure && entry != end; entry.increment(failure)) {
-    const path where = entry->path();
-    if (utf8(where.filename()).find(".new-") == std::string::npos) continue;
+  for_each_name(directory, [&](const path& name) {
+    if (utf8(name).find(".new-") == std::string::npos) return;
+    const path where = directory / name;
     if (const auto facts = facts_of_entry(where); facts.found() && facts->modified <= old)
       remove_quietly(where);
-  }
+  });
 }
 
 /// Reads the receipts that are stored in a receipt file. Returns "" if another user wrote it.
@@ -4807,6 +4844,51 @@ class collecting_sink final : public body_sink {
   std::size_t limit_;
 };
 
+/// Whether a name ends with `suffix`, or is it without the dot that it begins with.
+inline bool is_below(std::string_view name, std::string_view suffix) {
+  if (name == suffix.substr(1)) return true;
+  return name.size() > suffix.size() && name.substr(name.size() - suffix.size()) == suffix;
+}
+inline bool in_any_network(const ip_address& address, std::initializer_list<const char*> networks) {
+  return std::any_of(networks.begin(), networks.end(),
+                     [&](const char* network) { return in_network(address, network); });
+}
+/// A host without the dot at the end of a name or the zone of an IPv6 address.
+inline std::string_view plain_host(std::string_view host) {
+  host = host.substr(0, host.find('%'));
+  return host.substr(0, host.find_last_not_of('.') + 1);
+}
+
+/// Whether a host is certainly this machine (loopback), or on its network link (link-local; the metadata services of clouds
+/// are there). So are addresses in a form that resolvers understand but nobody needs: "127.1", "0x7f000001".
+inline bool is_this_machine_or_link(std::string_view host) {
+  host = plain_host(host);
+  if (is_below(host, ".localhost")) return true;
+  const auto address = parse_ip(host);
+  if (!address.empty())
+    return in_any_network(address, {"127.0.0.0/8", "169.254.0.0/16", "0.0.0.0/8", "::/96", "fe80::/10"});
+  const auto last_label = host.substr(host.rfind('.') + 1);
+  return !last_label.empty() && is_digit(last_label[0]) && host.find(':') == host.npos &&
+         to_number(last_label.substr(starts_with(last_label, "0x") ? 2 : 0), 16).has_value();
+}
+
+/// Whether a host is on the public internet, as far as its text tells: neither an address of a private network, nor a name
+/// without a dot or with an ending for private use (RFC 6761, 6762, 8375).
+inline bool is_public(std::string_view host) {
+  if (is_this_machine_or_link(host)) return false;
+  host = plain_host(host);
+  const auto address = parse_ip(host);
+  if (!address.empty()) {
+    return !in_any_network(address,
+                           {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"});
+  }
+  if (host.find('.') == host.npos) return false;
+  for (const char* suffix : {".local", ".internal", ".lan", ".home.arpa", ".test", ".invalid"}) {
+    if (is_below(host, suffix)) return false;
+  }
+  return true;
+}
+
 inline bool is_redirect(int status) {
   return status == 301 || status == 302 || status == 303 || status == 307 || status == 308;
 }
@@ -4840,11 +4922,18 @@ class session {
   const result<url> base;  // the base URL, or the reason why it cannot be used
   /// Whether an address is the service's own: see under_base.
   [[nodiscard]] bool is_own(const url& address) const { return base && under_base(*base, address); }
+  /// Whether a server on the internet refers this client to the machine or network link that it runs on. Nobody stores files
+  /// for others there: an attacker wants a request to another program's server. A server behind a proxy may be anywhere.
+  [[nodiscard]] bool leads_inward(const url& server, const url& target) const {
+    return is_public(server.host) && is_this_machine_or_link(target.host) &&
+           proxy_for(config, server).empty();
+  }
 
   /// Checks that the settings allow a request. The first call reports their warnings.
   result<void> ready();
 
-  /// Sends a request to `address` and follows redirects (RFC 9110, section 15.4; at most 10, never from https to http).
+  /// Sends a request to `address` and follows redirects (RFC 9110, section 15.4; at most 10, never from https to http, and
+  /// never where leads_inward says so).
   /// Updates `address` and calls `redirected` for each redirect. Sends the Authorization value and the extra headers only
   /// to addresses under the base URL. Streams the body of a 200 or 206 to the sink; returns any other answer with the
   /// beginning of its body. No status is an error here.
@@ -4958,11 +5047,14 @@ inline result<answer> session::send(call& user_call, http_request request, const
     const bool keeps_method = got->status == 307 || got->status == 308;
     const bool repeatable = request.method == "GET" || (keeps_method && next && is_own(*next));
     const bool downgrade = next && address.scheme == "https" && next->scheme == "http";
-    if (!repeatable || !next || downgrade) {
+    const bool inward = next && leads_inward(address, *next);
+    if (!repeatable || !next || downgrade || inward) {
       return error(errc::protocol_violation,
                    label + " was redirected to " +
                        (next ? next->redacted() : std::string("an address that cannot be used")) +
-                       (downgrade ? ", from https to http: refused" : ": refused; is the base URL right?"),
+                       (inward      ? ", which is this machine or its network link: refused"
+                        : downgrade ? ", from https to http: refused"
+                                    : ": refused; is the base URL right?"),
                    got->status);
     }
     address = *std::move(next);
@@ -5313,8 +5405,8 @@ class service {
   result<std::string> default_entity();
 
  private:
-  static constexpr std::size_t max_answer = 8 * 1024 * 1024;    // bytes; a page of files takes about 1 MiB
-  static constexpr std::size_t max_listed = 128 * 1024 * 1024;  // bytes in memory; about half a million files
+  static constexpr std::size_t max_answer = 8 * 1024 * 1024;   // bytes; a page of files takes about 1 MiB
+  static constexpr std::size_t max_listed = 32 * 1024 * 1024;  // bytes in memory; about 170,000 files
   static constexpr std::size_t max_pages = 5000;
   static constexpr std::int64_t page_size = 500;  // files
 
@@ -5388,7 +5480,8 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   const auto parsed = parse_json(collected.text);
   if (!parsed->is_object()) {
     return error(errc::protocol_violation,
-                 task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply; " +
+                 task + ": the answer of " + host() +
+                     " is not a JSON object, is nested too deeply, or has too many values; " +
                      session_.description(response->head, collected.text, authorization) + "; is " +
                      session_.config.base_url + " the base URL of a W&B server?",
                  200);
@@ -5499,6 +5592,10 @@ inline result<std::string> service::address_of(const std::string& task, const js
   if (!absolute) return error(errc::protocol_violation, task + ": " + absolute.error().what());
   if (base->scheme == "https" && absolute->scheme == "http") {
     return error(errc::protocol_violation, task + ": the address " + shown + " is not https: refused");
+  }
+  if (session_.leads_inward(*base, *absolute)) {
+    return error(errc::protocol_violation,
+                 task + ": the address " + shown + " is this machine or its network link: refused");
   }
   return absolute->str();
 }
@@ -5737,6 +5834,34 @@ class transfer_state {
     return failure_;
   }
 
+  /// Calls the function of a thread. An exception (std::bad_alloc; a transport's own) must not leave the thread, which would
+  /// end the program: it stops every thread, and rethrow() throws it in the caller's. Returns false after an exception.
+  template <class Function>
+  bool run(Function function) {
+#if WANDB_RESTORE_EXCEPTIONS
+    try {
+      function();
+      return true;
+    } catch (...) {
+      {
+        const std::lock_guard<std::mutex> guard(mutex_);
+        if (!thrown_) thrown_ = std::current_exception();
+      }
+      stop();
+      return false;
+    }
+#else
+    function();
+    return true;
+#endif
+  }
+  /// Throws the first exception of a thread, if there was one. Call in the caller's thread after the threads have ended.
+  void rethrow() const {
+#if WANDB_RESTORE_EXCEPTIONS
+    if (thrown_) std::rethrow_exception(thrown_);
+#endif
+  }
+
  private:
   void end(const error* failure, std::atomic<bool>& flag) {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -5750,6 +5875,9 @@ class transfer_state {
   std::condition_variable ended_;
   std::atomic<bool> complete_{false}, stopped_{false};
   std::optional<error> failure_;
+#if WANDB_RESTORE_EXCEPTIONS
+  std::exception_ptr thrown_;
+#endif
 };
 
 /// Calls on_progress, about ten times a second at most. Use from the caller's thread only.
@@ -6236,7 +6364,7 @@ class digest_follower {
       : file_(file), table_(table), state_(state) {}
 
   /// Returns false if the system starts no thread: then compute the digest after the download.
-  [[nodiscard]] bool start() { return is_started_ = thread_.start<&digest_follower::follow>(this); }
+  [[nodiscard]] bool start() { return is_started_ = thread_.start<&digest_follower::run>(this); }
   /// Blocks until the thread has hashed the file or ended early, but no longer than `limit`. Returns whether it has ended.
   bool wait(milliseconds limit) { return thread_.wait(limit); }
   void join() { thread_.join(); }
@@ -6255,6 +6383,9 @@ class digest_follower {
   [[nodiscard]] const std::optional<error>& failure() const { return failure_; }
 
  private:
+  void run() {
+    state_.run([this] { follow(); });
+  }
   void follow() {
     md5 hash;
     page_buffer buffer;
@@ -6951,6 +7082,7 @@ inline result<std::string> ranged_transfer::run() {
     if (job_.user_call.cancelled()) state_.stop();
   }
   end();
+  state_.rethrow();
   if (auto failure = state_.failure()) return *failure;
   if (digest_.failure()) return *digest_.failure();
   if (job_.user_call.cancelled()) return job_.user_call.why_cancelled();
@@ -7022,15 +7154,18 @@ inline void ranged_transfer::flush_whole_blocks(std::size_t connection, std::str
 /// One connection: fetches range after range until every byte is on disk.
 inline void ranged_transfer::work(std::size_t connection) {
   std::string buffer;
-  buffer.reserve(static_cast<std::size_t>(range_request::chunk));
-  milliseconds park_time(5000);
-  while (wait_for_range(connection)) {
-    buffer.clear();
-    fetch_range(connection, buffer, park_time);
-    flush_whole_blocks(connection, buffer);
-    plan_.release(connection);
-    plan_.unpark(connection);
-  }
+  const bool has_ended = state_.run([&] {
+    buffer.reserve(static_cast<std::size_t>(range_request::chunk));
+    milliseconds park_time(5000);
+    while (wait_for_range(connection)) {
+      buffer.clear();
+      fetch_range(connection, buffer, park_time);
+      flush_whole_blocks(connection, buffer);
+      plan_.release(connection);
+      plan_.unpark(connection);
+    }
+  });
+  if (!has_ended) state_.run([&] { flush_whole_blocks(connection, buffer); });  // keep the bytes that arrived
 }
 
 /// Waits for a range to fetch. Returns false when the transfer is complete or stopped.
@@ -7116,6 +7251,9 @@ class stream_transfer final : public transfer {
  private:
   class stream_request;
 
+  void run_worker() {
+    state_.run([this] { work(); });
+  }
   void work();
   setback fetch();
   void start_over();
@@ -7201,12 +7339,13 @@ class stream_transfer::stream_request final : public file_request {
 };
 
 inline result<std::string> stream_transfer::run() {
-  if (!worker_.start<&stream_transfer::work>(this)) return job_.no_thread();
+  if (!worker_.start<&stream_transfer::run_worker>(this)) return job_.no_thread();
   supervise([&] {
     measure(received_);
     reporter_.report(phase::downloading, advance(position_), job_.remote.info.size, pace_);
   });
   end();
+  state_.rethrow();
   if (auto failure = state_.failure()) return *failure;
   file_.set_size(position_);
   reporter_.report(job_.is_verified() ? phase::verifying : phase::downloading, position_, position_, pace_);
@@ -7628,7 +7767,8 @@ class restoring {
     std::string md5;
     bool keep = true;
     ~releaser() {
-      if (keep) partial.release(destination, md5);
+      transfer_state ending;  // takes an exception, which must not leave a destructor
+      if (keep) ending.run([this] { partial.release(destination, md5); });
     }
   };
 
@@ -7653,8 +7793,11 @@ class restoring {
     if (partial.size() < large) return partial.finish();
     struct task {
       partial_file& content;
+      transfer_state state = {};
       result<void> finished = {};
-      void run() { finished = content.finish(); }
+      void run() {
+        state.run([this] { finished = content.finish(); });
+      }
     };
     task sync{partial};
     thread syncing;
@@ -7666,7 +7809,8 @@ class restoring {
         partial.touch();
       }
     }
-    return sync.finished;
+    sync.state.rethrow();
+    return std::move(sync.finished);
   }
 
   /// Whether to read the directory for partial files. A killed writer leaves its lock file, and the name of a released
@@ -8095,7 +8239,10 @@ inline constexpr milliseconds connection_attempt_delay{250};
 class connection_race {
  public:
   connection_race(const socket_addresses& addresses, clock::time_point deadline, const http_request& request)
-      : addresses_(addresses), deadline_(deadline), request_(request) {}
+      : addresses_(addresses), deadline_(deadline), request_(request) {
+    pending_.reserve(addresses.size());  // a socket must not be lost for want of memory
+    indices_.reserve(addresses.size());
+  }
   connection_race(const connection_race&) = delete;
   connection_race& operator=(const connection_race&) = delete;
   ~connection_race() {
