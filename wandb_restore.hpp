@@ -340,7 +340,11 @@ struct url {
   /// Returns the URL without user_info.
   [[nodiscard]] std::string str() const { return origin() + target; }
   /// Returns the URL without user_info and query, for messages and logs: a query may contain a signature.
-  [[nodiscard]] std::string redacted() const { return origin() + target.substr(0, target.find('?')); }
+  /// Cuts a path after 1,000 bytes.
+  [[nodiscard]] std::string redacted() const {
+    const std::string path = target.substr(0, target.find('?'));
+    return origin() + (path.size() > 1000 ? path.substr(0, 1000) + "..." : path);
+  }
 };
 
 /// Header fields, pairs of name and value, in the order in which they are sent or were received.
@@ -1720,36 +1724,78 @@ class json_document {
   const json* value_ = &null();
 };
 
-/// Whether a JSON text takes too much to parse: brackets are nested more than 64 levels deep, or there are more than 131,072
-/// values. The service's answers have less than ten levels, and about 7,000 values for a page of files. Thousands of levels
-/// could overflow the stack when the value is destroyed; a value of two bytes takes up to 160 bytes of memory.
-inline bool is_too_complex(std::string_view text) {
-  constexpr int limit = 64, most_values = 131'072;
-  int depth = 0, values = 0;
-  bool in_string = false;
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const char c = text[i];
-    if (in_string) {
-      if (c == '\\') ++i;  // the next character is escaped
-      if (c == '"') in_string = false;
-    } else if (c == '[' || c == '{') {
-      if (++depth > limit || ++values > most_values) return true;
-    } else if (c == ',') {
-      if (++values > most_values) return true;
-    } else if (c == ']' || c == '}') {
-      --depth;
-    } else if (c == '"') {
-      in_string = true;
-    }
-  }
-  return false;
-}
+/// Builds a value from the events of nlohmann's parser, whose own builder ends the program where it has no memory to destroy a
+/// half-built value. Refuses texts that take too much: more than 64 levels of brackets, more than 131,072 values, or a string
+/// of more than 64 KiB. The service's answers have less than ten levels, about 7,000 values for a page of files, and addresses
+/// of about 2 KiB. Thousands of levels could overflow the stack when the value is destroyed; a value of two bytes of text takes
+/// up to 160 bytes of memory; and each copy of a long string takes its length.
+class json_builder {
+ public:
+  explicit json_builder(json& root) : root_(root) {}
 
-/// Parses JSON. Returns null for text that is not JSON or is too complex.
+  bool null() { return add(json()) != nullptr; }
+  bool boolean(bool value) { return add(json(value)) != nullptr; }
+  bool number_integer(json::number_integer_t value) { return add(json(value)) != nullptr; }
+  bool number_unsigned(json::number_unsigned_t value) { return add(json(value)) != nullptr; }
+  bool number_float(json::number_float_t value, const json::string_t&) { return add(json(value)) != nullptr; }
+  bool string(json::string_t& value) {
+    return value.size() <= max_string && add(json(std::move(value))) != nullptr;
+  }
+  template <class Bytes>
+  bool binary(Bytes&) {
+    return false;  // not in a text
+  }
+  bool start_object(std::size_t) { return open(json::value_t::object); }
+  bool key(json::string_t& name) {
+    name_ = std::move(name);
+    return name_.size() <= max_string;
+  }
+  bool end_object() { return close(); }
+  bool start_array(std::size_t) { return open(json::value_t::array); }
+  bool end_array() { return close(); }
+  bool parse_error(std::size_t, const std::string&, const json::exception&) { return false; }
+
+ private:
+  static constexpr std::size_t max_depth = 64, max_values = 131'072, max_string = 64 * 1024;
+
+  /// Adds a value to the innermost open container. Returns its place, or null if there are too many values.
+  json* add(json value) {
+    if (++values_ > max_values) return nullptr;
+    json* place = &root_;
+    if (!open_.empty()) {
+      if (auto* const list = open_.back()->get_ptr<json::array_t*>()) {
+        list->push_back(json());
+        place = &list->back();
+      } else {
+        place = &(*open_.back()->get_ptr<json::object_t*>())[name_];
+        clear_json(*place);  // of two members with one name the last counts
+      }
+    }
+    place->swap(value);
+    return place;
+  }
+  bool open(json::value_t type) {
+    json* const opened = open_.size() < max_depth ? add(json(type)) : nullptr;
+    if (opened != nullptr) open_.push_back(opened);
+    return opened != nullptr;
+  }
+  bool close() {
+    open_.pop_back();
+    return true;
+  }
+
+  json& root_;
+  std::vector<json*> open_;  // containers, the innermost at the end
+  std::string name_;         // of the next member
+  std::size_t values_ = 0;
+};
+
+/// Parses JSON. Returns null for text that is not JSON, or that json_builder refuses.
 inline json_document parse_json(std::string_view text) {
-  if (is_too_complex(text)) return {};
-  json_document parsed(new json(json::parse(text.data(), text.data() + text.size(), nullptr, false)));
-  return parsed->is_discarded() ? json_document() : parsed;
+  auto* const root = new json;
+  json_document parsed(root);
+  json_builder builder(*root);
+  return json::sax_parse(text, &builder) ? parsed : json_document();
 }
 
 inline const json::object_t& members(const json& value) {
@@ -3150,10 +3196,11 @@ class partial_file {
                                                       std::uint64_t size);
   partial_file(const partial_file&) = delete;
   partial_file& operator=(const partial_file&) = delete;
-  /// Removes the file unless it was released or published.
+  /// Removes the file, or renames it to the fallback, unless it was released or published.
   ~partial_file() {
     out_.close();
-    if (is_claimed_) remove_quietly(where_);
+    if (!is_claimed_ || (!fallback_.empty() && rename_over(where_, fallback_) == 0)) return;
+    remove_quietly(where_);
   }
 
   [[nodiscard]] const file& content() const { return out_; }
@@ -3193,6 +3240,9 @@ class partial_file {
   [[nodiscard]] bool is_worth_keeping(const std::string& md5) const {
     return !md5.empty() && !is_unreliable_ && bits_.find_first_not_of('\0') != std::string::npos;
   }
+  /// Sets the name that the destructor gives the file; "": it removes the file. A file that open() took over has its former
+  /// name as the fallback, so that an exception does not lose the bytes that had arrived.
+  void fallback(path name) { fallback_ = std::move(name); }
   /// Closes the file, and keeps it for the next restore of this content. Has no effect on a published file.
   void release(const place& at, const std::string& md5) {
     if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && !has_better_successor(at)) {
@@ -3260,7 +3310,7 @@ class partial_file {
   }
 
   file out_;
-  path where_;
+  path where_, fallback_;
   std::string md5_;  // of the content; empty if unknown
   std::uint64_t size_;
   std::string bits_;            // the record: one bit for each block, lowest bit first
@@ -3319,15 +3369,16 @@ inline std::unique_ptr<partial_file> partial_file::inspect(const found_partial& 
 }
 
 inline bool partial_file::claim(const place& at) {
-  const path own = at.partial(md5_, owner::self().str());
-  if (rename_over(where_, own) != 0) return false;
+  fallback_ = at.partial(md5_, owner::self().str());
+  if (rename_over(where_, fallback_) != 0) return false;
+  where_.swap(fallback_);
+  is_claimed_ = true;
   const auto opened = out_.facts();
-  if (!out_.is_named(own) || !opened.found() || opened->links != 1) {
-    remove_quietly(own);  // not the inspected file: somebody replaced the entry before the rename
+  if (!out_.is_named(where_) || !opened.found() || opened->links != 1) {
+    fallback_
+        .clear();  // not the inspected file: somebody replaced the entry before the rename; the destructor removes it
     return false;
   }
-  where_ = own;
-  is_claimed_ = true;
   if (const auto old = facts_of(at.target); old.found()) {
     set_permissions(out_.native(), opened->mode & permissions_beside(old));
   }
@@ -5292,7 +5343,10 @@ inline std::string session::status_text(const answer& got, const url& address,
     const std::string code = storage_code(got.body);
     return code.empty() ? status : status + ", " + code;
   }
-  const auto said = without_secrets(backend_message(*parse_json(got.body)), authorization);
+  auto said = without_secrets(backend_message(*parse_json(got.body)), authorization);
+  const auto query = address.target.find('?');  // a server may quote the request
+  if (query != std::string::npos && query + 1 < address.target.size())
+    said = replace_all(said, std::string_view(address.target).substr(query + 1), "***");
   return said.empty() ? status : status + ", " + in_quotes(said);
 }
 
@@ -5481,7 +5535,7 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   if (!parsed->is_object()) {
     return error(errc::protocol_violation,
                  task + ": the answer of " + host() +
-                     " is not a JSON object, is nested too deeply, or has too many values; " +
+                     " is not a JSON object, is nested too deeply, or has too many or too long values; " +
                      session_.description(response->head, collected.text, authorization) + "; is " +
                      session_.config.base_url + " the base URL of a W&B server?",
                  200);
@@ -7736,7 +7790,8 @@ class restoring {
                             : partial_file::create(place_, md5, size);
       if (!opened) return opened.error();
       partial_file& partial = **opened;
-      releaser on_exit{partial, place_, md5};
+      releaser on_exit{partial, place_, md5, place_.released()};
+      partial.fallback({});
       if (auto room = partial.reserve(); !room) return room.error();
 
       const setback end = download(job, partial);
@@ -7765,10 +7820,13 @@ class restoring {
     partial_file& partial;
     const place& destination;
     std::string md5;
+    path released;
     bool keep = true;
     ~releaser() {
+      if (!keep) return;
       transfer_state ending;  // takes an exception, which must not leave a destructor
-      if (keep) ending.run([this] { partial.release(destination, md5); });
+      if (ending.run([this] { partial.release(destination, md5); })) return;
+      if (partial.is_worth_keeping(md5)) partial.fallback(std::move(released));
     }
   };
 

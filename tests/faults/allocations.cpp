@@ -10,6 +10,7 @@
 // After each run:
 // - the call has returned, or thrown wandb::error or std::bad_alloc; within a minute;
 // - the visible file is the old one, or the new one, or absent if there was none;
+// - a resumed download has lost no bytes that had arrived before;
 // - nothing else is outside of the library's hidden files; no thread and no descriptor is left;
 // - the same restore without a failure succeeds, and leaves no hidden file.
 //
@@ -197,10 +198,10 @@ struct kind {
   const char* name;
   const char* file;
   bool is_secure = false;
-  bool has_old = false;       ///< another content is in the file's place before
-  bool has_new = false;       ///< the content is in the file's place before, with a receipt
-  bool has_partial = false;   ///< a part of the content was downloaded before
-  bool lists = false;         ///< lists the run's files instead
+  bool has_old = false;      ///< another content is in the file's place before
+  bool has_new = false;      ///< the content is in the file's place before, with a receipt
+  bool has_partial = false;  ///< a part of the content was downloaded before
+  bool lists = false;        ///< lists the run's files instead
   wandb::cache_policy policy = wandb::cache_policy::keep();
 };
 
@@ -329,17 +330,21 @@ class trial {
   }
 
   void check_files(std::uint64_t number, const std::string& outcome) {
-    bool is_visible = false;
+    bool is_visible = false, has_part = false;
     for (const auto& [name, text] : read_files(root_)) {
+      has_part = has_part || name.find(".part") != name.npos;
       if (is_hidden(name)) continue;
       is_visible = is_visible || name == kind_.file;
       const bool is_old = kind_.has_old && text == old_content_;
-      if (name != kind_.file || !(is_old || text == new_content_)) report(number, name + " has a wrong content");
+      if (name != kind_.file || !(is_old || text == new_content_))
+        report(number, name + " has a wrong content");
       const bool is_replaced = kind_.has_old && std::string(kind_.name) != "kept";
-      if (outcome == "success" && is_replaced && is_old) report(number, "success, but the file is the old one");
+      if (outcome == "success" && is_replaced && is_old)
+        report(number, "success, but the file is the old one");
     }
     if (!is_visible && (kind_.has_old || kind_.has_new || (outcome == "success" && !kind_.lists)))
       report(number, "the file is missing");
+    if (kind_.has_partial && !is_visible && !has_part) report(number, "the bytes that had arrived are lost");
   }
 
   /// Makes the files that are there before each run.
@@ -412,7 +417,8 @@ int main(int argc, char** argv) {
   for (const auto& each : all_kinds()) {
     if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), each.name) == wanted.end()) continue;
     trial one(each, all, folder.path());
-    if (one.run(0) != "success") std::cerr << each.name << ": fails without a failing allocation\n", ++violations;
+    if (one.run(0) != "success")
+      std::cerr << each.name << ": fails without a failing allocation\n", ++violations;
     one.run(0);  // the first run has initialised what the libraries initialise once
     const std::uint64_t total = allocations;
     const std::uint64_t step = sample == 0 ? 1 : (std::max<std::uint64_t>)(1, total / sample);
