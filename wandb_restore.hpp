@@ -340,7 +340,11 @@ struct url {
   /// Returns the URL without user_info.
   [[nodiscard]] std::string str() const { return origin() + target; }
   /// Returns the URL without user_info and query, for messages and logs: a query may contain a signature.
-  [[nodiscard]] std::string redacted() const { return origin() + target.substr(0, target.find('?')); }
+  /// Cuts a path after 1,000 bytes.
+  [[nodiscard]] std::string redacted() const {
+    const std::string path = target.substr(0, target.find('?'));
+    return origin() + (path.size() > 1000 ? path.substr(0, 1000) + "..." : path);
+  }
 };
 
 /// Header fields, pairs of name and value, in the order in which they are sent or were received.
@@ -756,8 +760,8 @@ class client {
   }
 
   /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Errors as in
-  /// wandb::try_restore, and errc::protocol_violation for a list that takes more than 128 MiB (about half a million files)
-  /// or 5,000 pages.
+  /// wandb::try_restore, and errc::protocol_violation for a list that takes more than 32 MiB (about 170,000 files) or
+  /// 5,000 pages.
   result<std::vector<file_info>> try_list_files(const restore_options& options = {}) {
     return detail::list_files(*session_, options);
   }
@@ -878,6 +882,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <cstdio>              // warnings
 #include <cstring>             // memcpy
 #include <ctime>               // strftime
+#include <exception>           // exceptions of threads
 #include <mutex>               //
 
 #include <nlohmann/json.hpp>
@@ -903,6 +908,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <process.h>  // _beginthreadex
 #else
 #include <cerrno>          //
+#include <dirent.h>        // opendir
 #include <fcntl.h>         // open, record locks, fallocate
 #include <pthread.h>       // threads: pthread_create returns its error, std::thread throws it
 #include <signal.h>        // kill(pid, 0): is the process alive
@@ -1682,11 +1688,23 @@ inline result<text_map> parse_netrc(std::string_view text) {
 
 using json = nlohmann::json;
 
+/// Empties containers from the innermost out. The destructor of nlohmann::json needs memory to destroy containers in
+/// containers, and ends the program if there is none.
+inline void clear_json(json& value) {
+  if (auto* const list = value.get_ptr<json::array_t*>()) {
+    for (json& element : *list) clear_json(element);
+    list->clear();
+  } else if (auto* const object = value.get_ptr<json::object_t*>()) {
+    for (auto& entry : *object) clear_json(entry.second);
+    object->clear();
+  }
+}
+
 /// A value of a parsed JSON text, which it shares with its copies.
 class json_document {
  public:
   json_document() = default;  ///< null
-  explicit json_document(const json* parsed) : text_(parsed), value_(parsed) {}
+  explicit json_document(json* parsed) : text_(parsed, destroy), value_(parsed) {}
 
   const json& operator*() const { return *value_; }
   const json* operator->() const { return value_; }
@@ -1702,37 +1720,86 @@ class json_document {
   }
 
  private:
+  static void destroy(json* parsed) {
+    clear_json(*parsed);
+    delete parsed;
+  }
   std::shared_ptr<const json> text_;
   const json* value_ = &null();
 };
 
-/// Whether brackets are nested more than 64 levels deep. The service's answers have less than ten levels; thousands could
-/// overflow the stack when the value is destroyed.
-inline bool is_nested_too_deep(std::string_view text) {
-  constexpr int limit = 64;
-  int depth = 0;
-  bool in_string = false;
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const char c = text[i];
-    if (in_string) {
-      if (c == '\\') ++i;  // the next character is escaped
-      if (c == '"') in_string = false;
-    } else if (c == '[' || c == '{') {
-      if (++depth > limit) return true;
-    } else if (c == ']' || c == '}') {
-      --depth;
-    } else if (c == '"') {
-      in_string = true;
-    }
-  }
-  return false;
-}
+/// Builds a value from the events of nlohmann's parser, whose own builder ends the program where it has no memory to destroy a
+/// half-built value. Refuses texts that take too much: more than 64 levels of brackets, more than 131,072 values, or a string
+/// of more than 64 KiB. The service's answers have less than ten levels, about 7,000 values for a page of files, and addresses
+/// of about 2 KiB. Thousands of levels could overflow the stack when the value is destroyed; a value of two bytes of text takes
+/// up to 160 bytes of memory; and each copy of a long string takes its length.
+class json_builder {
+ public:
+  explicit json_builder(json& root) : root_(root) {}
 
-/// Parses JSON. Returns null for text that is not JSON or is nested too deep.
+  bool null() { return add(json()) != nullptr; }
+  bool boolean(bool value) { return add(json(value)) != nullptr; }
+  bool number_integer(json::number_integer_t value) { return add(json(value)) != nullptr; }
+  bool number_unsigned(json::number_unsigned_t value) { return add(json(value)) != nullptr; }
+  bool number_float(json::number_float_t value, const json::string_t&) { return add(json(value)) != nullptr; }
+  bool string(json::string_t& value) {
+    return value.size() <= max_string && add(json(std::move(value))) != nullptr;
+  }
+  template <class Bytes>
+  bool binary(Bytes&) {
+    return false;  // not in a text
+  }
+  bool start_object(std::size_t) { return open(json::value_t::object); }
+  bool key(json::string_t& name) {
+    name_ = std::move(name);
+    return name_.size() <= max_string;
+  }
+  bool end_object() { return close(); }
+  bool start_array(std::size_t) { return open(json::value_t::array); }
+  bool end_array() { return close(); }
+  bool parse_error(std::size_t, const std::string&, const json::exception&) { return false; }
+
+ private:
+  static constexpr std::size_t max_depth = 64, max_values = 131'072, max_string = 64 * 1024;
+
+  /// Adds a value to the innermost open container. Returns its place, or null if there are too many values.
+  json* add(json value) {
+    if (++values_ > max_values) return nullptr;
+    json* place = &root_;
+    if (!open_.empty()) {
+      if (auto* const list = open_.back()->get_ptr<json::array_t*>()) {
+        list->push_back(json());
+        place = &list->back();
+      } else {
+        place = &(*open_.back()->get_ptr<json::object_t*>())[name_];
+        clear_json(*place);  // of two members with one name the last counts
+      }
+    }
+    place->swap(value);
+    return place;
+  }
+  bool open(json::value_t type) {
+    json* const opened = open_.size() < max_depth ? add(json(type)) : nullptr;
+    if (opened != nullptr) open_.push_back(opened);
+    return opened != nullptr;
+  }
+  bool close() {
+    open_.pop_back();
+    return true;
+  }
+
+  json& root_;
+  std::vector<json*> open_;  // containers, the innermost at the end
+  std::string name_;         // of the next member
+  std::size_t values_ = 0;
+};
+
+/// Parses JSON. Returns null for text that is not JSON, or that json_builder refuses.
 inline json_document parse_json(std::string_view text) {
-  if (is_nested_too_deep(text)) return {};
-  json_document parsed(new json(json::parse(text.data(), text.data() + text.size(), nullptr, false)));
-  return parsed->is_discarded() ? json_document() : parsed;
+  auto* const root = new json;
+  json_document parsed(root);
+  json_builder builder(*root);
+  return json::sax_parse(text, &builder) ? parsed : json_document();
 }
 
 inline const json::object_t& members(const json& value) {
@@ -2265,6 +2332,11 @@ inline int open_lock_file(file_handle& opened, const path& where, bool& existed)
   return opened == no_file() ? last_os_error() : 0;
 }
 inline bool is_lock_busy(int code) { return code == ERROR_SHARING_VIOLATION; }
+inline void for_each_name(const path& directory, function_ref<void(const path& name)> take) {
+  std::error_code failure;
+  std::filesystem::directory_iterator entry(directory, failure), end;
+  for (; !failure && entry != end; entry.increment(failure)) take(entry->path().filename());
+}
 inline int lock_file(file_handle) { return 0; }  // open_lock_file shares the file with nobody
 inline bool are_locks_effective(file_handle, const path&) { return true; }
 
@@ -2520,6 +2592,20 @@ inline int open_lock_file(file_handle& opened, const path& where, bool& existed)
   return EACCES;
 }
 inline bool is_lock_busy(int code) { return code == EAGAIN; }
+
+/// Calls `take` with the name of each entry of a directory, except "." and "..". A directory that cannot be read counts as
+/// empty. std::filesystem::directory_iterator would do, but that of libstdc++ ends the program if there is no memory.
+inline void for_each_name(const path& directory, function_ref<void(const path& name)> take) {
+  struct closer {
+    void operator()(DIR* opened) const { ::closedir(opened); }
+  };
+  const std::unique_ptr<DIR, closer> opened(::opendir(directory.c_str()));
+  if (!opened) return;
+  while (const auto* const entry = WANDB_RESTORE_PRIVATE_LARGE(readdir)(opened.get())) {
+    const path name = entry->d_name;
+    if (name != "." && name != "..") take(name);
+  }
+}
 #if defined(F_OFD_SETLK)
 constexpr int set_lock_command = F_OFD_SETLK, get_lock_command = F_OFD_GETLK;
 #elif defined(__GLIBC__)
@@ -2958,6 +3044,7 @@ class place_lock {
       if (contains(locked(), key_)) return outcome::busy;
       locked().push_back(key_);
     }
+    outcome_ = outcome::unavailable;  // if try_file() throws: the destructor then forgets the key
     outcome_ = try_file();
     if (outcome_ == outcome::busy) forget();
     return outcome_;
@@ -3060,33 +3147,30 @@ struct found_partial {
 
 inline std::vector<found_partial> find_partials(const place& at) {
   std::vector<found_partial> found;
-  std::error_code failure;
-  std::filesystem::directory_iterator entry(or_dot(at.directory), failure), end;
-  for (; !failure && entry != end; entry.increment(failure)) {
-    const path where = at.directory / entry->path().filename();
-    const std::string name = utf8(where.filename());
+  for_each_name(or_dot(at.directory), [&](const path& file_name) {
+    const std::string name = utf8(file_name);
     constexpr std::string_view suffix = ".part";
     if (!starts_with(name, at.tag) || name.size() < at.tag.size() + suffix.size() ||
         name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) {
-      continue;
+      return;
     }
     found_partial partial;
-    partial.where = where;
+    partial.where = at.directory / file_name;
     std::string_view middle = name;
     middle = middle.substr(at.tag.size(), name.size() - at.tag.size() - suffix.size());
     if (middle.empty()) {
       partial.released = true;
     } else {
       const auto dash = middle.find('-', 1);
-      if (middle[0] != '-' || dash == std::string_view::npos || dash + 1 == middle.size()) continue;
+      if (middle[0] != '-' || dash == std::string_view::npos || dash + 1 == middle.size()) return;
       partial.key = middle.substr(1, dash - 1);
       partial.writer = owner::parse(middle.substr(dash + 1));
     }
-    const auto facts = facts_of_entry(where);
-    if (!facts.found()) continue;
+    const auto facts = facts_of_entry(partial.where);
+    if (!facts.found()) return;
     partial.facts = *facts;
     found.push_back(std::move(partial));
-  }
+  });
   return found;
 }
 
@@ -3099,8 +3183,9 @@ using watcher = function_ref<bool(std::uint64_t done)>;
 class partial_file {
  public:
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
-  /// The size of the largest file, 64 TiB: the record has a bit for each block, and is held in memory.
-  static constexpr std::uint64_t max_size = std::uint64_t{1} << 46;
+  /// The size of the largest file, 8 TiB: more than storage services take in one upload. The record has a bit for each block,
+  /// 16 MiB at most, and is held in memory.
+  static constexpr std::uint64_t max_size = std::uint64_t{1} << 43;
   // Seconds without a write after which a writer counts as dead if its process cannot be examined.
   static constexpr std::uint64_t quiet = 60;
 
@@ -3115,10 +3200,11 @@ class partial_file {
                                                       std::uint64_t size);
   partial_file(const partial_file&) = delete;
   partial_file& operator=(const partial_file&) = delete;
-  /// Removes the file unless it was released or published.
+  /// Removes the file, or renames it to the fallback, unless it was released or published.
   ~partial_file() {
     out_.close();
-    if (is_claimed_) remove_quietly(where_);
+    if (!is_claimed_ || (!fallback_.empty() && rename_over(where_, fallback_) == 0)) return;
+    remove_quietly(where_);
   }
 
   [[nodiscard]] const file& content() const { return out_; }
@@ -3158,6 +3244,9 @@ class partial_file {
   [[nodiscard]] bool is_worth_keeping(const std::string& md5) const {
     return !md5.empty() && !is_unreliable_ && bits_.find_first_not_of('\0') != std::string::npos;
   }
+  /// Sets the name that the destructor gives the file; "": it removes the file. A file that open() took over has its former
+  /// name as the fallback, so that an exception does not lose the bytes that had arrived.
+  void fallback(path name) { fallback_ = std::move(name); }
   /// Closes the file, and keeps it for the next restore of this content. Has no effect on a published file.
   void release(const place& at, const std::string& md5) {
     if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && !has_better_successor(at)) {
@@ -3225,7 +3314,7 @@ class partial_file {
   }
 
   file out_;
-  path where_;
+  path where_, fallback_;
   std::string md5_;  // of the content; empty if unknown
   std::uint64_t size_;
   std::string bits_;            // the record: one bit for each block, lowest bit first
@@ -3250,10 +3339,10 @@ inline result<std::unique_ptr<partial_file>> partial_file::create(const place& a
   const auto old = facts_of(at.target);
   if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
   const path where = at.partial(md5, owner::self().str());
-  file out;
-  if (const int code = out.open(where, file::mode::create, permissions_beside(old)))
+  // Make the object before the file: a lack of memory must not leave a file behind.
+  std::unique_ptr<partial_file> made(new partial_file(file(), where, md5, size));
+  if (const int code = made->out_.open(where, file::mode::create, permissions_beside(old)))
     return disk_error("create", where, code);
-  std::unique_ptr<partial_file> made(new partial_file(std::move(out), where, md5, size));
   made->is_claimed_ = true;
   if (auto allowed = check_limit(made->whole()); !allowed) return allowed.error();
   if (size > 0) {
@@ -3284,15 +3373,16 @@ inline std::unique_ptr<partial_file> partial_file::inspect(const found_partial& 
 }
 
 inline bool partial_file::claim(const place& at) {
-  const path own = at.partial(md5_, owner::self().str());
-  if (rename_over(where_, own) != 0) return false;
+  fallback_ = at.partial(md5_, owner::self().str());
+  if (rename_over(where_, fallback_) != 0) return false;
+  where_.swap(fallback_);
+  is_claimed_ = true;
   const auto opened = out_.facts();
-  if (!out_.is_named(own) || !opened.found() || opened->links != 1) {
-    remove_quietly(own);  // not the inspected file: somebody replaced the entry before the rename
+  if (!out_.is_named(where_) || !opened.found() || opened->links != 1) {
+    fallback_
+        .clear();  // not the inspected file: somebody replaced the entry before the rename; the destructor removes it
     return false;
   }
-  where_ = own;
-  is_claimed_ = true;
   if (const auto old = facts_of(at.target); old.found()) {
     set_permissions(out_.native(), opened->mode & permissions_beside(old));
   }
@@ -3527,14 +3617,12 @@ inline void sweep_receipts(const path& directory) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   const auto old =
       std::chrono::duration_cast<std::chrono::nanoseconds>(now - std::chrono::seconds(86400)).count();
-  std::error_code failure;
-  std::filesystem::directory_iterator entry(directory, failure), end;
-  for (; !failure && entry != end; entry.increment(failure)) {
-    const path where = entry->path();
-    if (utf8(where.filename()).find(".new-") == std::string::npos) continue;
+  for_each_name(directory, [&](const path& name) {
+    if (utf8(name).find(".new-") == std::string::npos) return;
+    const path where = directory / name;
     if (const auto facts = facts_of_entry(where); facts.found() && facts->modified <= old)
       remove_quietly(where);
-  }
+  });
 }
 
 /// Reads the receipts that are stored in a receipt file. Returns "" if another user wrote it.
@@ -4812,6 +4900,51 @@ class collecting_sink final : public body_sink {
   std::size_t limit_;
 };
 
+/// Whether a name ends with `suffix`, or is it without the dot that it begins with.
+inline bool is_below(std::string_view name, std::string_view suffix) {
+  if (name == suffix.substr(1)) return true;
+  return name.size() > suffix.size() && name.substr(name.size() - suffix.size()) == suffix;
+}
+inline bool in_any_network(const ip_address& address, std::initializer_list<const char*> networks) {
+  return std::any_of(networks.begin(), networks.end(),
+                     [&](const char* network) { return in_network(address, network); });
+}
+/// A host without the dot at the end of a name or the zone of an IPv6 address.
+inline std::string_view plain_host(std::string_view host) {
+  host = host.substr(0, host.find('%'));
+  return host.substr(0, host.find_last_not_of('.') + 1);
+}
+
+/// Whether a host is certainly this machine (loopback), or on its network link (link-local; the metadata services of clouds
+/// are there). So are addresses in a form that resolvers understand but nobody needs: "127.1", "0x7f000001".
+inline bool is_this_machine_or_link(std::string_view host) {
+  host = plain_host(host);
+  if (is_below(host, ".localhost")) return true;
+  const auto address = parse_ip(host);
+  if (!address.empty())
+    return in_any_network(address, {"127.0.0.0/8", "169.254.0.0/16", "0.0.0.0/8", "::/96", "fe80::/10"});
+  const auto last_label = host.substr(host.rfind('.') + 1);
+  return !last_label.empty() && is_digit(last_label[0]) && host.find(':') == host.npos &&
+         to_number(last_label.substr(starts_with(last_label, "0x") ? 2 : 0), 16).has_value();
+}
+
+/// Whether a host is on the public internet, as far as its text tells: neither an address of a private network, nor a name
+/// without a dot or with an ending for private use (RFC 6761, 6762, 8375).
+inline bool is_public(std::string_view host) {
+  if (is_this_machine_or_link(host)) return false;
+  host = plain_host(host);
+  const auto address = parse_ip(host);
+  if (!address.empty()) {
+    return !in_any_network(address,
+                           {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"});
+  }
+  if (host.find('.') == host.npos) return false;
+  for (const char* suffix : {".local", ".internal", ".lan", ".home.arpa", ".test", ".invalid"}) {
+    if (is_below(host, suffix)) return false;
+  }
+  return true;
+}
+
 inline bool is_redirect(int status) {
   return status == 301 || status == 302 || status == 303 || status == 307 || status == 308;
 }
@@ -4845,11 +4978,18 @@ class session {
   const result<url> base;  // the base URL, or the reason why it cannot be used
   /// Whether an address is the service's own: see under_base.
   [[nodiscard]] bool is_own(const url& address) const { return base && under_base(*base, address); }
+  /// Whether a server on the internet refers this client to the machine or network link that it runs on. Nobody stores files
+  /// for others there: an attacker wants a request to another program's server. A server behind a proxy may be anywhere.
+  [[nodiscard]] bool leads_inward(const url& server, const url& target) const {
+    return is_public(server.host) && is_this_machine_or_link(target.host) &&
+           proxy_for(config, server).empty();
+  }
 
   /// Checks that the settings allow a request. The first call reports their warnings.
   result<void> ready();
 
-  /// Sends a request to `address` and follows redirects (RFC 9110, section 15.4; at most 10, never from https to http).
+  /// Sends a request to `address` and follows redirects (RFC 9110, section 15.4; at most 10, never from https to http, and
+  /// never where leads_inward says so).
   /// Updates `address` and calls `redirected` for each redirect. Sends the Authorization value and the extra headers only
   /// to addresses under the base URL. Streams the body of a 200 or 206 to the sink; returns any other answer with the
   /// beginning of its body. No status is an error here.
@@ -4963,11 +5103,14 @@ inline result<answer> session::send(call& user_call, http_request request, const
     const bool keeps_method = got->status == 307 || got->status == 308;
     const bool repeatable = request.method == "GET" || (keeps_method && next && is_own(*next));
     const bool downgrade = next && address.scheme == "https" && next->scheme == "http";
-    if (!repeatable || !next || downgrade) {
+    const bool inward = next && leads_inward(address, *next);
+    if (!repeatable || !next || downgrade || inward) {
       return error(errc::protocol_violation,
                    label + " was redirected to " +
                        (next ? next->redacted() : std::string("an address that cannot be used")) +
-                       (downgrade ? ", from https to http: refused" : ": refused; is the base URL right?"),
+                       (inward      ? ", which is this machine or its network link: refused"
+                        : downgrade ? ", from https to http: refused"
+                                    : ": refused; is the base URL right?"),
                    got->status);
     }
     address = *std::move(next);
@@ -5205,7 +5348,10 @@ inline std::string session::status_text(const answer& got, const url& address,
     const std::string code = storage_code(got.body);
     return code.empty() ? status : status + ", " + code;
   }
-  const auto said = without_secrets(backend_message(*parse_json(got.body)), authorization);
+  auto said = without_secrets(backend_message(*parse_json(got.body)), authorization);
+  const auto query = address.target.find('?');  // a server may quote the request
+  if (query != std::string::npos && query + 1 < address.target.size())
+    said = replace_all(said, std::string_view(address.target).substr(query + 1), "***");
   return said.empty() ? status : status + ", " + in_quotes(said);
 }
 
@@ -5318,8 +5464,8 @@ class service {
   result<std::string> default_entity();
 
  private:
-  static constexpr std::size_t max_answer = 8 * 1024 * 1024;    // bytes; a page of files takes about 1 MiB
-  static constexpr std::size_t max_listed = 128 * 1024 * 1024;  // bytes in memory; about half a million files
+  static constexpr std::size_t max_answer = 8 * 1024 * 1024;   // bytes; a page of files takes about 1 MiB
+  static constexpr std::size_t max_listed = 32 * 1024 * 1024;  // bytes in memory; about 170,000 files
   static constexpr std::size_t max_pages = 5000;
   static constexpr std::int64_t page_size = 500;  // files
 
@@ -5393,7 +5539,8 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   const auto parsed = parse_json(collected.text);
   if (!parsed->is_object()) {
     return error(errc::protocol_violation,
-                 task + ": the answer of " + host() + " is not a JSON object, or is nested too deeply; " +
+                 task + ": the answer of " + host() +
+                     " is not a JSON object, is nested too deeply, or has too many or too long values; " +
                      session_.description(response->head, collected.text, authorization) + "; is " +
                      session_.config.base_url + " the base URL of a W&B server?",
                  200);
@@ -5504,6 +5651,10 @@ inline result<std::string> service::address_of(const std::string& task, const js
   if (!absolute) return error(errc::protocol_violation, task + ": " + absolute.error().what());
   if (base->scheme == "https" && absolute->scheme == "http") {
     return error(errc::protocol_violation, task + ": the address " + shown + " is not https: refused");
+  }
+  if (session_.leads_inward(*base, *absolute)) {
+    return error(errc::protocol_violation,
+                 task + ": the address " + shown + " is this machine or its network link: refused");
   }
   return absolute->str();
 }
@@ -5742,6 +5893,34 @@ class transfer_state {
     return failure_;
   }
 
+  /// Calls the function of a thread. An exception (std::bad_alloc; a transport's own) must not leave the thread, which would
+  /// end the program: it stops every thread, and rethrow() throws it in the caller's. Returns false after an exception.
+  template <class Function>
+  bool run(Function function) {
+#if WANDB_RESTORE_EXCEPTIONS
+    try {
+      function();
+      return true;
+    } catch (...) {
+      {
+        const std::lock_guard<std::mutex> guard(mutex_);
+        if (!thrown_) thrown_ = std::current_exception();
+      }
+      stop();
+      return false;
+    }
+#else
+    function();
+    return true;
+#endif
+  }
+  /// Throws the first exception of a thread, if there was one. Call in the caller's thread after the threads have ended.
+  void rethrow() const {
+#if WANDB_RESTORE_EXCEPTIONS
+    if (thrown_) std::rethrow_exception(thrown_);
+#endif
+  }
+
  private:
   void end(const error* failure, std::atomic<bool>& flag) {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -5755,6 +5934,9 @@ class transfer_state {
   std::condition_variable ended_;
   std::atomic<bool> complete_{false}, stopped_{false};
   std::optional<error> failure_;
+#if WANDB_RESTORE_EXCEPTIONS
+  std::exception_ptr thrown_;
+#endif
 };
 
 /// Calls on_progress, about ten times a second at most. Use from the caller's thread only.
@@ -6241,7 +6423,7 @@ class digest_follower {
       : file_(file), table_(table), state_(state) {}
 
   /// Returns false if the system starts no thread: then compute the digest after the download.
-  [[nodiscard]] bool start() { return is_started_ = thread_.start<&digest_follower::follow>(this); }
+  [[nodiscard]] bool start() { return is_started_ = thread_.start<&digest_follower::run>(this); }
   /// Blocks until the thread has hashed the file or ended early, but no longer than `limit`. Returns whether it has ended.
   bool wait(milliseconds limit) { return thread_.wait(limit); }
   void join() { thread_.join(); }
@@ -6260,6 +6442,9 @@ class digest_follower {
   [[nodiscard]] const std::optional<error>& failure() const { return failure_; }
 
  private:
+  void run() {
+    state_.run([this] { follow(); });
+  }
   void follow() {
     md5 hash;
     page_buffer buffer;
@@ -6956,6 +7141,7 @@ inline result<std::string> ranged_transfer::run() {
     if (job_.user_call.cancelled()) state_.stop();
   }
   end();
+  state_.rethrow();
   if (auto failure = state_.failure()) return *failure;
   if (digest_.failure()) return *digest_.failure();
   if (job_.user_call.cancelled()) return job_.user_call.why_cancelled();
@@ -7027,15 +7213,18 @@ inline void ranged_transfer::flush_whole_blocks(std::size_t connection, std::str
 /// One connection: fetches range after range until every byte is on disk.
 inline void ranged_transfer::work(std::size_t connection) {
   std::string buffer;
-  buffer.reserve(static_cast<std::size_t>(range_request::chunk));
-  milliseconds park_time(5000);
-  while (wait_for_range(connection)) {
-    buffer.clear();
-    fetch_range(connection, buffer, park_time);
-    flush_whole_blocks(connection, buffer);
-    plan_.release(connection);
-    plan_.unpark(connection);
-  }
+  const bool has_ended = state_.run([&] {
+    buffer.reserve(static_cast<std::size_t>(range_request::chunk));
+    milliseconds park_time(5000);
+    while (wait_for_range(connection)) {
+      buffer.clear();
+      fetch_range(connection, buffer, park_time);
+      flush_whole_blocks(connection, buffer);
+      plan_.release(connection);
+      plan_.unpark(connection);
+    }
+  });
+  if (!has_ended) state_.run([&] { flush_whole_blocks(connection, buffer); });  // keep the bytes that arrived
 }
 
 /// Waits for a range to fetch. Returns false when the transfer is complete or stopped.
@@ -7121,6 +7310,9 @@ class stream_transfer final : public transfer {
  private:
   class stream_request;
 
+  void run_worker() {
+    state_.run([this] { work(); });
+  }
   void work();
   setback fetch();
   void start_over();
@@ -7206,12 +7398,13 @@ class stream_transfer::stream_request final : public file_request {
 };
 
 inline result<std::string> stream_transfer::run() {
-  if (!worker_.start<&stream_transfer::work>(this)) return job_.no_thread();
+  if (!worker_.start<&stream_transfer::run_worker>(this)) return job_.no_thread();
   supervise([&] {
     measure(received_);
     reporter_.report(phase::downloading, advance(position_), job_.remote.info.size, pace_);
   });
   end();
+  state_.rethrow();
   if (auto failure = state_.failure()) return *failure;
   file_.set_size(position_);
   reporter_.report(job_.is_verified() ? phase::verifying : phase::downloading, position_, position_, pace_);
@@ -7602,7 +7795,8 @@ class restoring {
                             : partial_file::create(place_, md5, size);
       if (!opened) return opened.error();
       partial_file& partial = **opened;
-      releaser on_exit{partial, place_, md5};
+      releaser on_exit{partial, place_, md5, place_.released()};
+      partial.fallback({});
       if (auto room = partial.reserve(); !room) return room.error();
 
       const setback end = download(job, partial);
@@ -7631,9 +7825,13 @@ class restoring {
     partial_file& partial;
     const place& destination;
     std::string md5;
+    path released;
     bool keep = true;
     ~releaser() {
-      if (keep) partial.release(destination, md5);
+      if (!keep) return;
+      transfer_state ending;  // takes an exception, which must not leave a destructor
+      if (ending.run([this] { partial.release(destination, md5); })) return;
+      if (partial.is_worth_keeping(md5)) partial.fallback(std::move(released));
     }
   };
 
@@ -7658,8 +7856,11 @@ class restoring {
     if (partial.size() < large) return partial.finish();
     struct task {
       partial_file& content;
+      transfer_state state = {};
       result<void> finished = {};
-      void run() { finished = content.finish(); }
+      void run() {
+        state.run([this] { finished = content.finish(); });
+      }
     };
     task sync{partial};
     thread syncing;
@@ -7671,7 +7872,8 @@ class restoring {
         partial.touch();
       }
     }
-    return sync.finished;
+    sync.state.rethrow();
+    return std::move(sync.finished);
   }
 
   /// Whether to read the directory for partial files. A killed writer leaves its lock file, and the name of a released
@@ -8100,7 +8302,10 @@ inline constexpr milliseconds connection_attempt_delay{250};
 class connection_race {
  public:
   connection_race(const socket_addresses& addresses, clock::time_point deadline, const http_request& request)
-      : addresses_(addresses), deadline_(deadline), request_(request) {}
+      : addresses_(addresses), deadline_(deadline), request_(request) {
+    pending_.reserve(addresses.size());  // a socket must not be lost for want of memory
+    indices_.reserve(addresses.size());
+  }
   connection_race(const connection_race&) = delete;
   connection_race& operator=(const connection_race&) = delete;
   ~connection_race() {

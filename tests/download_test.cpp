@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <set>
 #include <string>
@@ -51,6 +53,49 @@ class background {
 
 using clock_type = std::chrono::steady_clock;
 constexpr auto a_second = 1000ms;
+
+/// A transport in memory with one file, which throws std::bad_alloc when it has sent a number of bytes.
+struct throwing_transport {
+  stand_in::content_ptr what;
+  bool has_md5;
+  std::uint64_t throws_after;
+  std::shared_ptr<std::atomic<std::uint64_t>> left =
+      std::make_shared<std::atomic<std::uint64_t>>(throws_after);
+  std::shared_ptr<std::atomic<std::uint64_t>> sent = std::make_shared<std::atomic<std::uint64_t>>(0);
+
+  wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
+    wandb::http_response head{200, {}};
+    if (request.method == "POST") {
+      const std::string answer =
+          R"({"data":{"project":{"run":{"files":{"edges":[{"node":{"name":"model.h5","url":"http://wandb.test/f","sizeBytes":)" +
+          std::to_string(what->size()) + (has_md5 ? R"(,"md5":")" + stand_in::md5_hex(*what) + '"' : "") +
+          "}}]}}}}}";
+      if (sink.start(head)) sink.write(answer);
+      return head;
+    }
+    std::uint64_t begin = 0, end = what->size();
+    for (const auto& [name, value] : request.headers) {
+      if (name != "Range") continue;
+      begin = std::stoull(value.substr(6));
+      const auto dash = value.find('-');
+      if (dash + 1 < value.size()) end = std::stoull(value.substr(dash + 1)) + 1;
+      head.status = 206;
+      head.headers.emplace_back("Content-Range", "bytes " + std::to_string(begin) + '-' +
+                                                     std::to_string(end - 1) + '/' +
+                                                     std::to_string(what->size()));
+    }
+    head.headers.emplace_back("Content-Length", std::to_string(end - begin));
+    if (!sink.start(head)) return wandb::error(errc::cancelled, "stopped");
+    for (constexpr std::uint64_t piece = 16 * 1024; begin < end; begin += piece) {
+      const std::string bytes = stand_in::read_text(*what, begin, (std::min)(piece, end - begin));
+      if (left->load() < bytes.size()) throw std::bad_alloc();
+      *left -= bytes.size();
+      *sent += bytes.size();
+      if (!sink.write(bytes)) return wandb::error(errc::cancelled, "stopped");
+    }
+    return head;
+  }
+};
 
 /// A store that sends at most a number of bytes of a range, as RFC 9110, section 15.3.7, allows.
 class capped_ranges {
@@ -1805,6 +1850,42 @@ TEST_SUITE("download: progress") {
 }
 
 TEST_SUITE("download: several at once") {
+  TEST_CASE(
+      "an exception from a transport in a thread reaches the caller, and the bytes that arrived are kept") {
+    struct row {
+      std::uint64_t size;
+      bool has_md5;
+      std::uint64_t throws_after;  // bytes
+      std::uint64_t most_lost;     // bytes that are fetched again
+    };
+    for (const auto& [size, has_md5, throws_after, most_lost] :
+         {row{20 * MiB + 7, true, 9 * MiB, 4 * 256 * 1024}, row{MiB, true, 640 * 1024, 64 * 1024},
+          row{MiB, false, 640 * 1024, MiB}}) {
+      CAPTURE(size);
+      CAPTURE(has_md5);
+      const support::temporary_directory directory;
+      wandb::settings settings;
+      settings.base_url = "http://wandb.test";
+      settings.cache_dir = directory / "cache";
+      wandb::restore_options options;
+      options.run_path = "team/project/run1";
+      options.root = directory / "root";
+      options.connections = 4;
+      const auto what = stand_in::generated(size, 3);
+      throwing_transport transport{what, has_md5, throws_after};
+      wandb::client<throwing_transport> client(settings, transport);
+      CHECK_THROWS_AS((void)client.try_restore("model.h5", options), std::bad_alloc);
+      CHECK_FALSE(fs::exists(options.root / "model.h5"));
+      const std::uint64_t before = *transport.sent;
+      *transport.left = UINT64_MAX;
+      const auto got = client.try_restore("model.h5", options);
+      REQUIRE(got.has_value());
+      CHECK(holds(options.root / "model.h5", *what));
+      CHECK(*transport.sent <= size + most_lost);
+      CHECK(*transport.sent - before < (has_md5 ? size : size + 1));
+    }
+  }
+
   TEST_CASE("threads that restore one file download it once") {
     world it;
     const auto what = it.add("model.h5", large_size);
