@@ -436,14 +436,18 @@ enum class phase {
   verifying,    ///< this call computes the md5 of a complete file
 };
 
-/// A progress report of one restore.
+/// A progress report of one restore, or of restore_all.
 struct progress {
-  std::string_view name;  ///< the file's name in the run; valid during the callback only
+  /// The file's name in the run; of several files, one that is being downloaded. Valid during the callback only.
+  std::string_view name;
   wandb::phase phase = wandb::phase::downloading;  ///< what `bytes_done` counts
   /// While downloading: bytes present, including those of earlier tries. While verifying: bytes hashed.
   std::uint64_t bytes_done = 0;
-  std::optional<std::uint64_t> bytes_total;  ///< the file's size; empty if unknown
-  double bytes_per_second = 0;               ///< recent rate of the network; 0 if unknown
+  /// The file's size; of several files, the sum over those found so far. Empty if unknown.
+  std::optional<std::uint64_t> bytes_total;
+  double bytes_per_second = 0;  ///< recent rate of the network; 0 if unknown
+  std::size_t files_done = 0;   ///< files that restore_all has finished, successfully or not
+  std::size_t files_total = 1;  ///< files that restore_all has found so far
 };
 
 /// The origin of a restored file's bytes.
@@ -496,6 +500,37 @@ class restored_file : public std::ifstream {
 
  private:
   facts facts_;
+};
+
+/// The outcome of restore_all for one file.
+struct restored_entry {
+  std::string name;                             ///< path inside the run, '/'-separated
+  std::filesystem::path path;                   ///< the local path: root / name
+  std::uint64_t size = 0;                       ///< bytes; 0 after a failure
+  std::string md5;                              ///< see restored_file::md5()
+  wandb::source source = wandb::source::local;  ///< see restored_file::source()
+  bool verified = false;                        ///< see restored_file::verified()
+  std::chrono::milliseconds time{0};            ///< how long it took
+  std::optional<wandb::error> failure = {};     ///< why the file was not restored; empty if it was
+};
+
+/// The outcome of restore_all: an entry for each file that matched, in the service's order.
+struct restore_report {
+  std::vector<restored_entry>
+      files;  ///< without open streams: there may be more files than a process may open
+  std::optional<wandb::error> failure =
+      {};  ///< what ended the call early; the list of files may then be incomplete
+
+  /// Returns true if every matching file was restored.
+  [[nodiscard]] bool complete() const { return first_failure() == nullptr; }
+  /// Returns `failure`, or else the failure of the first file that has one, or null.
+  [[nodiscard]] const wandb::error* first_failure() const {
+    if (failure) return &*failure;
+    for (const restored_entry& file : files) {
+      if (file.failure) return &*file.failure;
+    }
+    return nullptr;
+  }
 };
 
 // ============================================================================================= cache policy
@@ -651,6 +686,9 @@ struct restore_options {
   const std::atomic<bool>* cancel = nullptr;
   int connections = 8;  ///< the most connections to use for one large file; at least 1
   bool verify = true;   ///< false: do not check the md5, use one connection, resume nothing
+  /// How long to wait for a file that the run has not uploaded yet, or for the first match of a pattern. The service is
+  /// asked every ten seconds. The wait ends early if the service says that the run has ended. 0: do not wait.
+  std::chrono::milliseconds wait{0};
 };
 
 /// The default transport: HTTP/1.1 (RFC 9112) over TCP and, for https, TLS 1.2 or later (OpenSSL). Keeps idle connections for
@@ -716,6 +754,10 @@ result<restored_file> restore(session& current, std::string_view name, std::stri
                               bool replace, std::filesystem::path root);
 result<restored_file> restore(session& current, std::string_view name, const run_path& run, bool replace,
                               std::filesystem::path root);
+result<restore_report> restore_all(session& current, std::string_view pattern,
+                                   const restore_options& options);
+result<restored_file> restore_newest(session& current, std::string_view pattern,
+                                     const restore_options& options);
 result<std::vector<file_info>> list_files(session& current, const restore_options& options);
 result<std::vector<file_info>> list_files(session& current, std::string_view run_path);
 result<std::vector<file_info>> list_files(session& current, const run_path& run);
@@ -759,6 +801,15 @@ class client {
     return detail::restore(*session_, name, run, replace, std::move(root));
   }
 
+  /// Restores every file of the run that matches a pattern, several at once. See the free function wandb::try_restore_all.
+  result<restore_report> try_restore_all(std::string_view pattern, const restore_options& options = {}) {
+    return detail::restore_all(*session_, pattern, options);
+  }
+  /// Restores the file that was changed last. See the free function wandb::try_restore_newest.
+  result<restored_file> try_restore_newest(std::string_view pattern, const restore_options& options = {}) {
+    return detail::restore_newest(*session_, pattern, options);
+  }
+
   /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Errors as in
   /// wandb::try_restore, and errc::protocol_violation for a list that takes more than 32 MiB (about 170,000 files) or
   /// 5,000 pages.
@@ -781,6 +832,14 @@ class client {
   restored_file restore(std::string_view name, const Run& run, bool replace = false,
                         std::filesystem::path root = {}) {
     return try_restore(name, run, replace, std::move(root)).value();
+  }
+  /// As try_restore_all, but throws wandb::error where that returns one. Failures of single files are in the report.
+  restore_report restore_all(std::string_view pattern, const restore_options& options = {}) {
+    return try_restore_all(pattern, options).value();
+  }
+  /// As try_restore_newest, but throws wandb::error instead of returning one.
+  restored_file restore_newest(std::string_view pattern, const restore_options& options = {}) {
+    return try_restore_newest(pattern, options).value();
   }
   /// As try_list_files, but throws wandb::error instead of returning one.
   std::vector<file_info> list_files(const restore_options& options = {}) {
@@ -832,6 +891,32 @@ result<restored_file> try_restore(std::string_view name, const Run& run, bool re
   return client<>().try_restore(name, run, replace, std::move(root));
 }
 
+/// Downloads every file of a run that matches a pattern. Blocks; thread-safe as try_restore.
+///
+/// The service is asked for one page of the list after the other (500 files). Meanwhile the files of earlier pages are
+/// downloaded: small ones side by side, one connection each; a large one over all connections. `options.connections` limits
+/// the connections of the whole call. Each file is restored as try_restore restores it: policy, receipts, verification and
+/// resuming are the same. `refresh` needs no request for a file but the list.
+///
+/// The failure of one file does not stop the others, but not_authenticated, a full disk, offline mode and a cancellation do.
+/// These are in the report, with the entries of the files that were found by then: entries that were not tried have the same
+/// failure. Two names that differ only in case are an error of the second: some file systems would store them as one file.
+///
+/// @param pattern  `*` stands for any text, '/' included, and `?` for one byte. A pattern that ends in '/' stands for all files
+///                 below it. Any other text is a name.
+/// @param options  see restore_options; on_progress gets sums over all files, `wait` waits for the first match.
+/// @return         the report, or an error: file_not_found if no file matches, or any other errc of try_restore if the
+///                 first page of the list could not be had.
+inline result<restore_report> try_restore_all(std::string_view pattern, const restore_options& options = {}) {
+  return client<>().try_restore_all(pattern, options);
+}
+/// Restores that file among those that match a pattern which was changed last, by the service's clock. Of two with the same
+/// time, the later one in the service's order. Otherwise as try_restore. @return  the open stream, or an error with any errc.
+inline result<restored_file> try_restore_newest(std::string_view pattern,
+                                                const restore_options& options = {}) {
+  return client<>().try_restore_newest(pattern, options);
+}
+
 /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Blocks, and makes a
 /// client<> for each call.
 /// @return  the files, or an error as try_restore.
@@ -854,6 +939,14 @@ template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
 restored_file restore(std::string_view name, const Run& run, bool replace = false,
                       std::filesystem::path root = {}) {
   return try_restore(name, run, replace, std::move(root)).value();
+}
+/// As try_restore_all, but throws wandb::error where that returns one. Failures of single files are in the report.
+inline restore_report restore_all(std::string_view pattern, const restore_options& options = {}) {
+  return try_restore_all(pattern, options).value();
+}
+/// As try_restore_newest, but throws wandb::error instead of returning one.
+inline restored_file restore_newest(std::string_view pattern, const restore_options& options = {}) {
+  return try_restore_newest(pattern, options).value();
 }
 /// As try_list_files, but throws wandb::error instead of returning one.
 inline std::vector<file_info> list_files(const restore_options& options = {}) {
@@ -5448,6 +5541,16 @@ inline std::vector<std::string> nearest_names(std::string_view name, const std::
 struct remote_file {
   file_info info;
   std::string address;  // absolute; keep it out of messages: its query may be a signature
+  // A signed address at the storage, which spares the redirect of `address`; empty if it is not known or not to be used.
+  std::string direct_address = {};
+  std::atomic<bool>* direct_is_refused = nullptr;  // to set if the storage refuses the direct address
+};
+
+/// What the service says of a file that was asked for.
+struct lookup {
+  std::optional<remote_file> file = {};  // empty: there is no such file, or it was never uploaded
+  bool is_never_uploaded = false;        // the service gives this answer for every unknown name
+  bool has_run_ended = false;            // the run uploads nothing more
 };
 
 /// Sends GraphQL queries to the service and checks the answers.
@@ -5456,10 +5559,17 @@ class service {
   service(session& shared_session, call& user_call) : session_(shared_session), call_(user_call) {}
 
   /// Requests a file's URL, size and md5. For a name such as "./a" or "d//a" the same request asks for the given name and
-  /// for its plain_name; the given name has priority. If there is no such file, one more request finds names to suggest.
+  /// for its plain_name; the given name has priority.
+  result<lookup> look_up(const run_path& run, const std::string& name);
+  /// As look_up. If there is no such file, one more request finds names to suggest in the error.
   result<remote_file> find_file(const run_path& run, const std::string& name);
-  /// Lists all files of a run, with one request for each page of 500. A list beyond max_listed or max_pages is an error.
+  /// The error for a file that look_up has not found. Makes a request, to suggest names.
+  error missing_file(const run_path& run, const std::string& name, const lookup& answered);
+  /// Lists all files of a run.
   result<std::vector<file_info>> list_files(const run_path& run);
+  /// Calls `take` for each file of a run, with one request for each page of 500, until it returns false. A file without a
+  /// usable address is passed with an empty one. `take` may move from the file. More than max_pages pages are an error. Returns whether the run has ended.
+  result<bool> for_each_file(const run_path& run, function_ref<bool(remote_file& file)> take);
   /// The account's default entity, for run paths without one. The session remembers the answer.
   result<std::string> default_entity();
 
@@ -5475,14 +5585,15 @@ class service {
   result<json_document> ask_once(const std::string& task, const std::string& authorization,
                                  const std::string& body);
   result<json_document> files_page(const std::string& task, const run_path& run, json_object variables,
-                                   retries wanted = retries::until_timeout);
+                                   retries wanted = retries::until_timeout, bool* has_run_ended = nullptr);
   std::string hint_for_missing(const run_path& run, const std::string& name);
   [[nodiscard]] result<void> check_answered(const std::string& task, const char* kind, const json& answered,
                                             const std::string& requested) const;
   [[nodiscard]] error wrong_answer(const std::string& task, const char* kind, const std::string& name) const;
+  [[nodiscard]] error too_many(const run_path& run, std::size_t count) const;
   [[nodiscard]] static file_info info_of(const json& node);
   [[nodiscard]] result<remote_file> file_of(const std::string& task, const json& node) const;
-  [[nodiscard]] result<std::string> address_of(const std::string& task, const json& node) const;
+  [[nodiscard]] result<std::string> address_of(const std::string& task, std::string address) const;
   [[nodiscard]] std::string host() const {
     const auto& base = session_.base;
     return base ? base->host : "the service";
@@ -5562,14 +5673,15 @@ inline result<json_document> service::ask_once(const std::string& task, const st
   return parsed.at(member(*parsed, "data"));
 }
 
-/// Requests a page of a run's files. Returns the member `project.run.files` of the answer.
+/// Requests a page of a run's files. Returns the member `project.run.files` of the answer. Sets `has_run_ended` if it is
+/// not null.
 inline result<json_document> service::files_page(const std::string& task, const run_path& run,
-                                                 json_object variables, retries wanted) {
+                                                 json_object variables, retries wanted, bool* has_run_ended) {
   // The variables have the SDK's names (RunFiles in wandb/apis/public/files.py).
   static constexpr const char* query =
       "query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, "
       "$fileLimit: Int = 50, $fileNames: [String] = [], $pattern: String) { "
-      "project(name: $project, entityName: $entity) { name run(name: $name) { name fileCount "
+      "project(name: $project, entityName: $entity) { name run(name: $name) { name state fileCount "
       "files(names: $fileNames, after: $fileCursor, first: $fileLimit, pattern: $pattern) { "
       "edges { node { id name url directUrl sizeBytes mimetype updatedAt md5 } cursor } "
       "pageInfo { endCursor hasNextPage } } } } }";
@@ -5597,6 +5709,10 @@ inline result<json_document> service::files_page(const std::string& task, const 
   const json& files = member(found, "files");
   if (!found.is_object() || !member(files, "edges").is_array()) {
     return error(errc::protocol_violation, task + ": the answer of " + host() + " has no list of files");
+  }
+  if (has_run_ended != nullptr) {
+    const std::string state = text_of(member(found, "state"));
+    *has_run_ended = state == "finished" || state == "crashed" || state == "failed" || state == "killed";
   }
   return data->at(files);
 }
@@ -5631,9 +5747,8 @@ inline file_info service::info_of(const json& node) {
   return info;
 }
 
-inline result<std::string> service::address_of(const std::string& task, const json& node) const {
-  std::string address = text_of(member(node, "url"));
-  if (address.empty()) address = text_of(member(node, "directUrl"));
+/// Checks an address from the service, and makes it absolute.
+inline result<std::string> service::address_of(const std::string& task, std::string address) const {
   if (address.empty()) {
     return error(errc::protocol_violation,
                  task + ": the answer of " + host() + " has no address for the file");
@@ -5660,7 +5775,8 @@ inline result<std::string> service::address_of(const std::string& task, const js
 }
 
 inline result<remote_file> service::file_of(const std::string& task, const json& node) const {
-  auto address = address_of(task, node);
+  const std::string own = text_of(member(node, "url"));
+  auto address = address_of(task, own.empty() ? text_of(member(node, "directUrl")) : own);
   if (!address) return address.error();
   auto info = info_of(node);
   if (info.size && *info.size > partial_file::max_size) {
@@ -5670,15 +5786,16 @@ inline result<remote_file> service::file_of(const std::string& task, const json&
   return remote_file{std::move(info), *std::move(address)};
 }
 
-inline result<remote_file> service::find_file(const run_path& run, const std::string& name) {
+inline result<lookup> service::look_up(const run_path& run, const std::string& name) {
   const std::string task = "looking for " + in_quotes(name) + " in " + run.str();
+  lookup answered;
   const std::string plain = plain_name(name);
   const bool has_other_spelling = plain != name;
   json_object variables;
   variables.add("fileNames",
                 '[' + json_string(name) + (has_other_spelling ? "," + json_string(plain) : "") + ']');
   variables.add("fileLimit", has_other_spelling ? "2" : "1");
-  auto files = files_page(task, run, std::move(variables));
+  auto files = files_page(task, run, std::move(variables), retries::until_timeout, &answered.has_run_ended);
   if (!files) return files.error();
   const json *exact = nullptr, *similar = nullptr, *never_uploaded = nullptr, *unrelated = nullptr;
   for (const json& edge : elements(member(**files, "edges"))) {
@@ -5693,10 +5810,28 @@ inline result<remote_file> service::find_file(const run_path& run, const std::st
       (node_name == name || node_name.empty() ? exact : similar) = &node;
     }
   }
-  if (const json* found = exact ? exact : similar) return file_of(task, *found);
+  if (const json* found = exact ? exact : similar) {
+    auto file = file_of(task, *found);
+    if (!file) return file.error();
+    answered.file = *std::move(file);
+    return answered;
+  }
   if (unrelated && !never_uploaded) return wrong_answer(task, "file", text_of(member(*unrelated, "name")));
-  const auto hint = hint_for_missing(run, plain);
-  if (never_uploaded) {
+  answered.is_never_uploaded = never_uploaded != nullptr;
+  return answered;
+}
+
+inline result<remote_file> service::find_file(const run_path& run, const std::string& name) {
+  auto answered = look_up(run, name);
+  if (!answered) return answered.error();
+  if (!answered->file) return missing_file(run, name, *answered);
+  return *std::move(answered->file);
+}
+
+inline error service::missing_file(const run_path& run, const std::string& name, const lookup& answered) {
+  const std::string task = "looking for " + in_quotes(name) + " in " + run.str();
+  const auto hint = hint_for_missing(run, plain_name(name));
+  if (answered.is_never_uploaded) {
     // The service gives this answer for every unknown name.
     return error(errc::file_not_found,
                  task + ": " + host() +
@@ -5739,36 +5874,56 @@ inline std::string service::hint_for_missing(const run_path& run, const std::str
 }
 
 inline result<std::vector<file_info>> service::list_files(const run_path& run) {
-  const std::string task = "listing the files of " + run.str();
   std::vector<file_info> all;
   std::size_t bytes = 0;
-  std::vector<std::string> seen;
+  const auto listed = for_each_file(run, [&](remote_file& file) {
+    const file_info& added = file.info;
+    bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
+    all.push_back(std::move(file.info));
+    return bytes <= max_listed;
+  });
+  if (!listed) return listed.error();
+  if (bytes > max_listed) return too_many(run, all.size());
+  return all;
+}
+
+inline error service::too_many(const run_path& run, std::size_t count) const {
+  return error(errc::protocol_violation, "listing the files of " + run.str() + ": " + host() +
+                                             " lists too many files: " + std::to_string(count) +
+                                             " so far, and more to come");
+}
+
+inline result<bool> service::for_each_file(const run_path& run, function_ref<bool(remote_file& file)> take) {
+  const std::string task = "listing the files of " + run.str();
+  std::vector<std::string> seen;  // cursors
+  std::size_t count = 0, cursor_bytes = 0;
   for (std::string cursor;;) {
     json_object variables;
     variables.add("fileLimit", std::to_string(page_size));
     if (!cursor.empty()) variables.add_text("fileCursor", cursor);
-    auto files = files_page(task, run, std::move(variables));
+    bool has_run_ended = false;
+    auto files = files_page(task, run, std::move(variables), retries::until_timeout, &has_run_ended);
     if (!files) return files.error();
     std::string last;
     for (const json& edge : elements(member(**files, "edges"))) {
       last = text_of(member(edge, "cursor"));
       const json& node = member(edge, "node");
       if (!node.is_object() || text_of(member(node, "md5")) == "0") continue;
-      all.push_back(info_of(node));
-      const file_info& added = all.back();
-      bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
+      ++count;
+      auto file = file_of(task, node);
+      if (!file) file = remote_file{info_of(node), {}};
+      const auto direct = address_of(task, text_of(member(node, "directUrl")));
+      if (direct && *direct != file->address) file->direct_address = *direct;
+      if (!take(*file)) return has_run_ended;
     }
     const json& page = member(**files, "pageInfo");
     if (last.empty()) last = text_of(member(page, "endCursor"));
-    if (!is_true(member(page, "hasNextPage")) || last.empty()) return all;
-    if (bytes > max_listed || seen.size() >= max_pages) {
-      return error(errc::protocol_violation, task + ": " + host() + " lists too many files: " +
-                                                 std::to_string(all.size()) + " so far, and more to come");
-    }
+    if (!is_true(member(page, "hasNextPage")) || last.empty()) return has_run_ended;
+    if (seen.size() >= max_pages || cursor_bytes > max_listed) return too_many(run, count);
     if (contains(seen, last)) {
       return error(errc::protocol_violation, task + ": " + host() + " sends the same page again and again");
     }
-    bytes += last.size();
+    cursor_bytes += last.size();
     seen.push_back(last);
     cursor = last;
   }
@@ -6497,20 +6652,24 @@ class file_location {
     std::uint64_t generation = 0;
     // The address is the service's: this request follows the redirects, the other connections wait for the final address.
     bool is_resolving = false;
+    bool is_direct = false;  // see remote_file::direct_address
   };
   /// Asks the service for the file again. Returns the new address at the service.
   using renewal = std::function<result<url>(call& asking_call)>;
   static constexpr int most_renewals = 3;  // without a response between them
 
-  file_location(url service_address, renewal renew)
-      : service_address_(std::move(service_address)), renew_(std::move(renew)) {}
+  /// `direct_address`: the final address, if the service has told it; else an empty one.
+  file_location(url service_address, url direct_address, renewal renew)
+      : service_address_(std::move(service_address)), renew_(std::move(renew)),
+        final_address_(std::move(direct_address)), has_direct_(!final_address_.host.empty()) {}
 
   /// Returns the address for the next request. Blocks while another connection resolves it. Pass each lease to release().
   result<lease> acquire(call& asking_call) {
     std::unique_lock<std::mutex> held(mutex_);
     while (is_resolving_ && !asking_call.cancelled()) changed_.wait_for(held, milliseconds(20));
     if (asking_call.cancelled()) return asking_call.why_cancelled();
-    if (!final_address_.host.empty()) return lease{final_address_, generation_, false};
+    if (!final_address_.host.empty())
+      return lease{final_address_, generation_, false, has_direct_ && generation_ == 0};
     is_resolving_ = true;
     const auto generation = generation_;
     if (is_renewal_due_) {
@@ -6526,7 +6685,7 @@ class file_location {
       is_renewal_due_ = false;
       service_address_ = *std::move(fresh);
     }
-    return lease{service_address_, generation, true};
+    return lease{service_address_, generation, true, false};
   }
   /// Call when redirects have led to this address: every connection may use it.
   void found(const lease& current, const url& final_address) {
@@ -6582,7 +6741,8 @@ class file_location {
   std::condition_variable changed_;
   url service_address_;
   const renewal renew_;
-  url final_address_;  // unknown if it has no host
+  url final_address_;      // unknown if it has no host
+  const bool has_direct_;  // the first generation's address is the direct one
   std::uint64_t generation_ = 0;
   int renewals_ = 0;
   bool is_resolving_ = false, is_renewal_due_ = false, was_served_ = false;
@@ -6744,7 +6904,8 @@ class transfer {
  protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
       : job_(job), file_(destination),
-        location_(service_address, [this](call& asking_call) { return ask_again(asking_call); }),
+        location_(service_address, url::parse(job.remote.direct_address).value_or(url()),
+                  [this](call& asking_call) { return ask_again(asking_call); }),
         retries_(job.user_call), reporter_(job.user_call, job.options, job.name) {}
   ~transfer() = default;
 
@@ -6925,8 +7086,13 @@ inline setback file_request::fetch() {
     requester_.remark_ = remark_;
   }
   setback now;
+  const bool is_served = got && (got->head.status == 200 || got->head.status == 206);
   if (is_other_entity_) {
     now = other_entity(asking_call);
+  } else if (lease_.is_direct && !problem_ && !has_body_ && !is_served &&
+             (got || got.error().code() != errc::cancelled)) {
+    location.forget(lease_);  // the next request uses the service's own address
+    if (job.remote.direct_is_refused != nullptr) *job.remote.direct_is_refused = true;
   } else if (problem_) {
     now = problem_;
     const bool is_compressed = sample_.is_coded() && now.failure->code() == errc::checksum_mismatch;
@@ -6935,7 +7101,7 @@ inline setback file_request::fetch() {
   } else if (!got) {
     now = {remedy::fewer, got.error()};
     if (!has_body_ && got.error().code() != errc::cancelled) location.forget(lease_);
-  } else if (got->head.status != 200 && got->head.status != 206) {
+  } else if (!is_served) {
     now = refused(*got, *authorization);
   } else {
     has_ended_ = true;
@@ -7135,6 +7301,7 @@ inline result<std::string> ranged_transfer::run() {
   } else {
     start_workers();
   }
+  if (!job_.remote.direct_address.empty()) plan_.address_found(0, clock::now());
   supervise([&] { tick(phase::downloading); });
   while (is_followed && state_.is_complete() && !digest_.wait(milliseconds(100))) {
     if (reporter_.is_due()) tick(phase::verifying);
@@ -7630,13 +7797,56 @@ class opened_copy {
   progress_reporter* reporter_ = nullptr;
 };
 
+/// Fills in the account's default entity if a run path lacks one.
+inline result<void> complete_entity(service& api, run_path& run) {
+  if (!run.entity.empty()) return {};
+  auto entity = api.default_entity();
+  if (!entity) return entity.error();
+  run.entity = *std::move(entity);
+  return {};
+}
+
+/// The wait for a file that the run has not uploaded yet (restore_options::wait).
+class upload_wait {
+ public:
+  upload_wait(const call& user_call, milliseconds limit) : call_(user_call), limit_(limit) {}
+
+  /// Blocks until the service may be asked again. Returns false if it shall not: the time is over, the run has ended, or the
+  /// call is cancelled. Calls `report` meanwhile, and stops when that returns false.
+  bool may_ask_again(bool has_run_ended, function_ref<bool()> report) {
+    constexpr milliseconds interval(10000);
+    has_run_ended_ = has_run_ended;
+    const auto left = limit_ - std::chrono::duration_cast<milliseconds>(clock::now() - began_);
+    if (has_run_ended || left.count() <= 0) return false;
+    for (const auto until = clock::now() + (std::min)(interval, left); clock::now() < until;) {
+      if (!report() || !call_.sleep(milliseconds(50))) return false;
+    }
+    return true;
+  }
+  /// Adds to the error for a missing file how long it was waited for.
+  [[nodiscard]] error in_context(const error& missing) const {
+    if (limit_.count() == 0) return missing;
+    const auto waited = std::chrono::duration_cast<milliseconds>(clock::now() - began_);
+    return with_text(missing,
+                     missing.what() + std::string(has_run_ended_ ? "; the run has ended, and uploads no more"
+                                                                 : "; waited " + seconds_text(waited)));
+  }
+
+ private:
+  const call& call_;
+  const milliseconds limit_;
+  const clock::time_point began_ = clock::now();
+  bool has_run_ended_ = false;
+};
+
 /// One call of restore.
 class restoring {
  public:
+  /// `listed`: the file, if the service has described it already; else null.
   restoring(session& current, call& user_call, const restore_options& options, std::string name, run_path run,
-            place destination)
+            place destination, const remote_file* listed = nullptr)
       : session_(current), call_(user_call), options_(options), name_(std::move(name)), run_(std::move(run)),
-        place_(std::move(destination)),
+        place_(std::move(destination)), listed_(listed),
         policy_(options.replace ? cache_policy::replace() : options.cache.value_or(current.policy)) {}
 
   result<restored_file> operator()() {
@@ -7646,12 +7856,8 @@ class restoring {
     if (verdict == cache_policy::verdict::keep) return use_local(nullptr);
 
     service api(session_, call_);
-    if (run_.entity.empty()) {
-      auto entity = api.default_entity();
-      if (!entity) return entity.error();
-      run_.entity = *std::move(entity);
-    }
-    auto remote = api.find_file(run_, name_);
+    if (auto good = complete_entity(api, run_); !good) return good.error();
+    auto remote = listed_ != nullptr ? result<remote_file>(*listed_) : find(api);
     if (!remote) return remote.error();
     if (!remote->info.name.empty()) name_ = remote->info.name;
     if (verdict == cache_policy::verdict::ask && decide(&remote->info) == cache_policy::verdict::keep)
@@ -7661,6 +7867,21 @@ class restoring {
   }
 
  private:
+  /// Asks the service for the file; if the run has not uploaded it yet, again until options.wait is over.
+  result<remote_file> find(service& api) {
+    upload_wait wait(call_, options_.wait);
+    for (;;) {
+      auto answered = api.look_up(run_, name_);
+      if (!answered) return answered.error();
+      if (answered->file) return *std::move(answered->file);
+      const auto report = [&] { return reporter_.report_if_due(phase::downloading, 0, {}); };
+      if (!wait.may_ask_again(answered->has_run_ended, report)) {
+        if (call_.cancelled()) return call_.why_cancelled();
+        return wait.in_context(api.missing_file(run_, name_, *answered));
+      }
+    }
+  }
+
   /// Opens the local copy, if there is one, and reads its receipt.
   result<void> open_copy() {
     auto opened = opened_copy::open(place_.target, name_);
@@ -7937,6 +8158,7 @@ class restoring {
   std::string name_;
   run_path run_;
   place place_;
+  const remote_file* const listed_;
   const cache_policy policy_;
   progress_reporter reporter_{call_, options_, name_};
   std::shared_ptr<opened_copy> opened_;  // null: there is no local copy
@@ -7964,37 +8186,527 @@ open_session(settings configuration, transport_ref transport, cache_policy polic
   return std::make_shared<session>(std::move(configuration), transport, std::move(policy));
 }
 
-WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
-                                                           const restore_options& options) {
-  if (auto good = check_name(name); !good) return good.error();
-  const std::string quoted = in_quotes(name), task = "cannot restore " + quoted;
+/// Checks the options that all calls share.
+inline result<void> check_options(const session& current, const restore_options& options,
+                                  const std::string& task) {
   if (options.connections < 1) {
     return error(errc::invalid_argument,
                  task + ": connections must be at least 1, not " + std::to_string(options.connections));
   }
-  if (auto good = check_times(current.config, task); !good) return good.error();
+  if (options.wait.count() < 0) return error(errc::invalid_argument, task + ": wait must not be negative");
+  return check_times(current.config, task);
+}
+
+/// The directory of a call's files, and its deepest ancestor that exists.
+struct destination_root {
+  path root, existing;
+
+  /// errc::invalid_argument if a part of the root is not a directory.
+  static result<destination_root> find(const session& current, const restore_options& options,
+                                       const std::string& task) {
+    destination_root made;
+    made.root = made.existing = options.root.empty() ? current.config.run_dir : options.root;
+    auto facts = facts_of(made.existing);
+    while (made.existing.has_relative_path() && facts.absent()) {
+      made.existing = made.existing.parent_path();
+      facts = facts_of(made.existing);
+    }
+    if (facts.found() && !facts->is_directory) {
+      return error(errc::invalid_argument, task + ": root " + in_quotes(made.root) + ": " +
+                                               in_quotes(made.existing) + " is not a directory");
+    }
+    return made;
+  }
+  /// errc::invalid_argument if the file system takes no name as long as a part of this one.
+  [[nodiscard]] result<void> check_lengths(std::string_view name, const std::string& task) const {
+    constexpr std::size_t always_taken = 128;  // by every file system in use: spares a system call
+    for (const auto part : split(name, '/')) {
+      if (part.size() <= always_taken) continue;
+      if (const auto limit = longest_name(existing); name_length(part) > limit) {
+        return error(errc::invalid_argument, task + ": " + std::to_string(name_length(part)) +
+                                                 " characters are more than a name in " +
+                                                 in_quotes(or_dot(existing)) + " may have (" +
+                                                 std::to_string(limit) + ")");
+      }
+    }
+    return {};
+  }
+};
+
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
+                                                           const restore_options& options) {
+  if (auto good = check_name(name); !good) return good.error();
+  const std::string quoted = in_quotes(name), task = "cannot restore " + quoted;
+  if (auto good = check_options(current, options, task); !good) return good.error();
   auto run = run_of(current.config, options.run_path);
   if (!run) return in_context(run.error(), "restoring " + quoted, {quoted});
-  const path root = options.root.empty() ? current.config.run_dir : options.root;
-  path existing = root;  // its deepest ancestor that exists
-  while (existing.has_relative_path() && facts_of(existing).absent()) existing = existing.parent_path();
-  if (const auto facts = facts_of(existing); facts.found() && !facts->is_directory) {
-    return error(errc::invalid_argument,
-                 task + ": root " + in_quotes(root) + ": " + in_quotes(existing) + " is not a directory");
-  }
-  for (const auto part : split(name, '/')) {
-    if (const auto limit = longest_name(existing); name_length(part) > limit) {
-      return error(errc::invalid_argument,
-                   task + ": " + std::to_string(name_length(part)) + " characters are more than a name in " +
-                       in_quotes(or_dot(existing)) + " may have (" + std::to_string(limit) + ")");
-    }
-  }
+  const auto where = destination_root::find(current, options, task);
+  if (!where) return where.error();
+  if (auto good = where->check_lengths(name, task); !good) return good.error();
   call user_call(current.config, options.cancel);
   auto restored =
-      restoring(current, user_call, options, std::string(name), *run, place(root / from_utf8(name)))();
+      restoring(current, user_call, options, std::string(name), *run, place(where->root / from_utf8(name)))();
   if (restored) return restored;
   return in_context(restored.error(), "restoring " + quoted + " from " + shown(*run),
                     {quoted, run->project + '/' + run->run_id});
+}
+
+// ---- many files
+
+/// Whether a name matches a pattern: see try_restore_all. Takes time in proportion to both lengths.
+inline bool matches_pattern(std::string_view name, std::string_view pattern) {
+  if (!pattern.empty() && pattern.back() == '/' && pattern.find_first_of("*?") == pattern.npos)
+    return starts_with(name, pattern);
+  std::string open_ended;
+  if (!pattern.empty() && pattern.back() == '/') pattern = open_ended.append(pattern).append("*");
+  std::size_t n = 0, p = 0, star = pattern.npos,
+              resume = 0;  // the last '*', and the end of the text it stands for
+  while (n < name.size()) {
+    if (p < pattern.size() && pattern[p] == '*') {
+      star = p++;
+      resume = n;
+    } else if (p < pattern.size() && (pattern[p] == '?' || pattern[p] == name[n])) {
+      ++p, ++n;
+    } else if (star != pattern.npos) {
+      p = star + 1;
+      n = ++resume;
+    } else {
+      return false;
+    }
+  }
+  while (p < pattern.size() && pattern[p] == '*') ++p;
+  return p == pattern.size();
+}
+
+/// A set of hashes. std::unordered_set is slow to compile.
+class hash_set {
+ public:
+  /// Returns false if the hash is present already.
+  bool add(std::uint64_t hash) {
+    if (2 * (count_ + 1) > slots_.size()) grow();
+    std::uint64_t& slot = slot_of(hash);
+    if (slot == marked(hash)) return false;
+    slot = marked(hash);
+    ++count_;
+    return true;
+  }
+
+ private:
+  static std::uint64_t marked(std::uint64_t hash) { return hash == 0 ? 1 : hash; }  // 0 is an empty slot
+  std::uint64_t& slot_of(std::uint64_t hash) {
+    auto index = static_cast<std::size_t>(hash) & (slots_.size() - 1);
+    while (slots_[index] != 0 && slots_[index] != marked(hash)) index = (index + 1) & (slots_.size() - 1);
+    return slots_[index];
+  }
+  void grow() {
+    std::vector<std::uint64_t> old((std::max<std::size_t>)(1024, 2 * slots_.size()));
+    old.swap(slots_);
+    for (const std::uint64_t hash : old)
+      if (hash != 0) slot_of(hash) = hash;
+  }
+  std::vector<std::uint64_t> slots_;
+  std::size_t count_ = 0;
+};
+
+/// One call of restore_all: a thread lists the run's files, others restore those that match, and the caller's thread reports
+/// progress.
+class restoring_all {
+ public:
+  restoring_all(session& current, const restore_options& options, std::string pattern, run_path run,
+                destination_root where)
+      : session_(current), options_(options), pattern_(std::move(pattern)), run_(std::move(run)),
+        where_(std::move(where)), user_call_(current.config, options.cancel),
+        part_call_(user_call_, state_.stop_flag()) {}
+
+  result<restore_report> operator()() {
+    service api(session_, user_call_);
+    if (auto good = complete_entity(api, run_); !good) return good.error();
+    workers_ = std::vector<worker>(static_cast<std::size_t>((std::min)(options_.connections, most_workers)));
+    const struct joiner {  // on_progress may throw
+      restoring_all& owner;
+      ~joiner() { owner.end(); }
+    } at_exit{*this};
+    upload_wait wait(user_call_, options_.wait);
+    do {
+      is_listed_ = has_run_ended_ = false;
+      listing_failure_.reset();
+      if (!lister_.start<&restoring_all::list>(this)) return no_thread();
+      if (report_.files.empty()) start_workers();
+      supervise();
+      lister_.join();
+      const auto report = [&] { return !user_call_.cancelled() && tell(); };
+      if (!report_.files.empty() || listing_failure_ || state_.is_stopped() ||
+          !wait.may_ask_again(has_run_ended_, report)) {
+        break;
+      }
+    } while (true);
+    end();
+    state_.rethrow();
+    if (user_call_.cancelled() && !is_finished()) fatal_ = user_call_.why_cancelled();
+    if (!fatal_ && listing_failure_) fatal_ = listing_failure_;
+    if (report_.files.empty()) {
+      if (fatal_) return *fatal_;
+      return wait.in_context(api.missing_file(run_, pattern_, {}));
+    }
+    report_.failure = fatal_;
+    for (std::size_t i = 0; i < report_.files.size() && fatal_; ++i) {
+      auto& failure = report_.files[i].failure;
+      if (!finished_[i] || (failure && failure->code() == errc::cancelled)) failure = fatal_;
+    }
+    return std::move(report_);
+  }
+
+ private:
+  static constexpr int most_workers = 64;
+  static constexpr std::size_t most_queued = 1000;  // files: addresses take memory, and expire
+
+  struct worker {
+    restoring_all* owner = nullptr;
+    std::atomic<std::uint64_t> bytes{0};  // of the file in work
+    thread handle;
+    void run() {
+      owner->state_.run([this] { owner->work(*this); });
+      owner->changed_.notify_all();
+    }
+  };
+  struct task {
+    std::size_t index = 0;  // in the report
+    remote_file remote = {};
+  };
+
+  [[nodiscard]] error no_thread() const {
+    return error(errc::disk_failure, "restoring " + in_quotes(pattern_) +
+                                         ": the system starts no thread (a limit on processes?)");
+  }
+  void start_workers() {
+    for (worker& each : workers_) {
+      if (each.owner != nullptr) continue;  // the second listing: they run already
+      each.owner = this;
+      if (!each.handle.start<&worker::run>(&each) && &each == workers_.data()) stop_for(no_thread());
+    }
+  }
+  void end() {
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      is_closed_ = true;
+      changed_.notify_all();
+    }
+    if (!is_finished()) state_.stop();
+    changed_.notify_all();
+    lister_.join();
+    for (worker& each : workers_) each.handle.join();
+  }
+  /// Ends the call with a failure that would be that of every file.
+  void stop_for(const error& failure) {
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      if (!fatal_) fatal_ = failure;
+    }
+    state_.stop();
+    changed_.notify_all();
+  }
+
+  // ---- the thread that lists
+
+  void list() {
+    state_.run([this] {
+      service api(session_, part_call_);
+      const auto listed = api.for_each_file(run_, [this](remote_file& file) { return add(file); });
+      const std::lock_guard<std::mutex> guard(mutex_);
+      if (listed) has_run_ended_ = *listed;
+      if (!listed && !state_.is_stopped()) listing_failure_ = listed.error();
+    });
+    const std::lock_guard<std::mutex> guard(mutex_);
+    is_listed_ = true;
+    changed_.notify_all();
+  }
+  /// Adds a file if it matches. Blocks while many files are waiting. Returns false if the call has been stopped.
+  bool add(remote_file& file) {
+    if (!matches_pattern(file.info.name, pattern_)) return !part_call_.cancelled();
+    std::unique_lock<std::mutex> held(mutex_);
+    while (queue_.size() - next_ >= most_queued && !part_call_.cancelled())
+      changed_.wait_for(held, milliseconds(50));
+    if (part_call_.cancelled()) return false;
+    restored_entry entry;
+    entry.name = file.info.name;
+    entry.path = where_.root / from_utf8(entry.name);
+    const std::string quoted = in_quotes(entry.name), what = "cannot restore " + quoted;
+    auto good = check_name(entry.name);
+    if (good) good = where_.check_lengths(entry.name, what);
+    if (good && !is_new(entry.name)) {
+      good = error(
+          errc::invalid_argument,
+          what + ": the run has another file whose name differs only in case; restore it by its own name");
+    }
+    if (!good) entry.failure = good.error();
+    if (file.info.size) bytes_found_ += *file.info.size;
+    is_size_known_ = is_size_known_ && file.info.size;
+    report_.files.push_back(std::move(entry));
+    finished_.push_back(!good);
+    if (!good) {
+      ++files_done_;
+    } else {
+      queue_.push_back({report_.files.size() - 1, std::move(file)});
+      changed_.notify_all();
+    }
+    return true;
+  }
+  /// Whether no earlier file has this name, ignoring case. Remembers hashes: names of 100,000 files take much memory.
+  bool is_new(const std::string& name) { return hashes_.add(name_hash(lower(plain_name(name)))); }
+
+  // ---- the threads that restore
+
+  /// Takes the next file. A large one waits until no other file is in work, because it uses all connections.
+  std::optional<task> take() {
+    std::unique_lock<std::mutex> held(mutex_);
+    for (;;) {
+      if (part_call_.cancelled() || is_closed_) return std::nullopt;
+      if (next_ < queue_.size()) {
+        const bool large = is_large(queue_[next_].remote);
+        if (!is_exclusive_ && (!large || active_ == 0)) {
+          is_exclusive_ = large;
+          ++active_;
+          task taken = std::move(queue_[next_++]);
+          if (next_ == queue_.size() || next_ >= most_queued) {
+            queue_.erase(queue_.begin(), queue_.begin() + static_cast<std::ptrdiff_t>(next_));
+            next_ = 0;
+          }
+          current_ = taken.remote.info.name;
+          changed_.notify_all();
+          return taken;
+        }
+      }
+      changed_.wait_for(held, milliseconds(100));
+    }
+  }
+  static bool is_large(const remote_file& file) {
+    return file.info.size.value_or(0) >= range_plan::worth_splitting;
+  }
+  void work(worker& mine) {
+    while (auto taken = take()) {
+      const auto began = clock::now();
+      remote_file& remote = taken->remote;
+      if (is_direct_refused_) remote.direct_address.clear();
+      remote.direct_is_refused = &is_direct_refused_;
+      restore_options own = options_;
+      own.cancel = nullptr;  // part_call_ has it
+      if (!is_large(remote)) own.connections = 1;
+      own.on_progress = [&](const progress& now) {
+        if (now.phase == phase::downloading) {
+          received_ += now.bytes_done > mine.bytes ? now.bytes_done - mine.bytes : 0;
+          mine.bytes = now.bytes_done;
+        }
+        return true;
+      };
+      const std::string name = remote.info.name;
+      call file_call(user_call_, state_.stop_flag());
+      auto restored = restoring(session_, file_call, own, name, run_, place(where_.root / from_utf8(name)),
+                                remote.address.empty() ? nullptr : &remote)();
+      finish(*taken, mine, restored, clock::now() - began);
+    }
+  }
+  void finish(const task& taken, worker& mine, const result<restored_file>& restored, clock::duration time) {
+    std::optional<error> ending;
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      restored_entry& entry = report_.files[taken.index];
+      entry.time = std::chrono::duration_cast<milliseconds>(time);
+      if (restored) {
+        entry.path = restored->path();
+        entry.size = restored->size();
+        entry.md5 = restored->md5();
+        entry.source = restored->source();
+        entry.verified = restored->verified();
+      } else {
+        const std::string quoted = in_quotes(entry.name);
+        entry.failure = in_context(restored.error(), "restoring " + quoted + " from " + shown(run_),
+                                   {quoted, run_.project + '/' + run_.run_id});
+        if (is_fatal(restored.error())) ending = entry.failure;
+      }
+      finished_[taken.index] = true;
+      bytes_done_ += taken.remote.info.size.value_or(entry.size);
+      if (restored && restored->source() == source::downloaded && mine.bytes < entry.size)
+        received_ += entry.size - mine.bytes;  // a small file may be complete before it reports
+      mine.bytes = 0;
+      ++files_done_;
+      --active_;
+      is_exclusive_ = false;
+      changed_.notify_all();
+    }
+    if (ending && !part_call_.cancelled()) stop_for(*ending);
+  }
+  /// Whether the failure would be that of every file: a refused key, a full disk.
+  [[nodiscard]] bool is_fatal(const error& failure) const {
+    if (failure.code() == errc::not_authenticated || failure.code() == errc::offline) return true;
+    if (failure.code() != errc::disk_failure) return false;
+    const auto room = free_space(where_.existing);
+    return room && *room < 1024 * 1024;
+  }
+
+  // ---- the caller's thread
+
+  [[nodiscard]] bool is_finished() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return is_listed_ && next_ == queue_.size() && active_ == 0;
+  }
+  void supervise() {
+    while (!is_finished() && !state_.is_stopped()) {
+      {
+        std::unique_lock<std::mutex> held(mutex_);
+        changed_.wait_for(held, milliseconds(20));
+      }
+      if (!tell() || user_call_.cancelled()) {
+        state_.stop();
+        changed_.notify_all();
+      }
+    }
+    told_ = {};
+    tell();
+  }
+  /// Calls on_progress if a report is due. Returns false if it cancels the call.
+  bool tell() {
+    const auto now = clock::now();
+    if (!options_.on_progress || now - told_ < milliseconds(90)) return true;
+    progress report;
+    std::string name;
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      name = current_;
+      report.bytes_done = bytes_done_;
+      for (const worker& each : workers_) report.bytes_done += each.bytes;
+      if (is_size_known_) {
+        report.bytes_total = bytes_found_;
+        report.bytes_done = (std::min)(report.bytes_done, bytes_found_);
+      }
+      report.files_done = files_done_;
+      report.files_total = report_.files.size();
+    }
+    const double seconds = (std::max)(std::chrono::duration<double>(now - measured_).count(), 0.001);
+    if (seconds > 0.5) {
+      const std::uint64_t received = received_;
+      const double lately = static_cast<double>(received - received_before_) / seconds;
+      pace_ = pace_ == 0 ? lately : 0.5 * pace_ + 0.5 * lately;
+      received_before_ = received;
+      measured_ = now;
+    }
+    report.name = name;
+    report.bytes_per_second = pace_;
+    told_ = now;
+    if (options_.on_progress(report)) return true;
+    user_call_.stop();
+    return false;
+  }
+
+  session& session_;
+  const restore_options& options_;
+  const std::string pattern_;
+  run_path run_;
+  const destination_root where_;
+  call user_call_;
+  transfer_state state_;
+  call part_call_;  // is cancelled with user_call_, or when state_ is stopped
+  std::atomic<bool> is_direct_refused_{false};
+  std::atomic<std::uint64_t> received_{0};  // bytes of all files
+
+  std::mutex mutex_;  // guards the next group
+  std::condition_variable changed_;
+  std::vector<task> queue_;  // files to restore; those before next_ have been taken
+  std::size_t next_ = 0;
+  std::size_t active_ = 0, files_done_ = 0;
+  bool is_exclusive_ = false;  // a large file is in work
+  bool is_listed_ = false, is_closed_ = false, has_run_ended_ = false, is_size_known_ = true;
+  std::uint64_t bytes_found_ = 0, bytes_done_ = 0;
+  std::string current_;  // the name of a file in work
+  hash_set hashes_;
+  std::optional<error> listing_failure_, fatal_;
+  restore_report report_;
+  std::vector<bool> finished_;  // for each file of the report
+
+  // Only the caller's thread uses these.
+  clock::time_point told_{}, measured_ = clock::now();
+  std::uint64_t received_before_ = 0;
+  double pace_ = 0;
+
+  std::vector<worker> workers_;
+  thread lister_;
+};
+
+/// Checks the arguments of a call with a pattern. Returns its run and root.
+struct pattern_call {
+  run_path run;
+  destination_root where;
+
+  static result<pattern_call> check(session& current, std::string_view pattern,
+                                    const restore_options& options) {
+    const std::string quoted = in_quotes(pattern), task = "cannot restore " + quoted;
+    if (pattern.empty()) return error(errc::invalid_argument, task + ": the pattern is empty");
+    if (auto good = check_options(current, options, task); !good) return good.error();
+    auto run = run_of(current.config, options.run_path);
+    if (!run) return in_context(run.error(), "restoring " + quoted, {quoted});
+    auto where = destination_root::find(current, options, task);
+    if (!where) return where.error();
+    pattern_call checked;
+    checked.run = *std::move(run);
+    checked.where = *std::move(where);
+    return checked;
+  }
+};
+
+WANDB_RESTORE_PRIVATE_INLINE result<restore_report> restore_all(session& current, std::string_view pattern,
+                                                                const restore_options& options) {
+  auto checked = pattern_call::check(current, pattern, options);
+  if (!checked) return checked.error();
+  const run_path run = checked->run;
+  auto report = restoring_all(current, options, std::string(pattern), run, checked->where)();
+  if (report) return report;
+  const std::string quoted = in_quotes(pattern);
+  return in_context(report.error(), "restoring " + quoted + " from " + shown(run),
+                    {quoted, run.project + '/' + run.run_id});
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& current, std::string_view pattern,
+                                                                  const restore_options& options) {
+  auto checked = pattern_call::check(current, pattern, options);
+  if (!checked) return checked.error();
+  run_path run = checked->run;
+  call user_call(current.config, options.cancel);
+  auto newest = [&]() -> result<remote_file> {
+    service api(current, user_call);
+    if (auto good = complete_entity(api, run); !good) return good.error();
+    upload_wait wait(user_call, options.wait);
+    const std::string name(pattern);
+    progress_reporter reporter(user_call, options, name);
+    for (;;) {
+      std::optional<remote_file> latest;
+      const auto listed = api.for_each_file(run, [&](remote_file& file) {
+        if (!matches_pattern(file.info.name, pattern)) return true;
+        // ISO 8601 in UTC sorts as text.
+        if (!latest || latest->info.updated_at <= file.info.updated_at) latest = std::move(file);
+        return true;
+      });
+      if (!listed) return listed.error();
+      if (latest) return *std::move(latest);
+      const auto report = [&] { return reporter.report_if_due(phase::downloading, 0, {}); };
+      if (!wait.may_ask_again(*listed, report)) {
+        if (user_call.cancelled()) return user_call.why_cancelled();
+        return wait.in_context(api.missing_file(run, name, {}));
+      }
+    }
+  }();
+  const std::string quoted = in_quotes(newest ? newest->info.name : std::string(pattern));
+  const std::string task = "cannot restore " + quoted;
+  const auto restored = [&]() -> result<restored_file> {
+    if (!newest) return newest.error();
+    const std::string name = newest->info.name;
+    if (auto good = check_name(name); !good) return good.error();
+    if (auto good = checked->where.check_lengths(name, task); !good) return good.error();
+    return restoring(current, user_call, options, name, run, place(checked->where.root / from_utf8(name)),
+                     newest->address.empty() ? nullptr : &*newest)();
+  };
+  auto file = restored();
+  if (file) return file;
+  return in_context(file.error(), "restoring " + quoted + " from " + shown(run),
+                    {quoted, run.project + '/' + run.run_id});
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
@@ -8036,11 +8748,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
   call user_call(current.config, options.cancel);
   auto listed = [&]() -> result<std::vector<file_info>> {
     service api(current, user_call);
-    if (run->entity.empty()) {
-      auto entity = api.default_entity();
-      if (!entity) return entity.error();
-      run->entity = *std::move(entity);
-    }
+    if (auto good = complete_entity(api, *run); !good) return good.error();
     return api.list_files(*run);
   }();
   if (listed) return listed;

@@ -1597,6 +1597,7 @@ class pacer {
 };
 
 struct stored_run {
+  std::string state = "finished";
   bool is_public = false;
   std::map<std::string, file_ptr> files;
 };
@@ -2137,7 +2138,7 @@ class server::implementation {
                    {"projectId", constant("1")},
                    {"name", constant(run.id)},
                    {"displayName", constant(run.id)},
-                   {"state", constant("finished")},
+                   {"state", constant(stored.state)},
                    {"tags", constant(json::array())},
                    {"sweepName", constant(nullptr)},
                    {"config", constant("{}")},
@@ -2660,6 +2661,10 @@ void server::expire_signatures() {
 void server::revoke_tokens() {
   impl_->change([&] { impl_->tokens_.clear(); });
 }
+void server::set_run_state(const run_ref& run, std::string state) {
+  impl_->change([&] { impl_->runs_[text_of(run)].state = std::move(state); });
+}
+
 void server::set_redirect(redirect to, unsigned hops, int status) {
   impl_->change([&] {
     impl_->how_.redirect_to = to;

@@ -1,0 +1,385 @@
+// Many files in one call: patterns, the list and the files side by side, one failure among successes, what ends a call, the
+// newest file, and the wait for a file that is still to come.
+#include "engine.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <set>
+#include <thread>
+
+using engine::holds;
+using engine::world;
+using stand_in::place;
+using stand_in::request_kind;
+using wandb::errc;
+namespace act = stand_in::act;
+namespace fs = std::filesystem;
+using namespace std::chrono_literals;
+
+namespace {
+
+std::vector<std::string> names(const wandb::restore_report& report) {
+  std::vector<std::string> found;
+  for (const auto& file : report.files) found.push_back(file.name);
+  return found;
+}
+
+wandb::restore_report all(world& w, std::string_view pattern) {
+  auto report = wandb::client<>(w.settings).try_restore_all(pattern, w.options);
+  if (!report) {
+    const std::string text = report.error().what();
+    CAPTURE(text);
+    REQUIRE(report.has_value());
+  }
+  return *std::move(report);
+}
+
+}  // namespace
+
+TEST_SUITE("restore_all") {
+  TEST_CASE("restores the files that match, in the service's order, and no others") {
+    world w;
+    for (const char* name : {"a.h5", "ckpt/a.h5", "ckpt/deep/b.h5", "ckpt/c.txt", "d.txt"}) w.add(name, 1000);
+    const std::pair<const char*, std::vector<std::string>> cases[] = {
+        {"*.h5", {"a.h5", "ckpt/a.h5", "ckpt/deep/b.h5"}},
+        {"ckpt/", {"ckpt/a.h5", "ckpt/c.txt", "ckpt/deep/b.h5"}},
+        {"c*t/?.*", {"ckpt/a.h5", "ckpt/c.txt", "ckpt/deep/b.h5"}},  // '*' stands for '/', too
+        {"?.txt", {"d.txt"}},
+        {"a.h5", {"a.h5"}},
+        {"*/deep/", {"ckpt/deep/b.h5"}},
+        {"*", {"a.h5", "ckpt/a.h5", "ckpt/c.txt", "ckpt/deep/b.h5", "d.txt"}},
+    };
+    int number = 0;
+    for (const auto& [pattern, wanted] : cases) {
+      CAPTURE(pattern);
+      w.options.root = w.directory / ("root" + std::to_string(++number));
+      const auto report = all(w, pattern);
+      auto found = names(report);
+      CHECK(report.complete());
+      std::sort(found.begin(), found.end());
+      CHECK(found == wanted);
+      for (const auto& file : report.files) {
+        CHECK_FALSE(file.failure.has_value());
+        CHECK(file.verified);
+        CHECK(file.size == 1000);
+        CHECK(file.source == wandb::source::downloaded);
+        CHECK(file.path == w.at(file.name));
+        CHECK(fs::file_size(file.path) == 1000);
+      }
+      CHECK(w.hidden() == 0);
+    }
+  }
+
+  TEST_CASE("one question a page, and no redirect where the list has direct addresses") {
+    world w;
+    for (int i = 0; i < 501; ++i) w.add("f" + std::to_string(i), 10);
+    const auto report = all(w, "*");
+    CHECK(report.files.size() == 501);
+    CHECK(report.complete());
+    CHECK(w.graphql() == 2);
+    CHECK(w.files() == 0);
+    CHECK(w.storage() == 501);
+  }
+
+  TEST_CASE("a direct address that is refused, or cannot be reached, is replaced by the service's own, for "
+            "all files") {
+    for (const char* direct : {"refused", "unreachable"}) {
+      CAPTURE(direct);
+      world w;
+      w.options.connections = 1;
+      w.settings.connect_timeout = 2s;
+      const std::string address = std::string(direct) == "refused"
+                                      ? w.server.storage_url() + "/no/such/object?X=1"
+                                      : "https://127.0.0.1:1/x";
+      for (int i = 0; i < 5; ++i) {
+        stand_in::file_attributes attributes;
+        attributes.direct_url = address;
+        w.add("f" + std::to_string(i), 1000, attributes);
+      }
+      const auto report = all(w, "*");
+      CHECK(report.complete());
+      CHECK(w.files() == 5);
+      CHECK(w.graphql() == 1);
+      CHECK(w.storage() == (std::string(direct) == "refused" ? 6 : 5));  // the direct address was tried once
+    }
+  }
+
+  TEST_CASE("large files are split, small ones side by side; connections limits both") {
+    world w;
+    w.options.connections = 3;
+    const auto large = w.add("b-large", 16 * engine::MiB + 7);
+    for (int i = 0; i < 10; ++i) w.add("a" + std::to_string(i), 1000);
+    for (int i = 0; i < 10; ++i) w.add("c" + std::to_string(i), 1000);
+    std::atomic<int> most{0};
+    w.server.on_request([&](const stand_in::request_record& request) {
+      if (request.kind != request_kind::storage) return;
+      const int open = static_cast<int>(w.server.counted().of(stand_in::origin::storage).open_connections);
+      int before = most;
+      while (before < open && !most.compare_exchange_weak(before, open)) {}
+    });
+    const auto report = all(w, "*");
+    CHECK(report.complete());
+    CHECK(report.files.size() == 21);
+    CHECK(holds(w.at("b-large"), *large));
+    CHECK(most <= 3);
+    std::set<std::string> ranges;
+    for (const auto& request : w.server.requests(request_kind::storage))
+      if (const auto range = request.range()) ranges.insert(*range);
+    CHECK(ranges.size() > 1);
+  }
+
+  TEST_CASE("a second call fetches nothing; with refresh it asks for the list only, and reads no file") {
+    world w;
+    for (int i = 0; i < 20; ++i) w.add("f" + std::to_string(i), 5000);
+    CHECK(all(w, "*").complete());
+    w.server.clear_log();
+    auto report = all(w, "*");
+    CHECK(report.complete());
+    for (const auto& file : report.files) CHECK(file.source == wandb::source::local);
+    CHECK(w.storage() == 0);
+    w.options.cache = wandb::cache_policy::refresh();
+    w.server.clear_log();
+    report = all(w, "*");
+    CHECK(report.complete());
+    for (const auto& file : report.files) {
+      CHECK(file.source == wandb::source::local);
+      CHECK(file.verified);
+    }
+    CHECK(w.graphql() == 1);
+    CHECK(w.files() == 0);
+    CHECK(w.storage() == 0);
+  }
+
+  TEST_CASE("the failure of one file does not stop the others") {
+    world w;
+    w.settings.retry_timeout = 300ms;
+    for (int i = 0; i < 6; ++i) w.add("f" + std::to_string(i), 1000);
+    w.server.add_fault(stand_in::target(place::storage).matching("f3"), act::status(404));
+    w.server.add_fault(stand_in::target(place::files).matching("f3"), act::status(404));
+    const auto report = all(w, "*");
+    CHECK_FALSE(report.complete());
+    CHECK_FALSE(report.failure.has_value());
+    CHECK(report.files.size() == 6);
+    for (const auto& file : report.files) {
+      CAPTURE(file.name);
+      CHECK(file.failure.has_value() == (file.name == "f3"));
+      CHECK(fs::exists(w.at(file.name)) == (file.name != "f3"));
+      if (file.failure) CHECK(std::string(file.failure->what()).find("\"f3\"") != std::string::npos);
+    }
+    CHECK(report.first_failure() != nullptr);
+  }
+
+  TEST_CASE("a refused key ends the call before any file") {
+    world w;
+    w.add("f", 1000);
+    w.settings.api_key = std::string(40, 'x');
+    const auto report = wandb::client<>(w.settings).try_restore_all("*", w.options);
+    REQUIRE_FALSE(report.has_value());
+    CHECK(report.error().code() == errc::not_authenticated);
+  }
+
+  TEST_CASE("a key that is refused midway ends the call; the report keeps what was done") {
+    world w;
+    w.options.connections = 1;
+    for (int i = 0; i < 5; ++i) {
+      stand_in::file_attributes attributes;
+      attributes.direct_url = "";
+      w.add("f" + std::to_string(i), 1000, attributes);
+    }
+    w.server.add_fault(stand_in::target(place::files).nth(3, 100), act::status(401));
+    const auto report = all(w, "*");
+    REQUIRE(report.failure.has_value());
+    CHECK(report.failure->code() == errc::not_authenticated);
+    REQUIRE(report.files.size() == 5);
+    for (int i = 0; i < 5; ++i) {
+      const auto& file = report.files[static_cast<std::size_t>(i)];
+      CAPTURE(file.name);
+      CHECK(file.failure.has_value() == (i >= 2));
+      if (file.failure) CHECK(file.failure->code() == errc::not_authenticated);
+    }
+    CHECK(w.files() == 3);
+  }
+
+  TEST_CASE("no match names similar files; an empty pattern and a bad option are refused without a request") {
+    world w;
+    w.add("model-best.h5", 1000);
+    auto report = wandb::client<>(w.settings).try_restore_all("model-bset.h5", w.options);
+    REQUIRE_FALSE(report.has_value());
+    CHECK(report.error().code() == errc::file_not_found);
+    CHECK(std::string(report.error().what()).find("did you mean \"model-best.h5\"?") != std::string::npos);
+    w.server.clear_log();
+    report = wandb::client<>(w.settings).try_restore_all("", w.options);
+    REQUIRE_FALSE(report.has_value());
+    CHECK(report.error().code() == errc::invalid_argument);
+    w.options.wait = -1s;
+    report = wandb::client<>(w.settings).try_restore_all("*", w.options);
+    REQUIRE_FALSE(report.has_value());
+    CHECK(report.error().code() == errc::invalid_argument);
+    CHECK(w.graphql() == 0);
+  }
+
+  TEST_CASE("names that leave the root, collide or are too long are errors of their files") {
+    world w;
+    w.add("Model.h5", 1000);
+    w.add("model.h5", 1000);
+    w.add("../evil", 1000);
+    w.add(std::string(300, 'n'), 1000);
+    w.add("good", 1000);
+    const auto report = all(w, "*");
+    CHECK(report.files.size() == 5);
+    int failures = 0;
+    for (const auto& file : report.files) {
+      if (!file.failure) continue;
+      ++failures;
+      CHECK(file.failure->code() == errc::invalid_argument);
+    }
+    CHECK(failures == 3);
+    CHECK(fs::exists(w.at("good")));
+    CHECK(fs::exists(w.at("Model.h5")) != fs::exists(w.at("model.h5")));
+    CHECK_FALSE(fs::exists(w.directory / "evil"));
+  }
+
+  TEST_CASE(
+      "progress counts files and bytes, in the caller's thread; false cancels, and the next call goes on") {
+    world w;
+    w.options.connections = 2;
+    std::vector<stand_in::content_ptr> contents;
+    for (int i = 0; i < 10; ++i) contents.push_back(w.add("f" + std::to_string(i), 100'000));
+    w.server.add_fault(stand_in::target(place::storage).nth(5), act::stall(50'000));
+    const auto caller = std::this_thread::get_id();
+    bool same_thread = true;
+    std::size_t files_done = 0;
+    w.options.on_progress = [&](const wandb::progress& now) {
+      same_thread = same_thread && std::this_thread::get_id() == caller;
+      CHECK(now.files_done <= now.files_total);
+      CHECK(now.bytes_done <= now.bytes_total.value_or(UINT64_MAX));
+      files_done = now.files_done;
+      return now.files_done < 4 || now.files_done == 10;
+    };
+    const auto report = all(w, "*");
+    CHECK(same_thread);
+    CHECK(files_done >= 4);
+    REQUIRE(report.failure.has_value());
+    CHECK(report.failure->code() == errc::cancelled);
+    std::size_t restored = 0;
+    for (const auto& file : report.files) restored += file.failure ? 0 : 1;
+    CHECK(restored < 10);
+    w.server.clear_faults();
+    w.server.release();
+    w.server.clear_log();
+    w.options.on_progress = {};
+    const auto again = all(w, "*");
+    CHECK(again.complete());
+    CHECK(w.storage() <= 10 - restored);
+    for (int i = 0; i < 10; ++i)
+      CHECK(holds(w.at("f" + std::to_string(i)), *contents[static_cast<std::size_t>(i)]));
+    CHECK(w.hidden() == 0);
+  }
+
+  TEST_CASE("an exception of on_progress leaves the call, and no thread") {
+    world w;
+    for (int i = 0; i < 30; ++i) w.add("f" + std::to_string(i), 1000);
+    struct stopped {};
+    w.options.on_progress = [](const wandb::progress&) -> bool { throw stopped(); };
+    wandb::client<> client(w.settings);
+    CHECK_THROWS_AS((void)client.try_restore_all("*", w.options), stopped);
+    w.options.on_progress = {};
+    CHECK(client.try_restore_all("*", w.options).value().complete());
+  }
+
+  TEST_CASE("files of the first page are under way before the last page is asked for") {
+    world w;
+    for (int i = 0; i < 2600; ++i) w.add("f" + std::to_string(10000 + i), 10);
+    const auto report = all(w, "*");
+    CHECK(report.files.size() == 2600);
+    CHECK(report.complete());
+    std::size_t first_file = SIZE_MAX, last_page = 0;
+    for (const auto& request : w.server.requests()) {
+      if (request.kind == request_kind::storage) first_file = (std::min)(first_file, request.number);
+      if (request.kind == request_kind::graphql) last_page = (std::max)(last_page, request.number);
+    }
+    CHECK(first_file < last_page);
+    CHECK(w.graphql() == 6);
+  }
+}
+
+TEST_SUITE("restore_newest") {
+  TEST_CASE("restores the match that was changed last") {
+    world w;
+    const auto add = [&](const char* name, const char* time) {
+      stand_in::file_attributes attributes;
+      attributes.updated_at = time;
+      return w.add(name, 1000, attributes);
+    };
+    add("ckpt/1.h5", "2024-01-01T00:00:00Z");
+    const auto newest = add("ckpt/2.h5", "2024-01-03T00:00:00Z");
+    add("ckpt/3.h5", "2024-01-02T00:00:00Z");
+    add("other.txt", "2025-01-01T00:00:00Z");
+    auto got = wandb::client<>(w.settings).try_restore_newest("ckpt/*.h5", w.options);
+    w.check_restored(std::move(got), "ckpt/2.h5", *newest);
+    CHECK(w.graphql() == 1);
+    const auto none = wandb::client<>(w.settings).try_restore_newest("*.bin", w.options);
+    REQUIRE_FALSE(none.has_value());
+    CHECK(none.error().code() == errc::file_not_found);
+  }
+}
+
+TEST_SUITE("wait") {
+  TEST_CASE("without wait a missing file is an error at once; of a run that has ended, also with wait") {
+    world w;
+    w.options.wait = 3600s;
+    const auto failure = w.check_failed(w.restore("later.h5"), errc::file_not_found);
+    CHECK(std::string(failure.what()).find("the run has ended") != std::string::npos);
+    CHECK(w.graphql() == 2);  // the second question looks for similar names
+    w.server.set_run_state(w.run, "running");
+    w.options.wait = 0s;
+    w.server.clear_log();
+    w.check_failed(w.restore("later.h5"), errc::file_not_found);
+    CHECK(w.graphql() == 2);
+  }
+
+  TEST_CASE("a file, or the first match, that appears during the wait is restored") {
+    for (const char* kind : {"file", "pattern", "newest"}) {
+      CAPTURE(kind);
+      world w;
+      w.server.set_run_state(w.run, "running");
+      w.options.wait = 150ms;  // the last question comes at its end
+      stand_in::content_ptr content;
+      int questions = 0;
+      w.server.on_request([&](const stand_in::request_record& request) {
+        if (request.kind == request_kind::graphql && ++questions == 2) content = w.add("later.h5", 1000);
+      });
+      wandb::client<> client(w.settings);
+      if (std::string(kind) == "pattern") {
+        const auto report = client.try_restore_all("*.h5", w.options);
+        REQUIRE(report.has_value());
+        CHECK(report->complete());
+        CHECK(names(*report) == std::vector<std::string>{"later.h5"});
+      } else if (std::string(kind) == "newest") {
+        w.check_restored(client.try_restore_newest("*.h5", w.options), "later.h5", *content);
+      } else {
+        auto got = client.try_restore("later.h5", w.options);
+        REQUIRE(content);
+        w.check_restored(std::move(got), "later.h5", *content);
+      }
+      CHECK(questions == 2);
+    }
+  }
+
+  TEST_CASE("a wait reports progress, and can be cancelled") {
+    world w;
+    w.server.set_run_state(w.run, "running");
+    w.options.wait = 3600s;
+    int reports = 0;
+    w.options.on_progress = [&](const wandb::progress&) { return ++reports < 3; };
+    w.check_failed(w.restore("later.h5"), errc::cancelled);
+    CHECK(reports == 3);
+    CHECK(w.graphql() == 1);
+    reports = 0;
+    const auto report = wandb::client<>(w.settings).try_restore_all("*", w.options);
+    REQUIRE_FALSE(report.has_value());
+    CHECK(report.error().code() == errc::cancelled);
+    CHECK(reports == 3);
+  }
+}
