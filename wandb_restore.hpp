@@ -880,6 +880,8 @@ class client {
 /// @param options  see restore_options.
 /// @return         the open stream, or an error with any errc. After a failure the file at the local path is unchanged; a
 ///                 hidden file beside it keeps the bytes that arrived, and the next call resumes from them.
+/// @throws         std::bad_alloc if memory runs out, in whichever of the call's threads, and any exception of on_progress or of
+///                 the transport: the state is as after a failure. (Without exceptions, a lack of memory ends the program.)
 /// Source: wandb.restore of the Python SDK (wandb/sdk/wandb_run.py).
 inline result<restored_file> try_restore(std::string_view name, const restore_options& options = {}) {
   return client<>().try_restore(name, options);

@@ -217,6 +217,19 @@ TEST_SUITE("text") {
     CHECK(detail::parse_json(nested(32, "[{\"a\":", "}]"))->is_array());
     CHECK(detail::parse_json(nested(33, "[{\"a\":", "}]"))->is_null());
     CHECK(detail::parse_json(nested(100'000, "{\"a\":", "}"))->is_null());
+    const auto list = [](std::size_t values) {
+      std::string text = "[0";  // the list is a value, too
+      while (--values > 1) text += ",0";
+      return text + ']';
+    };
+    CHECK(detail::elements(*detail::parse_json(list(131'072))).size() == 131'071);
+    CHECK(detail::parse_json(list(131'073))->is_null());
+    const std::string longest(65'536, 'x');
+    CHECK(detail::text_of(*detail::parse_json('"' + longest + '"')) == longest);
+    CHECK(detail::parse_json('"' + longest + "x\"")->is_null());
+    CHECK(detail::parse_json("{\"" + longest + "x\":0}")->is_null());
+    CHECK(detail::text_of(detail::member(*detail::parse_json(R"({"a":{"b":[1]},"a":"last"})"), "a")) ==
+          "last");
     CHECK(detail::parse_json(std::string(1'000'000, '['))->is_null());
     // Brackets in strings do not count, also after escaped quotes.
     const std::string text = "\"\\\"" + std::string(100, '[') + "\\\\\"";

@@ -92,16 +92,18 @@ struct client_result {
   std::string text;
 };
 
+using variables = std::vector<std::pair<std::string, std::string>>;
+
 /// Runs the client in a child process.
 client_result run_client(const std::string& base_url, const fs::path& folder, bool lists,
-                         const fs::path& ca = {}) {
-  const std::vector<std::pair<std::string, std::string>> all = {
-      {"CHILD_URL", base_url},
-      {"HOSTILE_CA", ca.string()},
-      {"HOSTILE_CACHE", (folder / "cache").string()},
-      {"HOSTILE_ROOT", (folder / "root").string()},
-      {"HOSTILE_LISTS", lists ? "1" : "0"},
-      {"HOSTILE_RESULT", (folder / "result").string()}};
+                         const fs::path& ca = {}, const variables& more = {}) {
+  variables all = {{"CHILD_URL", base_url},
+                   {"HOSTILE_CA", ca.string()},
+                   {"HOSTILE_CACHE", (folder / "cache").string()},
+                   {"HOSTILE_ROOT", (folder / "root").string()},
+                   {"HOSTILE_LISTS", lists ? "1" : "0"},
+                   {"HOSTILE_RESULT", (folder / "result").string()}};
+  all.insert(all.end(), more.begin(), more.end());
   std::vector<std::string> texts;
   for (char** one = environ; *one != nullptr; ++one) texts.emplace_back(*one);
   for (const auto& [name, value] : all) texts.push_back(name + "=" + value);
@@ -254,6 +256,7 @@ struct attack {
   answering file;
   answering question = [](const request&, const addresses& at) { return node(at); };
   bool lists = false;
+  variables environment = {};
 };
 
 long peak = 0;  // KiB, of all attacks
@@ -264,7 +267,7 @@ std::vector<std::string> check(const attack& each) {
   CAPTURE(what);
   const victim here;
   const hostile_servers servers(each.question, each.file);
-  const auto got = run_client(servers.at().service, here.folder.path(), each.lists);
+  const auto got = run_client(servers.at().service, here.folder.path(), each.lists, {}, each.environment);
   const std::string shown = got.text.substr(0, 1000);
   CAPTURE(shown);
   CHECK(wandb::to_string(got.code) == std::string(wandb::to_string(each.code)));
@@ -631,6 +634,23 @@ TEST_SUITE("hostile servers") {
         {"another file", errc::protocol_violation, "answered about the file \"../../evil\" instead",
          always(response(new_text)), node_with(R"(,"name":"../../evil")")},
     });
+  }
+
+  TEST_CASE("the greatest size, where free space cannot be told, takes little memory") {
+#if TESTS_SANITIZED
+    MESSAGE("left out: a preloaded library and a sanitizer's runtime do not go together");
+#else
+    const std::string library = WANDB_RESTORE_TESTS_SHIM;
+    REQUIRE_MESSAGE(fs::exists(library), "not built: ", library);
+    const variables no_free_space = {
+        {"LD_PRELOAD", library}, {"FAULT_FREE", "unknown"}, {"FAULT_ALLOCATE", "EOPNOTSUPP"}};
+    const std::string most = std::to_string(std::uint64_t{1} << 43),
+                      too_many = std::to_string((std::uint64_t{1} << 43) + 1);
+    check_all({{"8 TiB", errc::http_failure, "HTTP status 404", no_file, node_with(",\"sizeBytes\":" + most),
+                false, no_free_space},
+               {"more", errc::protocol_violation, "gives an impossible size", no_file,
+                node_with(",\"sizeBytes\":" + too_many), false, no_free_space}});
+#endif
   }
 
   TEST_CASE("TLS: a connection that is cut off is not the end of a file of unknown size") {
