@@ -8344,7 +8344,8 @@ class restoring_all {
     } while (true);
     end();
     state_.rethrow();
-    if (user_call_.cancelled() && !is_finished()) fatal_ = user_call_.why_cancelled();
+    if (user_call_.cancelled() && (report_.files.empty() || !is_finished()))
+      fatal_ = user_call_.why_cancelled();
     if (!fatal_ && listing_failure_) fatal_ = listing_failure_;
     if (report_.files.empty()) {
       if (fatal_) return *fatal_;

@@ -44,7 +44,7 @@ TEST_SUITE("restore_all") {
     const std::pair<const char*, std::vector<std::string>> cases[] = {
         {"*.h5", {"a.h5", "ckpt/a.h5", "ckpt/deep/b.h5"}},
         {"ckpt/", {"ckpt/a.h5", "ckpt/c.txt", "ckpt/deep/b.h5"}},
-        {"c*t/?.*", {"ckpt/a.h5", "ckpt/c.txt", "ckpt/deep/b.h5"}},  // '*' stands for '/', too
+        {"c*t/?.*", {"ckpt/a.h5", "ckpt/c.txt"}},
         {"?.txt", {"d.txt"}},
         {"a.h5", {"a.h5"}},
         {"*/deep/", {"ckpt/deep/b.h5"}},
@@ -52,12 +52,15 @@ TEST_SUITE("restore_all") {
     };
     int number = 0;
     for (const auto& [pattern, wanted] : cases) {
-      CAPTURE(pattern);
+      CAPTURE(std::string(pattern));
       w.options.root = w.directory / ("root" + std::to_string(++number));
       const auto report = all(w, pattern);
       auto found = names(report);
       CHECK(report.complete());
       std::sort(found.begin(), found.end());
+      std::string text;
+      for (const auto& name : found) text += name + " ";
+      CAPTURE(text);
       CHECK(found == wanted);
       for (const auto& file : report.files) {
         CHECK_FALSE(file.failure.has_value());
@@ -85,7 +88,7 @@ TEST_SUITE("restore_all") {
   TEST_CASE("a direct address that is refused, or cannot be reached, is replaced by the service's own, for "
             "all files") {
     for (const char* direct : {"refused", "unreachable"}) {
-      CAPTURE(direct);
+      CAPTURE(std::string(direct));
       world w;
       w.options.connections = 1;
       w.settings.connect_timeout = 2s;
@@ -101,7 +104,8 @@ TEST_SUITE("restore_all") {
       CHECK(report.complete());
       CHECK(w.files() == 5);
       CHECK(w.graphql() == 1);
-      CHECK(w.storage() == (std::string(direct) == "refused" ? 6 : 5));  // the direct address was tried once
+      CHECK(w.storage() == 5);
+      CHECK(w.requests(request_kind::other) == (std::string(direct) == "refused" ? 1 : 0));  // tried once
     }
   }
 
@@ -341,7 +345,7 @@ TEST_SUITE("wait") {
 
   TEST_CASE("a file, or the first match, that appears during the wait is restored") {
     for (const char* kind : {"file", "pattern", "newest"}) {
-      CAPTURE(kind);
+      CAPTURE(std::string(kind));
       world w;
       w.server.set_run_state(w.run, "running");
       w.options.wait = 150ms;  // the last question comes at its end
@@ -357,7 +361,9 @@ TEST_SUITE("wait") {
         CHECK(report->complete());
         CHECK(names(*report) == std::vector<std::string>{"later.h5"});
       } else if (std::string(kind) == "newest") {
-        w.check_restored(client.try_restore_newest("*.h5", w.options), "later.h5", *content);
+        auto got = client.try_restore_newest("*.h5", w.options);
+        REQUIRE(content);
+        w.check_restored(std::move(got), "later.h5", *content);
       } else {
         auto got = client.try_restore("later.h5", w.options);
         REQUIRE(content);

@@ -265,7 +265,7 @@ TEST_SUITE("service: answers that lead to the file") {
     (void)f.success(client.try_restore("a.txt", f.path));
     const json question = json::parse(f.server.requests(request_kind::graphql).at(0).body);
     const std::string query = question.at("query");
-    CHECK(contains(query, "{ name run(name: $name) { name fileCount"));
+    CHECK(contains(query, "{ name run(name: $name) { name state fileCount"));
     // A database that ignores case returns the run's own spelling.
     for (const json& names : {json{{"project", "my-project"}, {"run", "a1b2c3d"}},
                               json{{"project", "My-Project"}, {"run", "A1B2C3D"}},
