@@ -3278,9 +3278,8 @@ using watcher = function_ref<bool(std::uint64_t done)>;
 class partial_file {
  public:
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
-  /// The size of the largest file, 8 TiB: more than storage services take in one upload. The record has a bit for each block,
-  /// 16 MiB at most, and is held in memory.
-  static constexpr std::uint64_t max_size = std::uint64_t{1} << 43;
+  /// The size of the largest file, 64 TiB.
+  static constexpr std::uint64_t max_size = std::uint64_t{1} << 46;
   // Seconds without a write after which a writer counts as dead if its process cannot be examined.
   static constexpr std::uint64_t quiet = 60;
 
@@ -3306,9 +3305,14 @@ class partial_file {
   [[nodiscard]] const path& where() const { return where_; }
   [[nodiscard]] std::uint64_t size() const { return size_; }
   [[nodiscard]] bool has(std::uint64_t index) const {
-    return (bits_[byte_of(index)] >> (index % 8) & 1) != 0;
+    return byte_of(index) < bits_.size() && (bits_[byte_of(index)] >> (index % 8) & 1) != 0;
   }
   [[nodiscard]] std::uint64_t blocks() const { return (size_ + block - 1) / block; }
+  /// The number of blocks that the record covers in memory. It has no later ones: a server may claim any size, and the record
+  /// of a large file grows with the blocks that arrive.
+  [[nodiscard]] std::uint64_t covered() const {
+    return (std::min<std::uint64_t>)(blocks(), bits_.size() * 8);
+  }
 
   /// Writes bytes at their offset. Safe to call from several threads at once.
   result<void> write(std::uint64_t offset, std::string_view bytes) const {
@@ -3318,6 +3322,7 @@ class partial_file {
   /// Records that blocks [first, last) have been written. Call from one thread at a time.
   result<void> record(std::uint64_t first, std::uint64_t last) {
     if (first >= last) return {};
+    bits_.resize((std::max)(bits_.size(), byte_of(last - 1) + 1), '\0');
     for (auto i = first; i < last; ++i)
       bits_[byte_of(i)] = static_cast<char>(bits_[byte_of(i)] | 1 << (i % 8));
     const auto begin = byte_of(first), end = byte_of(last - 1) + 1;
@@ -3360,13 +3365,15 @@ class partial_file {
  private:
   static constexpr std::string_view magic = "wandb-restore 2\n";
   static constexpr std::size_t header_size = 64;
+  static constexpr std::size_t shortest_record = 1024 * 1024;  // bytes; of files of 512 GiB and more
 
   partial_file(file out, path where, const std::string& md5, std::uint64_t size)
       : out_(std::move(out)), where_(std::move(where)), md5_(md5), size_(size),
-        bits_(byte_of(blocks() + 7), '\0') {}
+        bits_((std::min)(record_size(), shortest_record), '\0') {}
   static std::size_t byte_of(std::uint64_t index) { return static_cast<std::size_t>(index / 8); }
   /// Returns the bytes of content and record.
-  [[nodiscard]] std::uint64_t whole() const { return record_offset() + header_size + bits_.size(); }
+  [[nodiscard]] std::uint64_t whole() const { return record_offset() + header_size + record_size(); }
+  [[nodiscard]] std::size_t record_size() const { return byte_of(blocks() + 7); }
   [[nodiscard]] std::uint64_t record_offset() const { return (size_ + block - 1) / block * block; }
   [[nodiscard]] std::string header() const {
     std::string text(magic);
@@ -3383,12 +3390,16 @@ class partial_file {
         text != header()) {
       return false;
     }
-    return out_.read_at(record_offset() + header_size, bits_.data(), bits_.size()) ==
-           static_cast<std::int64_t>(bits_.size());
+    const std::size_t shortest = bits_.size();
+    bits_.resize(record_size());
+    const auto count = out_.read_at(record_offset() + header_size, bits_.data(), bits_.size());
+    if (count < static_cast<std::int64_t>(shortest)) return false;
+    bits_.resize(static_cast<std::size_t>(count));
+    return true;
   }
   [[nodiscard]] std::uint64_t recorded() const {
     std::uint64_t count = 0;
-    for (std::uint64_t i = 0; i < blocks(); ++i) count += has(i) ? 1u : 0u;
+    for (std::uint64_t i = 0; i < covered(); ++i) count += has(i) ? 1u : 0u;
     return count;
   }
   /// Opens a candidate and reads its record. Returns null if it has no record of this content. Sets is_own_ if the file
@@ -3461,7 +3472,7 @@ inline std::unique_ptr<partial_file> partial_file::inspect(const found_partial& 
   made->is_own_ = is_own;
   if (!candidate.key.empty() && facts->size == size) {
     // The writer was killed between finish() and the rename: all blocks are present.
-    made->bits_.assign(made->bits_.size(), '\xff');
+    made->bits_.assign(made->record_size(), '\xff');
     return made;
   }
   return made->load_record() ? std::move(made) : nullptr;
@@ -3546,10 +3557,10 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
 inline void partial_file::adopt(const partial_file& source, watcher go_on) {
   page_buffer buffer;
   constexpr std::uint64_t stride = 16;  // blocks copied between two calls of the watcher
-  for (std::uint64_t first = 0, last = 0; first < blocks(); first = last) {
+  for (std::uint64_t first = 0, last = 0; first < source.covered(); first = last) {
     last = first + 1;
     if (has(first) || !source.has(first)) continue;
-    while (last < blocks() && last - first < stride && !has(last) && source.has(last)) ++last;
+    while (last < source.covered() && last - first < stride && !has(last) && source.has(last)) ++last;
     if (go_on && !go_on(first * block)) return;
     const auto end = (std::min)(last * block, size_);
     auto offset = first * block;
@@ -6472,8 +6483,8 @@ class range_plan {
 /// must not change on disk.
 class block_table {
  public:
-  explicit block_table(partial_file& file) : file_(file), claimed_(static_cast<std::size_t>(file.blocks())) {
-    for (std::uint64_t i = 0; i < file.blocks(); ++i) {
+  explicit block_table(partial_file& file) : file_(file), claimed_(static_cast<std::size_t>(file.covered())) {
+    for (std::uint64_t i = 0; i < file.covered(); ++i) {
       claimed_[static_cast<std::size_t>(i)] = file.has(i);
       if (file.has(i)) present_ += size_of(i);
     }
@@ -6484,15 +6495,17 @@ class block_table {
   [[nodiscard]] std::vector<byte_range> missing() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     std::vector<byte_range> gaps;
-    for (std::uint64_t i = 0; i < file_.blocks(); ++i) {
-      if (file_.has(i)) continue;
-      const byte_range gap{i * block, i * block + size_of(i)};
+    const auto add = [&](const byte_range& gap) {
       if (!gaps.empty() && gaps.back().end == gap.begin) {
         gaps.back().end = gap.end;
-      } else {
+      } else if (gap.size() > 0) {
         gaps.push_back(gap);
       }
+    };
+    for (std::uint64_t i = 0; i < file_.covered(); ++i) {
+      if (!file_.has(i)) add({i * block, i * block + size_of(i)});
     }
+    add({(std::min)(file_.size(), file_.covered() * block), file_.size()});
     return gaps;
   }
   /// Writes and records the blocks that no writer has claimed. `offset` is a multiple of the block size. Ignores an
@@ -6503,6 +6516,7 @@ class block_table {
     std::vector<byte_range> claims;  // in blocks, not bytes
     {
       const std::lock_guard<std::mutex> guard(mutex_);
+      if (claimed_.size() < last) claimed_.resize(static_cast<std::size_t>(last));
       for (auto i = first; i < last; ++i) {
         if (claimed_[static_cast<std::size_t>(i)]) continue;
         claimed_[static_cast<std::size_t>(i)] = true;

@@ -636,7 +636,7 @@ TEST_SUITE("hostile servers") {
     });
   }
 
-  TEST_CASE("the greatest size, where free space cannot be told, takes little memory") {
+  TEST_CASE("a great size, where free space cannot be told, takes little memory") {
 #if TESTS_SANITIZED
     MESSAGE("left out: a preloaded library and a sanitizer's runtime do not go together");
 #else
@@ -644,12 +644,13 @@ TEST_SUITE("hostile servers") {
     REQUIRE_MESSAGE(fs::exists(library), "not built: ", library);
     const variables no_free_space = {
         {"LD_PRELOAD", library}, {"FAULT_FREE", "unknown"}, {"FAULT_ALLOCATE", "EOPNOTSUPP"}};
-    const std::string most = std::to_string(std::uint64_t{1} << 43),
-                      too_many = std::to_string((std::uint64_t{1} << 43) + 1);
-    check_all({{"8 TiB", errc::http_failure, "HTTP status 404", no_file, node_with(",\"sizeBytes\":" + most),
-                false, no_free_space},
-               {"more", errc::protocol_violation, "gives an impossible size", no_file,
-                node_with(",\"sizeBytes\":" + too_many), false, no_free_space}});
+    // Some file systems have a limit of 16 TiB, which leaves room for the record behind the content.
+    const std::string large = std::to_string(std::uint64_t{15} << 40);
+    const std::string too_large = std::to_string((std::uint64_t{1} << 46) + 1);
+    check_all({{"15 TiB", errc::http_failure, "HTTP status 404", no_file,
+                node_with(",\"sizeBytes\":" + large), false, no_free_space},
+               {"more than 64 TiB", errc::protocol_violation, "gives an impossible size", no_file,
+                node_with(",\"sizeBytes\":" + too_large), false, no_free_space}});
 #endif
   }
 

@@ -491,6 +491,28 @@ TEST_SUITE("processes: many at once") {
     CHECK(it.hidden() == 0);
   }
 
+  TEST_CASE("the record of a file of 600 GiB, which grows with the blocks that arrive, is resumed from") {
+    const auto library = shim();
+    if (!library) return;
+    const child::variables no_free_space = {
+        {"LD_PRELOAD", *library}, {"FAULT_FREE", "unknown"}, {"FAULT_ALLOCATE", "EOPNOTSUPP"}};
+    world it;
+    stand_in::file_attributes attributes;
+    attributes.md5 = "0123456789abcdef0123456789abcdef";
+    it.add("model.h5", 600 * 1024 * MiB, attributes);
+    for (const std::uint64_t present : {0, 1}) {
+      it.server.clear_log();
+      child process(it, "model.h5", no_free_space);
+      CHECK(process.wait_for_bytes(present == 0 ? 40 * MiB : 1) > 0);
+      REQUIRE(it.server.wait_for(
+          [](const auto& now) { return now.counts.of(request_kind::storage).requests > 0; }, 20s));
+      const auto range = it.server.requests(request_kind::storage).front().range();
+      REQUIRE(range.has_value());
+      CHECK((range->substr(0, 8) == "bytes=0-") == (present == 0));
+      process.kill_now();
+    }
+  }
+
   TEST_CASE("without locks, if some processes are killed, the others get the right file") {
     const auto library = shim();
     if (!library) return;
