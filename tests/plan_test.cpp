@@ -534,10 +534,11 @@ TEST_SUITE("file location") {
 
   TEST_CASE("one connection resolves the address; the others wait and get the final address") {
     call_of_a_test one;
-    file_location location(address(at_service), [](wandb::detail::call&) -> wandb::result<wandb::url> {
-      FAIL("nothing has expired");
-      return wandb::url{};
-    });
+    file_location location(address(at_service), wandb::url(),
+                           [](wandb::detail::call&) -> wandb::result<wandb::url> {
+                             FAIL("nothing has expired");
+                             return wandb::url{};
+                           });
     const auto first = location.acquire(one.call);
     REQUIRE(first.has_value());
     CHECK(first->is_resolving);
@@ -553,7 +554,7 @@ TEST_SUITE("file location") {
 
   TEST_CASE("if a connection fails to resolve the address, another one tries") {
     call_of_a_test one;
-    file_location location(address(at_service), {});
+    file_location location(address(at_service), wandb::url(), {});
     const auto first = location.acquire(one.call);
     location.release(*first);
     const auto second = location.acquire(one.call);
@@ -564,9 +565,10 @@ TEST_SUITE("file location") {
   TEST_CASE("an expired address is renewed once for all; a late refusal of the old address does not renew") {
     call_of_a_test one;
     int asked = 0;
-    file_location location(address(at_service), [&](wandb::detail::call&) -> wandb::result<wandb::url> {
-      return address("https://service/files/a?" + std::to_string(++asked));
-    });
+    file_location location(address(at_service), wandb::url(),
+                           [&](wandb::detail::call&) -> wandb::result<wandb::url> {
+                             return address("https://service/files/a?" + std::to_string(++asked));
+                           });
     const auto resolving = location.acquire(one.call);
     location.found(*resolving, address(at_storage));
     const auto first = location.acquire(one.call), second = location.acquire(one.call);
@@ -586,10 +588,11 @@ TEST_SUITE("file location") {
       CAPTURE(is_served);
       call_of_a_test one;
       int asked = 0;
-      file_location location(address(at_service), [&](wandb::detail::call&) -> wandb::result<wandb::url> {
-        ++asked;
-        return address(at_service);
-      });
+      file_location location(address(at_service), wandb::url(),
+                             [&](wandb::detail::call&) -> wandb::result<wandb::url> {
+                               ++asked;
+                               return address(at_service);
+                             });
       for (int i = 0; i <= file_location::most_renewals; ++i) {
         const auto lease = location.acquire(one.call);
         REQUIRE(lease.has_value());
@@ -603,7 +606,7 @@ TEST_SUITE("file location") {
 
   TEST_CASE("after a failed connection the redirects are followed again, without a query") {
     call_of_a_test one;
-    file_location location(address(at_service), {});
+    file_location location(address(at_service), wandb::url(), {});
     const auto resolving = location.acquire(one.call);
     location.found(*resolving, address(at_storage));
     location.forget(*location.acquire(one.call));
@@ -616,10 +619,11 @@ TEST_SUITE("file location") {
   TEST_CASE("a failed renewal returns its error, and the next connection asks again") {
     call_of_a_test one;
     int asked = 0;
-    file_location location(address(at_service), [&](wandb::detail::call&) -> wandb::result<wandb::url> {
-      if (++asked == 1) return error(errc::connection_failed, "no answer");
-      return address(at_storage);
-    });
+    file_location location(address(at_service), wandb::url(),
+                           [&](wandb::detail::call&) -> wandb::result<wandb::url> {
+                             if (++asked == 1) return error(errc::connection_failed, "no answer");
+                             return address(at_storage);
+                           });
     CHECK(location.renew(*location.acquire(one.call)));
     const auto failed = location.acquire(one.call);
     REQUIRE_FALSE(failed.has_value());
@@ -629,7 +633,7 @@ TEST_SUITE("file location") {
 
   TEST_CASE("a cancellation ends the wait for another connection") {
     call_of_a_test one;
-    file_location location(address(at_service), {});
+    file_location location(address(at_service), wandb::url(), {});
     REQUIRE(location.acquire(one.call).has_value());
     one.cancel = true;
     const auto second = location.acquire(one.call);

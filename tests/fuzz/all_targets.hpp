@@ -9,10 +9,13 @@
 namespace fuzz {
 
 inline constexpr target targets[] = {
-    {"run_path", run_paths}, {"url", urls},           {"netrc", netrc},       {"ini", ini},
-    {"settings", settings},  {"graphql", graphql},    {"json", json_texts},   {"fields", fields},
-    {"proxy", proxies},      {"records", records},    {"resume", resume_record}, {"response", responses},
-    {"restore", restore}, {"restore_ranges", restore_ranges},
+    {"run_path", run_paths},   {"url", urls},
+    {"netrc", netrc},          {"ini", ini},
+    {"settings", settings},    {"graphql", graphql},
+    {"json", json_texts},      {"fields", fields},
+    {"proxy", proxies},        {"records", records},
+    {"resume", resume_record}, {"response", responses},
+    {"restore", restore},      {"restore_ranges", restore_ranges},
 };
 
 }  // namespace fuzz

@@ -25,7 +25,8 @@ inline const version& version_of(std::uint64_t size, unsigned number) {
   if (!one.md5.empty()) return one;
   one.bytes.resize(size);
   std::uint64_t state = size * 2 + number + 1;
-  for (char& c : one.bytes) c = static_cast<char>((state = state * 6364136223846793005u + 1442695040888963407u) >> 56);
+  for (char& c : one.bytes)
+    c = static_cast<char>((state = state * 6364136223846793005u + 1442695040888963407u) >> 56);
   wandb::detail::md5 hash;
   hash.update(one.bytes);
   one.md5 = hash.finish();
@@ -82,8 +83,8 @@ class scripted_transport {
     }
   }
   int status() const {
-    static constexpr int known[] = {400, 401, 403, 404, 408, 410, 412, 416, 425, 429, 500, 501, 502, 503, 504,
-                                    204, 304, 100, 203, 300};
+    static constexpr int known[] = {400, 401, 403, 404, 408, 410, 412, 416, 425, 429,
+                                    500, 501, 502, 503, 504, 204, 304, 100, 203, 300};
     return known[world_->in.byte() % std::size(known)];
   }
 
@@ -102,7 +103,8 @@ class scripted_transport {
     const std::string size = action % 8 == 7 ? "null" : std::to_string(world_->size);
     const std::string body =
         R"({"data":{"project":{"run":{"files":{"edges":[{"node":{"name":"f.bin","url":"https://service.test/files/f.bin",)"
-        R"("md5":")" + version_of(world_->size, named).md5 + R"(","sizeBytes":)" + size +
+        R"("md5":")" +
+        version_of(world_->size, named).md5 + R"(","sizeBytes":)" + size +
         R"(}}],"pageInfo":{"hasNextPage":false}}}}}})";
     return deliver(head_of(200, body.size()), body, sink);
   }
@@ -112,14 +114,20 @@ class scripted_transport {
     const auto action = in.byte();
     if (action > 230) return transport_error(action);
     if (action > 200) return deliver(head_of(status(), 0), "", sink);
-    static constexpr const char* targets[] = {"https://storage.test/f?signature=SECRET2", "http://storage.test/f",
-                                              "/files/f.bin", "ftp://x/", "", "//storage.test/g", "https://service.test.evil/"};
+    static constexpr const char* targets[] = {"https://storage.test/f?signature=SECRET2",
+                                              "http://storage.test/f",
+                                              "/files/f.bin",
+                                              "ftp://x/",
+                                              "",
+                                              "//storage.test/g",
+                                              "https://service.test.evil/"};
     wandb::http_response head = head_of(302, 0);
     head.headers.push_back({"Location", targets[action > 170 ? action % std::size(targets) : 0]});
     return deliver(head, "", sink);
   }
 
-  wandb::result<wandb::http_response> serve(const wandb::http_request& request, wandb::body_sink& sink) const {
+  wandb::result<wandb::http_response> serve(const wandb::http_request& request,
+                                            wandb::body_sink& sink) const {
     feed& in = world_->in;
     const std::string& content = version_of(world_->size, world_->current).bytes;
     const auto action = in.byte();
@@ -137,9 +145,10 @@ class scripted_transport {
       if (end < begin) end = begin;
       const std::uint64_t shift = action > 180 ? in.below(100'000) : 0;  // other bytes than were asked for
       head = head_of(206, end - begin);
-      head.headers.push_back({"Content-Range", "bytes " + std::to_string(begin + shift) + "-" +
-                                                   std::to_string(end + shift - 1) + "/" +
-                                                   (action % 16 == 14 ? std::string("*") : std::to_string(content.size()))});
+      head.headers.push_back(
+          {"Content-Range", "bytes " + std::to_string(begin + shift) + "-" + std::to_string(end + shift - 1) +
+                                "/" +
+                                (action % 16 == 14 ? std::string("*") : std::to_string(content.size()))});
     } else {
       head = head_of(200, content.size());
     }

@@ -98,11 +98,24 @@ inline void ini(std::string_view input) {
 
 /// Reads the settings from variables and files that the input chooses. No secret is in a warning or error.
 inline void settings(std::string_view input) {
-  static const char* const names[] = {
-      "WANDB_BASE_URL", "WANDB_API_KEY", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_MODE",
-      "WANDB_RESUME", "WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__PROXIES", "WANDB_HTTP_PROXY", "HTTPS_PROXY",
-      "NO_PROXY", "WANDB_HTTP_TIMEOUT", "WANDB_INSECURE_DISABLE_SSL", "WANDB_IDENTITY_TOKEN_FILE",
-      "SM_TRAINING_ENV", "WANDB_USERNAME", "WANDB_USER_EMAIL"};
+  static const char* const names[] = {"WANDB_BASE_URL",
+                                      "WANDB_API_KEY",
+                                      "WANDB_ENTITY",
+                                      "WANDB_PROJECT",
+                                      "WANDB_RUN_ID",
+                                      "WANDB_MODE",
+                                      "WANDB_RESUME",
+                                      "WANDB_X_EXTRA_HTTP_HEADERS",
+                                      "WANDB__PROXIES",
+                                      "WANDB_HTTP_PROXY",
+                                      "HTTPS_PROXY",
+                                      "NO_PROXY",
+                                      "WANDB_HTTP_TIMEOUT",
+                                      "WANDB_INSECURE_DISABLE_SSL",
+                                      "WANDB_IDENTITY_TOKEN_FILE",
+                                      "SM_TRAINING_ENV",
+                                      "WANDB_USERNAME",
+                                      "WANDB_USER_EMAIL"};
   static const std::filesystem::path home = folder::shared().path() / "home";
   static const bool ready = [] {
     std::filesystem::create_directories(home / "wandb");
@@ -125,7 +138,8 @@ inline void settings(std::string_view input) {
   }
   const auto split = in.rest().find("\n---\n");
   write_file(home / "wandb" / "settings", in.rest().substr(0, split));
-  write_file(home / "netrc", split == std::string_view::npos ? std::string_view() : in.rest().substr(split + 5));
+  write_file(home / "netrc",
+             split == std::string_view::npos ? std::string_view() : in.rest().substr(split + 5));
   const auto found = wandb::settings::from_environment();
   if (found.problem) check_error(*found.problem);
   for (const auto& warning : found.warnings) FUZZ_CHECK(warning.find(secret) == std::string::npos);
@@ -262,8 +276,9 @@ inline void resume_record(std::string_view input) {
   const std::uint64_t size = 1 + in.below(200'000);
   const detail::place at(home / "file");
   const std::string md5(32, 'a');
-  const std::string name =
-      in.byte() % 2 == 0 ? at.released().string() : at.partial(md5, std::string(in.line().substr(0, 60))).string();
+  const std::string name = in.byte() % 2 == 0
+                               ? at.released().string()
+                               : at.partial(md5, std::string(in.line().substr(0, 60))).string();
   if (name.find('\0') == name.npos && name.find('/', home.string().size() + 1) == name.npos) {
     const auto start = in.below(220'000);
     std::string content(start, 'x');
