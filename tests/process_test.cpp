@@ -500,7 +500,7 @@ TEST_SUITE("processes: many at once") {
     stand_in::file_attributes attributes;
     attributes.md5 = "0123456789abcdef0123456789abcdef";
     it.add("model.h5", 600 * 1024 * MiB, attributes);
-    for (const std::uint64_t present : {0, 1}) {
+    for (const std::uint64_t present : {0U, 1U}) {
       it.server.clear_log();
       child process(it, "model.h5", no_free_space);
       CHECK(process.wait_for_bytes(present == 0 ? 40 * MiB : 1) > 0);

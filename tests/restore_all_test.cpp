@@ -267,7 +267,7 @@ TEST_SUITE("restore_all") {
     REQUIRE(report.failure.has_value());
     CHECK(report.failure->code() == errc::cancelled);
     std::size_t restored = 0;
-    for (const auto& file : report.files) restored += file.failure ? 0 : 1;
+    for (const auto& file : report.files) restored += file.failure ? std::size_t{0} : std::size_t{1};
     CHECK(restored < 10);
     w.server.clear_faults();
     w.server.release();
