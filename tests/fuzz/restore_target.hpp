@@ -239,7 +239,8 @@ inline void restore_file(std::string_view input, std::uint64_t fixed_size) {
   if (setup % 3 == 2) write_file(target, version_of(world.size, setup / 64 % 2).bytes);
   const std::string before = has_old ? read_file(target) : std::string();
   for (int i = setup / 3 % 4; i > 0; --i)
-    prepare_partial(world.in, wandb::detail::place(target), version_of(world.size, static_cast<unsigned>(i % 2)));
+    prepare_partial(world.in, wandb::detail::place(target),
+                    version_of(world.size, static_cast<unsigned>(i % 2)));
 
   wandb::settings configuration;
   configuration.base_url = "https://service.test";

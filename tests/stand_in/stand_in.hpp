@@ -294,7 +294,8 @@ class server {
 
   run_ref add_run(std::string entity, std::string project, std::string id, bool is_public = false);
   void remove_run(const run_ref& run);
-  void set_run_state(const run_ref& run, std::string state);  ///< as in the service: "running", "finished", "crashed", ...
+  void set_run_state(const run_ref& run,
+                     std::string state);  ///< as in the service: "running", "finished", "crashed", ...
   /// Adds or replaces a file. Adds the run if it is missing.
   void add_file(const run_ref& run, const std::string& name, content_ptr what,
                 file_attributes attributes = {});
