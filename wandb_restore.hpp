@@ -5588,7 +5588,7 @@ class service {
 
  private:
   static constexpr std::size_t max_answer = 8 * 1024 * 1024;   // bytes; a page of files takes about 1 MiB
-  static constexpr std::size_t max_listed = 32 * 1024 * 1024;  // bytes in memory; about 170,000 files
+  static constexpr std::size_t max_listed = 24 * 1024 * 1024;  // bytes in memory; about 125,000 files
   static constexpr std::size_t max_pages = 5000;
   static constexpr std::int64_t page_size = 500;  // files
 
@@ -8358,8 +8358,7 @@ class restoring_all {
     } while (true);
     end();
     state_.rethrow();
-    if (user_call_.cancelled() && (report_.files.empty() || !is_finished()))
-      fatal_ = user_call_.why_cancelled();
+    if (user_call_.cancelled() && !is_complete()) fatal_ = user_call_.why_cancelled();
     if (!fatal_ && listing_failure_) fatal_ = listing_failure_;
     if (report_.files.empty()) {
       if (fatal_) return *fatal_;
@@ -8565,6 +8564,14 @@ class restoring_all {
   [[nodiscard]] bool is_finished() {
     const std::lock_guard<std::mutex> guard(mutex_);
     return is_listed_ && next_ == queue_.size() && active_ == 0;
+  }
+  /// Whether each file has an outcome of its own. Only after the threads have ended.
+  [[nodiscard]] bool is_complete() {
+    if (report_.files.empty() || !is_finished()) return false;
+    for (const restored_entry& each : report_.files) {
+      if (each.failure && each.failure->code() == errc::cancelled) return false;
+    }
+    return true;
   }
   void supervise() {
     while (!is_finished() && !state_.is_stopped()) {
