@@ -5551,7 +5551,7 @@ inline std::vector<std::string> nearest_names(std::string_view name, const std::
 }
 
 /// A file of a run, and the URL to download it from.
-struct remote_file {
+struct found_file {
   file_info info;
   std::string address;  // absolute; keep it out of messages: its query may be a signature
   // A signed address at the storage, which spares the redirect of `address`; empty if it is not known or not to be used.
@@ -5561,7 +5561,7 @@ struct remote_file {
 
 /// What the service says of a file that was asked for.
 struct lookup {
-  std::optional<remote_file> file = {};  // empty: there is no such file, or it was never uploaded
+  std::optional<found_file> file = {};  // empty: there is no such file, or it was never uploaded
   bool is_never_uploaded = false;        // the service gives this answer for every unknown name
   bool has_run_ended = false;            // the run uploads nothing more
 };
@@ -5575,14 +5575,14 @@ class service {
   /// for its plain_name; the given name has priority.
   result<lookup> look_up(const run_path& run, const std::string& name);
   /// As look_up. If there is no such file, one more request finds names to suggest in the error.
-  result<remote_file> find_file(const run_path& run, const std::string& name);
+  result<found_file> find_file(const run_path& run, const std::string& name);
   /// The error for a file that look_up has not found. Makes a request, to suggest names.
   error missing_file(const run_path& run, const std::string& name, const lookup& answered);
   /// Lists all files of a run.
   result<std::vector<file_info>> list_files(const run_path& run);
   /// Calls `take` for each file of a run, with one request for each page of 500, until it returns false. A file without a
   /// usable address is passed with an empty one. `take` may move from the file. More than max_pages pages are an error. Returns whether the run has ended.
-  result<bool> for_each_file(const run_path& run, function_ref<bool(remote_file& file)> take);
+  result<bool> for_each_file(const run_path& run, function_ref<bool(found_file& file)> take);
   /// The account's default entity, for run paths without one. The session remembers the answer.
   result<std::string> default_entity();
 
@@ -5605,7 +5605,7 @@ class service {
   [[nodiscard]] error wrong_answer(const std::string& task, const char* kind, const std::string& name) const;
   [[nodiscard]] error too_many(const run_path& run, std::size_t count) const;
   [[nodiscard]] static file_info info_of(const json& node);
-  [[nodiscard]] result<remote_file> file_of(const std::string& task, const json& node) const;
+  [[nodiscard]] result<found_file> file_of(const std::string& task, const json& node) const;
   [[nodiscard]] result<std::string> address_of(const std::string& task, std::string address) const;
   [[nodiscard]] std::string host() const {
     const auto& base = session_.base;
@@ -5787,7 +5787,7 @@ inline result<std::string> service::address_of(const std::string& task, std::str
   return absolute->str();
 }
 
-inline result<remote_file> service::file_of(const std::string& task, const json& node) const {
+inline result<found_file> service::file_of(const std::string& task, const json& node) const {
   const std::string own = text_of(member(node, "url"));
   auto address = address_of(task, own.empty() ? text_of(member(node, "directUrl")) : own);
   if (!address) return address.error();
@@ -5796,7 +5796,7 @@ inline result<remote_file> service::file_of(const std::string& task, const json&
     return error(errc::protocol_violation, task + ": " + host() + " gives an impossible size: " +
                                                std::to_string(*info.size) + " bytes");
   }
-  return remote_file{std::move(info), *std::move(address)};
+  return found_file{std::move(info), *std::move(address)};
 }
 
 inline result<lookup> service::look_up(const run_path& run, const std::string& name) {
@@ -5834,7 +5834,7 @@ inline result<lookup> service::look_up(const run_path& run, const std::string& n
   return answered;
 }
 
-inline result<remote_file> service::find_file(const run_path& run, const std::string& name) {
+inline result<found_file> service::find_file(const run_path& run, const std::string& name) {
   auto answered = look_up(run, name);
   if (!answered) return answered.error();
   if (!answered->file) return missing_file(run, name, *answered);
@@ -5889,7 +5889,7 @@ inline std::string service::hint_for_missing(const run_path& run, const std::str
 inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   std::vector<file_info> all;
   std::size_t bytes = 0;
-  const auto listed = for_each_file(run, [&](remote_file& file) {
+  const auto listed = for_each_file(run, [&](found_file& file) {
     const file_info& added = file.info;
     bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
     all.push_back(std::move(file.info));
@@ -5906,7 +5906,7 @@ inline error service::too_many(const run_path& run, std::size_t count) const {
                                              " so far, and more to come");
 }
 
-inline result<bool> service::for_each_file(const run_path& run, function_ref<bool(remote_file& file)> take) {
+inline result<bool> service::for_each_file(const run_path& run, function_ref<bool(found_file& file)> take) {
   const std::string task = "listing the files of " + run.str();
   std::vector<std::string> seen;  // cursors
   std::size_t count = 0, cursor_bytes = 0;
@@ -5924,7 +5924,7 @@ inline result<bool> service::for_each_file(const run_path& run, function_ref<boo
       if (!node.is_object() || text_of(member(node, "md5")) == "0") continue;
       ++count;
       auto file = file_of(task, node);
-      if (!file) file = remote_file{info_of(node), {}};
+      if (!file) file = found_file{info_of(node), {}};
       const auto direct = address_of(task, text_of(member(node, "directUrl")));
       if (direct && *direct != file->address) file->direct_address = *direct;
       if (!take(*file)) return has_run_ended;
@@ -6668,7 +6668,7 @@ class file_location {
     std::uint64_t generation = 0;
     // The address is the service's: this request follows the redirects, the other connections wait for the final address.
     bool is_resolving = false;
-    bool is_direct = false;  // see remote_file::direct_address
+    bool is_direct = false;  // see found_file::direct_address
   };
   /// Asks the service for the file again. Returns the new address at the service.
   using renewal = std::function<result<url>(call& asking_call)>;
@@ -6827,7 +6827,7 @@ struct transfer_job {
   const run_path& run;
   const std::string& name;
   const restore_options& options;
-  const remote_file& remote;
+  const found_file& remote;
 
   [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
   /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
@@ -7860,7 +7860,7 @@ class restoring {
  public:
   /// `listed`: the file, if the service has described it already; else null.
   restoring(session& current, call& user_call, const restore_options& options, std::string name, run_path run,
-            place destination, const remote_file* listed = nullptr)
+            place destination, const found_file* listed = nullptr)
       : session_(current), call_(user_call), options_(options), name_(std::move(name)), run_(std::move(run)),
         place_(std::move(destination)), listed_(listed),
         policy_(options.replace ? cache_policy::replace() : options.cache.value_or(current.policy)) {}
@@ -7873,7 +7873,7 @@ class restoring {
 
     service api(session_, call_);
     if (auto good = complete_entity(api, run_); !good) return good.error();
-    auto remote = listed_ != nullptr ? result<remote_file>(*listed_) : find(api);
+    auto remote = listed_ != nullptr ? result<found_file>(*listed_) : find(api);
     if (!remote) return remote.error();
     if (!remote->info.name.empty()) name_ = remote->info.name;
     if (verdict == cache_policy::verdict::ask && decide(&remote->info) == cache_policy::verdict::keep)
@@ -7884,7 +7884,7 @@ class restoring {
 
  private:
   /// Asks the service for the file; if the run has not uploaded it yet, again until options.wait is over.
-  result<remote_file> find(service& api) {
+  result<found_file> find(service& api) {
     upload_wait wait(call_, options_.wait);
     for (;;) {
       auto answered = api.look_up(run_, name_);
@@ -7996,7 +7996,7 @@ class restoring {
     }
   }
 
-  result<restored_file> fetch(remote_file remote) {
+  result<restored_file> fetch(found_file remote) {
     if (auto made = make_directories(place_.directory); !made) return made.error();
     if (auto good = check_replaceable(place_); !good) return good.error();
     place_lock lock(place_);
@@ -8174,7 +8174,7 @@ class restoring {
   std::string name_;
   run_path run_;
   place place_;
-  const remote_file* const listed_;
+  const found_file* const listed_;
   const cache_policy policy_;
   progress_reporter reporter_{call_, options_, name_};
   std::shared_ptr<opened_copy> opened_;  // null: there is no local copy
@@ -8388,7 +8388,7 @@ class restoring_all {
   };
   struct task {
     std::size_t index = 0;  // in the report
-    remote_file remote = {};
+    found_file remote = {};
   };
 
   [[nodiscard]] error no_thread() const {
@@ -8428,7 +8428,7 @@ class restoring_all {
   void list() {
     state_.run([this] {
       service api(session_, part_call_);
-      const auto listed = api.for_each_file(run_, [this](remote_file& file) { return add(file); });
+      const auto listed = api.for_each_file(run_, [this](found_file& file) { return add(file); });
       const std::lock_guard<std::mutex> guard(mutex_);
       if (listed) has_run_ended_ = *listed;
       if (!listed && !state_.is_stopped()) listing_failure_ = listed.error();
@@ -8438,7 +8438,7 @@ class restoring_all {
     changed_.notify_all();
   }
   /// Adds a file if it matches. Blocks while many files are waiting. Returns false if the call has been stopped.
-  bool add(remote_file& file) {
+  bool add(found_file& file) {
     if (!matches_pattern(file.info.name, pattern_)) return !part_call_.cancelled();
     std::unique_lock<std::mutex> held(mutex_);
     while (queue_.size() - next_ >= most_queued && !part_call_.cancelled())
@@ -8496,13 +8496,13 @@ class restoring_all {
       changed_.wait_for(held, milliseconds(100));
     }
   }
-  static bool is_large(const remote_file& file) {
+  static bool is_large(const found_file& file) {
     return file.info.size.value_or(0) >= range_plan::worth_splitting;
   }
   void work(worker& mine) {
     while (auto taken = take()) {
       const auto began = clock::now();
-      remote_file& remote = taken->remote;
+      found_file& remote = taken->remote;
       if (is_direct_refused_) remote.direct_address.clear();
       remote.direct_is_refused = &is_direct_refused_;
       restore_options own = options_;
@@ -8687,15 +8687,15 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
   if (!checked) return checked.error();
   run_path run = checked->run;
   call user_call(current.config, options.cancel);
-  auto newest = [&]() -> result<remote_file> {
+  auto newest = [&]() -> result<found_file> {
     service api(current, user_call);
     if (auto good = complete_entity(api, run); !good) return good.error();
     upload_wait wait(user_call, options.wait);
     const std::string name(pattern);
     progress_reporter reporter(user_call, options, name);
     for (;;) {
-      std::optional<remote_file> latest;
-      const auto listed = api.for_each_file(run, [&](remote_file& file) {
+      std::optional<found_file> latest;
+      const auto listed = api.for_each_file(run, [&](found_file& file) {
         if (!matches_pattern(file.info.name, pattern)) return true;
         // ISO 8601 in UTC sorts as text.
         if (!latest || latest->info.updated_at <= file.info.updated_at) latest = std::move(file);
