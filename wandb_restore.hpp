@@ -743,7 +743,7 @@ namespace detail {
 
 /// Refers to a Transport of any type. The engine uses this type, so that its functions are no templates.
 struct transport_ref {
-  void* object;
+  std::shared_ptr<void> object;  // shared: a remote_file may outlive its client
   result<http_response> (*send)(void* object, const http_request&, body_sink&);
 };
 
@@ -787,7 +787,7 @@ class client {
         session_(detail::open_session(std::move(configuration), ref(), std::move(policy))) {}
   /// Uses the given settings, transport and policy. The client owns the transport.
   client(settings configuration, Transport transport, cache_policy policy = cache_policy::keep())
-      : transport_(std::make_unique<Transport>(std::move(transport))),
+      : transport_(std::make_shared<Transport>(std::move(transport))),
         session_(detail::open_session(std::move(configuration), ref(), std::move(policy))) {}
 
   /// Restores one file. See the free function wandb::try_restore.
@@ -853,19 +853,19 @@ class client {
 #endif
 
  private:
-  static std::unique_ptr<Transport> make_transport(const settings& configuration) {
+  static std::shared_ptr<Transport> make_transport(const settings& configuration) {
     if constexpr (std::is_constructible_v<Transport, const settings&>) {
-      return std::make_unique<Transport>(configuration);
+      return std::make_shared<Transport>(configuration);
     } else {
-      return std::make_unique<Transport>();
+      return std::make_shared<Transport>();
     }
   }
   detail::transport_ref ref() {
-    return {transport_.get(), [](void* object, const http_request& request, body_sink& sink) {
+    return {transport_, [](void* object, const http_request& request, body_sink& sink) {
               return result<http_response>(static_cast<Transport*>(object)->send(request, sink));
             }};
   }
-  std::unique_ptr<Transport> transport_;  // on the heap: a move of the client must not change its address
+  std::shared_ptr<Transport> transport_;  // on the heap: a move of the client must not change its address
   std::shared_ptr<detail::session> session_;
 };
 
@@ -5077,7 +5077,7 @@ class session {
  public:
   session(settings configuration, transport_ref transport, cache_policy policy_)
       : config(with_bounded_times(std::move(configuration))), policy(std::move(policy_)),
-        base(parse_base_url(config.base_url)), transport_(transport) {}
+        base(parse_base_url(config.base_url)), transport_(std::move(transport)) {}
 
   const settings config;
   const cache_policy policy;
@@ -5194,7 +5194,7 @@ inline result<answer> session::send(call& user_call, http_request request, const
     const std::string label = request.method + " " + address.redacted();
     guarded_sink guard(user_call, sink, label);
     request.is_cancelled = [&] { return guard.cancelled() || (is_cancelled && is_cancelled()); };
-    auto got = transport_.send(transport_.object, request, guard);
+    auto got = transport_.send(transport_.object.get(), request, guard);
     if (got && guard.said_stop()) got = error(errc::cancelled, label + ": stopped");
     if (!got) {
       if (auto failure = guard.verdict(got.error())) return *std::move(failure);
@@ -5562,8 +5562,9 @@ struct found_file {
 /// What the service says of a file that was asked for.
 struct lookup {
   std::optional<found_file> file = {};  // empty: there is no such file, or it was never uploaded
-  bool is_never_uploaded = false;        // the service gives this answer for every unknown name
-  bool has_run_ended = false;            // the run uploads nothing more
+  std::string direct_address = {};      // see found_file: callers that want to use it put it there
+  bool is_never_uploaded = false;       // the service gives this answer for every unknown name
+  bool has_run_ended = false;           // the run uploads nothing more
 };
 
 /// Sends GraphQL queries to the service and checks the answers.
@@ -5607,6 +5608,8 @@ class service {
   [[nodiscard]] static file_info info_of(const json& node);
   [[nodiscard]] result<found_file> file_of(const std::string& task, const json& node) const;
   [[nodiscard]] result<std::string> address_of(const std::string& task, std::string address) const;
+  [[nodiscard]] std::string direct_address_of(const std::string& task, const json& node,
+                                              const std::string& own) const;
   [[nodiscard]] std::string host() const {
     const auto& base = session_.base;
     return base ? base->host : "the service";
@@ -5787,6 +5790,13 @@ inline result<std::string> service::address_of(const std::string& task, std::str
   return absolute->str();
 }
 
+/// Returns the address at the storage, if there is a usable one besides the service's own.
+inline std::string service::direct_address_of(const std::string& task, const json& node,
+                                              const std::string& own) const {
+  auto direct = address_of(task, text_of(member(node, "directUrl")));
+  return direct && *direct != own ? *std::move(direct) : std::string();
+}
+
 inline result<found_file> service::file_of(const std::string& task, const json& node) const {
   const std::string own = text_of(member(node, "url"));
   auto address = address_of(task, own.empty() ? text_of(member(node, "directUrl")) : own);
@@ -5826,6 +5836,7 @@ inline result<lookup> service::look_up(const run_path& run, const std::string& n
   if (const json* found = exact ? exact : similar) {
     auto file = file_of(task, *found);
     if (!file) return file.error();
+    answered.direct_address = direct_address_of(task, *found, file->address);
     answered.file = *std::move(file);
     return answered;
   }
@@ -5925,8 +5936,7 @@ inline result<bool> service::for_each_file(const run_path& run, function_ref<boo
       ++count;
       auto file = file_of(task, node);
       if (!file) file = found_file{info_of(node), {}};
-      const auto direct = address_of(task, text_of(member(node, "directUrl")));
-      if (direct && *direct != file->address) file->direct_address = *direct;
+      file->direct_address = direct_address_of(task, node, file->address);
       if (!take(*file)) return has_run_ended;
     }
     const json& page = member(**files, "pageInfo");
@@ -6828,8 +6838,9 @@ struct transfer_job {
   const std::string& name;
   const restore_options& options;
   const found_file& remote;
+  const char* task = "downloading";
 
-  [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
+  [[nodiscard]] std::string label() const { return task + (' ' + in_quotes(name)) + " of " + run.str(); }
   /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
   /// Whether the service tells enough to notice bytes that are not the file's.
@@ -6904,12 +6915,12 @@ class response_sample {
   bool is_html_ = false, is_other_text_ = false;
 };
 
-/// The base of both kinds of transfer: what the requests share. Supervises the threads, enforces the limits, reports progress.
-class transfer {
+/// What the requests for one file share: its address, its entity tag, and whether to stop. Thread-safe.
+class file_access {
  public:
-  transfer(const transfer&) = delete;
-  transfer& operator=(const transfer&) = delete;
-  /// Whether the run has replaced the file since the transfer began.
+  file_access(const file_access&) = delete;
+  file_access& operator=(const file_access&) = delete;
+  /// Whether the run has replaced the file since this object was made.
   [[nodiscard]] bool is_replaced() const { return is_replaced_; }
   /// Returns text to append to the error for a wrong md5; empty if no response was suspicious.
   [[nodiscard]] std::string remark() {
@@ -6918,11 +6929,44 @@ class transfer {
   }
 
  protected:
+  file_access(const transfer_job& job, const url& service_address)
+      : job_(job), location_(service_address, url::parse(job.remote.direct_address).value_or(url()),
+                             [this](call& asking_call) { return ask_again(asking_call); }) {}
+  ~file_access() = default;
+
+  const transfer_job& job_;
+  transfer_state state_;
+  file_location location_;
+  entity_pin entity_;
+  std::atomic<bool> is_replaced_{false};
+
+ private:
+  friend class file_request;
+
+  /// Asks the service for the file's address again. Fails if the run has replaced the file; then is_replaced() is true.
+  result<url> ask_again(call& asking_call) {
+    auto fresh = service(job_.service_session, asking_call).find_file(job_.run, job_.name);
+    if (!fresh)
+      return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
+    const file_info& known = job_.remote.info;
+    if (fresh->info.md5 != known.md5 || fresh->info.size != known.size) {
+      is_replaced_ = true;
+      return error(errc::protocol_violation,
+                   job_.label() + ": the run has replaced the file meanwhile; try again");
+    }
+    return url::parse(fresh->address);
+  }
+
+  std::mutex remark_mutex_;  // guards remark_
+  std::string remark_;
+};
+
+/// The base of both kinds of transfer. Supervises the threads, enforces the limits, reports progress.
+class transfer : public file_access {
+ protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
-      : job_(job), file_(destination),
-        location_(service_address, url::parse(job.remote.direct_address).value_or(url()),
-                  [this](call& asking_call) { return ask_again(asking_call); }),
-        retries_(job.user_call), reporter_(job.user_call, job.options, job.name) {}
+      : file_access(job, service_address), file_(destination), retries_(job.user_call),
+        reporter_(job.user_call, job.options, job.name) {}
   ~transfer() = default;
 
   /// Waits in the caller's thread until the transfer is complete or stopped. Calls `tick` ten times a second. Stops the
@@ -6952,37 +6996,14 @@ class transfer {
     return (std::max)(before, arrived);
   }
 
-  const transfer_job& job_;
   partial_file& file_;
-  transfer_state state_;
-  file_location location_;
-  entity_pin entity_;
   retry_clock retries_;
   progress_reporter reporter_;
-  std::atomic<bool> is_replaced_{false};
   std::atomic<double> pace_{0};  // of all connections together, in bytes a second
 
  private:
-  friend class file_request;
-
-  /// Asks the service for the file's address again. Fails if the run has replaced the file; then is_replaced() is true.
-  result<url> ask_again(call& asking_call) {
-    auto fresh = service(job_.service_session, asking_call).find_file(job_.run, job_.name);
-    if (!fresh)
-      return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
-    const file_info& known = job_.remote.info;
-    if (fresh->info.md5 != known.md5 || fresh->info.size != known.size) {
-      is_replaced_ = true;
-      return error(errc::protocol_violation,
-                   job_.label() + ": the run replaced the file during the download; try again");
-    }
-    return url::parse(fresh->address);
-  }
-
   std::uint64_t received_before_ = 0;      // `received` of the last measure()
   std::atomic<std::uint64_t> arrived_{0};  // the maximum, in bytes
-  std::mutex remark_mutex_;                // guards remark_
-  std::string remark_;
 };
 
 // ---- one request for a file
@@ -6995,6 +7016,8 @@ class file_request : public body_sink {
 
   /// Whether the transport delivered a response of status 200 or 206 to its end.
   [[nodiscard]] bool has_ended() const { return has_ended_; }
+  /// Whether the response had another entity tag than an earlier one.
+  [[nodiscard]] bool met_other_entity() const { return is_other_entity_; }
   /// Makes a setback with the text "<label of the job>: <address> <problem>".
   [[nodiscard]] setback failure(remedy cure, errc code, const std::string& problem) const {
     return {cure, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
@@ -7018,8 +7041,8 @@ class file_request : public body_sink {
  protected:
   /// An `asked.end` of 0 stands for the end of the file; {0, 0} is the whole file, requested without a Range field.
   /// `on_violation`: the remedy for a response that breaks the protocol.
-  file_request(transfer& requester, byte_range asked, remedy on_violation)
-      : requester_(requester), asked_(asked), on_violation_(on_violation) {}
+  file_request(file_access& requester, call& user_call, byte_range asked, remedy on_violation)
+      : requester_(requester), call_(user_call), asked_(asked), on_violation_(on_violation) {}
   ~file_request() = default;
 
   [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
@@ -7057,7 +7080,8 @@ class file_request : public body_sink {
   [[nodiscard]] setback refused(const answer& got, const std::string& authorization);
   [[nodiscard]] setback other_entity(call& asking_call);
 
-  transfer& requester_;
+  file_access& requester_;
+  call& call_;
   const byte_range asked_;
   const remedy on_violation_;
   file_location::lease lease_;
@@ -7071,15 +7095,19 @@ class file_request : public body_sink {
 inline setback file_request::fetch() {
   const transfer_job& job = requester_.job_;
   file_location& location = requester_.location_;
-  call asking_call(job.user_call, requester_.state_.stop_flag());
+  call asking_call(call_, requester_.state_.stop_flag());
   auto lease = location.acquire(asking_call);
   if (!lease) return {remedy::retry, lease.error()};
   lease_ = *std::move(lease);
+  const struct releaser {  // the transport may throw
+    file_location& location;
+    const file_location::lease& held;
+    ~releaser() { location.release(held); }
+  } at_exit{location, lease_};
   address_ = lease_.address;
   result<std::string> authorization{std::string()};
   if (job.service_session.is_own(address_)) authorization = job.service_session.authorization(asking_call);
   if (!authorization) {
-    location.release(lease_);
     const error& refusal = authorization.error();
     return {remedy::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
   }
@@ -7092,7 +7120,7 @@ inline setback file_request::fetch() {
   }
   request.is_cancelled = [this] { return !is_wanted(); };
   const auto got = job.service_session.send(
-      job.user_call, std::move(request), *authorization, *this, address_, [&](const url& hop) {
+      call_, std::move(request), *authorization, *this, address_, [&](const url& hop) {
         const bool is_final = !job.service_session.is_own(hop);
         if (is_final && address_found()) location.found(lease_, hop);  // before the response: others wait
       });
@@ -7122,7 +7150,6 @@ inline setback file_request::fetch() {
   } else {
     has_ended_ = true;
   }
-  location.release(lease_);
   return now;
 }
 
@@ -7246,7 +7273,8 @@ class ranged_transfer::range_request final : public file_request {
   static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
 
   range_request(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
-      : file_request(transfer, asked.size() < transfer.file_.size() ? asked : byte_range(), remedy::whole),
+      : file_request(transfer, transfer.job_.user_call,
+                     asked.size() < transfer.file_.size() ? asked : byte_range(), remedy::whole),
         transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
         begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
 
@@ -7520,7 +7548,8 @@ class stream_transfer final : public transfer {
 class stream_transfer::stream_request final : public file_request {
  public:
   explicit stream_request(stream_transfer& transfer)
-      : file_request(transfer, {transfer.position_, 0}, remedy::retry), transfer_(transfer) {}
+      : file_request(transfer, transfer.job_.user_call, {transfer.position_, 0}, remedy::retry),
+        transfer_(transfer) {}
 
   /// Whether the response ended before the end of the bytes that were present already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
@@ -7694,10 +7723,10 @@ inline bool is_windows_name(std::string_view segment) {
 }
 
 /// Refuses names that lead outside root on any operating system. Source: wandb/sdk/lib/paths.py.
-inline result<void> check_name(std::string_view name) {
+inline result<void> check_name(std::string_view name, const char* verb = "restore") {
   const auto refuse = [&](const char* why) {
     return error(errc::invalid_argument,
-                 "cannot restore " + in_quotes(name) + ": " + why +
+                 std::string("cannot ") + verb + ' ' + in_quotes(name) + ": " + why +
                      "; a name is a path inside the run, such as \"model.h5\" or \"ckpt/best.h5\"");
   };
   if (name.empty()) return refuse("the name is empty");
@@ -7855,6 +7884,21 @@ class upload_wait {
   bool has_run_ended_ = false;
 };
 
+/// Asks the service for a file; if the run has not uploaded it yet, again until `limit` is over. See upload_wait for `report`.
+inline result<lookup> find_awaited(service& api, const call& user_call, milliseconds limit,
+                                   const run_path& run, const std::string& name,
+                                   function_ref<bool()> report) {
+  upload_wait wait(user_call, limit);
+  for (;;) {
+    auto answered = api.look_up(run, name);
+    if (!answered || answered->file) return answered;
+    if (!wait.may_ask_again(answered->has_run_ended, report)) {
+      if (user_call.cancelled()) return user_call.why_cancelled();
+      return wait.in_context(api.missing_file(run, name, *answered));
+    }
+  }
+}
+
 /// One call of restore.
 class restoring {
  public:
@@ -7883,19 +7927,11 @@ class restoring {
   }
 
  private:
-  /// Asks the service for the file; if the run has not uploaded it yet, again until options.wait is over.
   result<found_file> find(service& api) {
-    upload_wait wait(call_, options_.wait);
-    for (;;) {
-      auto answered = api.look_up(run_, name_);
-      if (!answered) return answered.error();
-      if (answered->file) return *std::move(answered->file);
-      const auto report = [&] { return reporter_.report_if_due(phase::downloading, 0, {}); };
-      if (!wait.may_ask_again(answered->has_run_ended, report)) {
-        if (call_.cancelled()) return call_.why_cancelled();
-        return wait.in_context(api.missing_file(run_, name_, *answered));
-      }
-    }
+    const auto report = [&] { return reporter_.report_if_due(phase::downloading, 0, {}); };
+    auto answered = find_awaited(api, call_, options_.wait, run_, name_, report);
+    if (!answered) return answered.error();
+    return *std::move(answered->file);
   }
 
   /// Opens the local copy, if there is one, and reads its receipt.
@@ -8199,7 +8235,7 @@ namespace detail {
 
 WANDB_RESTORE_PRIVATE_INLINE std::shared_ptr<session>
 open_session(settings configuration, transport_ref transport, cache_policy policy) {
-  return std::make_shared<session>(std::move(configuration), transport, std::move(policy));
+  return std::make_shared<session>(std::move(configuration), std::move(transport), std::move(policy));
 }
 
 /// Checks the options that all calls share.
