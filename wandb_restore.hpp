@@ -13,10 +13,10 @@
 //   errors                   errc, error, result
 //   run path                 text <-> entity, project and run id
 //   HTTP vocabulary          URLs, headers, request, response, body sink, and the Transport concept
-//   files                    file_info, progress, restored_file
+//   files                    file_info, progress, restored_file, remote_file
 //   cache policy             when a local copy is used instead of a download
 //   settings                 server, credentials, default run, timeouts, proxies
-//   client and entry points  restore, try_restore, client
+//   client and entry points  restore, open, client
 // ---- implementation
 //   text                     base64, hex, percent-encoding, JSON, dates, readers of ini and netrc files
 //   disk                     partial files, positional writes, atomic rename, locks, receipts
@@ -26,6 +26,7 @@
 //   service                  the GraphQL queries and their answers
 //   download                 byte ranges, connections, verification
 //   restoring                one call, from the name to the open stream
+//   remote files             reading parts of a file without a local copy
 //   http_transport           the default transport: sockets, TLS, HTTP/1.1
 //   httplib_transport        cpp-httplib as a transport, if WANDB_RESTORE_HTTPLIB is defined
 #ifndef WANDB_RESTORE_HPP
@@ -533,6 +534,88 @@ struct restore_report {
   }
 };
 
+namespace detail {
+class remote_reader;
+class remote_buffer;
+}  // namespace detail
+
+class remote_stream;
+
+/// A file of a run that is read over the network, part by part. Nothing is written to disk. Movable, not copyable; it may
+/// outlive the client that opened it.
+///
+/// Reads of less than 256 KiB go through a cache of 32 blocks of 64 KiB: a missing block is requested once, also if several
+/// threads want it, and the least recently used blocks make room. Requests grow to 1 MiB while a file is read in order, so that
+/// few are needed; other reads request only the blocks that they touch. A longer read is one request for exactly its bytes,
+/// which go straight into the caller's buffer. Memory: 2 MiB for the cache, and 64 KiB for each stream.
+///
+/// Every byte is of one version of the file. The first response determines it: by its entity tag if that is strong (RFC 9110,
+/// section 8.8.3); otherwise by entity tag and Last-Modified, as far as the storage sends them; and always by the size. A
+/// response that differs is errc::protocol_violation. The md5 cannot be checked: that would take the whole file.
+class remote_file {
+ public:
+  /// Makes an object without a file, as a target for a move.
+  remote_file() = default;
+  remote_file(remote_file&&) noexcept = default;
+  remote_file& operator=(remote_file&&) noexcept = default;
+
+  /// Returns the file's path inside the run.
+  [[nodiscard]] const std::string& name() const noexcept { return info_.name; }
+  /// Returns the size in bytes.
+  [[nodiscard]] std::uint64_t size() const noexcept { return info_.size.value_or(0); }
+  /// Returns the service's description of the file. Its size is known; if the service did not tell it, the storage did.
+  [[nodiscard]] const file_info& info() const noexcept { return info_; }
+  /// Returns the entity tag of the first response; empty before it, or if the storage sends none. Thread-safe.
+  [[nodiscard]] std::string entity_tag() const;
+
+  /// Reads bytes at a position. Blocks. Safe to call from several threads at once. Failed requests are retried, and an expired
+  /// address is renewed, as in wandb::try_restore; settings::total_timeout limits each call.
+  ///
+  /// @param offset  of the first byte, in bytes.
+  /// @param buffer  `length` bytes; after a failure their content is unspecified.
+  /// @param length  in bytes; may be 0.
+  /// @return        the number of bytes read: `length`, or less if the file ends earlier; 0 at and beyond its end. Or an error:
+  ///                protocol_violation if the file has changed since it was opened; http_failure with status 200 if the server
+  ///                does not serve parts of files (then restore it); or another errc of wandb::try_restore.
+  result<std::size_t> try_read_at(std::uint64_t offset, void* buffer, std::size_t length) const;
+#if WANDB_RESTORE_EXCEPTIONS
+  /// As try_read_at, but throws wandb::error instead of returning one.
+  std::size_t read_at(std::uint64_t offset, void* buffer, std::size_t length) const {
+    return try_read_at(offset, buffer, length).value();
+  }
+#endif
+  /// Returns a stream at offset 0. Several streams of one file share its cache, and may be used at once.
+  [[nodiscard]] remote_stream stream() const;
+
+ private:
+  friend class detail::remote_reader;
+  friend class remote_stream;
+  std::shared_ptr<detail::remote_reader> reader_ = {};
+  file_info info_ = {};
+};
+
+/// A seekable binary input stream on a remote_file, which it may outlive. Movable, not copyable. An object may be used by one
+/// thread at a time. Seeking beyond the end of the file fails.
+///
+/// After a failed read `bad()` is true and `failure()` tells the reason. The stream buffer throws the wandb::error, which the
+/// functions of std::istream pass on only if `exceptions()` has badbit; without exceptions it only sets badbit. After `clear()`
+/// the next read tries again.
+class remote_stream : public std::istream {
+ public:
+  /// Makes a stream at offset 0. Makes no request.
+  explicit remote_stream(const remote_file& file);
+  /// Moves the position, the state and the formatting.
+  remote_stream(remote_stream&& other) noexcept;
+  remote_stream& operator=(remote_stream&& other) noexcept;
+  ~remote_stream() override;
+
+  /// Returns the last failure, or null if no read has failed. The pointer is valid until the next read.
+  [[nodiscard]] const wandb::error* failure() const noexcept;
+
+ private:
+  std::unique_ptr<detail::remote_buffer> buffer_;
+};
+
 // ============================================================================================= cache policy
 
 namespace detail {
@@ -758,6 +841,12 @@ result<restore_report> restore_all(session& current, std::string_view pattern,
                                    const restore_options& options);
 result<restored_file> restore_newest(session& current, std::string_view pattern,
                                      const restore_options& options);
+result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
+                                const restore_options& options);
+result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
+                                std::string_view run_path);
+result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
+                                const run_path& run);
 result<std::vector<file_info>> list_files(session& current, const restore_options& options);
 result<std::vector<file_info>> list_files(session& current, std::string_view run_path);
 result<std::vector<file_info>> list_files(session& current, const run_path& run);
@@ -810,6 +899,16 @@ class client {
     return detail::restore_newest(*session_, pattern, options);
   }
 
+  /// Opens a file of a run for reading over the network. See the free function wandb::try_open.
+  result<remote_file> try_open(std::string_view name, const restore_options& options = {}) {
+    return detail::open_remote(session_, name, options);
+  }
+  /// Opens a file of the given run, a text or a wandb::run_path.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  result<remote_file> try_open(std::string_view name, const Run& run) {
+    return detail::open_remote(session_, name, run);
+  }
+
   /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Errors as in
   /// wandb::try_restore, and errc::protocol_violation for a list that takes more than 32 MiB (about 170,000 files) or
   /// 5,000 pages.
@@ -840,6 +939,15 @@ class client {
   /// As try_restore_newest, but throws wandb::error instead of returning one.
   restored_file restore_newest(std::string_view pattern, const restore_options& options = {}) {
     return try_restore_newest(pattern, options).value();
+  }
+  /// As try_open, but throws wandb::error instead of returning one.
+  remote_file open(std::string_view name, const restore_options& options = {}) {
+    return try_open(name, options).value();
+  }
+  /// As try_open, but throws wandb::error instead of returning one.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  remote_file open(std::string_view name, const Run& run) {
+    return try_open(name, run).value();
   }
   /// As try_list_files, but throws wandb::error instead of returning one.
   std::vector<file_info> list_files(const restore_options& options = {}) {
@@ -919,6 +1027,23 @@ inline result<restored_file> try_restore_newest(std::string_view pattern,
   return client<>().try_restore_newest(pattern, options);
 }
 
+/// Opens a file of a run for reading over the network: one tensor of a checkpoint, the directory of an archive. Nothing is
+/// written to disk. Asks the service for the file; the first read asks the storage. Blocks. May be called from several threads
+/// at once.
+///
+/// @param name     as for try_restore.
+/// @param options  run_path, cancel and wait are used, on_progress during the wait. `cancel` must exist until the remote_file
+///                 and its streams are destroyed, and cancels their reads, too.
+/// @return         the file, or an error as try_restore. See remote_file for the errors of reading.
+inline result<remote_file> try_open(std::string_view name, const restore_options& options = {}) {
+  return client<>().try_open(name, options);
+}
+/// Opens a file of the given run, a text or a wandb::run_path.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+result<remote_file> try_open(std::string_view name, const Run& run) {
+  return client<>().try_open(name, run);
+}
+
 /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Blocks, and makes a
 /// client<> for each call.
 /// @return  the files, or an error as try_restore.
@@ -949,6 +1074,15 @@ inline restore_report restore_all(std::string_view pattern, const restore_option
 /// As try_restore_newest, but throws wandb::error instead of returning one.
 inline restored_file restore_newest(std::string_view pattern, const restore_options& options = {}) {
   return try_restore_newest(pattern, options).value();
+}
+/// As try_open, but throws wandb::error instead of returning one.
+inline remote_file open(std::string_view name, const restore_options& options = {}) {
+  return try_open(name, options).value();
+}
+/// As try_open, but throws wandb::error instead of returning one.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+remote_file open(std::string_view name, const Run& run) {
+  return try_open(name, run).value();
 }
 /// As try_list_files, but throws wandb::error instead of returning one.
 inline std::vector<file_info> list_files(const restore_options& options = {}) {
@@ -8824,6 +8958,586 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
 }
 
 }  // namespace detail
+
+// =========================================================================================== remote files
+
+namespace detail {
+
+/// The blocks of a remote file that were read last. Its memory is bounded: blocks in transit are blocks of the cache, too.
+/// Thread-safe.
+class block_cache {
+ public:
+  static constexpr std::uint64_t block = 64 * 1024;  // bytes
+  static constexpr std::size_t most_blocks = 32, most_at_once = 16;
+
+  /// Consecutive blocks that one thread has to fetch. No other thread uses them until they are given back.
+  struct claim {
+    std::uint64_t first = 0;
+    std::vector<char*> blocks = {};
+    bool is_awaited = false;  // another thread fetches the first block, or has just done so: see wait()
+
+    [[nodiscard]] std::uint64_t begin() const { return first * block; }
+    [[nodiscard]] std::uint64_t end() const { return (first + blocks.size()) * block; }
+    /// Copies bytes that have arrived into the blocks. `offset` is in the file.
+    void put(std::uint64_t offset, std::string_view bytes) const {
+      while (!bytes.empty()) {
+        const auto within = static_cast<std::size_t>(offset % block);
+        const auto count = (std::min)(bytes.size(), static_cast<std::size_t>(block) - within);
+        std::memcpy(blocks[static_cast<std::size_t>(offset / block - first)] + within, bytes.data(), count);
+        offset += count;
+        bytes.remove_prefix(count);
+      }
+    }
+    /// Copies bytes of the blocks, from `offset` in the file on. Returns their number.
+    std::size_t copy(std::uint64_t offset, char* destination, std::size_t length) const {
+      std::size_t copied = 0;
+      while (copied < length && offset + copied < end()) {
+        const auto within = static_cast<std::size_t>((offset + copied) % block);
+        const auto count = (std::min)(length - copied, static_cast<std::size_t>(block) - within);
+        const char* bytes = blocks[static_cast<std::size_t>((offset + copied) / block - first)];
+        std::memcpy(destination + copied, bytes + within, count);
+        copied += count;
+      }
+      return copied;
+    }
+  };
+
+  /// Copies the bytes from `offset` on that are present. Returns their number: 0 if the block of `offset` is missing.
+  std::size_t copy(std::uint64_t offset, char* destination, std::size_t length) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    std::size_t copied = 0;
+    while (copied < length) {
+      slot* present = find((offset + copied) / block);
+      if (present == nullptr || present->is_in_transit) break;
+      present->used = ++time_;
+      const auto within = static_cast<std::size_t>((offset + copied) % block);
+      const auto count = (std::min)(length - copied, static_cast<std::size_t>(block) - within);
+      std::memcpy(destination + copied, present->bytes.get() + within, count);
+      copied += count;
+    }
+    return copied;
+  }
+  /// Claims missing blocks for the calling thread: those from `first` up to `last`, and if the file is read in order, more up
+  /// to `last_of_file`. Claims fewer if a later one is present or in transit, or if the cache is full of blocks in transit;
+  /// then perhaps none.
+  claim begin(std::uint64_t first, std::uint64_t last, std::uint64_t last_of_file) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    claim made;
+    made.first = first;
+    made.is_awaited = find(first) != nullptr;
+    if (made.is_awaited) return made;
+    sequence& reader = sequence_at(first);
+    const std::uint64_t ahead = (std::min)(first + 2 * reader.blocks, last_of_file + 1) - first;
+    const auto wanted = (std::min<std::uint64_t>)((std::max)(last - first + 1, ahead), most_at_once);
+    while (made.blocks.size() < wanted && find(first + made.blocks.size()) == nullptr) {
+      slot* free = free_slot();
+      if (free == nullptr) break;
+      if (free->bytes == nullptr) free->bytes.reset(new char[static_cast<std::size_t>(block)]);
+      made.blocks.push_back(free->bytes.get());
+      free->index = first + made.blocks.size() - 1;
+      free->is_present = false;
+      free->is_in_transit = true;
+      free->used = ++time_;
+    }
+    reader = {first + made.blocks.size(), made.blocks.size(), ++time_};
+    return made;
+  }
+  /// Gives claimed blocks back. Those that end at `end` in the file or before it have arrived.
+  void finish(const claim& claimed, std::uint64_t end) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    for (slot& each : slots_) {
+      if (!each.is_in_transit || each.index < claimed.first ||
+          each.index >= claimed.first + claimed.blocks.size())
+        continue;
+      each.is_in_transit = false;
+      each.is_present = (each.index + 1) * block <= end;
+    }
+    changed_.notify_all();
+  }
+  /// Blocks while another thread fetches this block, but no longer than 20 ms.
+  void wait(std::uint64_t index) {
+    std::unique_lock<std::mutex> held(mutex_);
+    const slot* found = find(index);
+    if (found != nullptr && found->is_in_transit) changed_.wait_for(held, milliseconds(20));
+  }
+
+ private:
+  struct slot {
+    std::uint64_t index = 0;  // of the block
+    bool is_present = false, is_in_transit = false;
+    std::uint64_t used = 0;
+    std::unique_ptr<char[]> bytes = {};
+  };
+  /// Somebody who may be reading the file in order.
+  struct sequence {
+    std::uint64_t next = UINT64_MAX;  // the block after those that were fetched last
+    std::size_t blocks = 0;           // how many they were; 0 if this is no sequence yet
+    std::uint64_t used = 0;
+  };
+
+  slot* find(std::uint64_t index) {
+    for (slot& each : slots_) {
+      if ((each.is_present || each.is_in_transit) && each.index == index) return &each;
+    }
+    return nullptr;
+  }
+  slot* free_slot() {
+    slot* oldest = nullptr;
+    for (slot& each : slots_) {
+      if (each.is_in_transit) continue;
+      if (!each.is_present) return &each;
+      if (oldest == nullptr || each.used < oldest->used) oldest = &each;
+    }
+    return oldest;
+  }
+  /// Returns the sequence that `first` continues, or else the oldest one, as a new one.
+  sequence& sequence_at(std::uint64_t first) {
+    sequence* oldest = &sequences_[0];
+    for (sequence& each : sequences_) {
+      if (each.next == first) return each;
+      if (each.used < oldest->used) oldest = &each;
+    }
+    return *oldest = {};
+  }
+
+  std::mutex mutex_;  // guards the rest
+  std::condition_variable changed_;
+  std::array<slot, most_blocks> slots_;
+  std::array<sequence, 8> sequences_;
+  std::uint64_t time_ = 0;
+};
+
+/// Reads parts of a file, for a remote_file and its streams. Thread-safe.
+class remote_reader {
+ public:
+  remote_reader(std::shared_ptr<session> current, run_path run, std::string name, found_file found,
+                const std::atomic<bool>* cancel, const url& service_address)
+      : session_(std::move(current)), run_(std::move(run)), name_(std::move(name)), found_(std::move(found)),
+        options_(options_of(cancel)),
+        call_(session_->config, cancel), job_{*session_, call_, run_, name_, options_, found_, "reading"},
+        access_(job_, service_address), size_(found_.info.size) {}
+
+  /// Opens a file that the service has described.
+  static result<remote_file> open(std::shared_ptr<session> current, run_path run, std::string name,
+                                  found_file found, const std::atomic<bool>* cancel, call& user_call) {
+    const auto address = url::parse(found.address);
+    if (!address) return address.error();
+    remote_file opened;
+    opened.info_ = found.info;
+    opened.info_.name = name;
+    opened.reader_ = std::make_shared<remote_reader>(std::move(current), std::move(run), std::move(name),
+                                                     std::move(found), cancel, *address);
+    if (!opened.info_.size) {
+      const auto size = opened.reader_->ask_for_size(user_call);
+      if (!size) return size.error();
+      opened.info_.size = *size;
+    }
+    return opened;
+  }
+
+  /// See remote_file::try_read_at.
+  result<std::size_t> read_at(std::uint64_t offset, char* destination, std::size_t length) {
+    call read_call(session_->config, options_.cancel);
+    read_call.reached = true;  // the service was, to open the file
+    auto count = read(read_call, offset, destination, length);
+    if (count) return count;
+    return in_context(count.error(), job_.label(), {in_quotes(name_), run_.project + '/' + run_.run_id});
+  }
+  /// See remote_file::entity_tag.
+  [[nodiscard]] std::string entity_tag() {
+    const std::lock_guard<std::mutex> guard(version_mutex_);
+    return tag_;
+  }
+
+ private:
+  class access final : public file_access {
+   public:
+    access(const transfer_job& job, const url& service_address) : file_access(job, service_address) {}
+  };
+  class read_request;
+  /// Takes bytes that have arrived, with their offset in the file.
+  using taker = function_ref<void(std::uint64_t offset, std::string_view bytes)>;
+
+  static constexpr std::uint64_t block = block_cache::block;
+  static constexpr std::size_t direct = 4 * block;  // bytes: longer reads bypass the cache
+
+  static restore_options options_of(const std::atomic<bool>* cancel) {
+    restore_options made;
+    made.cancel = cancel;
+    made.verify = false;  // a part has no md5
+    return made;
+  }
+  result<std::size_t> read(call& read_call, std::uint64_t offset, char* destination, std::size_t length);
+  result<std::uint64_t> ask_for_size(call& user_call);
+  result<void> fetch_blocks(call& user_call, const block_cache::claim& claimed);
+  result<void> fetch(call& user_call, byte_range range, std::uint64_t& position, taker take);
+  [[nodiscard]] error judged(const read_request& request, const setback& now) const;
+  bool is_same_version(const http_response& head);
+
+  const std::shared_ptr<session> session_;
+  const run_path run_;
+  const std::string name_;
+  const found_file found_;
+  const restore_options options_;
+  call call_;  // of no use but for job_: each read has its own
+  const transfer_job job_;
+  access access_;
+  std::optional<std::uint64_t> size_;  // known once the file is open
+  block_cache cache_;
+  std::mutex version_mutex_;  // guards the rest
+  bool has_version_ = false;
+  std::string tag_, modified_;  // ETag and Last-Modified of the first response; empty if it has none
+};
+
+/// One request for a part of a file.
+class remote_reader::read_request final : public file_request {
+ public:
+  /// `position`: the offset of the next byte to arrive, at first `asked.begin`.
+  read_request(remote_reader& reader, call& user_call, byte_range asked, std::uint64_t& position, taker take)
+      : file_request(reader.access_, user_call, asked, remedy::retry), reader_(reader), wanted_(asked),
+        position_(position), take_(take) {}
+
+  [[nodiscard]] error changed(const std::string& problem) const {
+    return *violation(problem + ": the file has changed since it was opened; open it again").failure;
+  }
+
+ private:
+  setback begin_part(const http_response& head, const content_range& part) override {
+    auto& size = reader_.size_;
+    if (!size && !part.size) return violation("does not tell the size of the file");
+    if (size && part.size && *part.size != *size) return of_other_size(*part.size);
+    if (part.size && part.bytes.end > *part.size) return violation("sends a part beyond the end of the file");
+    if (!size) size = part.size;
+    promised_end_ = part.bytes.end;
+    return check(head);
+  }
+  /// A server may ignore Range (RFC 9110, section 14.2). Its answer is of use only if the whole file was asked for.
+  setback begin_whole(std::optional<std::uint64_t> length) override {
+    auto& size = reader_.size_;
+    if (size && length && *length != *size) return of_other_size(*length);
+    if (!size) size = length;
+    if (wanted_.begin > 0 || !size || *size > wanted_.end) {
+      const setback whole = failure(remedy::retry, errc::http_failure,
+                                    "answers with the whole file: this server does not send parts of files; "
+                                    "restore the file instead");
+      return {remedy::retry, error(errc::http_failure, whole.failure->what(), 200)};
+    }
+    promised_end_ = *size;
+    return {};
+  }
+  bool take(std::string_view bytes) override {
+    if (bytes.size() > promised_end_ - position_) return refuse_surplus();
+    take_(position_, bytes);
+    position_ += bytes.size();
+    return true;
+  }
+  [[nodiscard]] setback of_other_size(std::uint64_t size) const {
+    return {remedy::retry,
+            changed("has " + std::to_string(size) + " bytes instead of " + std::to_string(*reader_.size_))};
+  }
+  [[nodiscard]] setback check(const http_response& head) {
+    if (const auto coding = unwanted_coding(head); !coding.empty())
+      return violation("sends a part that cannot be used: " + coding);
+    if (!reader_.is_same_version(head)) return {remedy::retry, changed("sends another version")};
+    return {};
+  }
+
+  remote_reader& reader_;
+  const byte_range wanted_;
+  std::uint64_t& position_;
+  std::uint64_t promised_end_ = 0;  // of the range that the response announces
+  taker take_;
+};
+
+inline result<std::size_t> remote_reader::read(call& read_call, std::uint64_t offset, char* destination,
+                                               std::size_t length) {
+  const std::uint64_t size = size_.value_or(0);
+  if (offset >= size) return std::size_t{0};
+  length = static_cast<std::size_t>((std::min<std::uint64_t>)(length, size - offset));
+  for (std::size_t done = 0; done < length;) {
+    if (read_call.cancelled()) return read_call.why_cancelled();
+    const std::uint64_t position = offset + done;
+    const std::size_t rest = length - done;
+    char* const here = destination + done;
+    if (const auto copied = cache_.copy(position, here, rest); copied > 0) {
+      done += copied;
+      continue;
+    }
+    if (rest < direct) {
+      const auto claimed = cache_.begin(position / block, (position + rest - 1) / block, (size - 1) / block);
+      if (claimed.is_awaited) {
+        cache_.wait(claimed.first);
+        continue;
+      }
+      if (!claimed.blocks.empty()) {
+        if (auto fetched = fetch_blocks(read_call, claimed); !fetched) return fetched.error();
+        continue;
+      }
+    }
+    std::uint64_t arrived = position;
+    const auto fetched = fetch(read_call, {position, position + rest}, arrived,
+                               [&](std::uint64_t from, std::string_view bytes) {
+                                 std::memcpy(here + (from - position), bytes.data(), bytes.size());
+                               });
+    if (!fetched) return fetched.error();
+    done = length;
+  }
+  return length;
+}
+
+/// Learns the size from the storage, with the first block of the file.
+inline result<std::uint64_t> remote_reader::ask_for_size(call& user_call) {
+  const auto fetched = fetch_blocks(user_call, cache_.begin(0, 0, 0));
+  // A range that begins at 0 cannot be satisfied by an empty file alone (RFC 9110, section 15.5.17).
+  if (!fetched && fetched.error().http_status() == 416) size_ = 0;
+  if (!fetched && !size_) return fetched.error();
+  return *size_;
+}
+
+/// Fetches claimed blocks, and gives them back to the cache.
+inline result<void> remote_reader::fetch_blocks(call& user_call, const block_cache::claim& claimed) {
+  struct giver {  // the transport may throw
+    remote_reader& reader;
+    const block_cache::claim& claimed;
+    std::uint64_t arrived = claimed.begin();
+    ~giver() { reader.cache_.finish(claimed, arrived == reader.size_ ? UINT64_MAX : arrived); }
+  } at_exit{*this, claimed};
+  const std::uint64_t end = (std::min)(claimed.end(), size_.value_or(UINT64_MAX));
+  return fetch(user_call, {claimed.begin(), end}, at_exit.arrived,
+               [&](std::uint64_t offset, std::string_view bytes) { claimed.put(offset, bytes); });
+}
+
+/// Fetches a range with as many requests as necessary. `position`: the offset of the next byte to arrive.
+inline result<void> remote_reader::fetch(call& user_call, byte_range range, std::uint64_t& position,
+                                         taker take) {
+  retry_clock time(user_call);
+  backoff tries(user_call, time);
+  for (position = range.begin;;) {
+    const std::uint64_t before = position;
+    read_request request(*this, user_call, {position, range.end}, position, take);
+    setback now = request.fetch();
+    time.progressed(position - before);
+    const std::uint64_t end = (std::min)(range.end, size_.value_or(range.end));
+    const bool is_usable = !now || now.failure->is_transient();
+    if (position == end && (request.has_ended() || position > before) && is_usable) return {};
+    if (!now && !request.has_ended()) continue;  // with a new address
+    if (!now) now = request.ended_early(end - position);
+    const error failure = judged(request, now);
+    if (failure.is_transient() && position >= before + block) {
+      tries.reset();  // retry at once: the try has brought at least a block
+      continue;
+    }
+    if (auto last = tries.wait_after(failure)) return *std::move(last);
+  }
+}
+
+/// Returns the error for a setback.
+inline error remote_reader::judged(const read_request& request, const setback& now) const {
+  const error& failure = *now.failure;
+  if (failure.code() == errc::cancelled) return failure;
+  if (access_.is_replaced()) return request.changed("is out of date");
+  if (request.met_other_entity()) return request.changed("has another entity tag than before");
+  if (failure.http_status() == 416 && size_) return request.changed("has no bytes at this position");
+  if (now.cure != remedy::whole) return failure;
+  return error(errc::http_failure,
+               failure.what() +
+                   std::string("; this server may not send parts of files: restore the file instead"),
+               failure.http_status());
+}
+
+/// Whether a response is of the same version of the file as the first one. A strong entity tag alone proves that parts belong
+/// together (RFC 9110, section 15.3.7.3). Without one, all that the responses tell has to agree.
+inline bool remote_reader::is_same_version(const http_response& head) {
+  const auto value_of = [&](const char* name) {
+    const std::string* field = head.header(name);
+    return field != nullptr ? *field : std::string();
+  };
+  const std::string tag = value_of("ETag"), modified = value_of("Last-Modified");
+  const std::lock_guard<std::mutex> guard(version_mutex_);
+  if (!std::exchange(has_version_, true)) {
+    tag_ = tag;
+    modified_ = modified;
+  }
+  const bool is_strong = !tag_.empty() && !starts_with(tag_, "W/");
+  return tag == tag_ && (is_strong || modified == modified_);
+}
+
+/// The buffer of a remote_stream: up to the end of the cache's block.
+class remote_buffer final : public std::streambuf {
+ public:
+  remote_buffer(std::shared_ptr<remote_reader> reader, std::uint64_t size)
+      : reader_(std::move(reader)), size_(size) {}
+  remote_buffer(const remote_buffer&) = delete;
+  remote_buffer& operator=(const remote_buffer&) = delete;
+  ~remote_buffer() override = default;
+
+  [[nodiscard]] const std::optional<error>& failure() const { return failure_; }
+  /// Sets the stream that uses this buffer.
+  void serve(std::istream& owner) { owner_ = &owner; }
+
+ protected:
+  int_type underflow() override {
+    if (gptr() < egptr()) return traits_type::to_int_type(*gptr());
+    const std::uint64_t here = position();
+    if (here >= size_) return traits_type::eof();
+    if (buffer_ == nullptr) buffer_.reset(new char[block]);
+    move_to(here);
+    const auto count = read(here, buffer_.get(), block - static_cast<std::size_t>(here % block));
+    if (count == 0) return traits_type::eof();
+    setg(buffer_.get(), buffer_.get(), buffer_.get() + count);
+    return traits_type::to_int_type(*gptr());
+  }
+  std::streamsize xsgetn(char* destination, std::streamsize length) override {
+    std::streamsize copied = 0;
+    while (copied < length) {
+      const std::streamsize rest = length - copied,
+                            ready = (std::min<std::streamsize>)(rest, egptr() - gptr());
+      if (ready > 0) {
+        std::memcpy(destination + copied, gptr(), static_cast<std::size_t>(ready));
+        gbump(static_cast<int>(ready));
+        copied += ready;
+      } else if (rest >= static_cast<std::streamsize>(block)) {
+        const std::uint64_t here = position();
+        const auto count = read(here, destination + copied, static_cast<std::size_t>(rest));
+        move_to(here + count);
+        copied += static_cast<std::streamsize>(count);
+        if (count == 0) break;
+      } else if (traits_type::eq_int_type(underflow(), traits_type::eof())) {
+        break;
+      }
+    }
+    return copied;
+  }
+  std::streamsize showmanyc() override { return position() < size_ ? 0 : -1; }
+  pos_type seekoff(off_type offset, std::ios_base::seekdir from, std::ios_base::openmode which) override {
+    const std::uint64_t base = from == std::ios_base::beg   ? 0
+                               : from == std::ios_base::cur ? position()
+                                                            : size_;
+    const auto back = static_cast<std::uint64_t>(-(offset + 1)) + 1;  // -offset, also of the smallest number
+    const bool is_inside = offset < 0 ? back <= base : static_cast<std::uint64_t>(offset) <= size_ - base;
+    if ((which & std::ios_base::in) == 0 || !is_inside) return pos_type(off_type(-1));
+    move_to(offset < 0 ? base - back : base + static_cast<std::uint64_t>(offset));
+    return pos_type(static_cast<off_type>(position()));
+  }
+  pos_type seekpos(pos_type target, std::ios_base::openmode which) override {
+    return seekoff(off_type(target), std::ios_base::beg, which);
+  }
+
+ private:
+  static constexpr std::size_t block = block_cache::block;
+
+  [[nodiscard]] std::uint64_t position() const {
+    return begin_ + static_cast<std::uint64_t>(gptr() - eback());
+  }
+  void move_to(std::uint64_t target) {
+    const auto ready = static_cast<std::uint64_t>(egptr() - eback());
+    if (target >= begin_ && target - begin_ <= ready) {
+      setg(eback(), eback() + (target - begin_), egptr());
+    } else {
+      begin_ = target;
+      setg(buffer_.get(), buffer_.get(), buffer_.get());
+    }
+  }
+  /// Returns the number of bytes; 0 at the end of the file, and, without exceptions, after a failure.
+  std::size_t read(std::uint64_t here, char* destination, std::size_t length) {
+    if (here >= size_) return 0;
+    auto count = reader_->read_at(here, destination, length);
+    if (count) return *count;
+    failure_ = std::move(count).error();
+#if WANDB_RESTORE_EXCEPTIONS
+    throw error(*failure_);
+#else
+    if (owner_ != nullptr) owner_->setstate(std::ios_base::badbit);
+    return 0;
+#endif
+  }
+
+  const std::shared_ptr<remote_reader> reader_;  // null if size_ is 0
+  const std::uint64_t size_;
+  std::uint64_t begin_ = 0;  // the offset of the buffer's first byte
+  std::unique_ptr<char[]> buffer_;
+  std::optional<error> failure_;
+  std::istream* owner_ = nullptr;
+};
+
+WANDB_RESTORE_PRIVATE_INLINE result<remote_file>
+open_remote(const std::shared_ptr<session>& current, std::string_view name, const restore_options& options) {
+  if (auto good = check_name(name, "open"); !good) return good.error();
+  const std::string quoted = in_quotes(name), task = "opening " + quoted;
+  if (auto good = check_options(*current, options, "cannot open " + quoted); !good) return good.error();
+  auto run = run_of(current->config, options.run_path);
+  if (!run) return in_context(run.error(), task, {quoted});
+  call user_call(current->config, options.cancel);
+  auto opened = [&]() -> result<remote_file> {
+    service api(*current, user_call);
+    if (auto good = complete_entity(api, *run); !good) return good.error();
+    std::string wanted(name);
+    progress_reporter reporter(user_call, options, wanted);
+    const auto report = [&] { return reporter.report_if_due(phase::downloading, 0, {}); };
+    auto answered = find_awaited(api, user_call, options.wait, *run, wanted, report);
+    if (!answered) return answered.error();
+    found_file& found = *answered->file;
+    found.direct_address = answered->direct_address;
+    if (!found.info.name.empty()) wanted = found.info.name;
+    return remote_reader::open(current, *run, wanted, std::move(found), options.cancel, user_call);
+  }();
+  if (opened) return opened;
+  return in_context(opened.error(), task + " of " + shown(*run), {quoted, run->project + '/' + run->run_id});
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<remote_file>
+open_remote(const std::shared_ptr<session>& current, std::string_view name, std::string_view run_path) {
+  restore_options options;
+  options.run_path = run_path;
+  return open_remote(current, name, options);
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<remote_file> open_remote(const std::shared_ptr<session>& current,
+                                                             std::string_view name, const run_path& run) {
+  const auto text = text_of(run);
+  if (!text) return in_context(text.error(), "opening " + in_quotes(name), {in_quotes(name)});
+  return open_remote(current, name, std::string_view(*text));
+}
+
+}  // namespace detail
+
+WANDB_RESTORE_PRIVATE_INLINE std::string remote_file::entity_tag() const {
+  return reader_ ? reader_->entity_tag() : std::string();
+}
+WANDB_RESTORE_PRIVATE_INLINE result<std::size_t> remote_file::try_read_at(std::uint64_t offset, void* buffer,
+                                                                          std::size_t length) const {
+  if (!reader_) return error(errc::invalid_argument, "cannot read: this remote_file has no file");
+  return reader_->read_at(offset, static_cast<char*>(buffer), length);
+}
+WANDB_RESTORE_PRIVATE_INLINE remote_stream remote_file::stream() const { return remote_stream(*this); }
+
+WANDB_RESTORE_PRIVATE_INLINE remote_stream::remote_stream(const remote_file& file)
+    : std::istream(nullptr),
+      buffer_(std::make_unique<detail::remote_buffer>(file.reader_, file.reader_ ? file.size() : 0)) {
+  buffer_->serve(*this);
+  rdbuf(buffer_.get());
+}
+WANDB_RESTORE_PRIVATE_INLINE remote_stream::remote_stream(remote_stream&& other) noexcept
+    : std::istream(std::move(other)), buffer_(std::move(other.buffer_)) {
+  if (buffer_) buffer_->serve(*this);
+  set_rdbuf(buffer_.get());
+  other.exceptions(goodbit);
+  other.rdbuf(nullptr);  // sets badbit
+}
+WANDB_RESTORE_PRIVATE_INLINE remote_stream& remote_stream::operator=(remote_stream&& other) noexcept {
+  if (this == &other) return *this;
+  std::istream::operator=(std::move(other));
+  buffer_ = std::move(other.buffer_);
+  if (buffer_) buffer_->serve(*this);
+  set_rdbuf(buffer_.get());
+  other.exceptions(goodbit);
+  other.rdbuf(nullptr);  // sets badbit
+  return *this;
+}
+WANDB_RESTORE_PRIVATE_INLINE remote_stream::~remote_stream() = default;
+WANDB_RESTORE_PRIVATE_INLINE const error* remote_stream::failure() const noexcept {
+  return buffer_ && buffer_->failure() ? &*buffer_->failure() : nullptr;
+}
 
 // ======================================================================================= http_transport
 //
