@@ -7197,12 +7197,16 @@ class file_request : public body_sink {
  private:
   /// Reports that redirects have led away from the service. Returns whether other connections wait for the address.
   virtual bool address_found() { return false; }
+  /// Whether a response of status 200 or 206 has the same entity tag as those before it.
+  [[nodiscard]] virtual bool is_same_entity(const http_response& head) {
+    return requester_.entity_.accept(head);
+  }
   /// Reports the head of a response of status 200 or 206.
   virtual void responded() {}
   /// Checks a response with the requested range or the beginning of it.
   virtual setback begin_part(const http_response& head, const content_range& part) = 0;
   /// Checks a response with the whole file. `length` is empty if the response does not tell it.
-  virtual setback begin_whole(std::optional<std::uint64_t> length) = 0;
+  virtual setback begin_whole(const http_response& head, std::optional<std::uint64_t> length) = 0;
   /// Takes a piece of the body. Returns false to stop.
   virtual bool take(std::string_view bytes) = 0;
 
@@ -7289,7 +7293,7 @@ inline setback file_request::fetch() {
 
 inline bool file_request::start(const http_response& head) {
   sample_.start(head, requester_.job_.remote.info.mimetype);
-  is_other_entity_ = !requester_.entity_.accept(head);
+  is_other_entity_ = !is_same_entity(head);
   if (is_other_entity_) return false;
   responded();
   if (!is_wanted()) return false;
@@ -7309,7 +7313,7 @@ inline setback file_request::begin(const http_response& head) {
   // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
   if (head.status != 206 && (!is_range() || part.bytes.end == 0)) {
     const std::string* length = head.header("Content-Length");
-    return begin_whole(length != nullptr ? to_number(trim(*length)) : std::nullopt);
+    return begin_whole(head, length != nullptr ? to_number(trim(*length)) : std::nullopt);
   }
   if (!is_range() || part.bytes.end == 0) return violation("answers 206 without a range that was asked for");
   if (part.bytes.begin != asked_.begin || (asked_.end != 0 && part.bytes.end > asked_.end))
@@ -7433,7 +7437,7 @@ class ranged_transfer::range_request final : public file_request {
     return {};
   }
   /// If the server has ignored Range, this connection becomes the only one.
-  setback begin_whole(std::optional<std::uint64_t> length) override {
+  setback begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
     const std::uint64_t size = transfer_.file_.size();
     if (length && *length != size) return wrong_size(remedy::retry, *length);
     if (is_range()) {
@@ -7703,7 +7707,7 @@ class stream_transfer::stream_request final : public file_request {
     }
     return check_total(part.size);
   }
-  setback begin_whole(std::optional<std::uint64_t> length) override {
+  setback begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
     // With an md5, skip the bytes already present; without one, start over.
     if (transfer_.job_.is_verified()) {
       skipped_ = transfer_.position_;
@@ -9153,6 +9157,8 @@ class remote_reader {
   class access final : public file_access {
    public:
     access(const transfer_job& job, const url& service_address) : file_access(job, service_address) {}
+    /// Later requests ask for a part of this version only, if its entity tag is strong.
+    void pin(const http_response& head) { entity_.accept(head); }
   };
   class read_request;
   /// Takes bytes that have arrived, with their offset in the file.
@@ -9172,7 +9178,8 @@ class remote_reader {
   result<void> fetch_blocks(call& user_call, const block_cache::claim& claimed);
   result<void> fetch(call& user_call, byte_range range, std::uint64_t& position, taker take);
   [[nodiscard]] error judged(const read_request& request, const setback& now) const;
-  bool is_same_version(const http_response& head);
+  [[nodiscard]] bool has_tag(const http_response& head);
+  [[nodiscard]] bool is_same_version(const http_response& head);
 
   const std::shared_ptr<session> session_;
   const run_path run_;
@@ -9202,6 +9209,7 @@ class remote_reader::read_request final : public file_request {
   }
 
  private:
+  [[nodiscard]] bool is_same_entity(const http_response& head) override { return reader_.has_tag(head); }
   setback begin_part(const http_response& head, const content_range& part) override {
     auto& size = reader_.size_;
     if (!size && !part.size) return violation("does not tell the size of the file");
@@ -9212,18 +9220,18 @@ class remote_reader::read_request final : public file_request {
     return check(head);
   }
   /// A server may ignore Range (RFC 9110, section 14.2). Its answer is of use only if the whole file was asked for.
-  setback begin_whole(std::optional<std::uint64_t> length) override {
-    auto& size = reader_.size_;
-    if (size && length && *length != *size) return of_other_size(*length);
-    if (!size) size = length;
+  setback begin_whole(const http_response& head, std::optional<std::uint64_t> length) override {
+    const auto size = reader_.size_ ? reader_.size_ : length;
+    if (length && *length != *size) return of_other_size(*length);
     if (wanted_.begin > 0 || !size || *size > wanted_.end) {
       const setback whole = failure(remedy::retry, errc::http_failure,
                                     "answers with the whole file: this server does not send parts of files; "
                                     "restore the file instead");
       return {remedy::retry, error(errc::http_failure, whole.failure->what(), 200)};
     }
+    if (!reader_.size_) reader_.size_ = size;
     promised_end_ = *size;
-    return {};
+    return check(head);
   }
   bool take(std::string_view bytes) override {
     if (bytes.size() > promised_end_ - position_) return refuse_surplus();
@@ -9290,7 +9298,7 @@ inline result<std::uint64_t> remote_reader::ask_for_size(call& user_call) {
   const auto fetched = fetch_blocks(user_call, cache_.begin(0, 0, 0));
   // A range that begins at 0 cannot be satisfied by an empty file alone (RFC 9110, section 15.5.17).
   if (!fetched && fetched.error().http_status() == 416) size_ = 0;
-  if (!fetched && !size_) return fetched.error();
+  if (!fetched && size_ != std::uint64_t{0}) return fetched.error();
   return *size_;
 }
 
@@ -9345,18 +9353,26 @@ inline error remote_reader::judged(const read_request& request, const setback& n
                failure.http_status());
 }
 
+inline std::string value_of(const http_response& head, const char* name) {
+  const std::string* field = head.header(name);
+  return field != nullptr ? *field : std::string();
+}
+
+/// Whether a response has the entity tag of the first one, or is the first.
+inline bool remote_reader::has_tag(const http_response& head) {
+  const std::lock_guard<std::mutex> guard(version_mutex_);
+  return !has_version_ || value_of(head, "ETag") == tag_;
+}
+
 /// Whether a response is of the same version of the file as the first one. A strong entity tag alone proves that parts belong
-/// together (RFC 9110, section 15.3.7.3). Without one, all that the responses tell has to agree.
+/// together (RFC 9110, section 15.3.7.3). Without one, Last-Modified has to agree, too.
 inline bool remote_reader::is_same_version(const http_response& head) {
-  const auto value_of = [&](const char* name) {
-    const std::string* field = head.header(name);
-    return field != nullptr ? *field : std::string();
-  };
-  const std::string tag = value_of("ETag"), modified = value_of("Last-Modified");
+  const std::string tag = value_of(head, "ETag"), modified = value_of(head, "Last-Modified");
   const std::lock_guard<std::mutex> guard(version_mutex_);
   if (!std::exchange(has_version_, true)) {
     tag_ = tag;
     modified_ = modified;
+    access_.pin(head);
   }
   const bool is_strong = !tag_.empty() && !starts_with(tag_, "W/");
   return tag == tag_ && (is_strong || modified == modified_);
@@ -9381,7 +9397,8 @@ class remote_buffer final : public std::streambuf {
     const std::uint64_t here = position();
     if (here >= size_) return traits_type::eof();
     if (buffer_ == nullptr) buffer_.reset(new char[block]);
-    move_to(here);
+    begin_ = here;
+    setg(buffer_.get(), buffer_.get(), buffer_.get());
     const auto count = read(here, buffer_.get(), block - static_cast<std::size_t>(here % block));
     if (count == 0) return traits_type::eof();
     setg(buffer_.get(), buffer_.get(), buffer_.get() + count);
@@ -9407,6 +9424,16 @@ class remote_buffer final : public std::streambuf {
       }
     }
     return copied;
+  }
+  int_type pbackfail(int_type wanted) override {
+    const std::uint64_t here = position();
+    if (here == 0) return traits_type::eof();
+    move_to(here - 1);
+    const int_type before = underflow();
+    const bool is_any = traits_type::eq_int_type(wanted, traits_type::eof());
+    if (is_any || traits_type::eq_int_type(before, wanted)) return before;
+    move_to(here);
+    return traits_type::eof();
   }
   std::streamsize showmanyc() override { return position() < size_ ? 0 : -1; }
   pos_type seekoff(off_type offset, std::ios_base::seekdir from, std::ios_base::openmode which) override {
