@@ -544,10 +544,11 @@ class remote_stream;
 /// A file of a run that is read over the network, part by part. Nothing is written to disk. Movable, not copyable; it may
 /// outlive the client that opened it.
 ///
-/// Reads of less than 256 KiB go through a cache of 32 blocks of 64 KiB: a missing block is requested once, also if several
-/// threads want it, and the least recently used blocks make room. Requests grow to 1 MiB while a file is read in order, so that
-/// few are needed; other reads request only the blocks that they touch. A longer read is one request for exactly its bytes,
-/// which go straight into the caller's buffer. Memory: 2 MiB for the cache, and 64 KiB for each stream.
+/// Reads of less than 256 KiB go through a cache of 64 blocks of 64 KiB: a missing block is requested once, also if several
+/// threads want it, and the least recently used blocks make room. While a file is read in order, requests grow to 1 MiB, so
+/// that few are needed; at the beginning of a file they have 256 KiB; other reads request only the blocks that they touch. A
+/// longer read is one request for exactly its bytes, which go straight into the caller's buffer. Memory: up to 4 MiB for the
+/// cache, and 64 KiB for each stream.
 ///
 /// Every byte is of one version of the file. The first response determines it: by its entity tag if that is strong (RFC 9110,
 /// section 8.8.3); otherwise by entity tag and Last-Modified, as far as the storage sends them; and always by the size. A
@@ -8972,7 +8973,7 @@ namespace detail {
 class block_cache {
  public:
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
-  static constexpr std::size_t most_blocks = 32, most_at_once = 16;
+  static constexpr std::size_t most_blocks = 64, most_at_once = 16;
 
   /// Consecutive blocks that one thread has to fetch. No other thread uses them until they are given back.
   struct claim {
@@ -9031,6 +9032,7 @@ class block_cache {
     made.is_awaited = find(first) != nullptr;
     if (made.is_awaited) return made;
     sequence& reader = sequence_at(first);
+    if (first == 0 && reader.blocks == 0) reader.blocks = 2;  // many files begin with a header
     const std::uint64_t ahead = (std::min)(first + 2 * reader.blocks, last_of_file + 1) - first;
     const auto wanted = (std::min<std::uint64_t>)((std::max)(last - first + 1, ahead), most_at_once);
     while (made.blocks.size() < wanted && find(first + made.blocks.size()) == nullptr) {
@@ -9293,9 +9295,9 @@ inline result<std::size_t> remote_reader::read(call& read_call, std::uint64_t of
   return length;
 }
 
-/// Learns the size from the storage, with the first block of the file.
+/// Learns the size from the storage, with the first blocks of the file.
 inline result<std::uint64_t> remote_reader::ask_for_size(call& user_call) {
-  const auto fetched = fetch_blocks(user_call, cache_.begin(0, 0, 0));
+  const auto fetched = fetch_blocks(user_call, cache_.begin(0, 0, 3));
   // A range that begins at 0 cannot be satisfied by an empty file alone (RFC 9110, section 15.5.17).
   if (!fetched && fetched.error().http_status() == 416) size_ = 0;
   if (!fetched && size_ != std::uint64_t{0}) return fetched.error();

@@ -23,7 +23,7 @@ static_assert(std::is_nothrow_move_constructible_v<wandb::remote_stream>);
 namespace {
 
 constexpr std::uint64_t KiB = 1024, MiB = 1024 * KiB;
-constexpr std::uint64_t block = 64 * KiB, cache_blocks = 32;
+constexpr std::uint64_t block = 64 * KiB, cache_blocks = 64;
 
 /// Some bytes in front of generated ones: a large file with a header needs no memory.
 class headed_content : public stand_in::content {
@@ -178,7 +178,7 @@ TEST_SUITE("remote_file") {
     const auto file = f.open();
     f.check_read(file, 0, 8);
     f.check_read(file, 8, 1'000'000);
-    CHECK(f.ranges() == names{"bytes=0-65535", "bytes=65536-1000007"});
+    CHECK(f.ranges() == names{"bytes=0-262143", "bytes=262144-1000007"});
   }
 
   TEST_CASE("other reads request the blocks that they touch, once") {
@@ -196,9 +196,17 @@ TEST_SUITE("remote_file") {
     remote_fixture f(4 * MiB);
     const auto file = f.open();
     for (std::uint64_t offset = 0; offset < 4 * MiB; offset += 4096) f.check_read(file, offset, 4096);
-    // 1 + 2 + 4 + 8 + 16 + 16 + 16 + 1 blocks
-    CHECK(f.storage().requests == 8);
+    // 4 + 8 + 16 + 16 + 16 + 4 blocks
+    CHECK(f.storage().requests == 6);
     CHECK(f.storage().body_bytes == 4 * MiB);
+  }
+
+  TEST_CASE("the first blocks are requested together") {
+    remote_fixture f(4 * MiB);
+    const auto file = f.open();
+    f.check_read(file, 0, 8);
+    f.check_read(file, 8, 200'000);
+    CHECK(f.ranges() == names{"bytes=0-262143"});
   }
 
   TEST_CASE("two readers in order, in turns, are both read ahead for") {
@@ -212,10 +220,10 @@ TEST_SUITE("remote_file") {
     CHECK(f.storage().body_bytes <= 6 * MiB);
   }
 
-  TEST_CASE("the cache keeps 32 blocks, those that were used last") {
-    remote_fixture f(20 * MiB);
+  TEST_CASE("the cache keeps 64 blocks, those that were used last") {
+    remote_fixture f(30 * MiB);
     const auto file = f.open();
-    const auto far = [&](std::uint64_t i) { return i * 5 * block; };  // no two in order
+    const auto far = [&](std::uint64_t i) { return (i + 1) * 5 * block; };  // no two in order
     for (std::uint64_t i = 0; i < cache_blocks; ++i) f.check_read(file, far(i), 1);
     for (std::uint64_t i = 0; i < cache_blocks; ++i) f.check_read(file, far(i) + block - 1, 1);
     CHECK(f.storage().requests == cache_blocks);
@@ -263,35 +271,37 @@ TEST_SUITE("remote_file") {
   }
 
   TEST_CASE("more threads fetch than the cache has room for") {
-    remote_fixture f(20 * MiB);
+    remote_fixture f(30 * MiB);
     const auto file = f.open();
+    constexpr unsigned threads_at_once = cache_blocks + 8;
     f.server.add_fault(place::storage, act::stall(100));
     std::vector<std::thread> threads;
     std::atomic<int> good{0};
-    for (std::uint64_t t = 0; t < 40; ++t) {
+    for (std::uint64_t t = 0; t < threads_at_once; ++t) {
       threads.emplace_back([&, t] {
         char byte = 0;
-        const auto offset = t * 5 * block;
+        const auto offset = (t + 1) * 5 * block;
         good += file.try_read_at(offset, &byte, 1).value_or(0) == 1 &&
                 byte == stand_in::read_text(*f.content, offset, 1)[0];
       });
     }
     CHECK(f.server.wait_for(
         [](const auto& view) {
-          return view.counts.stalled == cache_blocks && view.counts.of(request_kind::storage).requests == 40;
+          return view.counts.stalled == cache_blocks &&
+                 view.counts.of(request_kind::storage).requests == threads_at_once;
         },
         20s));
     f.server.release();
     for (auto& each : threads) each.join();
-    CHECK(good == 40);
-    // 32 blocks, and eight reads without a block: exactly their byte
-    CHECK(f.storage().requests == 40);
-    CHECK(f.storage().body_bytes == 32 * block + 8);
+    CHECK(good == int{threads_at_once});
+    // 64 blocks, and eight reads without a block: exactly their byte
+    CHECK(f.storage().requests == threads_at_once);
+    CHECK(f.storage().body_bytes == cache_blocks * block + 8);
   }
 
   TEST_CASE("a large safetensors file: the header with at most 3 requests and 1 MiB, then one tensor") {
     std::string header = "{";
-    for (int i = 0; i < 2000; ++i)
+    for (unsigned i = 0; i < 2000; ++i)
       header += "\"model.layers." + std::to_string(i) + ".weight\":{\"dtype\":\"F16\",\"shape\":[1024,512]," +
                 "\"data_offsets\":[" + std::to_string(i * MiB) + "," + std::to_string((i + 1) * MiB) + "]},";
     header.back() = '}';
@@ -712,14 +722,14 @@ TEST_SUITE("remote_file") {
     remote_fixture f(4 * MiB);
     auto in = f.open().stream();
     CHECK((read_all(in) == stand_in::read_text(*f.content)));
-    CHECK(f.storage().requests == 8);
+    CHECK(f.storage().requests == 6);
     CHECK(f.storage().body_bytes == 4 * MiB);
     in.clear();
     in.seekg(4 * MiB - 100);
     in.get();
     in.seekg(4 * MiB - 50);
     in.get();
-    CHECK(f.storage().requests == 8);
+    CHECK(f.storage().requests == 6);
   }
 
   TEST_CASE("streams move with their position") {
