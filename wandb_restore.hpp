@@ -557,7 +557,9 @@ class remote_file {
  public:
   /// Makes an object without a file, as a target for a move.
   remote_file() = default;
+  /// Leaves the argument without a file.
   remote_file(remote_file&&) noexcept = default;
+  /// Leaves the argument without a file.
   remote_file& operator=(remote_file&&) noexcept = default;
 
   /// Returns the file's path inside the run.
@@ -605,9 +607,11 @@ class remote_stream : public std::istream {
  public:
   /// Makes a stream at offset 0. Makes no request.
   explicit remote_stream(const remote_file& file);
-  /// Moves the position, the state and the formatting.
+  /// Moves position, state and formatting.
   remote_stream(remote_stream&& other) noexcept;
+  /// Moves position, state and formatting.
   remote_stream& operator=(remote_stream&& other) noexcept;
+  /// Needs no close: nothing is buffered for writing.
   ~remote_stream() override;
 
   /// Returns the last failure, or null if no read has failed. The pointer is valid until the next read.
