@@ -461,6 +461,21 @@ TEST_SUITE("remote_file") {
     CHECK(f.asked() == "graphql 1, files 1, storage 3");
   }
 
+  TEST_CASE("a direct address that is refused or unreachable: the service's own is used") {
+    stand_in::file_attributes attributes;
+    attributes.direct_url = "https://127.0.0.1:1/model.bin";
+    remote_fixture f(10 * MiB, attributes);
+    const auto file = f.open();
+    f.check_read(file, 5 * MiB, 10);
+    f.check_read(file, 7 * MiB, 10);
+    CHECK(f.asked() == "graphql 1, files 1, storage 2");
+    f.server.clear_log();
+    attributes.direct_url = f.server.storage_url() + "/nothing";
+    f.put(f.content, attributes);
+    f.check_read(f.open(), 5 * MiB, 10);
+    CHECK(f.redirects() == 1);
+  }
+
   TEST_CASE("a file that the service sends itself") {
     stand_in::file_attributes attributes;
     attributes.direct_url = "";
