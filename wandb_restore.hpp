@@ -9192,7 +9192,7 @@ class remote_reader {
   const std::string name_;
   const found_file found_;
   const restore_options options_;
-  call call_;  // of no use but for job_: each read has its own
+  call call_;  // job_ needs one; each read has its own
   const transfer_job job_;
   access access_;
   std::optional<std::uint64_t> size_;  // known once the file is open
@@ -9359,7 +9359,8 @@ inline error remote_reader::judged(const read_request& request, const setback& n
                failure.http_status());
 }
 
-inline std::string value_of(const http_response& head, const char* name) {
+/// Returns the value of a header field; empty if there is none.
+inline std::string field_of(const http_response& head, const char* name) {
   const std::string* field = head.header(name);
   return field != nullptr ? *field : std::string();
 }
@@ -9367,13 +9368,13 @@ inline std::string value_of(const http_response& head, const char* name) {
 /// Whether a response has the entity tag of the first one, or is the first.
 inline bool remote_reader::has_tag(const http_response& head) {
   const std::lock_guard<std::mutex> guard(version_mutex_);
-  return !has_version_ || value_of(head, "ETag") == tag_;
+  return !has_version_ || field_of(head, "ETag") == tag_;
 }
 
 /// Whether a response is of the same version of the file as the first one. A strong entity tag alone proves that parts belong
 /// together (RFC 9110, section 15.3.7.3). Without one, Last-Modified has to agree, too.
 inline bool remote_reader::is_same_version(const http_response& head) {
-  const std::string tag = value_of(head, "ETag"), modified = value_of(head, "Last-Modified");
+  const std::string tag = field_of(head, "ETag"), modified = field_of(head, "Last-Modified");
   const std::lock_guard<std::mutex> guard(version_mutex_);
   if (!std::exchange(has_version_, true)) {
     tag_ = tag;

@@ -360,6 +360,21 @@ TEST_SUITE("remote_file") {
     }
   }
 
+  TEST_CASE("a change that the service tells when the address is renewed") {
+    stand_in::file_attributes attributes;
+    attributes.direct_url = "";
+    remote_fixture f(10 * MiB, attributes);
+    const auto file = f.open();
+    f.check_read(file, 0, 10);
+    f.put(stand_in::generated(10 * MiB, 2), attributes);
+    f.server.expire_signatures();
+    check_names(f.failed_read(file, 5 * MiB, 100, errc::protocol_violation), {"open it again"});
+    f.failed_read(file, 5 * MiB, MiB, errc::protocol_violation);
+    f.server.remove_file(f.run, "model.bin");
+    f.server.expire_signatures();
+    CHECK_FALSE(file.try_read_at(5 * MiB, std::array<char, 8>().data(), 8).has_value());
+  }
+
   TEST_CASE("without a strong entity tag, Last-Modified and the presence of a tag count, too") {
     for (const auto form : {stand_in::etag_form::weak, stand_in::etag_form::none}) {
       CAPTURE(static_cast<int>(form));
