@@ -1118,6 +1118,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <ctime>               // strftime
 #include <exception>           // exceptions of threads
 #include <mutex>               //
+#include <new>                 // nothrow
 
 #include <nlohmann/json.hpp>
 
@@ -9039,10 +9040,14 @@ class block_cache {
     if (first == 0 && reader.blocks == 0) reader.blocks = 2;  // many files begin with a header
     const std::uint64_t ahead = (std::min)(first + 2 * reader.blocks, last_of_file + 1) - first;
     const auto wanted = (std::min<std::uint64_t>)((std::max)(last - first + 1, ahead), most_at_once);
+    made.blocks.reserve(static_cast<std::size_t>(wanted));  // once a block is claimed, nothing may throw
     while (made.blocks.size() < wanted && find(first + made.blocks.size()) == nullptr) {
       slot* free = free_slot();
       if (free == nullptr) break;
-      if (free->bytes == nullptr) free->bytes.reset(new char[static_cast<std::size_t>(block)]);
+      constexpr auto bytes = static_cast<std::size_t>(block);
+      if (free->bytes == nullptr)
+        free->bytes.reset(made.blocks.empty() ? new char[bytes] : new (std::nothrow) char[bytes]);
+      if (free->bytes == nullptr) break;
       made.blocks.push_back(free->bytes.get());
       free->index = first + made.blocks.size() - 1;
       free->is_present = false;
