@@ -9379,12 +9379,14 @@ inline bool remote_reader::has_tag(const http_response& head) {
 /// Whether a response is of the same version of the file as the first one. A strong entity tag alone proves that parts belong
 /// together (RFC 9110, section 15.3.7.3). Without one, Last-Modified has to agree, too.
 inline bool remote_reader::is_same_version(const http_response& head) {
-  const std::string tag = field_of(head, "ETag"), modified = field_of(head, "Last-Modified");
+  std::string tag = field_of(head, "ETag"), modified = field_of(head, "Last-Modified");
   const std::lock_guard<std::mutex> guard(version_mutex_);
-  if (!std::exchange(has_version_, true)) {
-    tag_ = tag;
-    modified_ = modified;
-    access_.pin(head);
+  if (!has_version_) {
+    access_.pin(head);  // may throw, and leaves no version then
+    tag_ = std::move(tag);
+    modified_ = std::move(modified);
+    has_version_ = true;
+    return true;
   }
   const bool is_strong = !tag_.empty() && !starts_with(tag_, "W/");
   return tag == tag_ && (is_strong || modified == modified_);
