@@ -13,10 +13,10 @@
 //   errors                   errc, error, result
 //   run path                 text <-> entity, project and run id
 //   HTTP vocabulary          URLs, headers, request, response, body sink, and the Transport concept
-//   files                    file_info, progress, restored_file
+//   files                    file_info, progress, restored_file, remote_file
 //   cache policy             when a local copy is used instead of a download
 //   settings                 server, credentials, default run, timeouts, proxies
-//   client and entry points  restore, try_restore, client
+//   client and entry points  restore, open, client
 // ---- implementation
 //   text                     base64, hex, percent-encoding, JSON, dates, readers of ini and netrc files
 //   disk                     partial files, positional writes, atomic rename, locks, receipts
@@ -26,6 +26,7 @@
 //   service                  the GraphQL queries and their answers
 //   download                 byte ranges, connections, verification
 //   restoring                one call, from the name to the open stream
+//   remote files             reading parts of a file without a local copy
 //   http_transport           the default transport: sockets, TLS, HTTP/1.1
 //   httplib_transport        cpp-httplib as a transport, if WANDB_RESTORE_HTTPLIB is defined
 #ifndef WANDB_RESTORE_HPP
@@ -533,6 +534,93 @@ struct restore_report {
   }
 };
 
+namespace detail {
+class remote_reader;
+class remote_buffer;
+}  // namespace detail
+
+class remote_stream;
+
+/// A file of a run that is read over the network, part by part. Nothing is written to disk. Movable, not copyable; it may
+/// outlive the client that opened it.
+///
+/// Reads of less than 256 KiB go through a cache of 64 blocks of 64 KiB: a missing block is requested once, also if several
+/// threads want it, and the least recently used blocks make room. While a file is read in order, requests grow to 1 MiB, so
+/// that few are needed; at the beginning of a file they have 256 KiB; other reads request only the blocks that they touch. A
+/// longer read is one request for exactly its bytes, which go straight into the caller's buffer. Memory: up to 4 MiB for the
+/// cache, and 64 KiB for each stream.
+///
+/// Every byte is of one version of the file. The first response determines it: by its entity tag if that is strong (RFC 9110,
+/// section 8.8.3); otherwise by entity tag and Last-Modified, as far as the storage sends them; and always by the size. A
+/// response that differs is errc::protocol_violation. The md5 cannot be checked: that would take the whole file.
+class remote_file {
+ public:
+  /// Makes an object without a file, as a target for a move.
+  remote_file() = default;
+  /// Leaves the argument without a file.
+  remote_file(remote_file&&) noexcept = default;
+  /// Leaves the argument without a file.
+  remote_file& operator=(remote_file&&) noexcept = default;
+
+  /// Returns the file's path inside the run.
+  [[nodiscard]] const std::string& name() const noexcept { return info_.name; }
+  /// Returns the size in bytes.
+  [[nodiscard]] std::uint64_t size() const noexcept { return info_.size.value_or(0); }
+  /// Returns the service's description of the file. Its size is known; if the service did not tell it, the storage did.
+  [[nodiscard]] const file_info& info() const noexcept { return info_; }
+  /// Returns the entity tag of the first response; empty before it, or if the storage sends none. Thread-safe.
+  [[nodiscard]] std::string entity_tag() const;
+
+  /// Reads bytes at a position. Blocks. Safe to call from several threads at once. Failed requests are retried, and an expired
+  /// address is renewed, as in wandb::try_restore; settings::total_timeout limits each call.
+  ///
+  /// @param offset  of the first byte, in bytes.
+  /// @param buffer  `length` bytes; after a failure their content is unspecified.
+  /// @param length  in bytes; may be 0.
+  /// @return        the number of bytes read: `length`, or less if the file ends earlier; 0 at and beyond its end. Or an error:
+  ///                protocol_violation if the file has changed since it was opened; http_failure with status 200 if the server
+  ///                does not serve parts of files (then restore it); or another errc of wandb::try_restore.
+  result<std::size_t> try_read_at(std::uint64_t offset, void* buffer, std::size_t length) const;
+#if WANDB_RESTORE_EXCEPTIONS
+  /// As try_read_at, but throws wandb::error instead of returning one.
+  std::size_t read_at(std::uint64_t offset, void* buffer, std::size_t length) const {
+    return try_read_at(offset, buffer, length).value();
+  }
+#endif
+  /// Returns a stream at offset 0. Several streams of one file share its cache, and may be used at once.
+  [[nodiscard]] remote_stream stream() const;
+
+ private:
+  friend class detail::remote_reader;
+  friend class remote_stream;
+  std::shared_ptr<detail::remote_reader> reader_ = {};
+  file_info info_ = {};
+};
+
+/// A seekable binary input stream on a remote_file, which it may outlive. Movable, not copyable. An object may be used by one
+/// thread at a time. Seeking beyond the end of the file fails.
+///
+/// After a failed read `bad()` is true and `failure()` tells the reason. The stream buffer throws the wandb::error, which the
+/// functions of std::istream pass on only if `exceptions()` has badbit; without exceptions it only sets badbit. After `clear()`
+/// the next read tries again.
+class remote_stream : public std::istream {
+ public:
+  /// Makes a stream at offset 0. Makes no request.
+  explicit remote_stream(const remote_file& file);
+  /// Moves position, state and formatting.
+  remote_stream(remote_stream&& other) noexcept;
+  /// Moves position, state and formatting.
+  remote_stream& operator=(remote_stream&& other) noexcept;
+  /// Needs no close: nothing is buffered for writing.
+  ~remote_stream() override;
+
+  /// Returns the last failure, or null if no read has failed. The pointer is valid until the next read.
+  [[nodiscard]] const wandb::error* failure() const noexcept;
+
+ private:
+  std::unique_ptr<detail::remote_buffer> buffer_;
+};
+
 // ============================================================================================= cache policy
 
 namespace detail {
@@ -743,7 +831,7 @@ namespace detail {
 
 /// Refers to a Transport of any type. The engine uses this type, so that its functions are no templates.
 struct transport_ref {
-  void* object;
+  std::shared_ptr<void> object;  // shared: a remote_file may outlive its client
   result<http_response> (*send)(void* object, const http_request&, body_sink&);
 };
 
@@ -758,6 +846,12 @@ result<restore_report> restore_all(session& current, std::string_view pattern,
                                    const restore_options& options);
 result<restored_file> restore_newest(session& current, std::string_view pattern,
                                      const restore_options& options);
+result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
+                                const restore_options& options);
+result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
+                                std::string_view run_path);
+result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
+                                const run_path& run);
 result<std::vector<file_info>> list_files(session& current, const restore_options& options);
 result<std::vector<file_info>> list_files(session& current, std::string_view run_path);
 result<std::vector<file_info>> list_files(session& current, const run_path& run);
@@ -787,7 +881,7 @@ class client {
         session_(detail::open_session(std::move(configuration), ref(), std::move(policy))) {}
   /// Uses the given settings, transport and policy. The client owns the transport.
   client(settings configuration, Transport transport, cache_policy policy = cache_policy::keep())
-      : transport_(std::make_unique<Transport>(std::move(transport))),
+      : transport_(std::make_shared<Transport>(std::move(transport))),
         session_(detail::open_session(std::move(configuration), ref(), std::move(policy))) {}
 
   /// Restores one file. See the free function wandb::try_restore.
@@ -808,6 +902,16 @@ class client {
   /// Restores the file that was changed last. See the free function wandb::try_restore_newest.
   result<restored_file> try_restore_newest(std::string_view pattern, const restore_options& options = {}) {
     return detail::restore_newest(*session_, pattern, options);
+  }
+
+  /// Opens a file of a run for reading over the network. See the free function wandb::try_open.
+  result<remote_file> try_open(std::string_view name, const restore_options& options = {}) {
+    return detail::open_remote(session_, name, options);
+  }
+  /// Opens a file of the given run, a text or a wandb::run_path.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  result<remote_file> try_open(std::string_view name, const Run& run) {
+    return detail::open_remote(session_, name, run);
   }
 
   /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Errors as in
@@ -841,6 +945,15 @@ class client {
   restored_file restore_newest(std::string_view pattern, const restore_options& options = {}) {
     return try_restore_newest(pattern, options).value();
   }
+  /// As try_open, but throws wandb::error instead of returning one.
+  remote_file open(std::string_view name, const restore_options& options = {}) {
+    return try_open(name, options).value();
+  }
+  /// As try_open, but throws wandb::error instead of returning one.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  remote_file open(std::string_view name, const Run& run) {
+    return try_open(name, run).value();
+  }
   /// As try_list_files, but throws wandb::error instead of returning one.
   std::vector<file_info> list_files(const restore_options& options = {}) {
     return try_list_files(options).value();
@@ -853,19 +966,19 @@ class client {
 #endif
 
  private:
-  static std::unique_ptr<Transport> make_transport(const settings& configuration) {
+  static std::shared_ptr<Transport> make_transport(const settings& configuration) {
     if constexpr (std::is_constructible_v<Transport, const settings&>) {
-      return std::make_unique<Transport>(configuration);
+      return std::make_shared<Transport>(configuration);
     } else {
-      return std::make_unique<Transport>();
+      return std::make_shared<Transport>();
     }
   }
   detail::transport_ref ref() {
-    return {transport_.get(), [](void* object, const http_request& request, body_sink& sink) {
+    return {transport_, [](void* object, const http_request& request, body_sink& sink) {
               return result<http_response>(static_cast<Transport*>(object)->send(request, sink));
             }};
   }
-  std::unique_ptr<Transport> transport_;  // on the heap: a move of the client must not change its address
+  std::shared_ptr<Transport> transport_;  // on the heap: a move of the client must not change its address
   std::shared_ptr<detail::session> session_;
 };
 
@@ -919,6 +1032,23 @@ inline result<restored_file> try_restore_newest(std::string_view pattern,
   return client<>().try_restore_newest(pattern, options);
 }
 
+/// Opens a file of a run for reading over the network: one tensor of a checkpoint, the directory of an archive. Nothing is
+/// written to disk. Asks the service for the file; the first read asks the storage. Blocks. May be called from several threads
+/// at once.
+///
+/// @param name     as for try_restore.
+/// @param options  run_path, cancel and wait are used, on_progress during the wait. `cancel` must exist until the remote_file
+///                 and its streams are destroyed, and cancels their reads, too.
+/// @return         the file, or an error as try_restore. See remote_file for the errors of reading.
+inline result<remote_file> try_open(std::string_view name, const restore_options& options = {}) {
+  return client<>().try_open(name, options);
+}
+/// Opens a file of the given run, a text or a wandb::run_path.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+result<remote_file> try_open(std::string_view name, const Run& run) {
+  return client<>().try_open(name, run);
+}
+
 /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Blocks, and makes a
 /// client<> for each call.
 /// @return  the files, or an error as try_restore.
@@ -950,6 +1080,15 @@ inline restore_report restore_all(std::string_view pattern, const restore_option
 inline restored_file restore_newest(std::string_view pattern, const restore_options& options = {}) {
   return try_restore_newest(pattern, options).value();
 }
+/// As try_open, but throws wandb::error instead of returning one.
+inline remote_file open(std::string_view name, const restore_options& options = {}) {
+  return try_open(name, options).value();
+}
+/// As try_open, but throws wandb::error instead of returning one.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+remote_file open(std::string_view name, const Run& run) {
+  return try_open(name, run).value();
+}
 /// As try_list_files, but throws wandb::error instead of returning one.
 inline std::vector<file_info> list_files(const restore_options& options = {}) {
   return try_list_files(options).value();
@@ -979,6 +1118,7 @@ std::vector<file_info> list_files(const Run& run) {
 #include <ctime>               // strftime
 #include <exception>           // exceptions of threads
 #include <mutex>               //
+#include <new>                 // nothrow
 
 #include <nlohmann/json.hpp>
 
@@ -5077,7 +5217,7 @@ class session {
  public:
   session(settings configuration, transport_ref transport, cache_policy policy_)
       : config(with_bounded_times(std::move(configuration))), policy(std::move(policy_)),
-        base(parse_base_url(config.base_url)), transport_(transport) {}
+        base(parse_base_url(config.base_url)), transport_(std::move(transport)) {}
 
   const settings config;
   const cache_policy policy;
@@ -5194,7 +5334,7 @@ inline result<answer> session::send(call& user_call, http_request request, const
     const std::string label = request.method + " " + address.redacted();
     guarded_sink guard(user_call, sink, label);
     request.is_cancelled = [&] { return guard.cancelled() || (is_cancelled && is_cancelled()); };
-    auto got = transport_.send(transport_.object, request, guard);
+    auto got = transport_.send(transport_.object.get(), request, guard);
     if (got && guard.said_stop()) got = error(errc::cancelled, label + ": stopped");
     if (!got) {
       if (auto failure = guard.verdict(got.error())) return *std::move(failure);
@@ -5551,7 +5691,7 @@ inline std::vector<std::string> nearest_names(std::string_view name, const std::
 }
 
 /// A file of a run, and the URL to download it from.
-struct remote_file {
+struct found_file {
   file_info info;
   std::string address;  // absolute; keep it out of messages: its query may be a signature
   // A signed address at the storage, which spares the redirect of `address`; empty if it is not known or not to be used.
@@ -5561,9 +5701,10 @@ struct remote_file {
 
 /// What the service says of a file that was asked for.
 struct lookup {
-  std::optional<remote_file> file = {};  // empty: there is no such file, or it was never uploaded
-  bool is_never_uploaded = false;        // the service gives this answer for every unknown name
-  bool has_run_ended = false;            // the run uploads nothing more
+  std::optional<found_file> file = {};  // empty: there is no such file, or it was never uploaded
+  std::string direct_address = {};      // see found_file: callers that want to use it put it there
+  bool is_never_uploaded = false;       // the service gives this answer for every unknown name
+  bool has_run_ended = false;           // the run uploads nothing more
 };
 
 /// Sends GraphQL queries to the service and checks the answers.
@@ -5575,14 +5716,14 @@ class service {
   /// for its plain_name; the given name has priority.
   result<lookup> look_up(const run_path& run, const std::string& name);
   /// As look_up. If there is no such file, one more request finds names to suggest in the error.
-  result<remote_file> find_file(const run_path& run, const std::string& name);
+  result<found_file> find_file(const run_path& run, const std::string& name);
   /// The error for a file that look_up has not found. Makes a request, to suggest names.
   error missing_file(const run_path& run, const std::string& name, const lookup& answered);
   /// Lists all files of a run.
   result<std::vector<file_info>> list_files(const run_path& run);
   /// Calls `take` for each file of a run, with one request for each page of 500, until it returns false. A file without a
   /// usable address is passed with an empty one. `take` may move from the file. More than max_pages pages are an error. Returns whether the run has ended.
-  result<bool> for_each_file(const run_path& run, function_ref<bool(remote_file& file)> take);
+  result<bool> for_each_file(const run_path& run, function_ref<bool(found_file& file)> take);
   /// The account's default entity, for run paths without one. The session remembers the answer.
   result<std::string> default_entity();
 
@@ -5605,8 +5746,10 @@ class service {
   [[nodiscard]] error wrong_answer(const std::string& task, const char* kind, const std::string& name) const;
   [[nodiscard]] error too_many(const run_path& run, std::size_t count) const;
   [[nodiscard]] static file_info info_of(const json& node);
-  [[nodiscard]] result<remote_file> file_of(const std::string& task, const json& node) const;
+  [[nodiscard]] result<found_file> file_of(const std::string& task, const json& node) const;
   [[nodiscard]] result<std::string> address_of(const std::string& task, std::string address) const;
+  [[nodiscard]] std::string direct_address_of(const std::string& task, const json& node,
+                                              const std::string& own) const;
   [[nodiscard]] std::string host() const {
     const auto& base = session_.base;
     return base ? base->host : "the service";
@@ -5787,7 +5930,14 @@ inline result<std::string> service::address_of(const std::string& task, std::str
   return absolute->str();
 }
 
-inline result<remote_file> service::file_of(const std::string& task, const json& node) const {
+/// Returns the address at the storage, if there is a usable one besides the service's own.
+inline std::string service::direct_address_of(const std::string& task, const json& node,
+                                              const std::string& own) const {
+  auto direct = address_of(task, text_of(member(node, "directUrl")));
+  return direct && *direct != own ? *std::move(direct) : std::string();
+}
+
+inline result<found_file> service::file_of(const std::string& task, const json& node) const {
   const std::string own = text_of(member(node, "url"));
   auto address = address_of(task, own.empty() ? text_of(member(node, "directUrl")) : own);
   if (!address) return address.error();
@@ -5796,7 +5946,7 @@ inline result<remote_file> service::file_of(const std::string& task, const json&
     return error(errc::protocol_violation, task + ": " + host() + " gives an impossible size: " +
                                                std::to_string(*info.size) + " bytes");
   }
-  return remote_file{std::move(info), *std::move(address)};
+  return found_file{std::move(info), *std::move(address)};
 }
 
 inline result<lookup> service::look_up(const run_path& run, const std::string& name) {
@@ -5826,6 +5976,7 @@ inline result<lookup> service::look_up(const run_path& run, const std::string& n
   if (const json* found = exact ? exact : similar) {
     auto file = file_of(task, *found);
     if (!file) return file.error();
+    answered.direct_address = direct_address_of(task, *found, file->address);
     answered.file = *std::move(file);
     return answered;
   }
@@ -5834,7 +5985,7 @@ inline result<lookup> service::look_up(const run_path& run, const std::string& n
   return answered;
 }
 
-inline result<remote_file> service::find_file(const run_path& run, const std::string& name) {
+inline result<found_file> service::find_file(const run_path& run, const std::string& name) {
   auto answered = look_up(run, name);
   if (!answered) return answered.error();
   if (!answered->file) return missing_file(run, name, *answered);
@@ -5889,7 +6040,7 @@ inline std::string service::hint_for_missing(const run_path& run, const std::str
 inline result<std::vector<file_info>> service::list_files(const run_path& run) {
   std::vector<file_info> all;
   std::size_t bytes = 0;
-  const auto listed = for_each_file(run, [&](remote_file& file) {
+  const auto listed = for_each_file(run, [&](found_file& file) {
     const file_info& added = file.info;
     bytes += sizeof(added) + added.name.size() + added.mimetype.size() + added.updated_at.size();
     all.push_back(std::move(file.info));
@@ -5906,7 +6057,7 @@ inline error service::too_many(const run_path& run, std::size_t count) const {
                                              " so far, and more to come");
 }
 
-inline result<bool> service::for_each_file(const run_path& run, function_ref<bool(remote_file& file)> take) {
+inline result<bool> service::for_each_file(const run_path& run, function_ref<bool(found_file& file)> take) {
   const std::string task = "listing the files of " + run.str();
   std::vector<std::string> seen;  // cursors
   std::size_t count = 0, cursor_bytes = 0;
@@ -5924,9 +6075,8 @@ inline result<bool> service::for_each_file(const run_path& run, function_ref<boo
       if (!node.is_object() || text_of(member(node, "md5")) == "0") continue;
       ++count;
       auto file = file_of(task, node);
-      if (!file) file = remote_file{info_of(node), {}};
-      const auto direct = address_of(task, text_of(member(node, "directUrl")));
-      if (direct && *direct != file->address) file->direct_address = *direct;
+      if (!file) file = found_file{info_of(node), {}};
+      file->direct_address = direct_address_of(task, node, file->address);
       if (!take(*file)) return has_run_ended;
     }
     const json& page = member(**files, "pageInfo");
@@ -6668,7 +6818,7 @@ class file_location {
     std::uint64_t generation = 0;
     // The address is the service's: this request follows the redirects, the other connections wait for the final address.
     bool is_resolving = false;
-    bool is_direct = false;  // see remote_file::direct_address
+    bool is_direct = false;  // see found_file::direct_address
   };
   /// Asks the service for the file again. Returns the new address at the service.
   using renewal = std::function<result<url>(call& asking_call)>;
@@ -6827,9 +6977,10 @@ struct transfer_job {
   const run_path& run;
   const std::string& name;
   const restore_options& options;
-  const remote_file& remote;
+  const found_file& remote;
+  const char* task = "downloading";
 
-  [[nodiscard]] std::string label() const { return "downloading " + in_quotes(name) + " of " + run.str(); }
+  [[nodiscard]] std::string label() const { return task + (' ' + in_quotes(name)) + " of " + run.str(); }
   /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
   /// Whether the service tells enough to notice bytes that are not the file's.
@@ -6904,12 +7055,12 @@ class response_sample {
   bool is_html_ = false, is_other_text_ = false;
 };
 
-/// The base of both kinds of transfer: what the requests share. Supervises the threads, enforces the limits, reports progress.
-class transfer {
+/// What the requests for one file share: its address, its entity tag, and whether to stop. Thread-safe.
+class file_access {
  public:
-  transfer(const transfer&) = delete;
-  transfer& operator=(const transfer&) = delete;
-  /// Whether the run has replaced the file since the transfer began.
+  file_access(const file_access&) = delete;
+  file_access& operator=(const file_access&) = delete;
+  /// Whether the run has replaced the file since this object was made.
   [[nodiscard]] bool is_replaced() const { return is_replaced_; }
   /// Returns text to append to the error for a wrong md5; empty if no response was suspicious.
   [[nodiscard]] std::string remark() {
@@ -6918,11 +7069,44 @@ class transfer {
   }
 
  protected:
+  file_access(const transfer_job& job, const url& service_address)
+      : job_(job), location_(service_address, url::parse(job.remote.direct_address).value_or(url()),
+                             [this](call& asking_call) { return ask_again(asking_call); }) {}
+  ~file_access() = default;
+
+  const transfer_job& job_;
+  transfer_state state_;
+  file_location location_;
+  entity_pin entity_;
+  std::atomic<bool> is_replaced_{false};
+
+ private:
+  friend class file_request;
+
+  /// Asks the service for the file's address again. Fails if the run has replaced the file; then is_replaced() is true.
+  result<url> ask_again(call& asking_call) {
+    auto fresh = service(job_.service_session, asking_call).find_file(job_.run, job_.name);
+    if (!fresh)
+      return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
+    const file_info& known = job_.remote.info;
+    if (fresh->info.md5 != known.md5 || fresh->info.size != known.size) {
+      is_replaced_ = true;
+      return error(errc::protocol_violation,
+                   job_.label() + ": the run has replaced the file meanwhile; try again");
+    }
+    return url::parse(fresh->address);
+  }
+
+  std::mutex remark_mutex_;  // guards remark_
+  std::string remark_;
+};
+
+/// The base of both kinds of transfer. Supervises the threads, enforces the limits, reports progress.
+class transfer : public file_access {
+ protected:
   transfer(const transfer_job& job, partial_file& destination, const url& service_address)
-      : job_(job), file_(destination),
-        location_(service_address, url::parse(job.remote.direct_address).value_or(url()),
-                  [this](call& asking_call) { return ask_again(asking_call); }),
-        retries_(job.user_call), reporter_(job.user_call, job.options, job.name) {}
+      : file_access(job, service_address), file_(destination), retries_(job.user_call),
+        reporter_(job.user_call, job.options, job.name) {}
   ~transfer() = default;
 
   /// Waits in the caller's thread until the transfer is complete or stopped. Calls `tick` ten times a second. Stops the
@@ -6952,37 +7136,14 @@ class transfer {
     return (std::max)(before, arrived);
   }
 
-  const transfer_job& job_;
   partial_file& file_;
-  transfer_state state_;
-  file_location location_;
-  entity_pin entity_;
   retry_clock retries_;
   progress_reporter reporter_;
-  std::atomic<bool> is_replaced_{false};
   std::atomic<double> pace_{0};  // of all connections together, in bytes a second
 
  private:
-  friend class file_request;
-
-  /// Asks the service for the file's address again. Fails if the run has replaced the file; then is_replaced() is true.
-  result<url> ask_again(call& asking_call) {
-    auto fresh = service(job_.service_session, asking_call).find_file(job_.run, job_.name);
-    if (!fresh)
-      return error::permanent(fresh.error().code(), fresh.error().what(), fresh.error().http_status());
-    const file_info& known = job_.remote.info;
-    if (fresh->info.md5 != known.md5 || fresh->info.size != known.size) {
-      is_replaced_ = true;
-      return error(errc::protocol_violation,
-                   job_.label() + ": the run replaced the file during the download; try again");
-    }
-    return url::parse(fresh->address);
-  }
-
   std::uint64_t received_before_ = 0;      // `received` of the last measure()
   std::atomic<std::uint64_t> arrived_{0};  // the maximum, in bytes
-  std::mutex remark_mutex_;                // guards remark_
-  std::string remark_;
 };
 
 // ---- one request for a file
@@ -6995,6 +7156,8 @@ class file_request : public body_sink {
 
   /// Whether the transport delivered a response of status 200 or 206 to its end.
   [[nodiscard]] bool has_ended() const { return has_ended_; }
+  /// Whether the response had another entity tag than an earlier one.
+  [[nodiscard]] bool met_other_entity() const { return is_other_entity_; }
   /// Makes a setback with the text "<label of the job>: <address> <problem>".
   [[nodiscard]] setback failure(remedy cure, errc code, const std::string& problem) const {
     return {cure, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
@@ -7018,8 +7181,8 @@ class file_request : public body_sink {
  protected:
   /// An `asked.end` of 0 stands for the end of the file; {0, 0} is the whole file, requested without a Range field.
   /// `on_violation`: the remedy for a response that breaks the protocol.
-  file_request(transfer& requester, byte_range asked, remedy on_violation)
-      : requester_(requester), asked_(asked), on_violation_(on_violation) {}
+  file_request(file_access& requester, call& user_call, byte_range asked, remedy on_violation)
+      : requester_(requester), call_(user_call), asked_(asked), on_violation_(on_violation) {}
   ~file_request() = default;
 
   [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
@@ -7040,12 +7203,16 @@ class file_request : public body_sink {
  private:
   /// Reports that redirects have led away from the service. Returns whether other connections wait for the address.
   virtual bool address_found() { return false; }
+  /// Whether a response of status 200 or 206 has the same entity tag as those before it.
+  [[nodiscard]] virtual bool is_same_entity(const http_response& head) {
+    return requester_.entity_.accept(head);
+  }
   /// Reports the head of a response of status 200 or 206.
   virtual void responded() {}
   /// Checks a response with the requested range or the beginning of it.
   virtual setback begin_part(const http_response& head, const content_range& part) = 0;
   /// Checks a response with the whole file. `length` is empty if the response does not tell it.
-  virtual setback begin_whole(std::optional<std::uint64_t> length) = 0;
+  virtual setback begin_whole(const http_response& head, std::optional<std::uint64_t> length) = 0;
   /// Takes a piece of the body. Returns false to stop.
   virtual bool take(std::string_view bytes) = 0;
 
@@ -7057,7 +7224,8 @@ class file_request : public body_sink {
   [[nodiscard]] setback refused(const answer& got, const std::string& authorization);
   [[nodiscard]] setback other_entity(call& asking_call);
 
-  transfer& requester_;
+  file_access& requester_;
+  call& call_;
   const byte_range asked_;
   const remedy on_violation_;
   file_location::lease lease_;
@@ -7071,15 +7239,19 @@ class file_request : public body_sink {
 inline setback file_request::fetch() {
   const transfer_job& job = requester_.job_;
   file_location& location = requester_.location_;
-  call asking_call(job.user_call, requester_.state_.stop_flag());
+  call asking_call(call_, requester_.state_.stop_flag());
   auto lease = location.acquire(asking_call);
   if (!lease) return {remedy::retry, lease.error()};
   lease_ = *std::move(lease);
+  const struct releaser {  // the transport may throw
+    file_location& location;
+    const file_location::lease& held;
+    ~releaser() { location.release(held); }
+  } at_exit{location, lease_};
   address_ = lease_.address;
   result<std::string> authorization{std::string()};
   if (job.service_session.is_own(address_)) authorization = job.service_session.authorization(asking_call);
   if (!authorization) {
-    location.release(lease_);
     const error& refusal = authorization.error();
     return {remedy::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
   }
@@ -7092,7 +7264,7 @@ inline setback file_request::fetch() {
   }
   request.is_cancelled = [this] { return !is_wanted(); };
   const auto got = job.service_session.send(
-      job.user_call, std::move(request), *authorization, *this, address_, [&](const url& hop) {
+      call_, std::move(request), *authorization, *this, address_, [&](const url& hop) {
         const bool is_final = !job.service_session.is_own(hop);
         if (is_final && address_found()) location.found(lease_, hop);  // before the response: others wait
       });
@@ -7122,13 +7294,12 @@ inline setback file_request::fetch() {
   } else {
     has_ended_ = true;
   }
-  location.release(lease_);
   return now;
 }
 
 inline bool file_request::start(const http_response& head) {
   sample_.start(head, requester_.job_.remote.info.mimetype);
-  is_other_entity_ = !requester_.entity_.accept(head);
+  is_other_entity_ = !is_same_entity(head);
   if (is_other_entity_) return false;
   responded();
   if (!is_wanted()) return false;
@@ -7148,7 +7319,7 @@ inline setback file_request::begin(const http_response& head) {
   // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
   if (head.status != 206 && (!is_range() || part.bytes.end == 0)) {
     const std::string* length = head.header("Content-Length");
-    return begin_whole(length != nullptr ? to_number(trim(*length)) : std::nullopt);
+    return begin_whole(head, length != nullptr ? to_number(trim(*length)) : std::nullopt);
   }
   if (!is_range() || part.bytes.end == 0) return violation("answers 206 without a range that was asked for");
   if (part.bytes.begin != asked_.begin || (asked_.end != 0 && part.bytes.end > asked_.end))
@@ -7246,7 +7417,8 @@ class ranged_transfer::range_request final : public file_request {
   static constexpr std::uint64_t chunk = 4 * partial_file::block;  // bytes: a connection's buffer
 
   range_request(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
-      : file_request(transfer, asked.size() < transfer.file_.size() ? asked : byte_range(), remedy::whole),
+      : file_request(transfer, transfer.job_.user_call,
+                     asked.size() < transfer.file_.size() ? asked : byte_range(), remedy::whole),
         transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
         begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
 
@@ -7271,7 +7443,7 @@ class ranged_transfer::range_request final : public file_request {
     return {};
   }
   /// If the server has ignored Range, this connection becomes the only one.
-  setback begin_whole(std::optional<std::uint64_t> length) override {
+  setback begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
     const std::uint64_t size = transfer_.file_.size();
     if (length && *length != size) return wrong_size(remedy::retry, *length);
     if (is_range()) {
@@ -7520,7 +7692,8 @@ class stream_transfer final : public transfer {
 class stream_transfer::stream_request final : public file_request {
  public:
   explicit stream_request(stream_transfer& transfer)
-      : file_request(transfer, {transfer.position_, 0}, remedy::retry), transfer_(transfer) {}
+      : file_request(transfer, transfer.job_.user_call, {transfer.position_, 0}, remedy::retry),
+        transfer_(transfer) {}
 
   /// Whether the response ended before the end of the bytes that were present already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
@@ -7540,7 +7713,7 @@ class stream_transfer::stream_request final : public file_request {
     }
     return check_total(part.size);
   }
-  setback begin_whole(std::optional<std::uint64_t> length) override {
+  setback begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
     // With an md5, skip the bytes already present; without one, start over.
     if (transfer_.job_.is_verified()) {
       skipped_ = transfer_.position_;
@@ -7694,10 +7867,10 @@ inline bool is_windows_name(std::string_view segment) {
 }
 
 /// Refuses names that lead outside root on any operating system. Source: wandb/sdk/lib/paths.py.
-inline result<void> check_name(std::string_view name) {
+inline result<void> check_name(std::string_view name, const char* verb = "restore") {
   const auto refuse = [&](const char* why) {
     return error(errc::invalid_argument,
-                 "cannot restore " + in_quotes(name) + ": " + why +
+                 std::string("cannot ") + verb + ' ' + in_quotes(name) + ": " + why +
                      "; a name is a path inside the run, such as \"model.h5\" or \"ckpt/best.h5\"");
   };
   if (name.empty()) return refuse("the name is empty");
@@ -7855,12 +8028,27 @@ class upload_wait {
   bool has_run_ended_ = false;
 };
 
+/// Asks the service for a file; if the run has not uploaded it yet, again until `limit` is over. See upload_wait for `report`.
+inline result<lookup> find_awaited(service& api, const call& user_call, milliseconds limit,
+                                   const run_path& run, const std::string& name,
+                                   function_ref<bool()> report) {
+  upload_wait wait(user_call, limit);
+  for (;;) {
+    auto answered = api.look_up(run, name);
+    if (!answered || answered->file) return answered;
+    if (!wait.may_ask_again(answered->has_run_ended, report)) {
+      if (user_call.cancelled()) return user_call.why_cancelled();
+      return wait.in_context(api.missing_file(run, name, *answered));
+    }
+  }
+}
+
 /// One call of restore.
 class restoring {
  public:
   /// `listed`: the file, if the service has described it already; else null.
   restoring(session& current, call& user_call, const restore_options& options, std::string name, run_path run,
-            place destination, const remote_file* listed = nullptr)
+            place destination, const found_file* listed = nullptr)
       : session_(current), call_(user_call), options_(options), name_(std::move(name)), run_(std::move(run)),
         place_(std::move(destination)), listed_(listed),
         policy_(options.replace ? cache_policy::replace() : options.cache.value_or(current.policy)) {}
@@ -7873,7 +8061,7 @@ class restoring {
 
     service api(session_, call_);
     if (auto good = complete_entity(api, run_); !good) return good.error();
-    auto remote = listed_ != nullptr ? result<remote_file>(*listed_) : find(api);
+    auto remote = listed_ != nullptr ? result<found_file>(*listed_) : find(api);
     if (!remote) return remote.error();
     if (!remote->info.name.empty()) name_ = remote->info.name;
     if (verdict == cache_policy::verdict::ask && decide(&remote->info) == cache_policy::verdict::keep)
@@ -7883,19 +8071,11 @@ class restoring {
   }
 
  private:
-  /// Asks the service for the file; if the run has not uploaded it yet, again until options.wait is over.
-  result<remote_file> find(service& api) {
-    upload_wait wait(call_, options_.wait);
-    for (;;) {
-      auto answered = api.look_up(run_, name_);
-      if (!answered) return answered.error();
-      if (answered->file) return *std::move(answered->file);
-      const auto report = [&] { return reporter_.report_if_due(phase::downloading, 0, {}); };
-      if (!wait.may_ask_again(answered->has_run_ended, report)) {
-        if (call_.cancelled()) return call_.why_cancelled();
-        return wait.in_context(api.missing_file(run_, name_, *answered));
-      }
-    }
+  result<found_file> find(service& api) {
+    const auto report = [&] { return reporter_.report_if_due(phase::downloading, 0, {}); };
+    auto answered = find_awaited(api, call_, options_.wait, run_, name_, report);
+    if (!answered) return answered.error();
+    return *std::move(answered->file);
   }
 
   /// Opens the local copy, if there is one, and reads its receipt.
@@ -7996,7 +8176,7 @@ class restoring {
     }
   }
 
-  result<restored_file> fetch(remote_file remote) {
+  result<restored_file> fetch(found_file remote) {
     if (auto made = make_directories(place_.directory); !made) return made.error();
     if (auto good = check_replaceable(place_); !good) return good.error();
     place_lock lock(place_);
@@ -8174,7 +8354,7 @@ class restoring {
   std::string name_;
   run_path run_;
   place place_;
-  const remote_file* const listed_;
+  const found_file* const listed_;
   const cache_policy policy_;
   progress_reporter reporter_{call_, options_, name_};
   std::shared_ptr<opened_copy> opened_;  // null: there is no local copy
@@ -8199,7 +8379,7 @@ namespace detail {
 
 WANDB_RESTORE_PRIVATE_INLINE std::shared_ptr<session>
 open_session(settings configuration, transport_ref transport, cache_policy policy) {
-  return std::make_shared<session>(std::move(configuration), transport, std::move(policy));
+  return std::make_shared<session>(std::move(configuration), std::move(transport), std::move(policy));
 }
 
 /// Checks the options that all calls share.
@@ -8387,7 +8567,7 @@ class restoring_all {
   };
   struct task {
     std::size_t index = 0;  // in the report
-    remote_file remote = {};
+    found_file remote = {};
   };
 
   [[nodiscard]] error no_thread() const {
@@ -8427,7 +8607,7 @@ class restoring_all {
   void list() {
     state_.run([this] {
       service api(session_, part_call_);
-      const auto listed = api.for_each_file(run_, [this](remote_file& file) { return add(file); });
+      const auto listed = api.for_each_file(run_, [this](found_file& file) { return add(file); });
       const std::lock_guard<std::mutex> guard(mutex_);
       if (listed) has_run_ended_ = *listed;
       if (!listed && !state_.is_stopped()) listing_failure_ = listed.error();
@@ -8437,7 +8617,7 @@ class restoring_all {
     changed_.notify_all();
   }
   /// Adds a file if it matches. Blocks while many files are waiting. Returns false if the call has been stopped.
-  bool add(remote_file& file) {
+  bool add(found_file& file) {
     if (!matches_pattern(file.info.name, pattern_)) return !part_call_.cancelled();
     std::unique_lock<std::mutex> held(mutex_);
     while (queue_.size() - next_ >= most_queued && !part_call_.cancelled())
@@ -8495,13 +8675,13 @@ class restoring_all {
       changed_.wait_for(held, milliseconds(100));
     }
   }
-  static bool is_large(const remote_file& file) {
+  static bool is_large(const found_file& file) {
     return file.info.size.value_or(0) >= range_plan::worth_splitting;
   }
   void work(worker& mine) {
     while (auto taken = take()) {
       const auto began = clock::now();
-      remote_file& remote = taken->remote;
+      found_file& remote = taken->remote;
       if (is_direct_refused_) remote.direct_address.clear();
       remote.direct_is_refused = &is_direct_refused_;
       restore_options own = options_;
@@ -8694,15 +8874,15 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
   if (!checked) return checked.error();
   run_path run = checked->run;
   call user_call(current.config, options.cancel);
-  auto newest = [&]() -> result<remote_file> {
+  auto newest = [&]() -> result<found_file> {
     service api(current, user_call);
     if (auto good = complete_entity(api, run); !good) return good.error();
     upload_wait wait(user_call, options.wait);
     const std::string name(pattern);
     progress_reporter reporter(user_call, options, name);
     for (;;) {
-      std::optional<remote_file> latest;
-      const auto listed = api.for_each_file(run, [&](remote_file& file) {
+      std::optional<found_file> latest;
+      const auto listed = api.for_each_file(run, [&](found_file& file) {
         if (!matches_pattern(file.info.name, pattern)) return true;
         // ISO 8601 in UTC sorts as text.
         if (!latest || latest->info.updated_at <= file.info.updated_at) latest = std::move(file);
@@ -8795,6 +8975,617 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
 }
 
 }  // namespace detail
+
+// =========================================================================================== remote files
+
+namespace detail {
+
+/// The blocks of a remote file that were read last. Its memory is bounded: blocks in transit are blocks of the cache, too.
+/// Thread-safe.
+class block_cache {
+ public:
+  static constexpr std::uint64_t block = 64 * 1024;  // bytes
+  static constexpr std::size_t most_blocks = 64, most_at_once = 16;
+
+  /// Consecutive blocks that one thread has to fetch. No other thread uses them until they are given back.
+  struct claim {
+    std::uint64_t first = 0;
+    std::vector<char*> blocks = {};
+    bool is_awaited = false;  // another thread fetches the first block, or has just done so: see wait()
+
+    [[nodiscard]] std::uint64_t begin() const { return first * block; }
+    [[nodiscard]] std::uint64_t end() const { return (first + blocks.size()) * block; }
+    /// Copies bytes that have arrived into the blocks. `offset` is in the file.
+    void put(std::uint64_t offset, std::string_view bytes) const {
+      while (!bytes.empty()) {
+        const auto within = static_cast<std::size_t>(offset % block);
+        const auto count = (std::min)(bytes.size(), static_cast<std::size_t>(block) - within);
+        std::memcpy(blocks[static_cast<std::size_t>(offset / block - first)] + within, bytes.data(), count);
+        offset += count;
+        bytes.remove_prefix(count);
+      }
+    }
+    /// Copies bytes of the blocks, from `offset` in the file on. Returns their number.
+    std::size_t copy(std::uint64_t offset, char* destination, std::size_t length) const {
+      std::size_t copied = 0;
+      while (copied < length && offset + copied < end()) {
+        const auto within = static_cast<std::size_t>((offset + copied) % block);
+        const auto count = (std::min)(length - copied, static_cast<std::size_t>(block) - within);
+        const char* bytes = blocks[static_cast<std::size_t>((offset + copied) / block - first)];
+        std::memcpy(destination + copied, bytes + within, count);
+        copied += count;
+      }
+      return copied;
+    }
+  };
+
+  /// Copies the bytes from `offset` on that are present. Returns their number: 0 if the block of `offset` is missing.
+  std::size_t copy(std::uint64_t offset, char* destination, std::size_t length) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    std::size_t copied = 0;
+    while (copied < length) {
+      slot* present = find((offset + copied) / block);
+      if (present == nullptr || present->is_in_transit) break;
+      present->used = ++time_;
+      const auto within = static_cast<std::size_t>((offset + copied) % block);
+      const auto count = (std::min)(length - copied, static_cast<std::size_t>(block) - within);
+      std::memcpy(destination + copied, present->bytes.get() + within, count);
+      copied += count;
+    }
+    return copied;
+  }
+  /// Claims missing blocks for the calling thread: those from `first` up to `last`, and if the file is read in order, more up
+  /// to `last_of_file`. Claims fewer if a later one is present or in transit, or if the cache is full of blocks in transit;
+  /// then perhaps none.
+  claim begin(std::uint64_t first, std::uint64_t last, std::uint64_t last_of_file) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    claim made;
+    made.first = first;
+    made.is_awaited = find(first) != nullptr;
+    if (made.is_awaited) return made;
+    sequence& reader = sequence_at(first);
+    if (first == 0 && reader.blocks == 0) reader.blocks = 2;  // many files begin with a header
+    const std::uint64_t ahead = (std::min)(first + 2 * reader.blocks, last_of_file + 1) - first;
+    const auto wanted = (std::min<std::uint64_t>)((std::max)(last - first + 1, ahead), most_at_once);
+    made.blocks.reserve(static_cast<std::size_t>(wanted));  // once a block is claimed, nothing may throw
+    while (made.blocks.size() < wanted && find(first + made.blocks.size()) == nullptr) {
+      slot* free = free_slot();
+      if (free == nullptr) break;
+      constexpr auto bytes = static_cast<std::size_t>(block);
+      if (free->bytes == nullptr)
+        free->bytes.reset(made.blocks.empty() ? new char[bytes] : new (std::nothrow) char[bytes]);
+      if (free->bytes == nullptr) break;
+      made.blocks.push_back(free->bytes.get());
+      free->index = first + made.blocks.size() - 1;
+      free->is_present = false;
+      free->is_in_transit = true;
+      free->used = ++time_;
+    }
+    reader = {first + made.blocks.size(), made.blocks.size(), ++time_};
+    return made;
+  }
+  /// Gives claimed blocks back. Those that end at `end` in the file or before it have arrived.
+  void finish(const claim& claimed, std::uint64_t end) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    for (slot& each : slots_) {
+      if (!each.is_in_transit || each.index < claimed.first ||
+          each.index >= claimed.first + claimed.blocks.size())
+        continue;
+      each.is_in_transit = false;
+      each.is_present = (each.index + 1) * block <= end;
+    }
+    changed_.notify_all();
+  }
+  /// Blocks while another thread fetches this block, but no longer than 20 ms.
+  void wait(std::uint64_t index) {
+    std::unique_lock<std::mutex> held(mutex_);
+    const slot* found = find(index);
+    if (found != nullptr && found->is_in_transit) changed_.wait_for(held, milliseconds(20));
+  }
+
+ private:
+  struct slot {
+    std::uint64_t index = 0;  // of the block
+    bool is_present = false, is_in_transit = false;
+    std::uint64_t used = 0;
+    std::unique_ptr<char[]> bytes = {};
+  };
+  /// Somebody who may be reading the file in order.
+  struct sequence {
+    std::uint64_t next = UINT64_MAX;  // the block after those that were fetched last
+    std::size_t blocks = 0;           // how many they were; 0 if this is no sequence yet
+    std::uint64_t used = 0;
+  };
+
+  slot* find(std::uint64_t index) {
+    for (slot& each : slots_) {
+      if ((each.is_present || each.is_in_transit) && each.index == index) return &each;
+    }
+    return nullptr;
+  }
+  slot* free_slot() {
+    slot* oldest = nullptr;
+    for (slot& each : slots_) {
+      if (each.is_in_transit) continue;
+      if (!each.is_present) return &each;
+      if (oldest == nullptr || each.used < oldest->used) oldest = &each;
+    }
+    return oldest;
+  }
+  /// Returns the sequence that `first` continues, or else the oldest one, as a new one.
+  sequence& sequence_at(std::uint64_t first) {
+    sequence* oldest = &sequences_[0];
+    for (sequence& each : sequences_) {
+      if (each.next == first) return each;
+      if (each.used < oldest->used) oldest = &each;
+    }
+    return *oldest = {};
+  }
+
+  std::mutex mutex_;  // guards the rest
+  std::condition_variable changed_;
+  std::array<slot, most_blocks> slots_;
+  std::array<sequence, 8> sequences_;
+  std::uint64_t time_ = 0;
+};
+
+/// Reads parts of a file, for a remote_file and its streams. Thread-safe.
+class remote_reader {
+ public:
+  remote_reader(std::shared_ptr<session> current, run_path run, std::string name, found_file found,
+                const std::atomic<bool>* cancel, const url& service_address)
+      : session_(std::move(current)), run_(std::move(run)), name_(std::move(name)), found_(std::move(found)),
+        options_(options_of(cancel)),
+        call_(session_->config, cancel), job_{*session_, call_, run_, name_, options_, found_, "reading"},
+        access_(job_, service_address), size_(found_.info.size) {}
+
+  /// Opens a file that the service has described.
+  static result<remote_file> open(std::shared_ptr<session> current, run_path run, std::string name,
+                                  found_file found, const std::atomic<bool>* cancel, call& user_call) {
+    const auto address = url::parse(found.address);
+    if (!address) return address.error();
+    remote_file opened;
+    opened.info_ = found.info;
+    opened.info_.name = name;
+    opened.reader_ = std::make_shared<remote_reader>(std::move(current), std::move(run), std::move(name),
+                                                     std::move(found), cancel, *address);
+    if (!opened.info_.size) {
+      const auto size = opened.reader_->ask_for_size(user_call);
+      if (!size) return size.error();
+      opened.info_.size = *size;
+    }
+    return opened;
+  }
+
+  /// See remote_file::try_read_at.
+  result<std::size_t> read_at(std::uint64_t offset, char* destination, std::size_t length) {
+    call read_call(session_->config, options_.cancel);
+    read_call.reached = true;  // the service was, to open the file
+    auto count = read(read_call, offset, destination, length);
+    if (count) return count;
+    return in_context(count.error(), job_.label(), {in_quotes(name_), run_.project + '/' + run_.run_id});
+  }
+  /// See remote_file::entity_tag.
+  [[nodiscard]] std::string entity_tag() {
+    const std::lock_guard<std::mutex> guard(version_mutex_);
+    return tag_;
+  }
+
+ private:
+  class access final : public file_access {
+   public:
+    access(const transfer_job& job, const url& service_address) : file_access(job, service_address) {}
+    /// Later requests ask for a part of this version only, if its entity tag is strong.
+    void pin(const http_response& head) { entity_.accept(head); }
+  };
+  class read_request;
+  /// Takes bytes that have arrived, with their offset in the file.
+  using taker = function_ref<void(std::uint64_t offset, std::string_view bytes)>;
+
+  static constexpr std::uint64_t block = block_cache::block;
+  static constexpr std::size_t direct = 4 * block;  // bytes: longer reads bypass the cache
+
+  static restore_options options_of(const std::atomic<bool>* cancel) {
+    restore_options made;
+    made.cancel = cancel;
+    made.verify = false;  // a part has no md5
+    return made;
+  }
+  result<std::size_t> read(call& read_call, std::uint64_t offset, char* destination, std::size_t length);
+  result<std::uint64_t> ask_for_size(call& user_call);
+  result<void> fetch_blocks(call& user_call, const block_cache::claim& claimed);
+  result<void> fetch(call& user_call, byte_range range, std::uint64_t& position, taker take);
+  [[nodiscard]] error judged(const read_request& request, const setback& now) const;
+  [[nodiscard]] bool has_tag(const http_response& head);
+  [[nodiscard]] bool is_same_version(const http_response& head);
+
+  const std::shared_ptr<session> session_;
+  const run_path run_;
+  const std::string name_;
+  const found_file found_;
+  const restore_options options_;
+  call call_;  // job_ needs one; each read has its own
+  const transfer_job job_;
+  access access_;
+  std::optional<std::uint64_t> size_;  // known once the file is open
+  block_cache cache_;
+  std::mutex version_mutex_;  // guards the rest
+  bool has_version_ = false;
+  std::string tag_, modified_;  // ETag and Last-Modified of the first response; empty if it has none
+};
+
+/// One request for a part of a file.
+class remote_reader::read_request final : public file_request {
+ public:
+  /// `position`: the offset of the next byte to arrive, at first `asked.begin`.
+  read_request(remote_reader& reader, call& user_call, byte_range asked, std::uint64_t& position, taker take)
+      : file_request(reader.access_, user_call, asked, remedy::retry), reader_(reader), wanted_(asked),
+        position_(position), take_(take) {}
+
+  [[nodiscard]] error changed(const std::string& problem) const {
+    return *violation(problem + ": the file has changed since it was opened; open it again").failure;
+  }
+
+ private:
+  [[nodiscard]] bool is_same_entity(const http_response& head) override { return reader_.has_tag(head); }
+  setback begin_part(const http_response& head, const content_range& part) override {
+    auto& size = reader_.size_;
+    if (!size && !part.size) return violation("does not tell the size of the file");
+    if (size && part.size && *part.size != *size) return of_other_size(*part.size);
+    if (part.size && part.bytes.end > *part.size) return violation("sends a part beyond the end of the file");
+    if (!size) size = part.size;
+    promised_end_ = part.bytes.end;
+    return check(head);
+  }
+  /// A server may ignore Range (RFC 9110, section 14.2). Its answer is of use only if the whole file was asked for.
+  setback begin_whole(const http_response& head, std::optional<std::uint64_t> length) override {
+    const auto size = reader_.size_ ? reader_.size_ : length;
+    if (length && *length != *size) return of_other_size(*length);
+    if (wanted_.begin > 0 || !size || *size > wanted_.end) {
+      const setback whole = failure(remedy::retry, errc::http_failure,
+                                    "answers with the whole file: this server does not send parts of files; "
+                                    "restore the file instead");
+      return {remedy::retry, error(errc::http_failure, whole.failure->what(), 200)};
+    }
+    if (!reader_.size_) reader_.size_ = size;
+    promised_end_ = *size;
+    return check(head);
+  }
+  bool take(std::string_view bytes) override {
+    if (bytes.size() > promised_end_ - position_) return refuse_surplus();
+    take_(position_, bytes);
+    position_ += bytes.size();
+    return true;
+  }
+  [[nodiscard]] setback of_other_size(std::uint64_t size) const {
+    return {remedy::retry,
+            changed("has " + std::to_string(size) + " bytes instead of " + std::to_string(*reader_.size_))};
+  }
+  [[nodiscard]] setback check(const http_response& head) {
+    if (const auto coding = unwanted_coding(head); !coding.empty())
+      return violation("sends a part that cannot be used: " + coding);
+    if (!reader_.is_same_version(head)) return {remedy::retry, changed("sends another version")};
+    return {};
+  }
+
+  remote_reader& reader_;
+  const byte_range wanted_;
+  std::uint64_t& position_;
+  std::uint64_t promised_end_ = 0;  // of the range that the response announces
+  taker take_;
+};
+
+inline result<std::size_t> remote_reader::read(call& read_call, std::uint64_t offset, char* destination,
+                                               std::size_t length) {
+  const std::uint64_t size = size_.value_or(0);
+  if (offset >= size) return std::size_t{0};
+  length = static_cast<std::size_t>((std::min<std::uint64_t>)(length, size - offset));
+  for (std::size_t done = 0; done < length;) {
+    if (read_call.cancelled()) return read_call.why_cancelled();
+    const std::uint64_t position = offset + done;
+    const std::size_t rest = length - done;
+    char* const here = destination + done;
+    if (const auto copied = cache_.copy(position, here, rest); copied > 0) {
+      done += copied;
+      continue;
+    }
+    if (rest < direct) {
+      const auto claimed = cache_.begin(position / block, (position + rest - 1) / block, (size - 1) / block);
+      if (claimed.is_awaited) {
+        cache_.wait(claimed.first);
+        continue;
+      }
+      if (!claimed.blocks.empty()) {
+        if (auto fetched = fetch_blocks(read_call, claimed); !fetched) return fetched.error();
+        continue;
+      }
+    }
+    std::uint64_t arrived = position;
+    const auto fetched = fetch(read_call, {position, position + rest}, arrived,
+                               [&](std::uint64_t from, std::string_view bytes) {
+                                 std::memcpy(here + (from - position), bytes.data(), bytes.size());
+                               });
+    if (!fetched) return fetched.error();
+    done = length;
+  }
+  return length;
+}
+
+/// Learns the size from the storage, with the first blocks of the file.
+inline result<std::uint64_t> remote_reader::ask_for_size(call& user_call) {
+  const auto fetched = fetch_blocks(user_call, cache_.begin(0, 0, 3));
+  // A range that begins at 0 cannot be satisfied by an empty file alone (RFC 9110, section 15.5.17).
+  if (!fetched && fetched.error().http_status() == 416) size_ = 0;
+  if (!fetched && size_ != std::uint64_t{0}) return fetched.error();
+  return *size_;
+}
+
+/// Fetches claimed blocks, and gives them back to the cache.
+inline result<void> remote_reader::fetch_blocks(call& user_call, const block_cache::claim& claimed) {
+  struct giver {  // the transport may throw
+    remote_reader& reader;
+    const block_cache::claim& claimed;
+    std::uint64_t arrived = claimed.begin();
+    ~giver() { reader.cache_.finish(claimed, arrived == reader.size_ ? UINT64_MAX : arrived); }
+  } at_exit{*this, claimed};
+  const std::uint64_t end = (std::min)(claimed.end(), size_.value_or(UINT64_MAX));
+  return fetch(user_call, {claimed.begin(), end}, at_exit.arrived,
+               [&](std::uint64_t offset, std::string_view bytes) { claimed.put(offset, bytes); });
+}
+
+/// Fetches a range with as many requests as necessary. `position`: the offset of the next byte to arrive.
+inline result<void> remote_reader::fetch(call& user_call, byte_range range, std::uint64_t& position,
+                                         taker take) {
+  retry_clock time(user_call);
+  backoff tries(user_call, time);
+  for (position = range.begin;;) {
+    const std::uint64_t before = position;
+    read_request request(*this, user_call, {position, range.end}, position, take);
+    setback now = request.fetch();
+    time.progressed(position - before);
+    const std::uint64_t end = (std::min)(range.end, size_.value_or(range.end));
+    const bool is_usable = !now || now.failure->is_transient();
+    if (position == end && (request.has_ended() || position > before) && is_usable) return {};
+    if (!now && !request.has_ended()) continue;  // with a new address
+    if (!now) now = request.ended_early(end - position);
+    const error failure = judged(request, now);
+    if (failure.is_transient() && position >= before + block) {
+      tries.reset();  // retry at once: the try has brought at least a block
+      continue;
+    }
+    if (auto last = tries.wait_after(failure)) return *std::move(last);
+  }
+}
+
+/// Returns the error for a setback.
+inline error remote_reader::judged(const read_request& request, const setback& now) const {
+  const error& failure = *now.failure;
+  if (failure.code() == errc::cancelled) return failure;
+  if (access_.is_replaced()) return request.changed("is out of date");
+  if (request.met_other_entity()) return request.changed("has another entity tag than before");
+  if (failure.http_status() == 416 && size_) return request.changed("has no bytes at this position");
+  if (now.cure != remedy::whole) return failure;
+  return error(errc::http_failure,
+               failure.what() +
+                   std::string("; this server may not send parts of files: restore the file instead"),
+               failure.http_status());
+}
+
+/// Returns the value of a header field; empty if there is none.
+inline std::string field_of(const http_response& head, const char* name) {
+  const std::string* field = head.header(name);
+  return field != nullptr ? *field : std::string();
+}
+
+/// Whether a response has the entity tag of the first one, or is the first.
+inline bool remote_reader::has_tag(const http_response& head) {
+  const std::lock_guard<std::mutex> guard(version_mutex_);
+  return !has_version_ || field_of(head, "ETag") == tag_;
+}
+
+/// Whether a response is of the same version of the file as the first one. A strong entity tag alone proves that parts belong
+/// together (RFC 9110, section 15.3.7.3). Without one, Last-Modified has to agree, too.
+inline bool remote_reader::is_same_version(const http_response& head) {
+  std::string tag = field_of(head, "ETag"), modified = field_of(head, "Last-Modified");
+  const std::lock_guard<std::mutex> guard(version_mutex_);
+  if (!has_version_) {
+    access_.pin(head);  // may throw, and leaves no version then
+    tag_ = std::move(tag);
+    modified_ = std::move(modified);
+    has_version_ = true;
+    return true;
+  }
+  const bool is_strong = !tag_.empty() && !starts_with(tag_, "W/");
+  return tag == tag_ && (is_strong || modified == modified_);
+}
+
+/// The buffer of a remote_stream: up to the end of the cache's block.
+class remote_buffer final : public std::streambuf {
+ public:
+  remote_buffer(std::shared_ptr<remote_reader> reader, std::uint64_t size)
+      : reader_(std::move(reader)), size_(size) {}
+  remote_buffer(const remote_buffer&) = delete;
+  remote_buffer& operator=(const remote_buffer&) = delete;
+  ~remote_buffer() override = default;
+
+  [[nodiscard]] const std::optional<error>& failure() const { return failure_; }
+  /// Sets the stream that uses this buffer.
+  void serve(std::istream& owner) { owner_ = &owner; }
+
+ protected:
+  int_type underflow() override {
+    if (gptr() < egptr()) return traits_type::to_int_type(*gptr());
+    const std::uint64_t here = position();
+    if (here >= size_) return traits_type::eof();
+    if (buffer_ == nullptr) buffer_.reset(new char[block]);
+    begin_ = here;
+    setg(buffer_.get(), buffer_.get(), buffer_.get());
+    const auto count = read(here, buffer_.get(), block - static_cast<std::size_t>(here % block));
+    if (count == 0) return traits_type::eof();
+    setg(buffer_.get(), buffer_.get(), buffer_.get() + count);
+    return traits_type::to_int_type(*gptr());
+  }
+  std::streamsize xsgetn(char* destination, std::streamsize length) override {
+    std::streamsize copied = 0;
+    while (copied < length) {
+      const std::streamsize rest = length - copied,
+                            ready = (std::min<std::streamsize>)(rest, egptr() - gptr());
+      if (ready > 0) {
+        std::memcpy(destination + copied, gptr(), static_cast<std::size_t>(ready));
+        gbump(static_cast<int>(ready));
+        copied += ready;
+      } else if (rest >= static_cast<std::streamsize>(block)) {
+        const std::uint64_t here = position();
+        const auto count = read(here, destination + copied, static_cast<std::size_t>(rest));
+        move_to(here + count);
+        copied += static_cast<std::streamsize>(count);
+        if (count == 0) break;
+      } else if (traits_type::eq_int_type(underflow(), traits_type::eof())) {
+        break;
+      }
+    }
+    return copied;
+  }
+  int_type pbackfail(int_type wanted) override {
+    const std::uint64_t here = position();
+    if (here == 0) return traits_type::eof();
+    move_to(here - 1);
+    const int_type before = underflow();
+    const bool is_any = traits_type::eq_int_type(wanted, traits_type::eof());
+    if (is_any || traits_type::eq_int_type(before, wanted)) return before;
+    move_to(here);
+    return traits_type::eof();
+  }
+  std::streamsize showmanyc() override { return position() < size_ ? 0 : -1; }
+  pos_type seekoff(off_type offset, std::ios_base::seekdir from, std::ios_base::openmode which) override {
+    const std::uint64_t base = from == std::ios_base::beg   ? 0
+                               : from == std::ios_base::cur ? position()
+                                                            : size_;
+    const auto back = static_cast<std::uint64_t>(-(offset + 1)) + 1;  // -offset, also of the smallest number
+    const bool is_inside = offset < 0 ? back <= base : static_cast<std::uint64_t>(offset) <= size_ - base;
+    if ((which & std::ios_base::in) == 0 || !is_inside) return pos_type(off_type(-1));
+    move_to(offset < 0 ? base - back : base + static_cast<std::uint64_t>(offset));
+    return pos_type(static_cast<off_type>(position()));
+  }
+  pos_type seekpos(pos_type target, std::ios_base::openmode which) override {
+    return seekoff(off_type(target), std::ios_base::beg, which);
+  }
+
+ private:
+  static constexpr std::size_t block = block_cache::block;
+
+  [[nodiscard]] std::uint64_t position() const {
+    return begin_ + static_cast<std::uint64_t>(gptr() - eback());
+  }
+  void move_to(std::uint64_t target) {
+    const auto ready = static_cast<std::uint64_t>(egptr() - eback());
+    if (target >= begin_ && target - begin_ <= ready) {
+      setg(eback(), eback() + (target - begin_), egptr());
+    } else {
+      begin_ = target;
+      setg(buffer_.get(), buffer_.get(), buffer_.get());
+    }
+  }
+  /// Returns the number of bytes; 0 at the end of the file, and, without exceptions, after a failure.
+  std::size_t read(std::uint64_t here, char* destination, std::size_t length) {
+    if (here >= size_) return 0;
+    auto count = reader_->read_at(here, destination, length);
+    if (count) return *count;
+    failure_ = std::move(count).error();
+#if WANDB_RESTORE_EXCEPTIONS
+    throw error(*failure_);
+#else
+    if (owner_ != nullptr) owner_->setstate(std::ios_base::badbit);
+    return 0;
+#endif
+  }
+
+  const std::shared_ptr<remote_reader> reader_;  // null if size_ is 0
+  const std::uint64_t size_;
+  std::uint64_t begin_ = 0;  // the offset of the buffer's first byte
+  std::unique_ptr<char[]> buffer_;
+  std::optional<error> failure_;
+  std::istream* owner_ = nullptr;
+};
+
+WANDB_RESTORE_PRIVATE_INLINE result<remote_file>
+open_remote(const std::shared_ptr<session>& current, std::string_view name, const restore_options& options) {
+  if (auto good = check_name(name, "open"); !good) return good.error();
+  const std::string quoted = in_quotes(name), task = "opening " + quoted;
+  if (auto good = check_options(*current, options, "cannot open " + quoted); !good) return good.error();
+  auto run = run_of(current->config, options.run_path);
+  if (!run) return in_context(run.error(), task, {quoted});
+  call user_call(current->config, options.cancel);
+  auto opened = [&]() -> result<remote_file> {
+    service api(*current, user_call);
+    if (auto good = complete_entity(api, *run); !good) return good.error();
+    std::string wanted(name);
+    progress_reporter reporter(user_call, options, wanted);
+    const auto report = [&] { return reporter.report_if_due(phase::downloading, 0, {}); };
+    auto answered = find_awaited(api, user_call, options.wait, *run, wanted, report);
+    if (!answered) return answered.error();
+    found_file& found = *answered->file;
+    found.direct_address = answered->direct_address;
+    if (!found.info.name.empty()) wanted = found.info.name;
+    return remote_reader::open(current, *run, wanted, std::move(found), options.cancel, user_call);
+  }();
+  if (opened) return opened;
+  return in_context(opened.error(), task + " of " + shown(*run), {quoted, run->project + '/' + run->run_id});
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<remote_file>
+open_remote(const std::shared_ptr<session>& current, std::string_view name, std::string_view run_path) {
+  restore_options options;
+  options.run_path = run_path;
+  return open_remote(current, name, options);
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<remote_file> open_remote(const std::shared_ptr<session>& current,
+                                                             std::string_view name, const run_path& run) {
+  const auto text = text_of(run);
+  if (!text) return in_context(text.error(), "opening " + in_quotes(name), {in_quotes(name)});
+  return open_remote(current, name, std::string_view(*text));
+}
+
+}  // namespace detail
+
+WANDB_RESTORE_PRIVATE_INLINE std::string remote_file::entity_tag() const {
+  return reader_ ? reader_->entity_tag() : std::string();
+}
+WANDB_RESTORE_PRIVATE_INLINE result<std::size_t> remote_file::try_read_at(std::uint64_t offset, void* buffer,
+                                                                          std::size_t length) const {
+  if (!reader_) return error(errc::invalid_argument, "cannot read: this remote_file has no file");
+  return reader_->read_at(offset, static_cast<char*>(buffer), length);
+}
+WANDB_RESTORE_PRIVATE_INLINE remote_stream remote_file::stream() const { return remote_stream(*this); }
+
+WANDB_RESTORE_PRIVATE_INLINE remote_stream::remote_stream(const remote_file& file)
+    : std::istream(nullptr),
+      buffer_(std::make_unique<detail::remote_buffer>(file.reader_, file.reader_ ? file.size() : 0)) {
+  buffer_->serve(*this);
+  rdbuf(buffer_.get());
+}
+WANDB_RESTORE_PRIVATE_INLINE remote_stream::remote_stream(remote_stream&& other) noexcept
+    : std::istream(std::move(other)), buffer_(std::move(other.buffer_)) {
+  if (buffer_) buffer_->serve(*this);
+  set_rdbuf(buffer_.get());
+  other.exceptions(goodbit);
+  other.rdbuf(nullptr);  // sets badbit
+}
+WANDB_RESTORE_PRIVATE_INLINE remote_stream& remote_stream::operator=(remote_stream&& other) noexcept {
+  if (this == &other) return *this;
+  std::istream::operator=(std::move(other));
+  buffer_ = std::move(other.buffer_);
+  if (buffer_) buffer_->serve(*this);
+  set_rdbuf(buffer_.get());
+  other.exceptions(goodbit);
+  other.rdbuf(nullptr);  // sets badbit
+  return *this;
+}
+WANDB_RESTORE_PRIVATE_INLINE remote_stream::~remote_stream() = default;
+WANDB_RESTORE_PRIVATE_INLINE const error* remote_stream::failure() const noexcept {
+  return buffer_ && buffer_->failure() ? &*buffer_->failure() : nullptr;
+}
 
 // ======================================================================================= http_transport
 //

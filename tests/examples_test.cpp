@@ -93,6 +93,55 @@ TEST_SUITE("examples") {
     CHECK(read_file(f.work() / "a.txt") == "edited by hand");
   }
 
+  // The files in tests/data were written by the safetensors, numpy and zipfile modules of Python: see make.py there.
+  TEST_CASE("safetensors_tensor: lists the tensors of a real file, and reads one") {
+    fixture f;
+    const std::string real = read_file(fs::path(__FILE__).parent_path() / "data" / "weights.safetensors");
+    REQUIRE(real.size() > 16384);
+    f.server.add_file(f.run, "weights.safetensors", real);
+    outcome result = f.start("safetensors_tensor", {"weights.safetensors", f.run_path()});
+    CHECK(result.status == 0);
+    CHECK(result.err == "");
+    CHECK(result.out == "step I64 []\nembedding F32 [64,64]\nlayer1.weight F32 [2,3]\nlayer1.bias F16 [3]\n");
+    result = f.start("safetensors_tensor", {"weights.safetensors", f.run_path(), "layer1.weight"});
+    CHECK(result.out == "layer1.weight: 24 of 16734 bytes: 0 0.25 0.5 0.75 1 1.25\n");
+    result = f.start("safetensors_tensor", {"weights.safetensors", f.run_path(), "embedding"});
+    CHECK(contains(result.out, "embedding: 16384 of 16734 bytes: -1 -0.9995"));
+    CHECK(fs::is_empty(f.work()));
+
+    CHECK(f.start("safetensors_tensor", {"weights.safetensors", f.run_path(), "none"}).status == 1);
+    f.server.add_file(f.run, "wrong.safetensors", std::string(100, '\xff'));
+    CHECK(contains(f.start("safetensors_tensor", {"wrong.safetensors", f.run_path()}).err,
+                   "not a safetensors file"));
+    f.server.add_file(f.run, "short.safetensors", "1234");
+    CHECK(f.start("safetensors_tensor", {"short.safetensors", f.run_path()}).status == 1);
+  }
+
+  TEST_CASE("zip_directory: lists real archives, and reads stored entries") {
+    fixture f;
+    for (const char* name : {"arrays.npz", "mixed.zip"})
+      f.server.add_file(f.run, name, read_file(fs::path(__FILE__).parent_path() / "data" / name));
+    outcome result = f.start("zip_directory", {"arrays.npz", f.run_path()});
+    CHECK(result.status == 0);
+    CHECK(result.err == "");
+    CHECK(result.out == "168 stored x.npy\n200 stored y.npy\n136 stored names.npy\n");
+    result = f.start("zip_directory", {"arrays.npz", f.run_path(), "x.npy"});
+    CHECK(result.out.size() == 168);
+    CHECK(result.out.compare(0, 6, "\x93NUMPY") == 0);
+    CHECK(result.out.substr(128) == std::string("\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0"
+                                                "\3\0\0\0\0\0\0\0\4\0\0\0\0\0\0\0",
+                                                40));
+    result = f.start("zip_directory", {"mixed.zip", f.run_path()});
+    CHECK(result.out == "14 stored config.json\n0 stored logs/\n4500 8 logs/train.txt\n");
+    CHECK(f.start("zip_directory", {"mixed.zip", f.run_path(), "config.json"}).out == "{\"epochs\": 3}\n");
+    CHECK(
+        contains(f.start("zip_directory", {"mixed.zip", f.run_path(), "logs/train.txt"}).err, "compressed"));
+    CHECK(fs::is_empty(f.work()));
+
+    f.server.add_file(f.run, "text.zip", "no archive");
+    CHECK(contains(f.start("zip_directory", {"text.zip", f.run_path()}).err, "not a zip archive"));
+  }
+
   TEST_CASE("memory_transport: works without a network") {
     fixture f;
     const outcome result = f.start("memory_transport", {});

@@ -10,7 +10,7 @@ Each block has a comment in front of it that says how it is tested:
 
 Every source must compile without a warning with each of g++ and clang++ that is installed. The commands run in a
 scratch directory that holds the programs, the header, examples/, and third_party/ with the header and nlohmann/json.
-A stand-in for the service has the file model-best.h5 of 64 MiB in the run entity/project/run_id; it is
+A stand-in for the service has the file model-best.h5 of 64 MiB and those of tests/data in the run entity/project/run_id; it is
 ./wandb-stand-in, or $WANDB_RESTORE_STAND_IN. The command-line tool is ../examples/wandb-restore. Where one is not built,
 the commands that need it are left out, and named. Skipped (status 77) where the compilers do not find nlohmann/json.hpp by themselves.
 """
@@ -108,6 +108,7 @@ class Test:
             return
         self.server = subprocess.Popen(
             [program, "--run", "entity/project/run_id", "--generate", "model-best.h5=67108864",
+             "--folder", TOP / "tests" / "data",
              "--ca", self.folder / "ca.pem", "--until-input-ends"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         told = {}

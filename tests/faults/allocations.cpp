@@ -204,6 +204,7 @@ struct kind {
   bool has_partial = false;  ///< a part of the content was downloaded before
   bool lists = false;        ///< lists the run's files instead
   wandb::cache_policy policy = wandb::cache_policy::keep();
+  bool reads = false;  ///< reads parts of the file remotely instead
 };
 
 std::vector<kind> all_kinds() {
@@ -218,7 +219,8 @@ std::vector<kind> all_kinds() {
           {"refreshed, unchanged", "small.bin", false, false, true, false, false, cache_policy::refresh()},
           {"kept", "small.bin", false, true},
           {"listed", "", false, false, false, false, true},
-          {"fresh, over TLS", "small.bin", true}};
+          {"fresh, over TLS", "small.bin", true},
+          {"read remotely", "large.bin", false, false, false, false, false, cache_policy::keep(), true}};
 }
 
 /// A root before a restore, as files to copy.
@@ -284,10 +286,14 @@ class trial {
       // The strings and functions of the options are copied before.
       const wandb::settings settings = settings_;
       auto options = options_;
+      std::string buffer(large_read, '\0');
+      wandb::remote_file file;
       is_armed = true;
       try {
         wandb::client<> client(settings);
-        if (kind_.lists) {
+        if (kind_.reads) {
+          code = read_parts(client, options, file, buffer);
+        } else if (kind_.lists) {
           if (auto got = client.try_list_files(options); !got) code = got.error().code();
         } else if (auto got = client.try_restore(kind_.file, options); !got) {
           code = got.error().code();
@@ -298,6 +304,9 @@ class trial {
         is_unknown = true;
       }
       is_armed = false;
+      // A file that was opened can be read after a lack of memory.
+      if (file.size() != 0 && (!read_part(file, 0, buffer, 100) || !read_part(file, 5, buffer, large_read)))
+        report(number, "the remote file is of no use afterwards");
     }
     alarm(0);
     if (code != wandb::errc{}) outcome = wandb::to_string(code);
@@ -321,6 +330,13 @@ class trial {
           report(number, "the list is wrong afterwards");
         return;
       }
+      if (kind_.reads) {
+        std::string buffer(large_read, '\0');
+        wandb::remote_file file;
+        if (read_parts(client, options_, file, buffer) != wandb::errc{})
+          report(number, "cannot be read afterwards");
+        return;
+      }
       const bool keeps = kind_.has_old && std::string(kind_.name) == "kept";
       auto got = client.try_restore(kind_.file, options_);
       if (!got) return report(number, std::string("afterwards: ") + got.error().what());
@@ -336,6 +352,32 @@ class trial {
   int violations() const { return violations_; }
 
  private:
+  static constexpr std::size_t large_read = 300'000;  // bytes: past the cache
+
+  bool read_part(const wandb::remote_file& file, std::uint64_t offset, std::string& buffer,
+                 std::size_t length) {
+    const auto count = file.try_read_at(offset, buffer.data(), length);
+    if (!count) std::cerr << count.error().what() << '\n';
+    return count && *count == length &&
+           new_content_.compare(static_cast<std::size_t>(offset), length, buffer, 0, length) == 0;
+  }
+  /// Reads a small part, a large one, and through a stream.
+  wandb::errc read_parts(wandb::client<>& client, const wandb::restore_options& options,
+                         wandb::remote_file& file, std::string& buffer) {
+    auto opened = client.try_open(kind_.file, options);
+    if (!opened) return opened.error().code();
+    file = *std::move(opened);
+    for (const std::size_t length : {std::size_t{100}, large_read}) {
+      const auto count = file.try_read_at(1000, buffer.data(), length);
+      if (!count) return count.error().code();
+    }
+    auto in = file.stream();
+    in.exceptions(std::ios::badbit);
+    in.seekg(500'000);
+    for (int i = 0; i < 100; ++i) in.read(buffer.data(), 1000);
+    return {};
+  }
+
   void report(std::uint64_t number, const std::string& text) {
     if (++violations_ <= 20) std::cerr << kind_.name << ", allocation " << number << ": " << text << '\n';
   }
@@ -353,7 +395,8 @@ class trial {
       if (outcome == "success" && is_replaced && is_old)
         report(number, "success, but the file is the old one");
     }
-    if (!is_visible && (kind_.has_old || kind_.has_new || (outcome == "success" && !kind_.lists)))
+    if (!is_visible &&
+        (kind_.has_old || kind_.has_new || (outcome == "success" && !kind_.lists && !kind_.reads)))
       report(number, "the file is missing");
     if (kind_.has_partial && !is_visible && !has_part) report(number, "the bytes that had arrived are lost");
   }

@@ -87,6 +87,31 @@ void restores_over_memory() {
   check(!cancelled && cancelled.error().code() == errc::cancelled, "a cancelled restore", why(cancelled));
 }
 
+void reads_over_memory() {
+  const scratch folder("remote");
+  memory_transport::state state;
+  state.files["big.bin"] = {megabytes, {}};
+  auto opened = [&] {
+    wandb::client<memory_transport> client(matrix::memory_settings(folder), memory_transport(state));
+    return client.try_open("big.bin");
+  }();
+  check(opened && opened->size() == megabytes, "a remote file", why(opened));
+  if (!opened) return;
+  char part[3] = {};
+  auto count = opened->try_read_at(megabytes - 2, part, sizeof part);
+  check(count && *count == 2 && part[1] == matrix::byte_at(megabytes - 1), "its last bytes", why(count));
+  auto stream = opened->stream();
+  check(is_generated(stream, megabytes) && stream.eof() && !stream.bad(), "a stream on it");
+  check(folder.count() == 0, "nothing on disk");
+
+  stream = opened->stream();
+  state.files.clear();
+  stream.seekg(5000000);
+  check(stream.get() == std::char_traits<char>::eof() && stream.bad() && stream.failure() != nullptr &&
+            stream.failure()->code() == errc::connection_failed,
+        "a stream that fails");
+}
+
 /// Malformed answers cause failures, and never a crash.
 void survives_answers() {
   const scratch folder("answers");
@@ -159,6 +184,7 @@ void restores_over_http() {
 
 int main() {
   restores_over_memory();
+  reads_over_memory();
   survives_answers();
   shares_types();
   restores_over_http();
