@@ -9550,14 +9550,49 @@ inline bool fail_expects_tls(exchange& current, int status = 0) {
                                       : "the server expects TLS: use https://",
                                   status);
 }
-/// Whether the body of a 400 says that the server expects TLS, in the words of nginx, Apache, Go or Tomcat.
-inline bool says_that_tls_is_expected(std::string_view body) {
-  for (const char* text : {"HTTP request was sent to HTTPS port", "speaking plain HTTP to an SSL-enabled",
-                           "HTTP request to an HTTPS server", "combination of host and port requires TLS"}) {
-    if (body.find(text) != std::string_view::npos) return true;
+/// Passes a response on to the sink of an exchange. Holds the beginning of a 400's body back until it is known whether it says
+/// that the server expects TLS, in the words of nginx, Apache, Go or Tomcat.
+class tls_hint_filter final : public body_sink {
+ public:
+  explicit tls_hint_filter(exchange& current) : exchange_(current) {}
+
+  bool start(const http_response& head) override {
+    is_holding_ = head.status == 400 && !exchange_.route.is_secure();
+    return is_holding_ || exchange_.sink.start(head);
   }
-  return false;
-}
+  bool write(std::string_view bytes) override {
+    if (!is_holding_) return exchange_.sink.write(bytes);
+    held_ += bytes;
+    if (says_that_tls_is_expected()) {
+      is_holding_ = false;  // nothing is passed on
+      return fail_expects_tls(exchange_, exchange_.head.status);
+    }
+    return held_.size() < max_searched || release();
+  }
+  /// Passes on what is held. Returns false if the sink stops.
+  bool release() {
+    if (!is_holding_) return true;
+    is_holding_ = false;
+    return exchange_.sink.start(exchange_.head) && (held_.empty() || exchange_.sink.write(held_));
+  }
+
+ private:
+  static constexpr std::size_t max_searched = 4096;
+
+  bool says_that_tls_is_expected() const {
+    const auto beginning = std::string_view(held_).substr(0, max_searched);
+    for (const char* text :
+         {"HTTP request was sent to HTTPS port", "speaking plain HTTP to an SSL-enabled",
+          "HTTP request to an HTTPS server", "combination of host and port requires TLS"}) {
+      if (beginning.find(text) != std::string_view::npos) return true;
+    }
+    return false;
+  }
+
+  exchange& exchange_;
+  std::string held_;
+  bool is_holding_ = false;
+};
 
 /// Reads the head of the final response. Skips interim responses.
 class head_reader {
@@ -9645,10 +9680,11 @@ inline std::optional<std::string> request_message(const http_request& request, c
 
 // ---- bodies (RFC 9112, sections 6 and 7)
 
-/// Reads the body of a response and passes it to the sink.
+/// Reads the body of a response and passes it to a sink.
 class body_reader {
  public:
-  body_reader(channel& peer, exchange& current) : peer_(peer), exchange_(current) {}
+  body_reader(channel& peer, exchange& current, body_sink& sink)
+      : peer_(peer), exchange_(current), sink_(sink) {}
 
   /// Determines from the head how the body is delimited (RFC 9112, section 6.3).
   bool find_framing() {
@@ -9697,7 +9733,7 @@ class body_reader {
   std::uint64_t pass_some(std::uint64_t limit) {
     auto bytes = peer_.peek();
     bytes = bytes.substr(0, static_cast<std::size_t>((std::min<std::uint64_t>)(limit, bytes.size())));
-    if (!bytes.empty() && !exchange_.sink.write(bytes)) {
+    if (!bytes.empty() && !sink_.write(bytes)) {
       exchange_.fail(errc::cancelled, "stopped by the receiver");
       return 0;
     }
@@ -9747,6 +9783,7 @@ class body_reader {
 
   channel& peer_;
   exchange& exchange_;
+  body_sink& sink_;
   std::uint64_t length_ = 0;
   bool is_chunked_ = false, ends_with_connection_ = false, is_delimited_ = true;
 };
@@ -9849,14 +9886,14 @@ class connection {
     if (!heads.read(current.head)) return false;
     current.has_head = true;
     if (head.status == 407 && current.route.sends_to_proxy()) return current.fail_at_proxy(head.status);
-    body_reader body(channel_, current);
+    tls_hint_filter filter(current);
+    body_reader body(channel_, current, filter);
     if (!body.find_framing()) return false;
-    if (head.status == 400 && !current.route.is_secure() && says_that_tls_is_expected(channel_.unread())) {
-      return fail_expects_tls(current, head.status);
-    }
     channel_.enter("receiving the body");
-    if (!current.sink.start(head)) return current.fail(errc::cancelled, "stopped by the receiver");
-    if (!body.read()) return false;
+    if (!filter.start(head)) return current.fail(errc::cancelled, "stopped by the receiver");
+    const bool is_whole = body.read();
+    if (!filter.release() && is_whole) return current.fail(errc::cancelled, "stopped by the receiver");
+    if (!is_whole) return false;
     is_reusable_ = heads.is_persistent() && body.is_delimited() && !has_token(head, "Connection", "close");
     return true;
   }

@@ -292,7 +292,7 @@ TEST_SUITE("http_transport") {
                      chunks + "4000000000000001\r\nabc\r\n",
                      chunks + "1\r\na\r\n4000000000000000\r\nabc\r\n",
                      chunks + "3\r\nabc0\r\n\r\n",
-                     head + "Content-Length: 4611686018427387905\r\n\r\nabc",
+                     head + "Content-Length: 4911686018427387905\r\n\r\nabc",
                      head + "Content-Length: \r\n\r\nabc",
                      head + "Content-Length: 3, 3\r\n\r\nabc",
                      head + "Transfer-Encoding: chunked\r\n" + chunks.substr(head.size())}) {
@@ -792,6 +792,49 @@ TEST_SUITE("http_transport") {
     REQUIRE(answer.has_value());
     CHECK(answer->status == 400);
     CHECK(sink.body == "bad");
+  }
+
+  TEST_CASE("a 400 that asks for TLS is recognised however its bytes arrive") {
+    const std::string head = "HTTP/1.1 400 Bad Request\r\n";
+    for (const auto& answer :
+         {head + "Transfer-Encoding: chunked\r\n\r\n"
+                 "24\r\n<h1>The plain HTTP request was sent \r\ne\r\nto HTTPS port.\r\n0\r\n\r\n",
+          head + "Content-Length: 49\r\n\r\n<h1>The plain HTTP request was sent to HTTPS port"}) {
+      CAPTURE(answer);
+      const raw_server server([&answer](const peer& client) {
+        (void)client.read(1);
+        for (const char c : answer) (void)client.send({&c, 1});
+        client.leave();
+        (void)client.wait_for_close(10s);
+      });
+      collector sink;
+      const auto outcome = ask(server.url(), sink);
+      check_failed(outcome, wandb::errc::connection_failed, "use https://");
+      CHECK(outcome.error().http_status() == 400);
+      CHECK(sink.starts == 0);
+    }
+  }
+
+  TEST_CASE("the body of another 400 is delivered whole, or up to where it is cut") {
+    const std::string body(20'000, 'x');
+    for (const std::size_t cut : {std::size_t{0}, std::size_t{10}, std::size_t{5'000}, body.size()}) {
+      CAPTURE(cut);
+      const raw_server server(blurting("HTTP/1.1 400 Bad Request\r\nContent-Length: " +
+                                       std::to_string(body.size()) + "\r\n\r\n" + body.substr(0, cut)));
+      collector sink;
+      const auto outcome = ask(server.url(), sink);
+      CHECK(outcome.has_value() == (cut == body.size()));
+      CHECK(sink.starts == 1);
+      CHECK(sink.body == body.substr(0, cut));
+    }
+    // The sink may stop at the beginning and in the body.
+    for (const bool at_start : {true, false}) {
+      const raw_server server(blurting("HTTP/1.1 400 Bad Request\r\nContent-Length: 3\r\n\r\nbad"));
+      collector sink;
+      sink.wants_body = !at_start;
+      sink.stop_after = 0;
+      check_failed(ask(server.url(), sink), wandb::errc::cancelled, "stopped by the receiver");
+    }
   }
 
   TEST_CASE("TLS alerts about versions, certificates and names are permanent, others are not") {
