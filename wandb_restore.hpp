@@ -223,7 +223,7 @@ class outcome {
   void require() const {
     if (has_value()) return;
 #if WANDB_RESTORE_EXCEPTIONS
-    throw *failure_;
+    throw wandb::error(*failure_);
 #else
     std::abort();
 #endif
@@ -479,8 +479,8 @@ class restored_file : public std::ifstream {
       : std::ifstream(std::move(other)), facts_(std::move(other.facts_)) {}
   /// Closes this stream, then moves stream and properties.
   restored_file& operator=(restored_file&& other) noexcept {
-    std::ifstream::operator=(std::move(other));
-    facts_ = std::move(other.facts_);
+    std::ifstream::operator=(std::move(other));  // moves the base class only
+    facts_ = std::move(other.facts_);            // NOLINT(bugprone-use-after-move)
     return *this;
   }
 
@@ -1319,7 +1319,8 @@ inline std::string readable_bytes(std::uint64_t count) {
   std::size_t unit = 0;
   for (; value >= 1024 && unit < 4; ++unit) value /= 1024;
   std::array<char, 32> text{};
-  std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]);
+  static_cast<void>(
+      std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]));
   return text.data();
 }
 
@@ -2002,7 +2003,7 @@ inline std::string json_of(const json& value, std::size_t depth) {
   if (const auto* integer = value.get_ptr<const json::number_integer_t*>()) return std::to_string(*integer);
   if (!value.is_number()) return "null";
   char digits[32] = {};
-  std::snprintf(digits, sizeof digits, "%.17g", number_of(value));
+  static_cast<void>(std::snprintf(digits, sizeof digits, "%.17g", number_of(value)));
   for (char& c : digits) {
     if (c == ',') c = '.';  // the decimal comma of the program's locale
   }
@@ -4695,7 +4696,8 @@ using std::chrono::milliseconds;
 
 inline std::string seconds_text(milliseconds time) {
   std::array<char, 32> text{};
-  std::snprintf(text.data(), text.size(), "%g s", static_cast<double>(time.count()) / 1000);
+  static_cast<void>(
+      std::snprintf(text.data(), text.size(), "%g s", static_cast<double>(time.count()) / 1000));
   return text.data();
 }
 
@@ -5123,7 +5125,7 @@ class session {
     if (config.on_warning) {
       config.on_warning(text);
     } else {
-      std::fprintf(stderr, "wandb_restore: warning: %s\n", text.c_str());
+      static_cast<void>(std::fprintf(stderr, "wandb_restore: warning: %s\n", text.c_str()));
     }
   }
 

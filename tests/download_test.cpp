@@ -30,7 +30,7 @@ namespace act = stand_in::act;
 class background {
  public:
   background(world& of, const std::string& name)
-      : thread_([this, &of, name, options = of.options, settings = of.settings]() mutable {
+      : thread_([this, name, options = of.options, settings = of.settings]() mutable {
           options.cancel = &cancel;
           result_.emplace(wandb::client<>(settings).try_restore(name, options));
         }) {}
@@ -1858,9 +1858,10 @@ TEST_SUITE("download: several at once") {
       std::uint64_t throws_after;  // bytes
       std::uint64_t most_lost;     // bytes that are fetched again
     };
-    for (const auto& [size, has_md5, throws_after, most_lost] :
-         {row{20 * MiB + 7, true, 9 * MiB, 4 * 256 * 1024}, row{MiB, true, 640 * 1024, 64 * 1024},
-          row{MiB, false, 640 * 1024, MiB}}) {
+    for (const row& each : {row{20 * MiB + 7, true, 9 * MiB, 4 * 256 * 1024},
+                            row{MiB, true, 640 * 1024, 64 * 1024}, row{MiB, false, 640 * 1024, MiB}}) {
+      const auto size = each.size;
+      const bool has_md5 = each.has_md5;
       CAPTURE(size);
       CAPTURE(has_md5);
       const support::temporary_directory directory;
@@ -1872,7 +1873,7 @@ TEST_SUITE("download: several at once") {
       options.root = directory / "root";
       options.connections = 4;
       const auto what = stand_in::generated(size, 3);
-      throwing_transport transport{what, has_md5, throws_after};
+      throwing_transport transport{what, has_md5, each.throws_after};
       wandb::client<throwing_transport> client(settings, transport);
       CHECK_THROWS_AS((void)client.try_restore("model.h5", options), std::bad_alloc);
       CHECK_FALSE(fs::exists(options.root / "model.h5"));
@@ -1881,7 +1882,7 @@ TEST_SUITE("download: several at once") {
       const auto got = client.try_restore("model.h5", options);
       REQUIRE(got.has_value());
       CHECK(holds(options.root / "model.h5", *what));
-      CHECK(*transport.sent <= size + most_lost);
+      CHECK(*transport.sent <= size + each.most_lost);
       CHECK(*transport.sent - before < (has_md5 ? size : size + 1));
     }
   }

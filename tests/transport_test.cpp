@@ -767,7 +767,7 @@ TEST_SUITE("http_transport") {
       std::string answer;
       const char* text;
     };
-    for (const auto& [scheme, answer, advice] : std::vector<example>{
+    for (const auto& each : std::vector<example>{
              {"https", text + "<html>", "use http://"},
              {"https", "SSH-2.0-OpenSSH_9.2\r\n", "does not speak TLS"},
              {"http", "\x15\x03\x01\x00\x02\x02\x46"s, "use https://"},
@@ -778,11 +778,11 @@ TEST_SUITE("http_transport") {
               "use https://"},
              {"http", text + "Bad Request\r\nThis combination of host and port requires TLS.\r\n",
               "use https://"}}) {
-      CAPTURE(answer);
-      const raw_server server(blurting(answer));
+      CAPTURE(each.answer);
+      const raw_server server(blurting(each.answer));
       collector sink;
-      const auto outcome = ask(with_scheme(scheme, server.url()), sink);
-      check_failed(outcome, wandb::errc::connection_failed, advice);
+      const auto outcome = ask(with_scheme(each.scheme, server.url()), sink);
+      check_failed(outcome, wandb::errc::connection_failed, each.text);
       CHECK(!outcome.error().is_transient());
       CHECK(sink.starts == 0);
     }
