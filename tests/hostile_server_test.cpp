@@ -809,8 +809,8 @@ TEST_SUITE("hostile servers: from the internet to this machine") {
              {"https://api.wandb.ai", "https://localhost.example.com/x", ""},
              {"https://api.wandb.ai", "https://notlocalhost/x", ""}}) {
       for (const bool redirects : {true, false}) {
-        CAPTURE(base);
-        CAPTURE(target);
+        const std::string shown = std::string(base) + " to " + target;
+        CAPTURE(shown);
         const auto end = restore_from(base, target, redirects, proxy);
         if (!end.got) FAIL_CHECK(std::string(end.got.error().what()));
         CHECK(end.asked.back() == target);

@@ -726,8 +726,8 @@ TEST_SUITE("processes: signals, streams and disks") {
          {row{"FAULT_LOOK", "EIO", "Input/output error"}, row{"FAULT_LOOK", "EACCES", "Permission denied"},
           row{"FAULT_LOOK", "ESTALE", "Stale file handle"}, row{"FAULT_OPEN", "EIO", "Input/output error"},
           row{"FAULT_OPEN", "EACCES", "Permission denied"}, row{"FAULT_OPEN", "EMFILE", "ulimit -n"}}) {
-      CAPTURE(std::string(fault));
-      CAPTURE(std::string(error));
+      const std::string shown = std::string(fault) + " " + error;
+      CAPTURE(shown);
       world it;
       it.add("model.h5", small_size);
       support::write_file(it.at("model.h5"), "the user's own");

@@ -52,7 +52,8 @@ TEST_SUITE("restore_all") {
     };
     int number = 0;
     for (const auto& [pattern, wanted] : cases) {
-      CAPTURE(std::string(pattern));
+      const std::string shown = pattern;
+      CAPTURE(shown);
       w.options.root = w.directory / ("root" + std::to_string(++number));
       const auto report = all(w, pattern);
       auto found = names(report);

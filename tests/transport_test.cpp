@@ -232,7 +232,8 @@ TEST_SUITE("http_transport") {
              {chunks + "1\r\na\r\n0\r\nA: " + line_bound + "\r\nB: " + line_bound + "\r\n\r\n", "a"},
              {head + "Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
               "abc"}}) {
-      CAPTURE(answer);
+      const auto& shown = answer;
+      CAPTURE(shown);
       scripted peer({answer}, closes);
       collector sink;
       const auto outcome = ask(peer.url(), sink);
@@ -343,7 +344,8 @@ TEST_SUITE("http_transport") {
              {chunks + "3\r\nabc" + endless, "end of a chunk"},
              {chunks + "0\r\nX: " + endless, "trailer line of the body has more than 8.0 KiB"},
              {chunks + "0\r\n" + trailers, "trailers of the body have more than 64.0 KiB"}}) {
-      CAPTURE(text);
+      const std::string shown = text;
+      CAPTURE(shown);
       scripted peer({answer}, false);
       collector sink;
       check_failed(ask(peer.url(), sink), wandb::errc::protocol_violation, text);
