@@ -2460,7 +2460,6 @@ inline std::string process_realm() {
 
 using file_handle = int;
 constexpr file_handle no_file() { return -1; }
-inline int last_os_error() { return errno; }
 constexpr int no_space_code = ENOSPC;
 constexpr int name_taken_code = EEXIST;
 
@@ -2760,15 +2759,14 @@ inline int reserve_room(file_handle opened, std::uint64_t size) {
 /// caller has to read and write.
 inline std::uint64_t clone_bytes(file_handle source, file_handle destination, std::uint64_t offset,
                                  std::uint64_t size) {
-#if defined(__GLIBC__)
-#if __GLIBC_PREREQ(2, 27)
+#if defined(__GLIBC__) && (__GLIBC__ > 2 || __GLIBC_MINOR__ >= 27)
   auto read_from = static_cast<off64_t>(offset), write_to = read_from;
   const auto count =
       ::copy_file_range(source, &read_from, destination, &write_to, static_cast<std::size_t>(size), 0);
   return count > 0 ? static_cast<std::uint64_t>(count) : 0;
-#endif
-#endif
+#else
   return (void)source, (void)destination, (void)offset, (void)size, std::uint64_t{0};
+#endif
 }
 /// Returns why a rename over this file would fail although its directory is writable; null if no reason is known.
 inline const char* why_not_replaceable(const path& where) {
@@ -2810,10 +2808,6 @@ class file {
 
   file() = default;
   file(file&& other) noexcept : handle_(std::exchange(other.handle_, no_file())) {}
-  file& operator=(file&& other) noexcept {
-    std::swap(handle_, other.handle_);
-    return *this;
-  }
   ~file() { close(); }
 
   [[nodiscard]] bool is_open() const { return handle_ != no_file(); }
@@ -6222,11 +6216,6 @@ class range_plan {
     if (whole_) start(asking, {0, file_size_}, 0);  // the response will begin at offset 0 again
     return {asking.range.position, asking.range.end};
   }
-  /// Call when the connection to the server is established: the delay starts now.
-  void connected(std::size_t connection, clock::time_point now) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    slots_[connection].asked = now;
-  }
   /// Call when the head of a response has arrived: the delay ends now.
   void responded(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -7252,7 +7241,6 @@ class ranged_transfer::range_request final : public file_request {
         transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
         begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
 
-  void connected() override { transfer_.plan_.connected(connection_, clock::now()); }
   [[nodiscard]] bool is_wanted() const override {
     return file_request::is_wanted() && !cursor_.is_taken_over();
   }

@@ -643,6 +643,31 @@ TEST_SUITE("download: retries") {
     }
   }
 
+  TEST_CASE("with an unknown size a file that became shorter is a protocol_violation, or fetched again") {
+    world it;
+    stand_in::file_attributes attributes;
+    attributes.size_as = stand_in::size_form::null;
+    const auto what = it.add("model.h5", 3 * MiB + 3, attributes);
+    it.server.add_fault(target(place::storage).nth(1), act::cut_abruptly(MiB + 1));
+    it.server.add_fault(target(place::storage).nth(1), act::chunked());
+    it.server.add_fault(target(place::storage).nth(2), act::ignore_range());
+    it.server.add_fault(target(place::storage).nth(2), act::body("short"));
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage() == 3);
+  }
+
+  TEST_CASE("with an unknown size and no md5 a cut download starts over if the server ignores Range") {
+    world it;
+    stand_in::file_attributes attributes;
+    attributes.size_as = stand_in::size_form::null;
+    attributes.md5_as = stand_in::md5_form::null;
+    const auto what = it.add("model.h5", 3 * MiB + 3, attributes);
+    it.server.add_fault(target(place::storage).nth(1), act::cut_abruptly(MiB + 1));
+    it.server.add_fault(target(place::storage).from(2), act::ignore_range());
+    it.check_restored(it.restore("model.h5"), "model.h5", *what, false);
+    CHECK(it.storage() == 2);
+  }
+
   TEST_CASE("a server that ignores Range sends the whole file once, over one connection") {
     world it;
     const auto what = it.add("model.h5", large_size);
@@ -734,6 +759,17 @@ TEST_SUITE("download: the content changes") {
     it.server.add_fault(target(place::storage).nth(3), act::etag("\"another\""));
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
     CHECK(it.graphql() == 2);
+  }
+
+  TEST_CASE("without an md5, after another entity tag one request fetches the whole file") {
+    world it;
+    stand_in::file_attributes attributes;
+    attributes.md5_as = stand_in::md5_form::null;
+    attributes.size_as = stand_in::size_form::null;
+    const auto what = it.add("model.h5", 3 * MiB + 3, attributes);
+    it.server.add_fault(target(place::storage).nth(1), act::cut_abruptly(MiB + 1));
+    it.server.add_fault(target(place::storage).nth(2), act::etag("\"another\""));
+    it.check_restored(it.restore("model.h5"), "model.h5", *what, false);
   }
 
   TEST_CASE("replicas with different entity tags are no failure: the md5 decides") {

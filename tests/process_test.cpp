@@ -208,6 +208,12 @@ TEST_CASE("process: restores one file" * doctest::skip()) {
     return true;
   };
   if (variable("CHILD_CLOSED") == "1") _exit(restore_without_standard_streams(settings, options));
+  if (variable("CHILD_NAME").find('*') != std::string::npos) {
+    const auto report = wandb::client<>(settings).try_restore_all(variable("CHILD_NAME"), options);
+    if (report) _exit(downloaded);
+    std::ofstream(variable("CHILD_TEXT")) << report.error().what();
+    _exit(status_of(report.error().code()));
+  }
   auto got = wandb::client<>(settings).try_restore(variable("CHILD_NAME"), options);
   if (got) _exit(got->verified() ? (got->source() == wandb::source::downloaded ? downloaded : local) : 8);
   std::ofstream(variable("CHILD_TEXT")) << got.error().what();
@@ -472,6 +478,34 @@ TEST_SUITE("processes: many at once") {
             return it.restore("model.h5");
           }(),
           "model.h5", *what);
+    }
+  }
+
+  TEST_CASE("where the system starts no thread the call fails; with fewer threads the file is restored") {
+    const auto library = shim();
+    if (!library) return;
+    struct row {
+      const char *name, *threads;
+      bool fails;
+    };
+    for (const row& each : {row{"model.h5", "1-", true}, row{"small.h5", "1-", true}, row{"*.h5", "1-", true},
+                            row{"model.h5", "2-", true}, row{"model.h5", "3-", false},
+                            row{"model.h5", "1", false}, row{"model.h5", "2", true}}) {
+      const std::string shown = std::string(each.name) + ", threads that fail: " + each.threads;
+      CAPTURE(shown);
+      world it;
+      const auto what = it.add("model.h5", 9 * MiB);
+      it.add("small.h5", small_size);
+      const int status =
+          child(it, each.name, {{"LD_PRELOAD", *library}, {"FAULT_THREAD", each.threads}}).join();
+      if (each.fails) {
+        CHECK(status == status_of(errc::disk_failure));
+        CHECK(support::read_file(it.directory / "text").find("starts no thread") != std::string::npos);
+        CHECK_FALSE(fs::exists(it.at("model.h5")));
+      } else {
+        CHECK(status == downloaded);
+        CHECK(holds(it.at("model.h5"), *what));
+      }
     }
   }
 

@@ -574,6 +574,18 @@ TEST_SUITE("http_transport") {
     CHECK(ordered == wandb::detail::socket_addresses{addresses[1], addresses[0]});
   }
 
+  TEST_CASE("addresses of a host: the memory keeps the hosts that were reached last") {
+    wandb::detail::address_memory memory;
+    const auto first = made_up_address(AF_INET, 1), second = made_up_address(AF_INET, 2);
+    const wandb::detail::socket_addresses addresses{first, second};
+    for (int i = 0; i < 2000; ++i) memory.remember("host:" + std::to_string(i), second);
+    auto ordered = addresses;
+    memory.prefer_remembered("host:0", ordered);
+    CHECK(ordered == addresses);
+    memory.prefer_remembered("host:1999", ordered);
+    CHECK(ordered == wandb::detail::socket_addresses{second, first});
+  }
+
   TEST_CASE("addresses of a host: a remembered address that has become silent is replaced") {
     const listener good;
     auto silent = std::make_unique<silent_address>();
@@ -933,6 +945,35 @@ TEST_SUITE("http_transport") {
       CHECK(!answer.error().is_transient());
       CHECK(sink.starts == 0);
     }
+  }
+
+  TEST_CASE("a proxy's 4xx to CONNECT is permanent, a 5xx is retried") {
+    for (const int status : {403, 502}) {
+      CAPTURE(status);
+      scripted proxy({"HTTP/1.1 " + std::to_string(status) + " No\r\nContent-Length: 0\r\n\r\n"}, false);
+      wandb::http_request request;
+      request.url = "https://origin.test/x";
+      request.proxy = proxy.url();
+      request.idle_timeout = 5s;
+      wandb::http_transport transport;
+      collector sink;
+      const auto outcome = transport.send(request, sink);
+      check_failed(outcome, wandb::errc::connection_failed, "answered " + std::to_string(status));
+      CHECK(outcome.error().http_status() == status);
+      CHECK(outcome.error().is_transient() == (status == 502));
+    }
+  }
+
+  TEST_CASE("a host name that TLS cannot carry is invalid_argument") {
+    scripted proxy({"HTTP/1.1 200 Connection established\r\n\r\n"}, false);
+    wandb::http_request request;
+    request.url = "https://" + std::string(300, 'a') + "/x";
+    request.proxy = proxy.url();
+    request.idle_timeout = 5s;
+    wandb::http_transport transport;
+    collector sink;
+    check_failed(transport.send(request, sink), wandb::errc::invalid_argument,
+                 "TLS cannot use the host name");
   }
 
   TEST_CASE("bytes behind a proxy's answer to CONNECT are a protocol_violation") {
