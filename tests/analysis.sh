@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs static and dynamic analysis beyond the sanitizers of tests/run.sh. Installs missing tools first (Debian, Ubuntu, Fedora).
 #
-#   tests/analysis.sh [--quick] [tidy] [valgrind] [debug] [tsan] [analyzer]      (default: all)
+#   tests/analysis.sh [--quick] [--build DIR] [tidy] [valgrind] [debug] [tsan] [analyzer]      (default: all)
 #
 #   tidy       clang-tidy with the checks of .clang-tidy (bugprone, cert, concurrency, clang-analyzer and others) over the header,
 #              the stand-in server and the examples
@@ -10,19 +10,21 @@
 #   tsan       the tests with threads under the thread sanitizer
 #   analyzer   GCC's -fanalyzer over the sources in C. Not over the header: of C++, GCC 12 and 13 understand too little, and do
 #              not come to an end in minutes.
-#   --quick    the selection that tests/run.sh runs: the header alone for tidy; fewer tests for the others
+#   --quick    the selection that tests/run.sh runs: tidy of the header alone, and fewer tests
+#   --build    a build directory of CMake whose tests valgrind runs; otherwise they are built
 #
 # It works in build-analysis/. Fails at the first finding of a tool, and prints the seconds that each took.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-quick='' tools=()
-for argument; do
-  case $argument in
-    --quick) quick=yes ;;
-    tidy | valgrind | debug | tsan | analyzer) tools+=("$argument") ;;
+quick='' built='' tools=()
+while [ $# != 0 ]; do
+  case $1 in
+    --quick) quick=yes; shift ;;
+    --build) built=$2; shift 2 ;;
+    tidy | valgrind | debug | tsan | analyzer) tools+=("$1"); shift ;;
     -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-    *) echo "tests/analysis.sh: unknown argument $argument; see --help" >&2; exit 2 ;;
+    *) echo "tests/analysis.sh: unknown argument $1; see --help" >&2; exit 2 ;;
   esac
 done
 [ ${#tools[@]} != 0 ] || tools=(tidy valgrind debug tsan analyzer)
@@ -61,8 +63,14 @@ run_tidy() {
 run_valgrind() {
   local tests=("${short[@]}")
   [ -z "$quick" ] || tests=(netrc proxy run_path settings)
-  build valgrind -O1 "${tests[@]}"
-  valgrind --quiet --error-exitcode=1 --leak-check=full "$program"
+  if [ -n "$built" ]; then
+    program=$built/tests/wandb_restore_tests
+  else
+    build valgrind -O1 "${tests[@]}"
+  fi
+  local files
+  files=$(printf '*/%s_test.cpp,' "${tests[@]}")
+  valgrind --quiet --error-exitcode=1 --leak-check=full "$program" --source-file="${files%,}"
 }
 
 run_debug() {

@@ -26,6 +26,20 @@ struct httplib_transport {
 #include <sys/wait.h>
 #include <unistd.h>
 
+TEST_SUITE("conformance_httplib") {
+  TEST_CASE("a CA file without certificates is invalid_argument, with a remedy") {
+    using namespace sockets;
+    bench b;
+    b.add(10);
+    wandb::settings unusable;
+    unusable.ca_file = b.files / "garbage.pem";
+    std::ofstream(unusable.ca_file) << "not a certificate";
+    wandb::httplib_transport transport(unusable);
+    collector sink;
+    check_failed(transport.send(b.get(), sink), wandb::errc::invalid_argument, "SSL_CERT_FILE");
+  }
+}
+
 #if !TESTS_SANITIZED
 TEST_SUITE("conformance_httplib") {
   TEST_CASE("a child of fork leaves its parent's connections alone") {

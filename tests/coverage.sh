@@ -11,7 +11,8 @@
 #   REGEX    runs only the tests whose names match
 #
 # Prints each region that is left, with its reason from tests/coverage_left.txt, and the total. Counted are the lines with code of
-# this system, also those of functions that no test calls or instantiates. Fails if a line that is left has no reason.
+# this system, also those of functions that no test calls or instantiates. Fails if a test fails or a line that is left has no
+# reason.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -38,7 +39,9 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_CXX_COMPILER="${CLANGXX:-clang++}" -DCMA
   -DWANDB_RESTORE_TESTS=ON -DWANDB_RESTORE_EXAMPLES=ON -DWANDB_RESTORE_TEST_MATRIX=OFF > "$build.log"
 cmake --build "$build" --parallel "$jobs" >> "$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 [ -n "$keep" ] || rm -rf "$build/profiles"
-(cd "$build" && ctest --label-regex unit --tests-regex "$tests" --parallel "$jobs" --no-tests=error --output-on-failure)
+status=0
+(cd "$build" && WANDB_RESTORE_TESTS_COVERAGE=1 \
+  ctest --label-regex unit --tests-regex "$tests" --parallel "$jobs" --no-tests=error --output-on-failure) || status=$?
 
 llvm-profdata merge --sparse "$build"/profiles/*.profraw -o "$build/all.profdata"
 programs=("$build/tests/wandb_restore_tests" "$build/tests/wandb_restore_allocations")
@@ -48,4 +51,6 @@ done
 llvm-cov export -format=lcov -instr-profile="$build/all.profdata" "${programs[0]}" "${programs[@]/#/-object=}" \
   "$PWD/wandb_restore.hpp" > "$build/lines.lcov"
 "${CLANGXX:-clang++}" -std=c++17 -I. -E -DWANDB_RESTORE_HTTPLIB -DCPPHTTPLIB_OPENSSL_SUPPORT -x c++ wandb_restore.hpp -o "$build/preprocessed"
-exec python3 tests/coverage.py wandb_restore.hpp "$build/lines.lcov" "$build/preprocessed" tests/coverage_left.txt "$least"
+python3 tests/coverage.py wandb_restore.hpp "$build/lines.lcov" "$build/preprocessed" tests/coverage_left.txt "$least" || status=$?
+[ $status = 0 ] || echo "tests/coverage.sh: a test failed, or the coverage is below $least %, or a line has no reason" >&2
+exit $status

@@ -499,6 +499,14 @@ TEST_SUITE("addresses") {
     CHECK_FALSE(wandb::url::parse("http://h/\0"s).has_value());
   }
 
+  TEST_CASE("numbers of JSON: integers with and without a sign, fractions; 0 for other values") {
+    using wandb::detail::json;
+    CHECK(wandb::detail::number_of(json(5u)) == 5);
+    CHECK(wandb::detail::number_of(json(-5)) == -5);
+    CHECK(wandb::detail::number_of(json(0.5)) == 0.5);
+    CHECK(wandb::detail::number_of(json("5")) == 0);
+  }
+
   TEST_CASE("a host beyond ASCII is refused, with a hint at its xn-- form") {
     for (const char* text : {"https://b\xc3\xbc"
                              "cher.example/",

@@ -748,6 +748,24 @@ TEST_SUITE("processes: signals, streams and disks") {
     CHECK(it.storage_bytes() == 0);
   }
 
+  TEST_CASE("the blocks of a partial file are copied also where the kernel cannot copy them") {
+    const auto library = shim();
+    if (!library) return;
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_RENAME", "kill"}}).join() == -SIGKILL);
+    for (const auto& entry :
+         fs::directory_iterator(it.options.root)) {  // with a second link it is not taken over
+      if (entry.path().extension() != ".lock")
+        fs::create_hard_link(entry.path(), it.directory / "second link");
+    }
+    REQUIRE(fs::exists(it.directory / "second link"));
+    it.server.clear_log();
+    CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_COPY", "EIO"}}).join() == downloaded);
+    CHECK(holds(it.at("model.h5"), *what));
+    CHECK(it.storage_bytes() == 0);
+  }
+
   TEST_CASE("an unreadable local file is not taken for missing") {
     const auto library = shim();
     if (!library) return;

@@ -404,7 +404,7 @@ TEST_SUITE("wait") {
     wandb::client<> client(w.settings);
     CHECK(client.restore_all("*.h5", w.options).complete());
     CHECK(client.restore_newest("*.h5", w.options).size() == 1000);
-    CHECK(client.restore_all("*.bin", w.options).files.empty());
+    CHECK_THROWS_AS((void)client.restore_all("*.bin", w.options), wandb::error);
     CHECK_THROWS_AS((void)client.restore_newest("*.bin", w.options), wandb::error);
     CHECK_THROWS_AS((void)wandb::restore_newest("*.bin", w.options), wandb::error);
     CHECK_THROWS_AS((void)wandb::restore_all("", w.options), wandb::error);

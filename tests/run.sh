@@ -21,7 +21,7 @@ done
 
 # shellcheck source-path=SCRIPTDIR source=../.ci/dependencies.sh
 . .ci/dependencies.sh
-install_missing "$to_build" "$to_test" "$to_store"
+install_missing "$to_build" "$to_test" "$to_store" "$to_measure"
 
 jobs=$(nproc)
 folders=()
@@ -39,7 +39,8 @@ if [ -n "$plain" ]; then
 fi
 if [ -n "$sanitizer" ]; then
   # Tests that build other programs against the library do not depend on the sanitizer: the first build runs them.
-  build "build-${sanitizer//,/-}" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS=-O1 "-DWANDB_RESTORE_SANITIZE=$sanitizer" \
+  # The containers and iterators of libstdc++ check their use, too.
+  build "build-${sanitizer//,/-}" -DCMAKE_BUILD_TYPE=Debug "-DCMAKE_CXX_FLAGS=-O1 -D_GLIBCXX_DEBUG" "-DWANDB_RESTORE_SANITIZE=$sanitizer" \
     "-DWANDB_RESTORE_TEST_PREFIX=${sanitizer//,/-}." -DWANDB_RESTORE_TEST_MATRIX=OFF
 fi
 
