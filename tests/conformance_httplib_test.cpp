@@ -27,6 +27,44 @@ struct httplib_transport {
 #include <unistd.h>
 
 TEST_SUITE("conformance_httplib") {
+  TEST_CASE("a proxy's credentials are sent if they are Basic or Bearer, and refused otherwise") {
+    using namespace sockets;
+    for (const char* const credentials : {"Bearer token", "Digest token"}) {
+      CAPTURE(std::string(credentials));
+      scripted proxy({"HTTP/1.1 204 No Content\r\n\r\n"}, false);
+      wandb::http_request request;
+      request.url = "http://origin.test/x";
+      request.proxy = proxy.url();
+      request.proxy_authorization = credentials;
+      request.idle_timeout = 5s;
+      wandb::httplib_transport transport;
+      collector sink;
+      const auto outcome = transport.send(request, sink);
+      if (std::string(credentials) == "Bearer token") {
+        REQUIRE_MESSAGE(outcome.has_value(), outcome.error().what());
+        CHECK(outcome->status == 204);
+      } else {
+        check_failed(outcome, wandb::errc::invalid_argument, "Basic and Bearer");
+      }
+    }
+  }
+
+  TEST_CASE("an interim response is skipped or refused, and never taken for the answer") {
+    using namespace sockets;
+    scripted server({"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n"}, false);
+    wandb::http_request request;
+    request.url = server.url();
+    request.idle_timeout = 5s;
+    wandb::httplib_transport transport;
+    collector sink;
+    const auto outcome = transport.send(request, sink);
+    if (outcome) {
+      CHECK(outcome->status == 204);
+    } else {
+      CHECK(outcome.error().code() == wandb::errc::protocol_violation);
+    }
+  }
+
   TEST_CASE("a CA file without certificates is invalid_argument, with a remedy") {
     using namespace sockets;
     bench b;

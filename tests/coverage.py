@@ -46,7 +46,7 @@ def regions(lines):
 
 
 def reasons_of(path):
-    """Maps the first line of a region, and the line before it, to the reason."""
+    """Maps the first line of a region, and the last line before it that is not empty, to the reason."""
     reasons, reason, before = {}, "", None
     for line in open(path):
         text = line.strip()
@@ -72,7 +72,7 @@ def main():
     # Templates that no test instantiates, and branches of `if constexpr` that none takes, have no counters. Their statements show
     # that they are functions.
     def is_code(number):
-        return number in active and number not in counts and not re.match(r"\s*(//|$)", source[number])
+        return number in active and number not in counts and not re.match(r"\s*(//|template <|$)", source[number])
 
     statement = re.compile(r"^\s+(return\b|if \(|for \(|while \(|switch \()")
     uncounted = [run for run in regions({n for n in range(1, len(source)) if is_code(n)})
@@ -84,14 +84,17 @@ def main():
     reasons = reasons_of(reasons_file)
     used, unnamed = set(), 0
     for run in regions(missed | never):
-        key = source[run[0] - 1].strip(), source[run[0]].strip()
+        before = run[0] - 1
+        while not source[before].strip():
+            before -= 1
+        key = source[before].strip(), source[run[0]].strip()
         reason = reasons.get(key)
         used.add(key)
         if reason is None:
             unnamed += len(run)
             reason = "NO REASON GIVEN" + (" (never instantiated)" if run[0] in never else "")
         print(f"{header}:{run[0]}" + (f"-{run[-1]}" if len(run) > 1 else "") + f": {reason}")
-        for number in [run[0] - 1] + run:
+        for number in [before] + run:
             print(f"  {counts.get(number, 0):8} | {source[number]}")
     for before, text in reasons:
         if (before, text) not in used:
