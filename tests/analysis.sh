@@ -62,7 +62,8 @@ run_tidy() {
 
 run_valgrind() {
   local tests=("${short[@]}")
-  [ -z "$quick" ] || tests=(netrc proxy run_path settings)
+  # The tests of the digest take minutes under valgrind, except in an optimised build.
+  [ -z "$quick" ] || tests=(disk netrc plan proxy run_path settings)
   if [ -n "$built" ]; then
     program=$built/tests/wandb_restore_tests
   else

@@ -40,7 +40,7 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_CXX_COMPILER="${CLANGXX:-clang++}" -DCMA
 cmake --build "$build" --parallel "$jobs" >> "$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 [ -n "$keep" ] || rm -rf "$build/profiles"
 status=0
-(cd "$build" && WANDB_RESTORE_TESTS_COVERAGE=1 \
+(cd "$build" && TESTS_COUNT_COVERAGE=1 \
   ctest --label-regex unit --tests-regex "$tests" --parallel "$jobs" --no-tests=error --output-on-failure) || status=$?
 
 llvm-profdata merge --sparse "$build"/profiles/*.profraw -o "$build/all.profdata"

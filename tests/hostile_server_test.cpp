@@ -245,7 +245,7 @@ void check_memory(long kibibytes) {
 #if TESTS_SANITIZED
   (void)kibibytes;  // a sanitizer needs more memory than the client
 #else
-  const bool counts = std::getenv("WANDB_RESTORE_TESTS_COVERAGE") != nullptr;  // counters need memory
+  const bool counts = std::getenv("TESTS_COUNT_COVERAGE") != nullptr;  // counters need memory
   if (kibibytes != 0 && !counts) CHECK(kibibytes < 64 * 1024);
 #endif
 }
