@@ -224,7 +224,7 @@ class outcome {
   void require() const {
     if (has_value()) return;
 #if WANDB_RESTORE_EXCEPTIONS
-    throw *failure_;
+    throw wandb::error(*failure_);
 #else
     std::abort();
 #endif
@@ -480,8 +480,8 @@ class restored_file : public std::ifstream {
       : std::ifstream(std::move(other)), facts_(std::move(other.facts_)) {}
   /// Closes this stream, then moves stream and properties.
   restored_file& operator=(restored_file&& other) noexcept {
-    std::ifstream::operator=(std::move(other));
-    facts_ = std::move(other.facts_);
+    std::ifstream::operator=(std::move(other));  // moves the base class only
+    facts_ = std::move(other.facts_);            // NOLINT(bugprone-use-after-move)
     return *this;
   }
 
@@ -1459,7 +1459,8 @@ inline std::string readable_bytes(std::uint64_t count) {
   std::size_t unit = 0;
   for (; value >= 1024 && unit < 4; ++unit) value /= 1024;
   std::array<char, 32> text{};
-  std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]);
+  static_cast<void>(
+      std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]));
   return text.data();
 }
 
@@ -2142,7 +2143,7 @@ inline std::string json_of(const json& value, std::size_t depth) {
   if (const auto* integer = value.get_ptr<const json::number_integer_t*>()) return std::to_string(*integer);
   if (!value.is_number()) return "null";
   char digits[32] = {};
-  std::snprintf(digits, sizeof digits, "%.17g", number_of(value));
+  static_cast<void>(std::snprintf(digits, sizeof digits, "%.17g", number_of(value)));
   for (char& c : digits) {
     if (c == ',') c = '.';  // the decimal comma of the program's locale
   }
@@ -2599,7 +2600,6 @@ inline std::string process_realm() {
 
 using file_handle = int;
 constexpr file_handle no_file() { return -1; }
-inline int last_os_error() { return errno; }
 constexpr int no_space_code = ENOSPC;
 constexpr int name_taken_code = EEXIST;
 
@@ -2899,15 +2899,14 @@ inline int reserve_room(file_handle opened, std::uint64_t size) {
 /// caller has to read and write.
 inline std::uint64_t clone_bytes(file_handle source, file_handle destination, std::uint64_t offset,
                                  std::uint64_t size) {
-#if defined(__GLIBC__)
-#if __GLIBC_PREREQ(2, 27)
+#if defined(__GLIBC__) && (__GLIBC__ > 2 || __GLIBC_MINOR__ >= 27)
   auto read_from = static_cast<off64_t>(offset), write_to = read_from;
   const auto count =
       ::copy_file_range(source, &read_from, destination, &write_to, static_cast<std::size_t>(size), 0);
   return count > 0 ? static_cast<std::uint64_t>(count) : 0;
-#endif
-#endif
+#else
   return (void)source, (void)destination, (void)offset, (void)size, std::uint64_t{0};
+#endif
 }
 /// Returns why a rename over this file would fail although its directory is writable; null if no reason is known.
 inline const char* why_not_replaceable(const path& where) {
@@ -2949,10 +2948,6 @@ class file {
 
   file() = default;
   file(file&& other) noexcept : handle_(std::exchange(other.handle_, no_file())) {}
-  file& operator=(file&& other) noexcept {
-    std::swap(handle_, other.handle_);
-    return *this;
-  }
   ~file() { close(); }
 
   [[nodiscard]] bool is_open() const { return handle_ != no_file(); }
@@ -4835,7 +4830,8 @@ using std::chrono::milliseconds;
 
 inline std::string seconds_text(milliseconds time) {
   std::array<char, 32> text{};
-  std::snprintf(text.data(), text.size(), "%g s", static_cast<double>(time.count()) / 1000);
+  static_cast<void>(
+      std::snprintf(text.data(), text.size(), "%g s", static_cast<double>(time.count()) / 1000));
   return text.data();
 }
 
@@ -5263,7 +5259,7 @@ class session {
     if (config.on_warning) {
       config.on_warning(text);
     } else {
-      std::fprintf(stderr, "wandb_restore: warning: %s\n", text.c_str());
+      static_cast<void>(std::fprintf(stderr, "wandb_restore: warning: %s\n", text.c_str()));
     }
   }
 
@@ -6370,11 +6366,6 @@ class range_plan {
     if (whole_) start(asking, {0, file_size_}, 0);  // the response will begin at offset 0 again
     return {asking.range.position, asking.range.end};
   }
-  /// Call when the connection to the server is established: the delay starts now.
-  void connected(std::size_t connection, clock::time_point now) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    slots_[connection].asked = now;
-  }
   /// Call when the head of a response has arrived: the delay ends now.
   void responded(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -7422,7 +7413,6 @@ class ranged_transfer::range_request final : public file_request {
         transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
         begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
 
-  void connected() override { transfer_.plan_.connected(connection_, clock::now()); }
   [[nodiscard]] bool is_wanted() const override {
     return file_request::is_wanted() && !cursor_.is_taken_over();
   }
@@ -10348,14 +10338,49 @@ inline bool fail_expects_tls(exchange& current, int status = 0) {
                                       : "the server expects TLS: use https://",
                                   status);
 }
-/// Whether the body of a 400 says that the server expects TLS, in the words of nginx, Apache, Go or Tomcat.
-inline bool says_that_tls_is_expected(std::string_view body) {
-  for (const char* text : {"HTTP request was sent to HTTPS port", "speaking plain HTTP to an SSL-enabled",
-                           "HTTP request to an HTTPS server", "combination of host and port requires TLS"}) {
-    if (body.find(text) != std::string_view::npos) return true;
+/// Passes a response on to the sink of an exchange. Holds the beginning of a 400's body back until it is known whether it says
+/// that the server expects TLS, in the words of nginx, Apache, Go or Tomcat.
+class tls_hint_filter final : public body_sink {
+ public:
+  explicit tls_hint_filter(exchange& current) : exchange_(current) {}
+
+  bool start(const http_response& head) override {
+    is_holding_ = head.status == 400 && !exchange_.route.is_secure();
+    return is_holding_ || exchange_.sink.start(head);
   }
-  return false;
-}
+  bool write(std::string_view bytes) override {
+    if (!is_holding_) return exchange_.sink.write(bytes);
+    held_ += bytes;
+    if (says_that_tls_is_expected()) {
+      is_holding_ = false;  // nothing is passed on
+      return fail_expects_tls(exchange_, exchange_.head.status);
+    }
+    return held_.size() < max_searched || release();
+  }
+  /// Passes on what is held. Returns false if the sink stops.
+  bool release() {
+    if (!is_holding_) return true;
+    is_holding_ = false;
+    return exchange_.sink.start(exchange_.head) && (held_.empty() || exchange_.sink.write(held_));
+  }
+
+ private:
+  static constexpr std::size_t max_searched = 4096;
+
+  bool says_that_tls_is_expected() const {
+    const auto beginning = std::string_view(held_).substr(0, max_searched);
+    for (const char* text :
+         {"HTTP request was sent to HTTPS port", "speaking plain HTTP to an SSL-enabled",
+          "HTTP request to an HTTPS server", "combination of host and port requires TLS"}) {
+      if (beginning.find(text) != std::string_view::npos) return true;
+    }
+    return false;
+  }
+
+  exchange& exchange_;
+  std::string held_;
+  bool is_holding_ = false;
+};
 
 /// Reads the head of the final response. Skips interim responses.
 class head_reader {
@@ -10443,10 +10468,11 @@ inline std::optional<std::string> request_message(const http_request& request, c
 
 // ---- bodies (RFC 9112, sections 6 and 7)
 
-/// Reads the body of a response and passes it to the sink.
+/// Reads the body of a response and passes it to a sink.
 class body_reader {
  public:
-  body_reader(channel& peer, exchange& current) : peer_(peer), exchange_(current) {}
+  body_reader(channel& peer, exchange& current, body_sink& sink)
+      : peer_(peer), exchange_(current), sink_(sink) {}
 
   /// Determines from the head how the body is delimited (RFC 9112, section 6.3).
   bool find_framing() {
@@ -10495,7 +10521,7 @@ class body_reader {
   std::uint64_t pass_some(std::uint64_t limit) {
     auto bytes = peer_.peek();
     bytes = bytes.substr(0, static_cast<std::size_t>((std::min<std::uint64_t>)(limit, bytes.size())));
-    if (!bytes.empty() && !exchange_.sink.write(bytes)) {
+    if (!bytes.empty() && !sink_.write(bytes)) {
       exchange_.fail(errc::cancelled, "stopped by the receiver");
       return 0;
     }
@@ -10545,6 +10571,7 @@ class body_reader {
 
   channel& peer_;
   exchange& exchange_;
+  body_sink& sink_;
   std::uint64_t length_ = 0;
   bool is_chunked_ = false, ends_with_connection_ = false, is_delimited_ = true;
 };
@@ -10647,14 +10674,14 @@ class connection {
     if (!heads.read(current.head)) return false;
     current.has_head = true;
     if (head.status == 407 && current.route.sends_to_proxy()) return current.fail_at_proxy(head.status);
-    body_reader body(channel_, current);
+    tls_hint_filter filter(current);
+    body_reader body(channel_, current, filter);
     if (!body.find_framing()) return false;
-    if (head.status == 400 && !current.route.is_secure() && says_that_tls_is_expected(channel_.unread())) {
-      return fail_expects_tls(current, head.status);
-    }
     channel_.enter("receiving the body");
-    if (!current.sink.start(head)) return current.fail(errc::cancelled, "stopped by the receiver");
-    if (!body.read()) return false;
+    if (!filter.start(head)) return current.fail(errc::cancelled, "stopped by the receiver");
+    const bool is_whole = body.read();
+    if (!filter.release() && is_whole) return current.fail(errc::cancelled, "stopped by the receiver");
+    if (!is_whole) return false;
     is_reusable_ = heads.is_persistent() && body.is_delimited() && !has_token(head, "Connection", "close");
     return true;
   }

@@ -25,6 +25,13 @@ to_test='
   sanitizer address         g++                  libasan
   sanitizer undefined       g++                  libubsan
 '
+to_measure='
+  command clang++           clang                clang
+  command llvm-cov          llvm                 llvm
+  command clang-tidy        clang-tidy           clang-tools-extra
+  command valgrind          valgrind             valgrind
+  sanitizer thread          g++                  libtsan
+'
 to_compare='
   command python3           python3              python3
   module  ensurepip         python3-venv         python3-libs
@@ -85,7 +92,7 @@ install_with_apt() {
 install_with_dnf() { as_root dnf -q -y install --setopt=install_weak_deps=False --skip-unavailable "$@" ||
   as_root dnf -q -y install --setopt=install_weak_deps=False "$@"; } # before dnf 5, --skip-unavailable was unknown
 
-# install_missing LIST...: installs the missing ones of $to_build, $to_test, $to_compare, $to_store or $to_connect.
+# install_missing LIST...: installs the missing ones of the lists above.
 install_missing() {
   local kind what debian fedora log
   local -a missing=() for_apt=() for_dnf=()

@@ -2,11 +2,13 @@
 #include "restore_fixture.hpp"
 
 #include <ctime>
+#include <fcntl.h>
 #include <functional>
 #include <new>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <thread>
+#include <unistd.h>
 #include <utility>
 
 #include <openssl/pem.h>
@@ -1045,6 +1047,38 @@ TEST_SUITE("credentials: certificates") {
       REQUIRE(f.warnings().size() == clients);
       CHECK(contains(f.warnings().back(), "WANDB_INSECURE_DISABLE_SSL"));
     }
+  }
+
+  TEST_CASE("without on_warning, warnings go to standard error") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    auto s = f.settings();
+    s.warnings = {"the first warning"};
+    s.on_warning = {};
+    const auto said = f.directory / "stderr";
+    const int before = ::dup(2), file = ::open(said.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    REQUIRE(file >= 0);
+    REQUIRE(::dup2(file, 2) == 2);
+    const auto got = wandb::client<>(s).try_restore("a.txt", f.path);
+    REQUIRE(::dup2(before, 2) == 2);
+    ::close(before);
+    ::close(file);
+    CHECK(got.has_value());
+    CHECK(support::read_file(said) == "wandb_restore: warning: the first warning\n");
+  }
+
+  TEST_CASE("a header of the settings that cannot be sent is invalid_argument, without its value") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", text);
+    for (const auto& field : {std::pair<std::string, std::string>{"X-Extra", "SECRET\r\nX: y"},
+                              std::pair<std::string, std::string>{"X Extra", "SECRET"}}) {
+      auto s = f.settings();
+      s.extra_headers = {field};
+      const auto failure = f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::invalid_argument);
+      check_names(failure, {field.first, "cannot be sent"});
+      CHECK_FALSE(contains(failure.what(), "SECRET"));
+    }
+    CHECK(f.asked() == "graphql 0, files 0, storage 0");
   }
 
   TEST_CASE("the warnings of settings are reported at the first request, once for each client") {

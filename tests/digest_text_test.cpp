@@ -499,6 +499,31 @@ TEST_SUITE("addresses") {
     CHECK_FALSE(wandb::url::parse("http://h/\0"s).has_value());
   }
 
+  TEST_CASE("numbers of JSON: integers with and without a sign, fractions; 0 for other values") {
+    using wandb::detail::json;
+    CHECK(wandb::detail::number_of(json(5u)) == 5);
+    CHECK(wandb::detail::number_of(json(-5)) == -5);
+    CHECK(wandb::detail::number_of(json(0.5)) == 0.5);
+    CHECK(wandb::detail::number_of(json("5")) == 0);
+  }
+
+  TEST_CASE("a host beyond ASCII is refused, with a hint at its xn-- form") {
+    for (const char* text : {"https://b\xc3\xbc"
+                             "cher.example/",
+                             "http://\xff/?secret=1", "http://a\x80:80/"}) {
+      CAPTURE(std::string(text));
+      const auto parsed = wandb::url::parse(text);
+      REQUIRE_FALSE(parsed.has_value());
+      CHECK(parsed.error().code() == wandb::errc::protocol_violation);
+      CHECK(std::string(parsed.error().what()).find("xn--") != std::string::npos);
+      CHECK(std::string(parsed.error().what()).find("secret") == std::string::npos);
+    }
+    const auto encoded = wandb::url::parse("https://xn--bcher-kva.example/b\xc3\xbc"
+                                           "cher");
+    REQUIRE(encoded.has_value());
+    CHECK(encoded->str() == "https://xn--bcher-kva.example/b%C3%BCcher");
+  }
+
   TEST_CASE("a character between an IPv6 host and the path is refused") {
     CHECK_FALSE(wandb::url::parse("http://[::1]x/").has_value());
   }

@@ -30,7 +30,7 @@ namespace act = stand_in::act;
 class background {
  public:
   background(world& of, const std::string& name)
-      : thread_([this, &of, name, options = of.options, settings = of.settings]() mutable {
+      : thread_([this, name, options = of.options, settings = of.settings]() mutable {
           options.cancel = &cancel;
           result_.emplace(wandb::client<>(settings).try_restore(name, options));
         }) {}
@@ -643,6 +643,31 @@ TEST_SUITE("download: retries") {
     }
   }
 
+  TEST_CASE("with an unknown size a file that became shorter is a protocol_violation, or fetched again") {
+    world it;
+    stand_in::file_attributes attributes;
+    attributes.size_as = stand_in::size_form::null;
+    const auto what = it.add("model.h5", 3 * MiB + 3, attributes);
+    it.server.add_fault(target(place::storage).nth(1), act::cut_abruptly(MiB + 1));
+    it.server.add_fault(target(place::storage).nth(1), act::chunked());
+    it.server.add_fault(target(place::storage).nth(2), act::ignore_range());
+    it.server.add_fault(target(place::storage).nth(2), act::body("short"));
+    it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.storage() == 3);
+  }
+
+  TEST_CASE("with an unknown size and no md5 a cut download starts over if the server ignores Range") {
+    world it;
+    stand_in::file_attributes attributes;
+    attributes.size_as = stand_in::size_form::null;
+    attributes.md5_as = stand_in::md5_form::null;
+    const auto what = it.add("model.h5", 3 * MiB + 3, attributes);
+    it.server.add_fault(target(place::storage).nth(1), act::cut_abruptly(MiB + 1));
+    it.server.add_fault(target(place::storage).from(2), act::ignore_range());
+    it.check_restored(it.restore("model.h5"), "model.h5", *what, false);
+    CHECK(it.storage() == 2);
+  }
+
   TEST_CASE("a server that ignores Range sends the whole file once, over one connection") {
     world it;
     const auto what = it.add("model.h5", large_size);
@@ -734,6 +759,17 @@ TEST_SUITE("download: the content changes") {
     it.server.add_fault(target(place::storage).nth(3), act::etag("\"another\""));
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
     CHECK(it.graphql() == 2);
+  }
+
+  TEST_CASE("without an md5, after another entity tag one request fetches the whole file") {
+    world it;
+    stand_in::file_attributes attributes;
+    attributes.md5_as = stand_in::md5_form::null;
+    attributes.size_as = stand_in::size_form::null;
+    const auto what = it.add("model.h5", 3 * MiB + 3, attributes);
+    it.server.add_fault(target(place::storage).nth(1), act::cut_abruptly(MiB + 1));
+    it.server.add_fault(target(place::storage).nth(2), act::etag("\"another\""));
+    it.check_restored(it.restore("model.h5"), "model.h5", *what, false);
   }
 
   TEST_CASE("replicas with different entity tags are no failure: the md5 decides") {
@@ -1858,9 +1894,10 @@ TEST_SUITE("download: several at once") {
       std::uint64_t throws_after;  // bytes
       std::uint64_t most_lost;     // bytes that are fetched again
     };
-    for (const auto& [size, has_md5, throws_after, most_lost] :
-         {row{20 * MiB + 7, true, 9 * MiB, 4 * 256 * 1024}, row{MiB, true, 640 * 1024, 64 * 1024},
-          row{MiB, false, 640 * 1024, MiB}}) {
+    for (const row& each : {row{20 * MiB + 7, true, 9 * MiB, 4 * 256 * 1024},
+                            row{MiB, true, 640 * 1024, 64 * 1024}, row{MiB, false, 640 * 1024, MiB}}) {
+      const auto size = each.size;
+      const bool has_md5 = each.has_md5;
       CAPTURE(size);
       CAPTURE(has_md5);
       const support::temporary_directory directory;
@@ -1872,7 +1909,7 @@ TEST_SUITE("download: several at once") {
       options.root = directory / "root";
       options.connections = 4;
       const auto what = stand_in::generated(size, 3);
-      throwing_transport transport{what, has_md5, throws_after};
+      throwing_transport transport{what, has_md5, each.throws_after};
       wandb::client<throwing_transport> client(settings, transport);
       CHECK_THROWS_AS((void)client.try_restore("model.h5", options), std::bad_alloc);
       CHECK_FALSE(fs::exists(options.root / "model.h5"));
@@ -1881,7 +1918,7 @@ TEST_SUITE("download: several at once") {
       const auto got = client.try_restore("model.h5", options);
       REQUIRE(got.has_value());
       CHECK(holds(options.root / "model.h5", *what));
-      CHECK(*transport.sent <= size + most_lost);
+      CHECK(*transport.sent <= size + each.most_lost);
       CHECK(*transport.sent - before < (has_md5 ? size : size + 1));
     }
   }

@@ -455,4 +455,11 @@ TEST_SUITE("errors") {
     CHECK(std::string(copy.what()) == failure.what());
     CHECK_THROWS_AS(throw copy, std::runtime_error);
   }
+
+  TEST_CASE("result<void>::value() throws the error, and does nothing after success") {
+    const wandb::result<void> success;
+    CHECK_NOTHROW(success.value());
+    const wandb::result<void> failure = wandb::error(errc::offline, "the reason");
+    CHECK_THROWS_WITH_AS(failure.value(), "the reason", wandb::error);
+  }
 }

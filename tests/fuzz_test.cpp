@@ -21,7 +21,7 @@ TEST_SUITE("fuzz corpus") {
       CHECK(inputs.size() >= 3);
       for (const auto& input : inputs) {
         INFO(input.string());  // a failed property ends the program with its own message
-        target.run(fuzz::read_file(input));
+        fuzz::run(target, fuzz::read_file(input));
       }
     }
   }

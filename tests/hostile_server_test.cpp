@@ -245,7 +245,8 @@ void check_memory(long kibibytes) {
 #if TESTS_SANITIZED
   (void)kibibytes;  // a sanitizer needs more memory than the client
 #else
-  if (kibibytes != 0) CHECK(kibibytes < 64 * 1024);
+  const bool counts = std::getenv("TESTS_COUNT_COVERAGE") != nullptr;  // counters need memory
+  if (kibibytes != 0 && !counts) CHECK(kibibytes < 64 * 1024);
 #endif
 }
 
@@ -809,8 +810,8 @@ TEST_SUITE("hostile servers: from the internet to this machine") {
              {"https://api.wandb.ai", "https://localhost.example.com/x", ""},
              {"https://api.wandb.ai", "https://notlocalhost/x", ""}}) {
       for (const bool redirects : {true, false}) {
-        CAPTURE(base);
-        CAPTURE(target);
+        const std::string shown = std::string(base) + " to " + target;
+        CAPTURE(shown);
         const auto end = restore_from(base, target, redirects, proxy);
         if (!end.got) FAIL_CHECK(std::string(end.got.error().what()));
         CHECK(end.asked.back() == target);

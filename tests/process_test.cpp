@@ -208,6 +208,12 @@ TEST_CASE("process: restores one file" * doctest::skip()) {
     return true;
   };
   if (variable("CHILD_CLOSED") == "1") _exit(restore_without_standard_streams(settings, options));
+  if (variable("CHILD_NAME").find('*') != std::string::npos) {
+    const auto report = wandb::client<>(settings).try_restore_all(variable("CHILD_NAME"), options);
+    if (report) _exit(downloaded);
+    std::ofstream(variable("CHILD_TEXT")) << report.error().what();
+    _exit(status_of(report.error().code()));
+  }
   auto got = wandb::client<>(settings).try_restore(variable("CHILD_NAME"), options);
   if (got) _exit(got->verified() ? (got->source() == wandb::source::downloaded ? downloaded : local) : 8);
   std::ofstream(variable("CHILD_TEXT")) << got.error().what();
@@ -475,6 +481,34 @@ TEST_SUITE("processes: many at once") {
     }
   }
 
+  TEST_CASE("where the system starts no thread the call fails; with fewer threads the file is restored") {
+    const auto library = shim();
+    if (!library) return;
+    struct row {
+      const char *name, *threads;
+      bool fails;
+    };
+    for (const row& each : {row{"model.h5", "1-", true}, row{"small.h5", "1-", true}, row{"*.h5", "1-", true},
+                            row{"model.h5", "2-", true}, row{"model.h5", "3-", false},
+                            row{"model.h5", "1", false}, row{"model.h5", "2", true}}) {
+      const std::string shown = std::string(each.name) + ", threads that fail: " + each.threads;
+      CAPTURE(shown);
+      world it;
+      const auto what = it.add("model.h5", 9 * MiB);
+      it.add("small.h5", small_size);
+      const int status =
+          child(it, each.name, {{"LD_PRELOAD", *library}, {"FAULT_THREAD", each.threads}}).join();
+      if (each.fails) {
+        CHECK(status == status_of(errc::disk_failure));
+        CHECK(support::read_file(it.directory / "text").find("starts no thread") != std::string::npos);
+        CHECK_FALSE(fs::exists(it.at("model.h5")));
+      } else {
+        CHECK(status == downloaded);
+        CHECK(holds(it.at("model.h5"), *what));
+      }
+    }
+  }
+
   TEST_CASE("a limit on file sizes is reported with a remedy, before the download") {
     world it;
     it.add("model.h5", 9 * MiB);
@@ -714,6 +748,24 @@ TEST_SUITE("processes: signals, streams and disks") {
     CHECK(it.storage_bytes() == 0);
   }
 
+  TEST_CASE("the blocks of a partial file are copied also where the kernel cannot copy them") {
+    const auto library = shim();
+    if (!library) return;
+    world it;
+    const auto what = it.add("model.h5", large_size);
+    CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_RENAME", "kill"}}).join() == -SIGKILL);
+    for (const auto& entry :
+         fs::directory_iterator(it.options.root)) {  // with a second link it is not taken over
+      if (entry.path().extension() != ".lock")
+        fs::create_hard_link(entry.path(), it.directory / "second link");
+    }
+    REQUIRE(fs::exists(it.directory / "second link"));
+    it.server.clear_log();
+    CHECK(child(it, "model.h5", {{"LD_PRELOAD", *library}, {"FAULT_COPY", "EIO"}}).join() == downloaded);
+    CHECK(holds(it.at("model.h5"), *what));
+    CHECK(it.storage_bytes() == 0);
+  }
+
   TEST_CASE("an unreadable local file is not taken for missing") {
     const auto library = shim();
     if (!library) return;
@@ -726,8 +778,8 @@ TEST_SUITE("processes: signals, streams and disks") {
          {row{"FAULT_LOOK", "EIO", "Input/output error"}, row{"FAULT_LOOK", "EACCES", "Permission denied"},
           row{"FAULT_LOOK", "ESTALE", "Stale file handle"}, row{"FAULT_OPEN", "EIO", "Input/output error"},
           row{"FAULT_OPEN", "EACCES", "Permission denied"}, row{"FAULT_OPEN", "EMFILE", "ulimit -n"}}) {
-      CAPTURE(std::string(fault));
-      CAPTURE(std::string(error));
+      const std::string shown = std::string(fault) + " " + error;
+      CAPTURE(shown);
       world it;
       it.add("model.h5", small_size);
       support::write_file(it.at("model.h5"), "the user's own");

@@ -52,7 +52,8 @@ TEST_SUITE("restore_all") {
     };
     int number = 0;
     for (const auto& [pattern, wanted] : cases) {
-      CAPTURE(std::string(pattern));
+      const std::string shown = pattern;
+      CAPTURE(shown);
       w.options.root = w.directory / ("root" + std::to_string(++number));
       const auto report = all(w, pattern);
       auto found = names(report);
@@ -387,5 +388,26 @@ TEST_SUITE("wait") {
     REQUIRE_FALSE(report.has_value());
     CHECK(report.error().code() == errc::cancelled);
     CHECK(reports == 3);
+  }
+
+  TEST_CASE("the throwing forms, and the functions that use the environment") {
+    world w;
+    const auto old = w.add("old.h5", 1000);
+    const auto newest = w.add("new.h5", 1000);
+    const support::scoped_environment there{{"WANDB_API_KEY", w.server.key()},
+                                            {"WANDB_BASE_URL", w.server.base_url()},
+                                            {"SSL_CERT_FILE", w.settings.ca_file.string()}};
+    CHECK(wandb::try_restore_all("*.h5", w.options).value().complete());
+    CHECK(wandb::restore_all("*.h5", w.options).files.size() == 2);
+    CHECK(wandb::try_restore_newest("*.h5", w.options).value().size() == 1000);
+    CHECK(wandb::restore_newest("*.h5", w.options).size() == 1000);
+    wandb::client<> client(w.settings);
+    CHECK(client.restore_all("*.h5", w.options).complete());
+    CHECK(client.restore_newest("*.h5", w.options).size() == 1000);
+    CHECK_THROWS_AS((void)client.restore_all("*.bin", w.options), wandb::error);
+    CHECK_THROWS_AS((void)client.restore_newest("*.bin", w.options), wandb::error);
+    CHECK_THROWS_AS((void)wandb::restore_newest("*.bin", w.options), wandb::error);
+    CHECK_THROWS_AS((void)wandb::restore_all("", w.options), wandb::error);
+    CHECK_THROWS_AS((void)client.restore_all("", w.options), wandb::error);
   }
 }

@@ -21,7 +21,7 @@ done
 
 # shellcheck source-path=SCRIPTDIR source=../.ci/dependencies.sh
 . .ci/dependencies.sh
-install_missing "$to_build" "$to_test" "$to_store"
+install_missing "$to_build" "$to_test" "$to_store" "$to_measure"
 
 jobs=$(nproc)
 folders=()
@@ -39,7 +39,9 @@ if [ -n "$plain" ]; then
 fi
 if [ -n "$sanitizer" ]; then
   # Tests that build other programs against the library do not depend on the sanitizer: the first build runs them.
-  build "build-${sanitizer//,/-}" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS=-O1 "-DWANDB_RESTORE_SANITIZE=$sanitizer" \
+  # Assertions of libstdc++ check the use of its containers, too. _GLIBCXX_DEBUG would check more, but its types are other ones than
+  # those of a compiled cpp-httplib: tests/analysis.sh builds tests with it.
+  build "build-${sanitizer//,/-}" -DCMAKE_BUILD_TYPE=Debug "-DCMAKE_CXX_FLAGS=-O1 -D_GLIBCXX_ASSERTIONS" "-DWANDB_RESTORE_SANITIZE=$sanitizer" \
     "-DWANDB_RESTORE_TEST_PREFIX=${sanitizer//,/-}." -DWANDB_RESTORE_TEST_MATRIX=OFF
 fi
 

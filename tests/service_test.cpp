@@ -916,7 +916,8 @@ TEST_SUITE("service: the list of files") {
     fixture f;
     for (const auto& [files, name_bytes, most_pages] :
          {std::tuple<std::size_t, std::size_t, std::size_t>{1, 1, 5001}, {400, 15'000, 40}}) {
-      CAPTURE(files);
+      const std::size_t shown = files;
+      CAPTURE(shown);
       const endless transport{files, name_bytes};
       wandb::client<endless> client(f.settings(), transport);
       const auto failure = f.failure(client.try_list_files(f.options()), errc::protocol_violation);

@@ -581,6 +581,16 @@ TEST_SUITE("base URL") {
         {"https://x/p#f", "query or a fragment"},
         {"https://x/p?token=SECRET", "query or a fragment"},
         {"https://u:SECRET@x/", "a user name or password"},
+        {"https://b\xc3\xbc"
+         "cher.example",
+         "xn--"},
+        {"https://x/a/../b", "a segment \"..\""},
+        {"https://x/..", "a segment \"..\""},
+        {"https://x/a/%2e%2E/b", "a segment \"..\""},
+        {"https://x/a%2f..%2fb", "a segment \"..\""},
+        {"https://x/a\\..\\b", "a segment \"..\""},
+        {"https://x/a%2", "a malformed escape"},
+        {"https://x/a%zz", "a malformed escape"},
     };
     for (const auto& row : rows) {
       const auto& text = row.text;

@@ -232,7 +232,8 @@ TEST_SUITE("http_transport") {
              {chunks + "1\r\na\r\n0\r\nA: " + line_bound + "\r\nB: " + line_bound + "\r\n\r\n", "a"},
              {head + "Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
               "abc"}}) {
-      CAPTURE(answer);
+      const auto& shown = answer;
+      CAPTURE(shown);
       scripted peer({answer}, closes);
       collector sink;
       const auto outcome = ask(peer.url(), sink);
@@ -292,7 +293,7 @@ TEST_SUITE("http_transport") {
                      chunks + "4000000000000001\r\nabc\r\n",
                      chunks + "1\r\na\r\n4000000000000000\r\nabc\r\n",
                      chunks + "3\r\nabc0\r\n\r\n",
-                     head + "Content-Length: 4611686018427387905\r\n\r\nabc",
+                     head + "Content-Length: 4911686018427387905\r\n\r\nabc",
                      head + "Content-Length: \r\n\r\nabc",
                      head + "Content-Length: 3, 3\r\n\r\nabc",
                      head + "Transfer-Encoding: chunked\r\n" + chunks.substr(head.size())}) {
@@ -343,7 +344,8 @@ TEST_SUITE("http_transport") {
              {chunks + "3\r\nabc" + endless, "end of a chunk"},
              {chunks + "0\r\nX: " + endless, "trailer line of the body has more than 8.0 KiB"},
              {chunks + "0\r\n" + trailers, "trailers of the body have more than 64.0 KiB"}}) {
-      CAPTURE(text);
+      const std::string shown = text;
+      CAPTURE(shown);
       scripted peer({answer}, false);
       collector sink;
       check_failed(ask(peer.url(), sink), wandb::errc::protocol_violation, text);
@@ -572,6 +574,18 @@ TEST_SUITE("http_transport") {
     CHECK(ordered == wandb::detail::socket_addresses{addresses[1], addresses[0]});
   }
 
+  TEST_CASE("addresses of a host: the memory keeps the hosts that were reached last") {
+    wandb::detail::address_memory memory;
+    const auto first = made_up_address(AF_INET, 1), second = made_up_address(AF_INET, 2);
+    const wandb::detail::socket_addresses addresses{first, second};
+    for (int i = 0; i < 2000; ++i) memory.remember("host:" + std::to_string(i), second);
+    auto ordered = addresses;
+    memory.prefer_remembered("host:0", ordered);
+    CHECK(ordered == addresses);
+    memory.prefer_remembered("host:1999", ordered);
+    CHECK(ordered == wandb::detail::socket_addresses{second, first});
+  }
+
   TEST_CASE("addresses of a host: a remembered address that has become silent is replaced") {
     const listener good;
     auto silent = std::make_unique<silent_address>();
@@ -767,7 +781,7 @@ TEST_SUITE("http_transport") {
       std::string answer;
       const char* text;
     };
-    for (const auto& [scheme, answer, advice] : std::vector<example>{
+    for (const auto& each : std::vector<example>{
              {"https", text + "<html>", "use http://"},
              {"https", "SSH-2.0-OpenSSH_9.2\r\n", "does not speak TLS"},
              {"http", "\x15\x03\x01\x00\x02\x02\x46"s, "use https://"},
@@ -778,11 +792,11 @@ TEST_SUITE("http_transport") {
               "use https://"},
              {"http", text + "Bad Request\r\nThis combination of host and port requires TLS.\r\n",
               "use https://"}}) {
-      CAPTURE(answer);
-      const raw_server server(blurting(answer));
+      CAPTURE(each.answer);
+      const raw_server server(blurting(each.answer));
       collector sink;
-      const auto outcome = ask(with_scheme(scheme, server.url()), sink);
-      check_failed(outcome, wandb::errc::connection_failed, advice);
+      const auto outcome = ask(with_scheme(each.scheme, server.url()), sink);
+      check_failed(outcome, wandb::errc::connection_failed, each.text);
       CHECK(!outcome.error().is_transient());
       CHECK(sink.starts == 0);
     }
@@ -792,6 +806,49 @@ TEST_SUITE("http_transport") {
     REQUIRE(answer.has_value());
     CHECK(answer->status == 400);
     CHECK(sink.body == "bad");
+  }
+
+  TEST_CASE("a 400 that asks for TLS is recognised however its bytes arrive") {
+    const std::string head = "HTTP/1.1 400 Bad Request\r\n";
+    for (const auto& answer :
+         {head + "Transfer-Encoding: chunked\r\n\r\n"
+                 "24\r\n<h1>The plain HTTP request was sent \r\ne\r\nto HTTPS port.\r\n0\r\n\r\n",
+          head + "Content-Length: 49\r\n\r\n<h1>The plain HTTP request was sent to HTTPS port"}) {
+      CAPTURE(answer);
+      const raw_server server([&answer](const peer& client) {
+        (void)client.read(1);
+        for (const char c : answer) (void)client.send({&c, 1});
+        client.leave();
+        (void)client.wait_for_close(10s);
+      });
+      collector sink;
+      const auto outcome = ask(server.url(), sink);
+      check_failed(outcome, wandb::errc::connection_failed, "use https://");
+      CHECK(outcome.error().http_status() == 400);
+      CHECK(sink.starts == 0);
+    }
+  }
+
+  TEST_CASE("the body of another 400 is delivered whole, or up to where it is cut") {
+    const std::string body(20'000, 'x');
+    for (const std::size_t cut : {std::size_t{0}, std::size_t{10}, std::size_t{5'000}, body.size()}) {
+      CAPTURE(cut);
+      const raw_server server(blurting("HTTP/1.1 400 Bad Request\r\nContent-Length: " +
+                                       std::to_string(body.size()) + "\r\n\r\n" + body.substr(0, cut)));
+      collector sink;
+      const auto outcome = ask(server.url(), sink);
+      CHECK(outcome.has_value() == (cut == body.size()));
+      CHECK(sink.starts == 1);
+      CHECK(sink.body == body.substr(0, cut));
+    }
+    // The sink may stop at the beginning and in the body.
+    for (const bool at_start : {true, false}) {
+      const raw_server server(blurting("HTTP/1.1 400 Bad Request\r\nContent-Length: 3\r\n\r\nbad"));
+      collector sink;
+      sink.wants_body = !at_start;
+      sink.stop_after = 0;
+      check_failed(ask(server.url(), sink), wandb::errc::cancelled, "stopped by the receiver");
+    }
   }
 
   TEST_CASE("TLS alerts about versions, certificates and names are permanent, others are not") {
@@ -888,6 +945,35 @@ TEST_SUITE("http_transport") {
       CHECK(!answer.error().is_transient());
       CHECK(sink.starts == 0);
     }
+  }
+
+  TEST_CASE("a proxy's 4xx to CONNECT is permanent, a 5xx is retried") {
+    for (const int status : {403, 502}) {
+      CAPTURE(status);
+      scripted proxy({"HTTP/1.1 " + std::to_string(status) + " No\r\nContent-Length: 0\r\n\r\n"}, false);
+      wandb::http_request request;
+      request.url = "https://origin.test/x";
+      request.proxy = proxy.url();
+      request.idle_timeout = 5s;
+      wandb::http_transport transport;
+      collector sink;
+      const auto outcome = transport.send(request, sink);
+      check_failed(outcome, wandb::errc::connection_failed, status == 403 ? "answered 403" : "answered 502");
+      CHECK(outcome.error().http_status() == status);
+      CHECK(outcome.error().is_transient() == (status == 502));
+    }
+  }
+
+  TEST_CASE("a host name that TLS cannot carry is invalid_argument") {
+    scripted proxy({"HTTP/1.1 200 Connection established\r\n\r\n"}, false);
+    wandb::http_request request;
+    request.url = "https://" + std::string(300, 'a') + "/x";
+    request.proxy = proxy.url();
+    request.idle_timeout = 5s;
+    wandb::http_transport transport;
+    collector sink;
+    check_failed(transport.send(request, sink), wandb::errc::invalid_argument,
+                 "TLS cannot use the host name");
   }
 
   TEST_CASE("bytes behind a proxy's answer to CONNECT are a protocol_violation") {

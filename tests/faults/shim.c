@@ -15,6 +15,8 @@
  *                                        begin with a dot
  *   FAULT_LOOK=ERROR                     the first stat of a file named model.h5 fails
  *   FAULT_OPEN=ERROR                     the first open of a file named model.h5 fails
+ *   FAULT_THREAD=N | N-                  the N-th pthread_create fails; N-: and all later ones
+ *   FAULT_COPY=ERROR                     copy_file_range fails
  *
  * ERROR is ENOSPC, EDQUOT, EIO, EACCES, EROFS, EOPNOTSUPP, ENOLCK, ENOSYS, ESTALE,
  * EINTR or EMFILE. EINTR interrupts every other call: the next one goes through.
@@ -26,6 +28,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -256,3 +259,25 @@ int rename(const char* from, const char* to) {
   }
   return ((int (*)(const char*, const char*))dlsym(RTLD_NEXT, "rename"))(from, to);
 }
+
+int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*),
+                   void* argument) {
+  static int calls = 0;
+  const char* value = getenv("FAULT_THREAD");
+  if (value) {
+    char* rest;
+    const long failing = strtol(value, &rest, 10);
+    const int call = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
+    if (call == failing || (call > failing && *rest == '-')) return EAGAIN;
+  }
+  return ((int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*))dlsym(
+      RTLD_NEXT, "pthread_create"))(thread, attributes, start, argument);
+}
+
+#ifdef __GLIBC__
+ssize_t copy_file_range(int in, off64_t* read_from, int out, off64_t* write_to, size_t size, unsigned flags) {
+  if (fails("FAULT_COPY")) return -1;
+  return ((ssize_t(*)(int, off64_t*, int, off64_t*, size_t, unsigned))dlsym(RTLD_NEXT, "copy_file_range"))(
+      in, read_from, out, write_to, size, flags);
+}
+#endif

@@ -114,13 +114,13 @@ class scripted_transport {
     const auto action = in.byte();
     if (action > 230) return transport_error(action);
     if (action > 200) return deliver(head_of(status(), 0), "", sink);
-    static constexpr const char* targets[] = {"https://storage.test/f?signature=SECRET2",
-                                              "http://storage.test/f",
-                                              "/files/f.bin",
-                                              "ftp://x/",
-                                              "",
-                                              "//storage.test/g",
-                                              "https://service.test.evil/"};
+    const std::string targets[] = {"https://storage.test/f?signature=" + secret,
+                                   "http://storage.test/f",
+                                   "/files/f.bin",
+                                   "ftp://x/",
+                                   "",
+                                   "//storage.test/g",
+                                   "https://service.test.evil/"};
     wandb::http_response head = head_of(302, 0);
     head.headers.push_back({"Location", targets[action > 170 ? action % std::size(targets) : 0]});
     return deliver(head, "", sink);

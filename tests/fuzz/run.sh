@@ -7,7 +7,7 @@
 #   --seconds     time for each target (default: 20)
 #   --executions  executions of all targets together; a whole restore counts for twenty other ones
 #   --fast        without sanitizers: whole restores run four times as often
-#   --add         adds inputs that reach new code to the committed corpus (tests/fuzz/corpus)
+#   --add         adds inputs that reach new code, whatever the number of times, to the committed corpus (tests/fuzz/corpus)
 #
 # Prints a line for each target, and fails if one ends a run. An input that does so is left in build-fuzz.
 set -euo pipefail
@@ -61,7 +61,7 @@ for target in "${targets[@]}"; do
   fi
   printf '%-16s %12s %8s %8s  %s\n' "$target" "${ran:-0}" $((SECONDS - began)) "$(find "$build/$target" -type f | wc -l)" "$found"
   if [ -n "$add" ] && [ $status = 0 ]; then
-    WANDB_FUZZ_TARGET=$target "$program" -merge=1 -detect_leaks=0 -max_len=600 "tests/fuzz/corpus/$target" "$build/$target" \
+    WANDB_FUZZ_TARGET=$target "$program" -merge=1 -use_counters=0 -detect_leaks=0 -max_len=600 "tests/fuzz/corpus/$target" "$build/$target" \
       > "$log" 2>&1
   fi
 done

@@ -129,7 +129,7 @@ inline void settings(std::string_view input) {
   feed in(input);
   std::string variables;
   for (const char* name : names) {
-    const std::string value(in.line());
+    const std::string value = with_key(in.line());
     if (value.empty() || value.find('\0') != value.npos) {
       ::unsetenv(name);
     } else {
@@ -138,8 +138,8 @@ inline void settings(std::string_view input) {
   }
   const auto split = in.rest().find("\n---\n");
   write_file(home / "wandb" / "settings", in.rest().substr(0, split));
-  write_file(home / "netrc",
-             split == std::string_view::npos ? std::string_view() : in.rest().substr(split + 5));
+  const auto netrc_text = split == std::string_view::npos ? std::string_view() : in.rest().substr(split + 5);
+  write_file(home / "netrc", with_key(netrc_text));
   const auto found = wandb::settings::from_environment();
   if (found.problem) check_error(*found.problem);
   for (const auto& warning : found.warnings) FUZZ_CHECK(warning.find(secret) == std::string::npos);
@@ -172,7 +172,7 @@ inline void graphql(std::string_view input) {
   feed in(input);
   const std::uint8_t choice = in.byte();
   static constexpr int statuses[] = {200, 200, 200, 400, 401, 403, 404, 429, 500};
-  constant_transport transport{std::string(in.rest()), statuses[choice % std::size(statuses)]};
+  constant_transport transport{with_key(in.rest()), statuses[choice % std::size(statuses)]};
   auto configuration = test_settings();
   wandb::client<constant_transport> client(configuration, transport);
   const auto listed = client.try_list_files("e/p/r");
@@ -385,7 +385,7 @@ inline void responses(std::string_view input) {
     server.send(input, piece);
     wandb::http_transport transport;
     wandb::http_request request;
-    request.url = "http://127.0.0.1:" + std::to_string(server.port()) + "/a?signature=SECRET2";
+    request.url = "http://127.0.0.1:" + std::to_string(server.port()) + "/a?signature=" + secret;
     request.connect_timeout = request.idle_timeout = std::chrono::seconds(20);
     auto got = transport.send(request, sink);
     if (!got) check_error(got.error());

@@ -108,9 +108,36 @@ inline std::string read_file(const std::filesystem::path& where) {
   return read_stream(in);
 }
 
-/// A part of the key and of the signatures. No message may contain it.
-inline constexpr const char* secret = "SECRET2";
-inline constexpr const char* api_key = "SECRET0SECRET1SECRET2SECRET3SECRET4SECRET5";
+/// A part of the key and of the signatures: no message may contain it. It depends on the input, so that an input cannot
+/// contain it, also not with other bytes in between or encoded.
+inline std::string secret;
+inline std::string api_key;
+
+/// Derives the secrets from an input (FNV-1a).
+inline void make_secrets(std::string_view input) {
+  std::uint64_t hash = 14695981039346656037u;
+  for (const char c : input) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+  secret.clear();
+  for (int i = 0; i < 16; ++i, hash >>= 4) secret += static_cast<char>('A' + (hash & 15));
+  api_key = "KEY0KEY1KEY2" + secret + "KEY3KEY4KEY5";
+}
+
+/// Replaces the text "${key}" of an input by the key: a file or an answer that holds it.
+inline std::string with_key(std::string_view text) {
+  static constexpr std::string_view mark = "${key}";
+  std::string replaced;
+  for (auto found = text.find(mark); found != text.npos; found = text.find(mark)) {
+    replaced.append(text.substr(0, found)).append(api_key);
+    text.remove_prefix(found + mark.size());
+  }
+  return replaced.append(text);
+}
+
+/// Runs a target.
+inline void run(const target& chosen, std::string_view input) {
+  make_secrets(input);
+  chosen.run(input);
+}
 
 /// Checks an error that a user may see: it has a text, on one line, without the key.
 inline void check_error(const wandb::error& failure) {
