@@ -2865,6 +2865,12 @@ class file {
     const auto own = facts(), named = facts_of_entry(where);
     return own.found() && named.found() && named->is_same_file(*own);
   }
+  /// Renames this file. A remote disk that lost its first answer may report a failure although the file was renamed: the new
+  /// name then decides. On Windows no other file may have the new name.
+  [[nodiscard]] int rename(const path& source, const path& destination) const {
+    const int code = rename_over(source, destination);
+    return code != 0 && is_named(destination) ? 0 : code;
+  }
   [[nodiscard]] file_handle native() const { return handle_; }
 
  private:
@@ -3202,6 +3208,11 @@ class place_lock {
       remove_quietly(where_);  // the file system has no locks, so nobody holds this one
       return outcome::unavailable;
     }
+    if (!out_.facts().found()) {  // a failing disk: do not wait for it
+      remove_quietly(where_);
+      out_.close();
+      return outcome::unavailable;
+    }
     // The previous holder may have removed the file after it was opened here: the next try makes a new one.
     if (!out_.is_named(where_)) {
       out_.close();
@@ -3349,9 +3360,10 @@ class partial_file {
   void fallback(path name) { fallback_ = std::move(name); }
   /// Closes the file, and keeps it for the next restore of this content. Has no effect on a published file.
   void release(const place& at, const std::string& md5) {
-    if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && !has_better_successor(at)) {
+    if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && out_.is_named(where_) &&
+        !has_better_successor(at)) {
       if (is_finished_) write_record();
-      is_claimed_ = !(out_.is_named(where_) && rename_over(where_, at.released()) == 0);
+      is_claimed_ = rename_over(where_, at.released()) != 0;
     }
     out_.close();
   }
@@ -3480,7 +3492,7 @@ inline std::unique_ptr<partial_file> partial_file::inspect(const found_partial& 
 
 inline bool partial_file::claim(const place& at) {
   fallback_ = at.partial(md5_, owner::self().str());
-  if (rename_over(where_, fallback_) != 0) return false;
+  if (out_.rename(where_, fallback_) != 0) return false;
   where_.swap(fallback_);
   is_claimed_ = true;
   const auto opened = out_.facts();
@@ -3622,9 +3634,10 @@ inline result<void> partial_file::finish() {
 inline result<std::ifstream> partial_file::publish(const place& at,
                                                    function_ref<void(const file_facts&)> announce) {
   const auto old = facts_of(at.target);
-  // Restore the record, so that release() can keep the file.
+  // Restore the record, so that release() can keep the file. Without its name it may be the published file.
   const auto failed = [&](const error& failure) {
-    if (out_.is_open() || out_.open(where_, file::mode::update) == 0) write_record();
+    const bool is_open = out_.is_open() || out_.open(where_, file::mode::update) == 0;
+    if (is_open && out_.is_named(where_)) write_record();
     return failure;
   };
   if (old.failure() != 0) return failed(disk_error("look at", at.target, old.failure()));
@@ -3663,7 +3676,7 @@ inline result<std::ifstream> partial_file::publish(const place& at,
     return error(errc::disk_failure,
                  "cannot use " + in_quotes(where_) + ": another program has replaced it; try again");
   }
-  if (const int code = rename_over(where_, at.target))
+  if (const int code = out_.rename(where_, at.target))
     return failed(disk_error("rename a finished file to", at.target, code));
   is_claimed_ = false;
   out_.close();

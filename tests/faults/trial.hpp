@@ -214,7 +214,7 @@ class trial {
     settings_.api_key = facts.key;
     settings_.ca_file = facts.ca;
     settings_.cache_dir = cache_;
-    settings_.connect_timeout = settings_.idle_timeout = settings_.retry_timeout = 20s;
+    set_timeouts(20s);
     settings_.on_warning = [](std::string_view) {};
     options_.run_path = "e/p/r";
     options_.root = root_;
@@ -231,7 +231,7 @@ class trial {
     const auto descriptors = entries_in("/proc/self/fd"), threads = entries_in("/proc/self/task");
     std::string outcome = "success";
     begin_deadline(kind_.name + (", " + failures_.text()));
-    wandb::errc code{};
+    std::optional<wandb::error> failure;
     bool is_bad_alloc = false, is_unknown = false;
     {
       // The strings and functions of the options are copied before.
@@ -241,9 +241,9 @@ class trial {
       try {
         wandb::client<> client(settings);
         if (kind_.lists) {
-          if (auto got = client.try_list_files(options); !got) code = got.error().code();
+          if (auto got = client.try_list_files(options); !got) failure = got.error();
         } else if (auto got = client.try_restore(kind_.file, options); !got) {
-          code = got.error().code();
+          failure = got.error();
         }
       } catch (const std::bad_alloc&) {
         is_bad_alloc = true;
@@ -253,7 +253,8 @@ class trial {
       failures_.end();
     }
     alarm(0);
-    if (code != wandb::errc{}) outcome = wandb::to_string(code);
+    message_ = failure ? failure->what() : "";
+    if (failure) outcome = wandb::to_string(failure->code());
     if (is_bad_alloc) outcome = "bad_alloc";
     if (is_unknown) report("another exception than std::bad_alloc");
     if (entries_in("/proc/self/fd") != descriptors) report("a descriptor is left");
@@ -261,7 +262,8 @@ class trial {
       sched_yield();  // the system may list a thread for a moment after it was joined
     if (entries_in("/proc/self/task") > threads) report("a thread is left");
     if (failures_.count() == 0 && outcome != "success") report("nothing failed, but " + outcome);
-    if (failures_.count() != 0 && !failures_.explains(outcome)) report("the outcome is " + outcome);
+    if (failures_.count() != 0 && !failures_.explains(outcome))
+      report("the outcome is " + outcome + ": " + message_);
     check_files(outcome);
     return outcome;
   }
@@ -287,7 +289,13 @@ class trial {
       if (name != kind_.file) report("afterwards: " + name + " is left");
   }
 
+  /// How long a restore may go without progress.
+  void set_timeouts(std::chrono::milliseconds time) {
+    settings_.connect_timeout = settings_.idle_timeout = settings_.retry_timeout = time;
+  }
   int violations() const { return violations_; }
+  /// The text of the error of the last run(); empty after a success.
+  const std::string& message() const { return message_; }
 
  private:
   void report(const std::string& text) {
@@ -324,7 +332,6 @@ class trial {
       if (kind_.has_partial) {
         options.connections = 1;
         options.on_progress = [](const wandb::progress& now) { return now.bytes_done < large_size / 2; };
-        settings_.idle_timeout = 20s;
       }
       (void)wandb::client<>(settings_).try_restore(kind_.file, options);
     }
@@ -349,7 +356,7 @@ class trial {
   const fs::path root_, cache_;
   wandb::settings settings_;
   wandb::restore_options options_;
-  std::string old_content_, new_content_;
+  std::string old_content_, new_content_, message_;
   files before_;
   int violations_ = 0;
 };
