@@ -3133,7 +3133,8 @@ class place_lock {
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
-    if (outcome_ == outcome::held && !leave_) remove_quietly(where_);  // before unlocking: see is_named below
+    // Remove the file before unlocking: see try_file(). Another process may have taken this lock, and the name is its file's.
+    if (outcome_ == outcome::held && !leave_ && out_.is_named(where_)) remove_quietly(where_);
     out_.close();
     if (outcome_ != outcome::busy) forget();
   }
@@ -3151,7 +3152,7 @@ class place_lock {
     return outcome_;
   }
   /// Whether the lock is held and its file is new: then no earlier holder was killed or left its file.
-  [[nodiscard]] bool is_first() const { return outcome_ == outcome::held && !existed_; }
+  [[nodiscard]] bool is_first() const { return outcome_ == outcome::held && !existed_ && !took_; }
   /// Whether the lock is held and certainly excludes the other processes of this machine.
   [[nodiscard]] bool is_effective() const {
     return outcome_ == outcome::held && are_locks_effective(out_.native(), where_);
@@ -3161,13 +3162,14 @@ class place_lock {
   void remove_file() { leave_ = false; }
   /// Removes the lock file if its holder has certainly ended: a forked child may still have the lock. Returns true if it
   /// did; try_acquire then makes a new file.
-  bool take_from_dead() const {
+  bool take_from_dead() {
     file held;
     if (held.open(where_, file::mode::neighbour) != 0) return false;
     const auto text = read_small_file(held, where_, 256);
     if (!text || !owner::parse(*text).is_provably_dead() || !held.is_named(where_)) return false;
     std::error_code failure;
-    return std::filesystem::remove(where_, failure);
+    if (!std::filesystem::remove(where_, failure)) return false;
+    return took_ = true;
   }
   /// Returns nanoseconds since 1970 by the file system's clock, or by the system's clock if the former is unknown.
   [[nodiscard]] std::int64_t now() const {
@@ -3228,7 +3230,7 @@ class place_lock {
   std::string key_;
   file out_;
   outcome outcome_ = outcome::busy;
-  bool existed_ = false, leave_ = false;
+  bool existed_ = false, took_ = false, leave_ = false;
 };
 
 // ---- partial files
