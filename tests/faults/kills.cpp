@@ -16,7 +16,6 @@
 // SPDX-License-Identifier: MIT
 #include <signal.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,6 +27,7 @@
 #include <random>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "trial.hpp"
@@ -40,15 +40,6 @@ using std::chrono::nanoseconds;
 
 constexpr const char* name = "large.bin";
 enum status { right, failed, wrong_content };
-
-void pause_until(clock::time_point end) {
-  const auto since = end.time_since_epoch();  // std::chrono::steady_clock is CLOCK_MONOTONIC
-  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(since);
-  timespec when{};
-  when.tv_sec = static_cast<time_t>(seconds.count());
-  when.tv_nsec = static_cast<long>(nanoseconds(since - seconds).count());
-  while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &when, nullptr) != 0) {}
-}
 
 class killing {
  public:
@@ -86,7 +77,7 @@ class killing {
     for (const auto id : ids) victims.emplace_back(began + nanoseconds(moment(dice_)), id);
     std::sort(victims.begin(), victims.end());
     for (const auto& [when, id] : victims) {
-      pause_until(when);
+      std::this_thread::sleep_until(when);
       kill(id, SIGKILL);  // a process that has ended is still there until take()
     }
     const auto succeeded_before = succeeded_;

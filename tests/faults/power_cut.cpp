@@ -263,7 +263,7 @@ class disk {
 class cutting {
  public:
   cutting(const faults::kind& which, const faults::servers& all, const fs::path& folder, std::uint64_t seed)
-      : kind_(which), root_(folder / "root"), cache_(folder / "cache"), dice_(seed) {
+      : servers_(all), kind_(which), root_(folder / "root"), cache_(folder / "cache"), dice_(seed) {
     settings_.base_url = all.plain.base_url;
     settings_.api_key = all.plain.key;
     settings_.cache_dir = cache_;
@@ -284,15 +284,7 @@ class cutting {
       fs::create_directories(each);
     }
     if (kind_.has_old) support::write_file(root_ / kind_.file, old_content_);
-    if (kind_.has_partial) {
-      auto options = options_;
-      options.connections = 1;
-      options.on_progress = [](const wandb::progress& now) {
-        return now.bytes_done < faults::large_size / 2;
-      };
-      (void)wandb::client<>(settings_).try_restore(kind_.file, options);
-      if (faults::read_files(root_).empty()) report("no partial file was made");
-    }
+    if (kind_.has_partial) faults::make_partial(servers_, settings_, options_);
     int number = 0;
     for (const auto& entry : fs::recursive_directory_iterator(root_.parent_path())) {
       if (entry.is_directory()) {
@@ -420,6 +412,7 @@ class cutting {
     }
   }
 
+  const faults::servers& servers_;
   const faults::kind kind_;
   const fs::path root_, cache_;
   std::mt19937_64 dice_;

@@ -51,6 +51,7 @@ namespace fs = std::filesystem;
 using namespace std::chrono_literals;
 
 constexpr std::uint64_t small_size = 150'001, large_size = 9 * 1024 * 1024 + 7;
+constexpr std::uint64_t stalled_size = 3 * 1024 * 1024;
 constexpr std::uint64_t old_seed = 1, new_seed = 2;
 
 // ------------------------------------------------------------------------------------------------------- failures
@@ -89,7 +90,7 @@ struct server_facts {
   std::string base_url, key, ca;
 };
 
-/// Two stand-ins, plain and TLS, in a child process that ends with this one.
+/// Stand-ins in a child process that ends with this one: plain, with TLS, and plain but stalling after 3 MiB of each answer.
 class servers {
  public:
   explicit servers(const fs::path& folder) {
@@ -110,7 +111,7 @@ class servers {
       text.append(bytes, static_cast<std::size_t>(count));
     close(facts[0]);
     std::istringstream lines(text);
-    for (auto* each : {&plain, &secure}) {
+    for (auto* each : {&plain, &secure, &stalling}) {
       std::getline(lines, each->base_url);
       std::getline(lines, each->key);
       std::getline(lines, each->ca);
@@ -123,16 +124,17 @@ class servers {
   servers(const servers&) = delete;
   servers& operator=(const servers&) = delete;
 
-  server_facts plain, secure;
+  server_facts plain, secure, stalling;
 
  private:
   [[noreturn]] static void serve(const fs::path& folder, int facts, int life) {
     {
       stand_in::options without_tls;
       without_tls.service_tls = without_tls.storage_tls = false;
-      stand_in::server plain_server(without_tls), secure_server;
+      stand_in::server plain_server(without_tls), secure_server, stalling_server(without_tls);
+      stalling_server.add_fault(stand_in::place::storage, stand_in::act::stall(stalled_size));
       std::string text;
-      for (auto* each : {&plain_server, &secure_server}) {
+      for (auto* each : {&plain_server, &secure_server, &stalling_server}) {
         const auto run = each->add_run("e", "p", "r");
         each->add_file(run, "small.bin", stand_in::generated(small_size, new_seed));
         each->add_file(run, "large.bin", stand_in::generated(large_size, new_seed));
@@ -140,7 +142,7 @@ class servers {
         unknown.md5_as = stand_in::md5_form::null;
         unknown.size_as = stand_in::size_form::null;
         each->add_file(run, "unknown.bin", stand_in::generated(small_size, new_seed), unknown);
-        const auto ca = folder / (each == &plain_server ? "plain.pem" : "secure.pem");
+        const auto ca = folder / (each == &secure_server ? "secure.pem" : "none.pem");
         each->write_ca(ca);
         text += each->base_url() + '\n' + each->key() + '\n' + ca.string() + '\n';
       }
@@ -205,10 +207,22 @@ inline std::size_t entries_in(const char* folder) {
   return count;
 }
 
+/// Downloads the first third of the large file, and cancels the restore.
+inline void make_partial(const servers& all, wandb::settings settings, wandb::restore_options options) {
+  settings.base_url = all.stalling.base_url;
+  settings.api_key = all.stalling.key;
+  options.connections = 1;
+  options.on_progress = [](const wandb::progress& now) { return now.bytes_done < stalled_size; };
+  const auto got = wandb::client<>(settings).try_restore("large.bin", options);
+  if (!got && got.error().code() == wandb::errc::cancelled && !read_files(options.root).empty()) return;
+  std::cerr << "no partial file was made\n";
+  std::exit(1);
+}
+
 class trial {
  public:
   trial(const kind& which, const servers& all, const fs::path& folder, failures& source)
-      : failures_(source), kind_(which), root_(folder / "root"), cache_(folder / "cache") {
+      : failures_(source), servers_(all), kind_(which), root_(folder / "root"), cache_(folder / "cache") {
     const auto& facts = which.is_secure ? all.secure : all.plain;
     settings_.base_url = facts.base_url;
     settings_.api_key = facts.key;
@@ -326,20 +340,13 @@ class trial {
     fs::create_directories(root_);
     fs::create_directories(cache_);
     if (kind_.has_old) support::write_file(root_ / kind_.file, old_content_);
-    if (kind_.has_new || kind_.has_partial) {
+    if (kind_.has_new) {
       auto options = options_;
       options.cache = wandb::cache_policy::replace();
-      if (kind_.has_partial) {
-        options.connections = 1;
-        options.on_progress = [](const wandb::progress& now) { return now.bytes_done < large_size / 2; };
-      }
       (void)wandb::client<>(settings_).try_restore(kind_.file, options);
     }
+    if (kind_.has_partial) make_partial(servers_, settings_, options_);
     before_ = read_files(root_);
-    if (kind_.has_partial && before_.empty()) {
-      std::cerr << "no partial file was made\n";
-      std::exit(1);
-    }
   }
   void reset() {
     for (const auto& entry : fs::directory_iterator(root_)) {
@@ -352,6 +359,7 @@ class trial {
   }
 
   failures& failures_;
+  const servers& servers_;
   const kind kind_;
   const fs::path root_, cache_;
   wandb::settings settings_;
