@@ -2907,10 +2907,15 @@ inline void remove_quietly(const path& where) {
 }
 
 inline result<void> make_directories(const path& directory) {
-  std::error_code failure, ignored;
-  if (!directory.empty()) std::filesystem::create_directories(directory, failure);
-  if (directory.empty() || std::filesystem::is_directory(directory, ignored)) return {};
-  if (!failure) failure = std::make_error_code(std::errc::not_a_directory);
+  if (directory.empty()) return {};
+  std::error_code failure;
+  std::filesystem::create_directories(directory, failure);
+  const auto made = facts_of(directory);
+  if (made.found() && made->is_directory) return {};
+  if (!failure) {
+    failure = made.failure() != 0 ? std::error_code(made.failure(), std::system_category())
+                                  : std::make_error_code(std::errc::not_a_directory);
+  }
   return error(errc::disk_failure, "cannot make the directory " + in_quotes(directory) + ": " +
                                        failure.message() + disk_remedy(failure.default_error_condition()));
 }
@@ -3210,15 +3215,11 @@ class place_lock {
       remove_quietly(where_);  // the file system has no locks, so nobody holds this one
       return outcome::unavailable;
     }
-    if (!out_.facts().found()) {  // a failing disk: do not wait for it
-      remove_quietly(where_);
-      out_.close();
-      return outcome::unavailable;
-    }
     // The previous holder may have removed the file after it was opened here: the next try makes a new one.
     if (!out_.is_named(where_)) {
+      const bool is_disk_failing = !out_.facts().found() || facts_of_entry(where_).failure() != 0;
       out_.close();
-      return outcome::busy;
+      return is_disk_failing ? outcome::unavailable : outcome::busy;
     }
     const std::string name = owner::self().str();
     (void)out_.resize(0);

@@ -1,14 +1,15 @@
 // Makes every system call of a restore fail in turn, and checks what is left each time.
 //
-//   system_calls [--sample N] [--from-then-on] [--functions] [--each] [KIND...]
+//   system_calls [--sample N] [--call N] [--from-then-on] [--functions] [--each] [KIND...]
 //
 // For each kind of restore: run it once to count its calls (of the functions in calls.c, in all threads, by the library and the
 // libraries that it uses). Then run it again and again; the first call fails in the first runs, once with each error that fits the
 // function, then the second, and so on. Functions that read, write or copy also process half of the bytes. A function's calls after
-// the 12th (the blocks of a large file) fail once each, with its errors by turns. --sample: only about N calls of each kind, once
-// each. --from-then-on: later calls of the same function fail, too, where that can last (a full
-// disk, no permission, no descriptors). --functions: print for each function how many calls failed, and what came of them. --each: print
-// each failure and what came of it.
+// the 12th (the blocks of a large file) fail once each, with its errors by turns.
+//
+// --sample: only about N calls of each kind, once each. --call: only the N-th call. --from-then-on: later calls of the same function
+// fail, too, if that can last (a full disk, no permission, no descriptors). --functions: print what came of the failures of each
+// function. --each: print what came of each failure.
 //
 // What is checked after each run: see trial.hpp. Also, the outcome must be success, disk_failure or connection_failed, and after a
 // single failure in a connection the restore must succeed, since it tries again.
@@ -208,13 +209,15 @@ int before_call(const call* made) {
 void after_call(const call*, long long) {}
 
 int main(int argc, char** argv) {
-  std::uint64_t sample = 0;
+  std::uint64_t sample = 0, only = 0;
   bool shows_functions = false, shows_each = false;
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     if (argument == "--sample" && i + 1 < argc) {
       sample = std::strtoull(argv[++i], nullptr, 10);
+    } else if (argument == "--call" && i + 1 < argc) {
+      only = std::strtoull(argv[++i], nullptr, 10);
     } else if (argument == "--from-then-on") {
       fails_later_ones = true;
     } else if (argument == "--functions") {
@@ -222,7 +225,8 @@ int main(int argc, char** argv) {
     } else if (argument == "--each") {
       shows_each = true;
     } else if (argument.rfind("--", 0) == 0) {
-      std::cerr << "usage: system_calls [--sample N] [--from-then-on] [--functions] [--each] [KIND...]\n";
+      std::cerr << "usage: system_calls [--sample N] [--call N] [--from-then-on] [--functions] [--each] "
+                   "[KIND...]\n";
       return 2;
     } else {
       wanted.push_back(argument);
@@ -246,10 +250,10 @@ int main(int argc, char** argv) {
     const std::uint64_t total = calls;
     const std::uint64_t step = sample == 0 ? 1 : (std::max<std::uint64_t>)(1, total / sample);
     std::map<std::string, int> outcomes;
-    std::uint64_t runs = 0, number = 1;
+    std::uint64_t runs = 0, number = (std::max<std::uint64_t>)(1, only);
     const auto began = seconds();
     // Threads make the number of calls vary: go on until none has failed.
-    for (bool is_reached = true; is_reached; number += step) {
+    for (bool is_reached = true; is_reached && (only == 0 || number == only); number += step) {
       // The errors by turns, so that a function's later calls meet all of them.
       const std::size_t first = number / step;
       for (std::size_t error = first, end = first + 1; error < end; ++error) {
@@ -270,7 +274,7 @@ int main(int argc, char** argv) {
         one.check_recovery();
       }
     }
-    sites += number - 1 - step;
+    sites += only != 0 ? 1 : number - 1 - step;
     runs_of_all += runs;
     violations += one.violations();
     std::cout << each.name << ": " << total << " calls, " << runs << " failures";
