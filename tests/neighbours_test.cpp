@@ -68,8 +68,8 @@ TEST_SUITE("neighbours") {
     REQUIRE(chown(cache.c_str(), user, user) == 0);
     REQUIRE(chown(elsewhere.c_str(), neighbour, neighbour) == 0);
 
-    // A cancelled restore shows the names of the hidden files, and leaves a record to forge.
-    std::string lock, in_use, released, record;
+    // A cancelled restore shows the names of the hidden files, and leaves blocks with a record.
+    std::string lock, in_use, released, honest;
     {
       world other;
       other.server.add_file(other.run, "model.h5", what);
@@ -83,9 +83,10 @@ TEST_SUITE("neighbours") {
       REQUIRE(other.hidden() == 1);
       const fs::path left = fs::directory_iterator(other.options.root)->path();
       released = left.filename().string();
-      record = support::read_file(left);
-      record.replace(0, 4096, std::string(4096, '!'));  // claims blocks with other bytes
+      honest = support::read_file(left);
     }
+    std::string forged = honest;  // claims blocks with other bytes
+    forged.replace(0, 4096, std::string(4096, '!'));
     // "<tag>-<key>-<realm>.<process>.<start>.<serial>.part"
     const auto owner_at = in_use.rfind('-') + 1, process_at = in_use.find('.', owner_at);
     const std::string dead = in_use.substr(0, process_at) + ".999999999.1.1.part";
@@ -119,7 +120,13 @@ TEST_SUITE("neighbours") {
          false, true},
 #endif
     };
-    for (const mode_t mode : {0777u, 01777u}) {
+    struct round {
+      mode_t mode;
+      const std::string& content;
+    };
+    for (const round& now : {round{0777, honest}, round{0777, forged}, round{01777, honest}}) {
+      const mode_t mode = now.mode;
+      const std::string& content = now.content;
       for (const std::string& name : {std::string("model.h5"), lock, released, dead, unknown}) {
         for (const auto& each : traps) {
           CAPTURE(std::string(each.name));
@@ -133,7 +140,7 @@ TEST_SUITE("neighbours") {
             const acting_as other(each.is_made_by_root ? 0 : neighbour);
             const auto mask = umask(0);
             fs::remove(theirs);
-            support::write_file(theirs, record);
+            support::write_file(theirs, content);
             each.put(root / name);
             umask(mask);
             opened = ::open((root / name).c_str(), O_RDWR | O_NONBLOCK);  // of a file: to change it later
@@ -161,8 +168,8 @@ TEST_SUITE("neighbours") {
           }
           if (opened >= 0) ::close(opened);
           std::string kept = support::read_file(theirs);
-          if (kept.compare(0, 5, "later") == 0) kept.replace(0, 5, "!!!!!");
-          CHECK((kept == record));
+          if (kept.compare(0, 5, "later") == 0) kept.replace(0, 5, content, 0, 5);
+          CHECK((kept == content));
           CHECK_FALSE(fs::exists(elsewhere / "none"));
           for (const auto& entry : fs::directory_iterator(root)) {
             const bool is_hidden = entry.path().filename().string().rfind(".wandb-restore-", 0) == 0;
