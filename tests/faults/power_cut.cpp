@@ -263,7 +263,9 @@ class disk {
 class cutting {
  public:
   cutting(const faults::kind& which, const faults::servers& all, const fs::path& folder, std::uint64_t seed)
-      : servers_(all), kind_(which), root_(folder / "root"), cache_(folder / "cache"), dice_(seed) {
+      : servers_(all), kind_(which),
+        root_(which.has_no_directory ? folder / "root" / "new" / "one" : folder / "root"),
+        cache_(folder / "cache"), folder_(folder), dice_(seed) {
     settings_.base_url = all.plain.base_url;
     settings_.api_key = all.plain.key;
     settings_.cache_dir = cache_;
@@ -279,14 +281,13 @@ class cutting {
 
   /// Runs the restore, and records it.
   void record() {
-    for (const auto& each : {root_, cache_}) {
-      fs::remove_all(each);
-      fs::create_directories(each);
-    }
+    fs::remove_all(folder_);
+    fs::create_directories(kind_.has_no_directory ? root_.parent_path().parent_path() : root_);
+    fs::create_directories(cache_);
     if (kind_.has_old) support::write_file(root_ / kind_.file, old_content_);
-    if (kind_.has_partial) faults::make_partial(servers_, settings_, options_);
+    if (kind_.has_partial) faults::make_partial(servers_, settings_, options_, kind_.was_killed);
     int number = 0;
-    for (const auto& entry : fs::recursive_directory_iterator(root_.parent_path())) {
+    for (const auto& entry : fs::recursive_directory_iterator(folder_)) {
       if (entry.is_directory()) {
         before_.directories.insert(entry.path().string());
         continue;
@@ -298,7 +299,7 @@ class cutting {
     }
     the_recorder.operations.clear();
     the_recorder.names = before_;
-    the_recorder.folder = root_.parent_path().string();
+    the_recorder.folder = folder_.string();
     the_recorder.is_on = true;
     auto got = wandb::client<>(settings_).try_restore(kind_.file, options_);
     the_recorder.is_on = false;
@@ -358,8 +359,7 @@ class cutting {
   }
 
   void put(const names_of_disk& names, const std::map<std::string, content>& files, bool is_long_ago) {
-    fs::remove_all(root_);
-    fs::remove_all(cache_);
+    fs::remove_all(folder_);
     for (const auto& each : names.directories) fs::create_directories(each);
     for (const auto& [name, left] : files) {
       fs::path where = name;
@@ -414,7 +414,7 @@ class cutting {
 
   const faults::servers& servers_;
   const faults::kind kind_;
-  const fs::path root_, cache_;
+  const fs::path root_, cache_, folder_;
   std::mt19937_64 dice_;
   wandb::settings settings_;
   wandb::restore_options options_;

@@ -169,6 +169,8 @@ struct kind {
   bool has_partial = false;  ///< a part of the content was downloaded before
   bool lists = false;        ///< lists the run's files instead
   wandb::cache_policy policy = wandb::cache_policy::keep();
+  bool was_killed = false;        ///< the process of that download was killed
+  bool has_no_directory = false;  ///< the directory is not there before
 };
 
 inline std::vector<kind> all_kinds() {
@@ -176,7 +178,11 @@ inline std::vector<kind> all_kinds() {
   return {{"fresh, small", "small.bin"},
           {"fresh, split", "large.bin"},
           {"fresh, size and md5 unknown", "unknown.bin"},
+          {"fresh, in a new directory", "small.bin", false, false, false, false, false, cache_policy::keep(),
+           false, true},
           {"resumed, split", "large.bin", false, false, false, true},
+          {"resumed after a kill, split", "large.bin", false, false, false, true, false, cache_policy::keep(),
+           true},
           {"replaced, small", "small.bin", false, true, false, false, false, cache_policy::replace()},
           {"replaced, split", "large.bin", false, true, false, false, false, cache_policy::replace()},
           {"refreshed, changed", "small.bin", false, true, false, false, false, cache_policy::refresh()},
@@ -191,6 +197,7 @@ using files = std::map<std::string, std::string>;
 
 inline files read_files(const fs::path& folder) {
   files read;
+  if (!fs::exists(folder)) return read;
   for (const auto& entry : fs::directory_iterator(folder))
     read[entry.path().filename().string()] = support::read_file(entry.path());
   return read;
@@ -207,14 +214,26 @@ inline std::size_t entries_in(const char* folder) {
   return count;
 }
 
-/// Downloads the first third of the large file, and cancels the restore.
-inline void make_partial(const servers& all, wandb::settings settings, wandb::restore_options options) {
+/// Downloads the first third of the large file. Then cancels the restore, or, if `is_killed`, kills its process.
+inline void make_partial(const servers& all, wandb::settings settings, wandb::restore_options options,
+                         bool is_killed) {
   settings.base_url = all.stalling.base_url;
   settings.api_key = all.stalling.key;
   options.connections = 1;
-  options.on_progress = [](const wandb::progress& now) { return now.bytes_done < stalled_size; };
-  const auto got = wandb::client<>(settings).try_restore("large.bin", options);
-  if (!got && got.error().code() == wandb::errc::cancelled && !read_files(options.root).empty()) return;
+  options.on_progress = [is_killed](const wandb::progress& now) {
+    if (now.bytes_done < stalled_size) return true;
+    if (is_killed) kill(getpid(), SIGKILL);
+    return false;
+  };
+  const pid_t child = fork();
+  if (child == 0) {
+    (void)wandb::client<>(settings).try_restore("large.bin", options);
+    _exit(0);
+  }
+  waitpid(child, nullptr, 0);
+  std::size_t parts = 0;
+  for (const auto& [name, bytes] : read_files(options.root)) parts += name.find(".part") != name.npos;
+  if (child > 0 && parts == 1) return;
   std::cerr << "no partial file was made\n";
   std::exit(1);
 }
@@ -222,7 +241,9 @@ inline void make_partial(const servers& all, wandb::settings settings, wandb::re
 class trial {
  public:
   trial(const kind& which, const servers& all, const fs::path& folder, failures& source)
-      : failures_(source), servers_(all), kind_(which), root_(folder / "root"), cache_(folder / "cache") {
+      : failures_(source), servers_(all), kind_(which),
+        root_(which.has_no_directory ? folder / "root" / "new" / "one" : folder / "root"),
+        cache_(folder / "cache") {
     const auto& facts = which.is_secure ? all.secure : all.plain;
     settings_.base_url = facts.base_url;
     settings_.api_key = facts.key;
@@ -337,7 +358,7 @@ class trial {
   void prepare() {
     fs::remove_all(root_);
     fs::remove_all(cache_);
-    fs::create_directories(root_);
+    fs::create_directories(kind_.has_no_directory ? root_.parent_path().parent_path() : root_);
     fs::create_directories(cache_);
     if (kind_.has_old) support::write_file(root_ / kind_.file, old_content_);
     if (kind_.has_new) {
@@ -345,10 +366,11 @@ class trial {
       options.cache = wandb::cache_policy::replace();
       (void)wandb::client<>(settings_).try_restore(kind_.file, options);
     }
-    if (kind_.has_partial) make_partial(servers_, settings_, options_);
+    if (kind_.has_partial) make_partial(servers_, settings_, options_, kind_.was_killed);
     before_ = read_files(root_);
   }
   void reset() {
+    if (kind_.has_no_directory) return void(fs::remove_all(root_.parent_path()));
     for (const auto& entry : fs::directory_iterator(root_)) {
       const std::string name = entry.path().filename().string();
       if (kind_.has_new && before_.count(name) != 0) continue;  // the receipt has its time of modification
