@@ -3,6 +3,7 @@
 //
 // After each restore:
 // - the call has returned, or thrown wandb::error or std::bad_alloc; within a minute;
+// - a stream that it returned has exactly the right content;
 // - the visible file is the old one, or the new one, or absent if there was none;
 // - a resumed download has lost no bytes that had arrived before;
 // - nothing else is outside of the library's hidden files; no thread and no descriptor is left;
@@ -267,6 +268,7 @@ class trial {
     std::string outcome = "success";
     begin_deadline(kind_.name + (", " + failures_.text()));
     std::optional<wandb::error> failure;
+    std::optional<wandb::restored_file> restored;
     bool is_bad_alloc = false, is_unknown = false;
     {
       // The strings and functions of the options are copied before.
@@ -277,7 +279,9 @@ class trial {
         wandb::client<> client(settings);
         if (kind_.lists) {
           if (auto got = client.try_list_files(options); !got) failure = got.error();
-        } else if (auto got = client.try_restore(kind_.file, options); !got) {
+        } else if (auto got = client.try_restore(kind_.file, options)) {
+          restored.emplace(*std::move(got));
+        } else {
           failure = got.error();
         }
       } catch (const std::bad_alloc&) {
@@ -288,6 +292,7 @@ class trial {
       failures_.end();
     }
     alarm(0);
+    if (restored) check_content(*std::exchange(restored, std::nullopt), "");
     message_ = failure ? failure->what() : "";
     if (failure) outcome = wandb::to_string(failure->code());
     if (is_bad_alloc) outcome = "bad_alloc";
@@ -312,11 +317,9 @@ class trial {
           report("the list is wrong afterwards");
         return;
       }
-      const bool keeps = kind_.has_old && std::string(kind_.name) == "kept";
       auto got = client.try_restore(kind_.file, options_);
       if (!got) return report(std::string("afterwards: ") + got.error().what());
-      const std::string content(std::istreambuf_iterator<char>(*got), {});
-      if (content != (keeps ? old_content_ : new_content_)) report("afterwards: wrong content");
+      check_content(*std::move(got), "afterwards: ");
     } catch (const std::exception& failure) {
       report(std::string("afterwards: ") + failure.what());
     }
@@ -337,6 +340,12 @@ class trial {
     if (++violations_ <= 20) std::cerr << kind_.name << ", " << failures_.text() << ": " << text << std::endl;
   }
 
+  void check_content(wandb::restored_file file, const std::string& when) {
+    const bool is_kept = std::string(kind_.name) == "kept";
+    const std::string content(std::istreambuf_iterator<char>(file), {});
+    if (content != (is_kept ? old_content_ : new_content_)) report(when + "wrong content");
+    if (file.verified() && content != new_content_) report(when + "the content is verified, but wrong");
+  }
   void check_files(const std::string& outcome) {
     bool is_visible = false, has_part = false;
     for (const auto& [name, text] : read_files(root_)) {
