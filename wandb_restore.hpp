@@ -7971,7 +7971,9 @@ class restoring {
   result<restored_file> use_local(const file_info* remote) {
     if (remote != nullptr && !remote->md5.empty() && copy_.md5() == remote->md5) {
       remember(remote->md5, opened_->facts());
-      return open_local(remote->md5);
+      auto restored = open_local(remote->md5);
+      if (restored) remove_quietly(place_.released());  // a part of this or of other content
+      return restored;
     }
     if (call_.cancelled()) return call_.why_cancelled();
     if (auto good = check_origin(); !good) return good.error();
