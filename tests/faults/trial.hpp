@@ -39,6 +39,7 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -176,21 +177,25 @@ struct kind {
 
 inline std::vector<kind> all_kinds() {
   using wandb::cache_policy;
-  return {{"fresh, small", "small.bin"},
-          {"fresh, split", "large.bin"},
-          {"fresh, size and md5 unknown", "unknown.bin"},
-          {"fresh, in a new directory", "small.bin", false, false, false, false, false, cache_policy::keep(),
-           false, true},
-          {"resumed, split", "large.bin", false, false, false, true},
-          {"resumed after a kill, split", "large.bin", false, false, false, true, false, cache_policy::keep(),
-           true},
-          {"replaced, small", "small.bin", false, true, false, false, false, cache_policy::replace()},
-          {"replaced, split", "large.bin", false, true, false, false, false, cache_policy::replace()},
-          {"refreshed, changed", "small.bin", false, true, false, false, false, cache_policy::refresh()},
-          {"refreshed, unchanged", "small.bin", false, false, true, false, false, cache_policy::refresh()},
-          {"kept", "small.bin", false, true},
-          {"listed", "", false, false, false, false, true},
-          {"fresh, over TLS", "small.bin", true}};
+  std::vector<kind> all{
+      {"fresh, small", "small.bin"},
+      {"fresh, split", "large.bin"},
+      {"fresh, size and md5 unknown", "unknown.bin"},
+      {"fresh, in a new directory", "small.bin", false, false, false, false, false, cache_policy::keep(),
+       false, true},
+      {"resumed, split", "large.bin", false, false, false, true},
+      {"replaced, small", "small.bin", false, true, false, false, false, cache_policy::replace()},
+      {"replaced, split", "large.bin", false, true, false, false, false, cache_policy::replace()},
+      {"refreshed, changed", "small.bin", false, true, false, false, false, cache_policy::refresh()},
+      {"refreshed, unchanged", "small.bin", false, false, true, false, false, cache_policy::refresh()},
+      {"kept", "small.bin", false, true},
+      {"listed", "", false, false, false, false, true},
+      {"fresh, over TLS", "small.bin", true}};
+#if !TESTS_SANITIZED  // see support.hpp: forks
+  all.push_back({"resumed after a kill, split", "large.bin", false, false, false, true, false,
+                 cache_policy::keep(), true});
+#endif
+  return all;
 }
 
 /// A root before a restore, as files to copy.
@@ -226,15 +231,13 @@ inline void make_partial(const servers& all, wandb::settings settings, wandb::re
     if (is_killed) kill(getpid(), SIGKILL);
     return false;
   };
-  const pid_t child = fork();
-  if (child == 0) {
-    (void)wandb::client<>(settings).try_restore("large.bin", options);
-    _exit(0);
-  }
-  waitpid(child, nullptr, 0);
+  const pid_t child = is_killed ? fork() : 0;
+  if (child == 0) (void)wandb::client<>(settings).try_restore("large.bin", options);
+  if (child == 0 && is_killed) _exit(0);
+  if (is_killed) waitpid(child, nullptr, 0);
   std::size_t parts = 0;
   for (const auto& [name, bytes] : read_files(options.root)) parts += name.find(".part") != name.npos;
-  if (child > 0 && parts == 1) return;
+  if (child >= 0 && parts == 1) return;
   std::cerr << "no partial file was made\n";
   std::exit(1);
 }
@@ -258,6 +261,7 @@ class trial {
     const std::uint64_t size = which.file == std::string("large.bin") ? large_size : small_size;
     old_content_ = stand_in::read_text(*stand_in::generated(size, old_seed));
     new_content_ = stand_in::read_text(*stand_in::generated(size, new_seed));
+    std::thread([] {}).join();  // a sanitizer starts a thread of its own with the first one
     prepare();
   }
 
