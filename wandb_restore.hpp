@@ -3000,6 +3000,12 @@ class file {
     const auto own = facts(), named = facts_of_entry(where);
     return own.found() && named.found() && named->is_same_file(*own);
   }
+  /// Renames this file. A remote disk that lost its first answer may report a failure although the file was renamed: the new
+  /// name then decides. On Windows no other file may have the new name.
+  [[nodiscard]] int rename(const path& source, const path& destination) const {
+    const int code = rename_over(source, destination);
+    return code != 0 && is_named(destination) ? 0 : code;
+  }
   [[nodiscard]] file_handle native() const { return handle_; }
 
  private:
@@ -3036,10 +3042,15 @@ inline void remove_quietly(const path& where) {
 }
 
 inline result<void> make_directories(const path& directory) {
-  std::error_code failure, ignored;
-  if (!directory.empty()) std::filesystem::create_directories(directory, failure);
-  if (directory.empty() || std::filesystem::is_directory(directory, ignored)) return {};
-  if (!failure) failure = std::make_error_code(std::errc::not_a_directory);
+  if (directory.empty()) return {};
+  std::error_code failure;
+  std::filesystem::create_directories(directory, failure);
+  const auto made = facts_of(directory);
+  if (made.found() && made->is_directory) return {};
+  if (!failure) {
+    failure = made.failure() != 0 ? std::error_code(made.failure(), std::system_category())
+                                  : std::make_error_code(std::errc::not_a_directory);
+  }
   return error(errc::disk_failure, "cannot make the directory " + in_quotes(directory) + ": " +
                                        failure.message() + disk_remedy(failure.default_error_condition()));
 }
@@ -3262,7 +3273,8 @@ class place_lock {
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
-    if (outcome_ == outcome::held && !leave_) remove_quietly(where_);  // before unlocking: see is_named below
+    // Remove the file before unlocking: see try_file(). Another process may have taken this lock, and the name is its file's.
+    if (outcome_ == outcome::held && !leave_ && out_.is_named(where_)) remove_quietly(where_);
     out_.close();
     if (outcome_ != outcome::busy) forget();
   }
@@ -3280,7 +3292,7 @@ class place_lock {
     return outcome_;
   }
   /// Whether the lock is held and its file is new: then no earlier holder was killed or left its file.
-  [[nodiscard]] bool is_first() const { return outcome_ == outcome::held && !existed_; }
+  [[nodiscard]] bool is_first() const { return outcome_ == outcome::held && !existed_ && !took_; }
   /// Whether the lock is held and certainly excludes the other processes of this machine.
   [[nodiscard]] bool is_effective() const {
     return outcome_ == outcome::held && are_locks_effective(out_.native(), where_);
@@ -3290,13 +3302,14 @@ class place_lock {
   void remove_file() { leave_ = false; }
   /// Removes the lock file if its holder has certainly ended: a forked child may still have the lock. Returns true if it
   /// did; try_acquire then makes a new file.
-  bool take_from_dead() const {
+  bool take_from_dead() {
     file held;
     if (held.open(where_, file::mode::neighbour) != 0) return false;
     const auto text = read_small_file(held, where_, 256);
     if (!text || !owner::parse(*text).is_provably_dead() || !held.is_named(where_)) return false;
     std::error_code failure;
-    return std::filesystem::remove(where_, failure);
+    if (!std::filesystem::remove(where_, failure)) return false;
+    return took_ = true;
   }
   /// Returns nanoseconds since 1970 by the file system's clock, or by the system's clock if the former is unknown.
   [[nodiscard]] std::int64_t now() const {
@@ -3339,8 +3352,9 @@ class place_lock {
     }
     // The previous holder may have removed the file after it was opened here: the next try makes a new one.
     if (!out_.is_named(where_)) {
+      const bool is_disk_failing = !out_.facts().found() || facts_of_entry(where_).failure() != 0;
       out_.close();
-      return outcome::busy;
+      return is_disk_failing ? outcome::unavailable : outcome::busy;
     }
     const std::string name = owner::self().str();
     (void)out_.resize(0);
@@ -3352,7 +3366,7 @@ class place_lock {
   std::string key_;
   file out_;
   outcome outcome_ = outcome::busy;
-  bool existed_ = false, leave_ = false;
+  bool existed_ = false, took_ = false, leave_ = false;
 };
 
 // ---- partial files
@@ -3484,9 +3498,10 @@ class partial_file {
   void fallback(path name) { fallback_ = std::move(name); }
   /// Closes the file, and keeps it for the next restore of this content. Has no effect on a published file.
   void release(const place& at, const std::string& md5) {
-    if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && !has_better_successor(at)) {
+    if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && out_.is_named(where_) &&
+        !has_better_successor(at)) {
       if (is_finished_) write_record();
-      is_claimed_ = !(out_.is_named(where_) && rename_over(where_, at.released()) == 0);
+      is_claimed_ = rename_over(where_, at.released()) != 0;
     }
     out_.close();
   }
@@ -3615,7 +3630,7 @@ inline std::unique_ptr<partial_file> partial_file::inspect(const found_partial& 
 
 inline bool partial_file::claim(const place& at) {
   fallback_ = at.partial(md5_, owner::self().str());
-  if (rename_over(where_, fallback_) != 0) return false;
+  if (out_.rename(where_, fallback_) != 0) return false;
   where_.swap(fallback_);
   is_claimed_ = true;
   const auto opened = out_.facts();
@@ -3757,9 +3772,10 @@ inline result<void> partial_file::finish() {
 inline result<std::ifstream> partial_file::publish(const place& at,
                                                    function_ref<void(const file_facts&)> announce) {
   const auto old = facts_of(at.target);
-  // Restore the record, so that release() can keep the file.
+  // Restore the record, so that release() can keep the file. Without its name it may be the published file.
   const auto failed = [&](const error& failure) {
-    if (out_.is_open() || out_.open(where_, file::mode::update) == 0) write_record();
+    const bool is_open = out_.is_open() || out_.open(where_, file::mode::update) == 0;
+    if (is_open && out_.is_named(where_)) write_record();
     return failure;
   };
   if (old.failure() != 0) return failed(disk_error("look at", at.target, old.failure()));
@@ -3798,7 +3814,7 @@ inline result<std::ifstream> partial_file::publish(const place& at,
     return error(errc::disk_failure,
                  "cannot use " + in_quotes(where_) + ": another program has replaced it; try again");
   }
-  if (const int code = rename_over(where_, at.target))
+  if (const int code = out_.rename(where_, at.target))
     return failed(disk_error("rename a finished file to", at.target, code));
   is_claimed_ = false;
   out_.close();
@@ -8125,7 +8141,9 @@ class restoring {
   result<restored_file> use_local(const file_info* remote) {
     if (remote != nullptr && !remote->md5.empty() && copy_.md5() == remote->md5) {
       remember(remote->md5, opened_->facts());
-      return open_local(remote->md5);
+      auto restored = open_local(remote->md5);
+      if (restored) remove_quietly(place_.released());  // a part of this or of other content
+      return restored;
     }
     if (call_.cancelled()) return call_.why_cancelled();
     if (auto good = check_origin(); !good) return good.error();

@@ -1446,6 +1446,22 @@ TEST_SUITE("download: failures") {
     CHECK(it.storage_bytes() == small_size - 2 * 65536);
   }
 
+  TEST_CASE("a refresh that finds the service's content in place removes the part of an earlier download") {
+    world it;
+    const auto what = it.add("model.h5", small_size);
+    it.server.add_fault(target(place::storage).nth(1), act::stall(150'000));
+    it.options.on_progress = [](const wandb::progress& now) { return now.bytes_done == 0; };
+    it.check_failed(it.restore("model.h5"), errc::cancelled);
+    CHECK(it.hidden() == 1);
+    support::write_file(it.at("model.h5"), stand_in::read_text(*what));
+    it.options.on_progress = {};
+    it.options.cache = wandb::cache_policy::refresh();
+    const auto refreshed = it.restore("model.h5");
+    REQUIRE(refreshed.has_value());
+    CHECK(refreshed->source() == wandb::source::local);
+    CHECK(it.hidden() == 0);
+  }
+
   TEST_CASE("a few quick bytes with each try are no progress: retries end") {
     world it;
     it.add("model.h5", small_size);

@@ -635,6 +635,7 @@ TEST_SUITE("processes: signals, streams and disks") {
         {"an interrupted sync", {{"FAULT_SYNC", "EINTR"}}, false, nullptr},
         {"an interrupted cut", {{"FAULT_TRUNCATE", "EINTR"}}, false, nullptr},
         {"an interrupted rename", {{"FAULT_RENAME", "EINTR"}}, false, nullptr},
+        {"a rename whose answer is lost", {{"FAULT_RENAME", "lost"}}, false, nullptr},
         {"an interrupted lock", {{"FAULT_LOCK", "EINTR"}}, false, nullptr},
         {"an interrupted look", {{"FAULT_LOOK", "EINTR"}}, false, nullptr},
         {"an interrupted open", {{"FAULT_OPEN", "EINTR"}}, false, nullptr},

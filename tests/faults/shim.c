@@ -11,8 +11,8 @@
  *   FAULT_TRUNCATE=ERROR                 ftruncate fails
  *   FAULT_UNLINK=ERROR                   removing a name that ends in .lock fails
  *   FAULT_DIRECTORY=PATH                 the process is killed when it reads that directory
- *   FAULT_RENAME=ERROR | kill            rename fails, or the process is killed in rename, if the new name does not
- *                                        begin with a dot
+ *   FAULT_RENAME=ERROR | kill | lost     rename fails, or the process is killed in rename, or rename fails after it has
+ *                                        renamed the file, if the new name does not begin with a dot
  *   FAULT_LOOK=ERROR                     the first stat of a file named model.h5 fails
  *   FAULT_OPEN=ERROR                     the first open of a file named model.h5 fails
  *   FAULT_THREAD=N | N-                  the N-th pthread_create fails; N-: and all later ones
@@ -255,6 +255,10 @@ int rename(const char* from, const char* to) {
   if ((name ? name[1] : to[0]) != '.') {
     const char* value = getenv("FAULT_RENAME");
     if (value && strcmp(value, "kill") == 0) raise(SIGKILL);
+    if (value && strcmp(value, "lost") == 0) {
+      if (((int (*)(const char*, const char*))dlsym(RTLD_NEXT, "rename"))(from, to) == 0) errno = EIO;
+      return -1;
+    }
     if (fails("FAULT_RENAME")) return -1;
   }
   return ((int (*)(const char*, const char*))dlsym(RTLD_NEXT, "rename"))(from, to);
