@@ -35,9 +35,9 @@
 // ============================================================================================ configuration
 
 #define WANDB_RESTORE_VERSION_MAJOR 0
-#define WANDB_RESTORE_VERSION_MINOR 1
+#define WANDB_RESTORE_VERSION_MINOR 2
 #define WANDB_RESTORE_VERSION_PATCH 0
-#define WANDB_RESTORE_VERSION "0.1.0"
+#define WANDB_RESTORE_VERSION "0.2.0"
 
 // Macros a program may define. The first three must be the same in every file of one program. Each is part of the
 // inline namespace's name: files that disagree fail to link.
