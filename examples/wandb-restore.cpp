@@ -1,10 +1,11 @@
 // wandb-restore: restores files of Weights & Biases runs to local disk, verified and resumable.
 //
 //   wandb-restore model-best.h5 --run-path entity/project/run_id
+//   wandb-restore 'checkpoints/*.pt' --newest --wait 600 --run-path entity/project/run_id
 //   wandb-restore --list '*.ckpt' --run-path entity/project/run_id --json
 //
-// Prints the local path of each restored file to standard output, one per line (with --json: one object per line), and
-// everything else to standard error. `exit_status` maps failures to exit statuses.
+// Prints the local path of each restored file to standard output, one per line (with --json: one object per line, and one of
+// totals after the files of a pattern), and everything else to standard error. `exit_status` maps failures to exit statuses.
 //
 // Needs CLI11 2.1 or later, and the dependencies of wandb_restore.hpp.
 // SPDX-License-Identifier: MIT
@@ -76,10 +77,11 @@ int exit_status(wandb::errc code) {
 }
 
 constexpr const char* help_footer =
-    "NAMEs are paths inside the run. Every NAME is tried; the exit status is that of the first failure, or\n"
-    "130 after an interrupt. With --list, NAMEs are patterns: * matches any text, including /, and ? "
-    "matches\n"
-    "one character.\n"
+    "NAMEs are paths inside the run. A NAME with * or ? is a pattern, and one that ends in / means all "
+    "files\n"
+    "below it: * matches any text, including /, and ? matches one character. Quote patterns, or the shell\n"
+    "replaces them. Every NAME is tried; the exit status is that of the first failure, or 130 after an\n"
+    "interrupt.\n"
     "\n"
     "The key and the default entity, project and run come from the same sources as in the Python SDK:\n"
     "WANDB_API_KEY, WANDB_BASE_URL, WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_ID, settings files, netrc.\n"
@@ -146,7 +148,11 @@ std::vector<std::string> utf8_arguments(int argc, char** argv) {
 
 std::filesystem::path utf8_path(const std::string& text) { return text; }
 
-bool stderr_is_terminal() { return isatty(STDERR_FILENO) != 0; }
+/// Whether standard error is a terminal on which a line can be drawn again.
+bool stderr_is_terminal() {
+  const char* const kind = std::getenv("TERM");
+  return isatty(STDERR_FILENO) != 0 && !(kind != nullptr && std::strcmp(kind, "dumb") == 0);
+}
 
 std::size_t terminal_width() {
   winsize size{};
@@ -255,8 +261,13 @@ std::string duration(double seconds) {
   return text;
 }
 
-/// Whether the text matches the pattern: `*` matches any text, `?` one character.
+bool is_pattern(std::string_view name) {
+  return name.find_first_of("*?") != std::string_view::npos || (!name.empty() && name.back() == '/');
+}
+
+/// Whether the text matches the pattern: `*` matches any text, `?` one character; a '/' at the end, all below.
 bool matches(std::string_view pattern, std::string_view text) {
+  if (pattern.size() > 1 && pattern.back() == '/') return matches(std::string(pattern) + '*', text);
   std::size_t p = 0, t = 0, star = std::string_view::npos, star_end = 0;
   while (t < text.size()) {
     if (p < pattern.size() && pattern[p] == '*') {
@@ -276,17 +287,22 @@ bool matches(std::string_view pattern, std::string_view text) {
 
 // ---- standard error: messages, and a progress line on a terminal ------------------------------------------
 
-/// Returns e.g. "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s     0:05 left". To fit into `width` columns,
-/// items are left out from the right, and the name is shortened.
+/// Returns e.g. "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s     0:05 left"; for several files with
+/// "12/40 files" behind the percentage. To fit into `width` columns, items are left out from the right, and the name is
+/// shortened.
 std::string status_line(const wandb::progress& now, std::size_t width) {
   const auto done = static_cast<double>(now.bytes_done);
   const auto total = static_cast<double>(now.bytes_total.value_or(0));
   const double part = total > 0 ? std::min(done / total, 1.0) : 1;
 
   std::vector<std::string> facts;  // of constant width during a download, so that the line is steady
+  if (now.bytes_total) facts.push_back(padded(std::to_string(static_cast<int>(part * 100)) + '%', 4));
+  if (now.files_total > 1) {
+    const std::string files = std::to_string(now.files_total);
+    facts.push_back(padded(std::to_string(now.files_done), files.size()) + '/' + files + " files");
+  }
   if (now.bytes_total) {
     const unit in = unit_for(total);
-    facts.push_back(padded(std::to_string(static_cast<int>(part * 100)) + '%', 4));
     facts.push_back(padded(number(done, in), 4) + '/' + amount(total));
   } else {
     facts.push_back(padded(amount(done), 8));
@@ -325,6 +341,14 @@ class console {
   bool shows_progress() const { return progress_; }
 
   void error(std::string_view text) { say(text); }
+  /// Prints a message once, however often it is given.
+  void advise(const std::string& text) {
+    if (std::exchange(advice_, text) != text) say(text);
+  }
+  /// Prints a message unless --quiet is given.
+  void note(std::string_view text) {
+    if (warnings_) say(text);
+  }
   void warning(std::string_view text) {
     if (warnings_) say("warning: " + std::string(text));
   }
@@ -360,6 +384,7 @@ class console {
 
   std::mutex mutex_;  // guards the members: warnings may come from other threads than progress
   std::size_t drawn_ = 0;
+  std::string advice_;
   bool warnings_, progress_;
 };
 
@@ -397,8 +422,11 @@ struct arguments {
   std::vector<std::string> names;
   std::string run_path, root;
   bool replace = false, refresh = false, list = false, as_json = false, quiet = false, no_progress = false;
+  bool newest = false, dry_run = false;
   int connections = wandb::restore_options{}.connections;
-  std::optional<double> timeout;  // seconds
+  std::optional<double> timeout;    // seconds
+  double wait = 0;                  // seconds
+  std::filesystem::path directory;  // root, or else the run's directory
 };
 
 int report(const wandb::error& failure, console& out) {
@@ -406,59 +434,203 @@ int report(const wandb::error& failure, console& out) {
   return exit_status(failure.code());
 }
 
-/// Restores every named file. After a failure it continues with the next name. Returns the exit status.
-int restore_files(wandb::client<>& client, const arguments& given, console& out) {
+/// How long something took.
+class stopwatch {
+ public:
+  double seconds() const { return std::chrono::duration<double>(clock::now() - begin_).count(); }
+
+ private:
+  using clock = std::chrono::steady_clock;
+  const clock::time_point begin_ = clock::now();
+};
+
+double in_milliseconds(double seconds) { return std::round(seconds * 1000) / 1000; }
+
+std::chrono::milliseconds duration_of(double seconds) {
+  return std::chrono::ceil<std::chrono::milliseconds>(std::chrono::duration<double>(seconds));
+}
+
+/// The outcome of restore_all for a file that was restored alone.
+wandb::restored_entry entry_of(const std::string& name, const wandb::restored_file& file, double seconds) {
+  wandb::restored_entry entry;
+  entry.name = name;
+  entry.path = file.path();
+  entry.size = file.size();
+  entry.md5 = file.md5();
+  entry.source = file.source();
+  entry.verified = file.verified();
+  entry.time = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::duration<double>(seconds));
+  return entry;
+}
+
+/// Prints the line of a restored file.
+bool print(const wandb::restored_entry& file, const arguments& given, console& out) {
+  const std::string path = utf8_text(file.path);
+  if (!given.as_json) return print(path, out);
+  return print(text_of({{"name", file.name},
+                        {"path", path},
+                        {"size", file.size},
+                        {"md5", unless_empty(file.md5)},
+                        {"source", name_of(file.source)},
+                        {"verified", file.verified},
+                        {"seconds", in_milliseconds(std::chrono::duration<double>(file.time).count())}}),
+               out);
+}
+
+wandb::restore_options options_of(const arguments& given, console& out) {
   wandb::restore_options options;
   options.run_path = given.run_path;
   options.root = utf8_path(given.root);
   options.replace = given.replace;
   if (given.refresh) options.cache = wandb::cache_policy::refresh();
   options.connections = given.connections;
+  options.wait = duration_of(given.wait);
   options.cancel = &interrupted;
   if (out.shows_progress()) {
     options.on_progress = [&out](const wandb::progress& now) { return out.progress(now), true; };
   }
+  return options;
+}
+
+/// Reports a failure, and says how to name a run if none was named. Returns the exit status.
+int report(const wandb::error& failure, const arguments& given, console& out) {
+  const int status = report(failure, out);
+  if (given.run_path.empty() && failure.code() == wandb::errc::invalid_run_path) {
+    const bool like_one = given.names.size() > 1 && wandb::run_path::parse(given.names.back()).has_value();
+    out.advise("name the run with --run-path " +
+               (like_one ? given.names.back() : std::string("entity/project/run_id")));
+  }
+  return status;
+}
+
+/// Restores one file, or with --newest the last changed one of a pattern. Returns the exit status.
+int restore_file(wandb::client<>& client, const std::string& name, const arguments& given, console& out) {
+  const wandb::restore_options options = options_of(given, out);
+  const stopwatch time;
+  auto file = given.newest ? client.try_restore_newest(name, options) : client.try_restore(name, options);
+  if (!file) return report(file.error(), given, out);
+
+  wandb::restored_entry entry = entry_of(name, *file, time.seconds());
+  if (given.newest) {
+    const auto& root = given.directory;
+    const auto relative = root.empty() ? file->path() : file->path().lexically_relative(root);
+    entry.name.clear();
+    for (const auto unit : relative.generic_u8string()) entry.name += static_cast<char>(unit);
+  }
+  const std::string verified = entry.verified ? ", verified" : ", not verified";
+  if (entry.source == wandb::source::downloaded) {
+    out.finish(entry.name + "  " + amount(static_cast<double>(entry.size)) + " in " +
+               duration(time.seconds()) + verified);
+  } else {
+    out.finish(entry.name + "  local copy kept" + verified);
+  }
+  return print(entry, given, out) ? status_done : status_disk;
+}
+
+/// Restores the files that match a pattern. With --json, a last object has the totals. Returns the exit status.
+int restore_matches(wandb::client<>& client, const std::string& pattern, const arguments& given,
+                    console& out) {
+  const stopwatch time;
+  const auto restored = client.try_restore_all(pattern, options_of(given, out));
+  if (!restored) return report(restored.error(), given, out);
 
   int status = status_done;
-  bool told_of_run_path = false;
-  for (const std::string& name : given.names) {
-    const auto begin = std::chrono::steady_clock::now();
-    auto file = client.try_restore(name, options);
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    if (!file) {
-      const int failure = report(file.error(), out);
-      const bool no_run_path = given.run_path.empty() && file.error().code() == wandb::errc::invalid_run_path;
-      if (no_run_path && !std::exchange(told_of_run_path, true)) {
-        const bool like_one =
-            given.names.size() > 1 && wandb::run_path::parse(given.names.back()).has_value();
-        out.error("name the run with --run-path " +
-                  (like_one ? given.names.back() : "entity/project/run_id"));
-      }
-      if (failure == status_interrupted) return failure;
+  std::size_t downloaded = 0, failed = 0;
+  std::uint64_t bytes = 0;
+  for (const wandb::restored_entry& file : restored->files) {
+    if (file.failure) {
+      ++failed;
+      // The failure that ended the call is that of each file that was left: it is told once.
+      const bool is_told =
+          restored->failure && std::string_view(file.failure->what()) == restored->failure->what();
+      const int failure = is_told ? exit_status(file.failure->code()) : report(*file.failure, out);
       if (status == status_done) status = failure;
       continue;
     }
-
-    const std::string verified = file->verified() ? ", verified" : ", not verified";
-    if (file->source() == wandb::source::downloaded) {
-      out.finish(name + "  " + amount(static_cast<double>(file->size())) + " in " + duration(seconds) +
-                 verified);
-    } else {
-      out.finish(name + "  local copy kept" + verified);
-    }
-    const std::string path = utf8_text(file->path());
-    std::string line = path;
-    if (given.as_json) {
-      line = text_of({{"name", name},
-                      {"path", path},
-                      {"size", file->size()},
-                      {"md5", unless_empty(file->md5())},
-                      {"source", name_of(file->source())},
-                      {"verified", file->verified()},
-                      {"seconds", std::round(seconds * 1000) / 1000}});
-    }
-    if (!print(std::move(line), out)) return status == status_done ? status_disk : status;
+    if (file.source == wandb::source::downloaded) ++downloaded, bytes += file.size;
+    if (!print(file, given, out)) return status == status_done ? status_disk : status;
   }
+  if (restored->failure) {
+    const int failure = report(*restored->failure, out);
+    if (status == status_done || failure == status_interrupted) status = failure;
+  }
+  const std::size_t count = restored->files.size();
+  if (given.as_json) {
+    const json totals = {
+        {"files", count},   {"downloaded", downloaded}, {"local", count - downloaded - failed},
+        {"failed", failed}, {"bytes", bytes},           {"seconds", in_milliseconds(time.seconds())}};
+    if (!print(text_of({{"totals", totals}}), out)) return status == status_done ? status_disk : status;
+  }
+  out.finish(pattern + "  " + std::to_string(count - failed) + " of " + std::to_string(count) + " files, " +
+             amount(static_cast<double>(bytes)) + " downloaded in " + duration(time.seconds()));
+  return status;
+}
+
+/// Restores the files of every NAME. After a failure it continues with the next. Returns the exit status.
+int restore_files(wandb::client<>& client, const arguments& given, console& out) {
+  int status = status_done;
+  for (const std::string& name : given.names) {
+    const bool has_many = is_pattern(name) && !given.newest;
+    const int failure =
+        has_many ? restore_matches(client, name, given, out) : restore_file(client, name, given, out);
+    if (failure == status_interrupted) return failure;
+    if (status == status_done) status = failure;
+  }
+  return status;
+}
+
+/// Prints the sizes and paths of the files that a restore would download. Returns the exit status.
+int show_downloads(wandb::client<>& client, const arguments& given, console& out) {
+  wandb::restore_options options = options_of(given, out);
+  const auto files = client.try_list_files(options);
+  if (!files) return report(files.error(), given, out);
+
+  const auto policy = given.replace   ? wandb::cache_policy::replace()
+                      : given.refresh ? wandb::cache_policy::refresh()
+                                      : wandb::cache_policy::keep();
+  std::size_t count = 0;
+  std::uint64_t bytes = 0;
+  const auto show = [&](const wandb::file_info& file) {
+    wandb::local_copy local;
+    local.path = given.directory / utf8_path(file.name);
+    std::error_code failure;
+    if (std::filesystem::exists(local.path, failure)) {
+      local.size = std::filesystem::file_size(local.path, failure);
+      auto verdict = policy(local, nullptr);
+      if (verdict == wandb::cache_policy::verdict::ask) verdict = policy(local, &file);
+      if (verdict == wandb::cache_policy::verdict::keep) return true;
+    }
+    ++count;
+    bytes += file.size.value_or(0);
+    const std::string path = utf8_text(local.path);
+    if (!given.as_json) return print((file.size ? std::to_string(*file.size) : "-") + '\t' + path, out);
+    return print(text_of({{"name", file.name},
+                          {"path", path},
+                          {"size", file.size ? json(*file.size) : json(nullptr)},
+                          {"md5", unless_empty(file.md5)}}),
+                 out);
+  };
+
+  int status = status_done;
+  for (const std::string& name : given.names) {
+    const wandb::file_info* newest = nullptr;
+    bool is_there = false;
+    for (const wandb::file_info& file : *files) {
+      if (!(is_pattern(name) ? matches(name, file.name) : name == file.name)) continue;
+      is_there = true;
+      if (given.newest) {
+        if (newest == nullptr || newest->updated_at <= file.updated_at) newest = &file;
+      } else if (!show(file)) {
+        return status_disk;
+      }
+    }
+    if (newest != nullptr && !show(*newest)) return status_disk;
+    if (is_there) continue;
+    out.error("no file of the run matches \"" + name + '"');
+    if (status == status_done) status = status_not_found;
+  }
+  out.note(std::to_string(count) + (count == 1 ? " file, " : " files, ") +
+           amount(static_cast<double>(bytes)) + " would be downloaded");
   return status;
 }
 
@@ -468,7 +640,7 @@ int list_files(wandb::client<>& client, const arguments& given, console& out) {
   options.run_path = given.run_path;
   options.cancel = &interrupted;
   const auto files = client.try_list_files(options);
-  if (!files) return report(files.error(), out);
+  if (!files) return report(files.error(), given, out);
 
   std::vector<bool> used(given.names.size(), false);
   for (const wandb::file_info& file : *files) {
@@ -514,9 +686,14 @@ int run(int argc, char** argv) {
   app.add_option("--root", given.root,
                  "Directory to store files under; default: the run's directory, else the current one")
       ->type_name("DIR");
+  app.add_flag("--newest", given.newest, "Of the files that match a NAME, only the one changed last");
+  app.add_option("--wait", given.wait, "Wait for a file that the run has not uploaded yet; default: 0")
+      ->type_name("SECONDS");
+  app.add_flag("--dry-run", given.dry_run,
+               "Print sizes and paths of what would be downloaded; download nothing");
   app.add_flag("--list", given.list, "List the run's files: size, time of the last change, name");
   app.add_flag("--json", given.as_json, "Print one JSON object per line");
-  app.add_option("--connections", given.connections, "Most connections for one large file")
+  app.add_option("--connections", given.connections, "Most connections")
       ->capture_default_str()
       ->type_name("N");
   app.add_option("--timeout", given.timeout, "End a connection after this time without data; default: 30")
@@ -530,10 +707,17 @@ int run(int argc, char** argv) {
     app.parse(std::move(words));
     if (given.names.empty() && !given.list) throw CLI::RequiredError("NAME");
     if (given.replace && given.refresh) throw CLI::ExcludesError("--replace", "--refresh");
+    if (given.list && (given.newest || given.dry_run || given.wait != 0)) {
+      throw CLI::ExcludesError("--list", given.newest ? "--newest" : given.dry_run ? "--dry-run" : "--wait");
+    }
+    if (given.dry_run && given.wait != 0) throw CLI::ExcludesError("--dry-run", "--wait");
     if (given.connections < 1) throw CLI::ValidationError("--connections", "must be at least 1");
     constexpr double longest = 1e6;  // eleven days
     if (given.timeout && !(*given.timeout > 0 && *given.timeout <= longest)) {
       throw CLI::ValidationError("--timeout", "must be more than 0 and at most 1000000 seconds");
+    }
+    if (!(given.wait >= 0 && given.wait <= 100 * longest)) {
+      throw CLI::ValidationError("--wait", "must be at least 0 and at most 100000000 seconds");
     }
   } catch (const CLI::ParseError& stop) {
     return app.exit(stop) == 0 ? status_done : status_usage;  // --help and --version throw, too
@@ -543,13 +727,14 @@ int run(int argc, char** argv) {
   wandb::settings settings = wandb::settings::from_environment();
   settings.on_warning = [&out](std::string_view text) { out.warning(text); };
   if (given.timeout) {
-    const auto limit =
-        std::chrono::ceil<std::chrono::milliseconds>(std::chrono::duration<double>(*given.timeout));
+    const auto limit = duration_of(*given.timeout);
     settings.connect_timeout = settings.idle_timeout = limit;
     settings.retry_timeout = 10 * limit;
   }
 
+  given.directory = given.root.empty() ? settings.run_dir : utf8_path(given.root);
   wandb::client<> client(std::move(settings));
+  if (given.dry_run) return show_downloads(client, given, out);
   return given.list ? list_files(client, given, out) : restore_files(client, given, out);
 }
 

@@ -163,6 +163,126 @@ TEST_SUITE("command line") {
     CHECK(f.server.requests(stand_in::request_kind::storage).size() == 1);
   }
 
+  TEST_CASE("a pattern restores the files that match, in the service's order") {
+    fixture f;
+    for (const char* name : {"ckpt/a.pt", "ckpt/deep/b.pt", "config.yaml", "z.pt"})
+      f.server.add_file(f.run, name, name);
+    const auto restored = [&](std::vector<std::string> arguments) {
+      const outcome result = f.start(program, with_run(f, std::move(arguments)));
+      CHECK(result.status == 0);
+      CHECK(result.err == "");
+      return result.out;
+    };
+    CHECK(restored({"*.pt"}) == "ckpt/a.pt\nckpt/deep/b.pt\nz.pt\n");
+    CHECK(read_file(f.work() / "ckpt/deep/b.pt") == "ckpt/deep/b.pt");
+    CHECK_FALSE(fs::exists(f.work() / "config.yaml"));
+    CHECK(restored({"ckpt/", "--root", "r"}) == "r/ckpt/a.pt\nr/ckpt/deep/b.pt\n");
+    CHECK(restored({"?.pt", "config.yaml", "--root", "s"}) == "s/z.pt\ns/config.yaml\n");
+
+    SUBCASE("--json ends with the totals") {
+      f.server.clear_log();
+      const auto objects = objects_of(restored({"*.pt", "--json", "--refresh"}));
+      REQUIRE(objects.size() == 4);
+      CHECK(objects[0]["name"] == "ckpt/a.pt");
+      CHECK(objects[0]["source"] == "local");
+      CHECK(objects[0].size() == 7);
+      const json& totals = objects[3]["totals"];
+      CHECK(totals["files"] == 3);
+      CHECK(totals["downloaded"] == 0);
+      CHECK(totals["local"] == 3);
+      CHECK(totals["failed"] == 0);
+      CHECK(totals["bytes"] == 0);
+      CHECK(totals["seconds"].is_number());
+      CHECK(f.requests() == 1);
+    }
+    SUBCASE("a pattern without a match is file_not_found, and the next name is tried") {
+      const outcome result = f.start(program, with_run(f, {"*.h5", "z.pt"}));
+      CHECK(result.status == 3);
+      CHECK(result.out == "z.pt\n");
+      check_messages(result.err);
+      CHECK(contains(result.err, "*.h5"));
+    }
+    SUBCASE("the failure of one file is told, and the others are restored") {
+      f.server.add_fault(stand_in::target(stand_in::place::storage).matching("deep"),
+                         stand_in::act::status(404));
+      const outcome result =
+          f.start(program, with_run(f, {"*.pt", "--root", "t", "--json", "--timeout", "0.2"}));
+      CHECK(result.status == 5);
+      const auto objects = objects_of(result.out);
+      REQUIRE(objects.size() == 3);
+      CHECK(objects[0]["name"] == "ckpt/a.pt");
+      CHECK(objects[1]["name"] == "z.pt");
+      CHECK(objects[2]["totals"]["failed"] == 1);
+      CHECK(objects[2]["totals"]["downloaded"] == 2);
+      CHECK(lines_of(result.err).size() == 1);
+      CHECK(contains(result.err, "ckpt/deep/b.pt"));
+    }
+  }
+
+  TEST_CASE("--newest restores the match that was changed last") {
+    fixture f;
+    const std::pair<const char*, const char*> files[] = {{"ckpt/1.pt", "2024-01-02T03:04:05Z"},
+                                                         {"ckpt/3.pt", "2024-03-02T03:04:05Z"},
+                                                         {"ckpt/2.pt", "2024-02-02T03:04:05Z"},
+                                                         {"notes.txt", "2024-04-02T03:04:05Z"}};
+    for (const auto& [name, time] : files) {
+      stand_in::file_attributes attributes;
+      attributes.updated_at = time;
+      f.server.add_file(f.run, name, name, attributes);
+    }
+    CHECK(f.start(program, with_run(f, {"ckpt/", "--newest"})).out == "ckpt/3.pt\n");
+    const auto objects =
+        objects_of(f.start(program, with_run(f, {"*.pt", "--newest", "--json", "--root", "r/."})).out);
+    REQUIRE(objects.size() == 1);
+    CHECK(objects[0]["name"] == "ckpt/3.pt");
+    CHECK(f.start(program, with_run(f, {"*.h5", "--newest"})).status == 3);
+    CHECK_FALSE(fs::exists(f.work() / "ckpt/1.pt"));
+  }
+
+  TEST_CASE("--wait asks again while the run is running, and ends when the run has ended") {
+    fixture f;
+    f.server.set_run_state(f.run, "finished");
+    const outcome result = f.start(program, with_run(f, {"model.h5", "--wait", "3600"}));
+    CHECK(result.status == 3);
+    f.server.set_run_state(f.run, "running");
+    child running(example(program), with_run(f, {"ckpt/*", "--wait", "3600"}), f.how());
+    while (f.requests() < 3) {}  // two by the first program
+    f.server.add_file(f.run, "ckpt/a", "late");
+    const outcome late = running.wait();
+    CHECK(late.status == 0);
+    CHECK(late.out == "ckpt/a\n");
+  }
+
+  TEST_CASE("--dry-run prints what would be downloaded, and downloads nothing") {
+    fixture f;
+    f.server.add_file(f.run, "ckpt/a.pt", "12345");
+    f.server.add_file(f.run, "ckpt/b.pt", "123");
+    f.server.add_file(f.run, "c.txt", "1");
+    write_file(f.work() / "here/ckpt/a.pt", "old");
+    write_file(f.work() / "here/ckpt/b.pt", "123");
+    const auto shown = [&](std::vector<std::string> arguments) {
+      arguments.insert(arguments.end(), {"--dry-run", "--root", "here"});
+      const outcome result = f.start(program, with_run(f, std::move(arguments)));
+      CHECK(result.status == 0);
+      CHECK(contains(result.err, "would be downloaded"));
+      return result.out;
+    };
+    CHECK(shown({"ckpt/", "c.txt"}) == "1\there/c.txt\n");  // local copies are kept
+    CHECK(shown({"ckpt/", "--refresh"}) == "5\there/ckpt/a.pt\n");
+    CHECK(shown({"*", "--replace"}) == "1\there/c.txt\n5\there/ckpt/a.pt\n3\there/ckpt/b.pt\n");
+    CHECK(read_file(f.work() / "here/ckpt/a.pt") == "old");
+    CHECK_FALSE(fs::exists(f.work() / "here/c.txt"));
+    CHECK(f.server.requests(stand_in::request_kind::storage).empty());
+    CHECK(f.server.requests(stand_in::request_kind::files).empty());
+    const outcome missing = f.start(program, with_run(f, {"*.h5", "--dry-run"}));
+    CHECK(missing.status == 3);
+    CHECK(missing.out == "");
+    const auto objects = objects_of(f.start(program, with_run(f, {"c.txt", "--dry-run", "--json"})).out);
+    REQUIRE(objects.size() == 1);
+    CHECK(objects[0]["name"] == "c.txt");
+    CHECK(objects[0]["size"] == 1);
+  }
+
   TEST_CASE("--list prints size, time and name, separated by tabs, in the service's order") {
     fixture f;
     f.server.add_file(f.run, "a/best.ckpt", "0123456789");
@@ -231,8 +351,8 @@ TEST_SUITE("command line") {
     CHECK(result.status == 0);
     CHECK(result.err == "");
     for (const char* option :
-         {"--run-path", "--replace", "--refresh", "--root", "--list", "--json", "--connections", "--timeout",
-          "--quiet", "--no-progress", "--version", "Exit status"}) {
+         {"--run-path", "--replace", "--refresh", "--root", "--newest", "--wait", "--dry-run", "--list",
+          "--json", "--connections", "--timeout", "--quiet", "--no-progress", "--version", "Exit status"}) {
       CHECK_MESSAGE(contains(result.out, option), option);
     }
     result = f.start(program, {"--version"});
@@ -259,6 +379,12 @@ TEST_SUITE("command line") {
         {"a.txt", "--timeout", "nan"},
         {"a.txt", "--timeout", "inf"},
         {"a.txt", "--timeout", "1e300"},
+        {"a.txt", "--wait", "-1"},
+        {"a.txt", "--wait", "nan"},
+        {"a.txt", "--wait", "1", "--dry-run"},
+        {"--list", "--newest"},
+        {"--list", "--dry-run"},
+        {"--newest"},
         {""},
         {"."},
         {"../a.txt"},
@@ -502,6 +628,48 @@ TEST_SUITE("command line") {
       CHECK(contains(seen.last, "verified"));
       CHECK(result.err.substr(result.err.size() - 2) == "\r\n");
     }
+  }
+
+  TEST_CASE("the progress line of many files counts them, and fits terminals of 80 and 40 columns") {
+    if (!has_terminals()) return;
+    for (const unsigned short width : {static_cast<unsigned short>(80), static_cast<unsigned short>(40)}) {
+      CAPTURE(width);
+      stand_in::options options;
+      options.global_rate = 4'000'000;
+      fixture f(options);
+      for (int i = 0; i < 12; ++i)
+        f.server.add_file(f.run, "checkpoints/epoch-" + std::to_string(i), stand_in::generated(200'000));
+      terminal tty(width);
+      setup how = f.how();
+      how.tty = &tty;
+      child running(example(program), with_run(f, {"checkpoints/"}), how);
+      const outcome result = running.wait();
+      CHECK(result.status == 0);
+      CHECK(lines_of(result.out).size() == 12);
+      const screen seen = watch(result.err);
+      REQUIRE(seen.frames.size() > 2);
+      bool counts = false;
+      for (const std::string& frame : seen.frames) {
+        if (&frame != &seen.frames.back()) CHECK(frame.size() < width);
+        counts = counts || contains(frame, "/12 files");
+      }
+      CHECK(counts);
+      CHECK(contains(seen.last, "12 of 12 files"));
+    }
+  }
+
+  TEST_CASE("no progress line on a terminal that cannot draw a line again") {
+    if (!has_terminals()) return;
+    fixture f;
+    f.server.add_file(f.run, "model.h5", "twelve bytes");
+    terminal tty(80);
+    setup how = f.how();
+    how.tty = &tty;
+    how.environment["TERM"] = "dumb";
+    child running(example(program), with_run(f, {"model.h5"}), how);
+    const outcome result = running.wait();
+    CHECK(result.status == 0);
+    CHECK(result.err == "");
   }
 
   TEST_CASE("the progress line follows a change of the terminal's width") {
