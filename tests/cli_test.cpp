@@ -195,6 +195,16 @@ TEST_SUITE("command line") {
       CHECK(totals["seconds"].is_number());
       CHECK(f.requests() == 1);
     }
+    SUBCASE("--json has one object of totals for several NAMEs of which one is a pattern") {
+      const auto objects = objects_of(restored({"z.*", "ckpt/", "config.yaml", "--json", "--root", "u"}));
+      REQUIRE(objects.size() == 5);
+      for (std::size_t i = 0; i < 4; ++i) CHECK(objects[i].contains("name"));
+      CHECK(objects[4].size() == 1);
+      CHECK(objects[4]["totals"]["files"] == 4);
+      CHECK(objects[4]["totals"]["downloaded"] == 4);
+      CHECK(objects[4]["totals"]["local"] == 0);
+      CHECK(objects[4]["totals"]["bytes"] == 4 + 9 + 14 + 11);
+    }
     SUBCASE("a pattern without a match is file_not_found, and the next name is tried") {
       const outcome result = f.start(program, with_run(f, {"*.h5", "z.pt"}));
       CHECK(result.status == 3);
@@ -648,13 +658,54 @@ TEST_SUITE("command line") {
       CHECK(lines_of(result.out).size() == 12);
       const screen seen = watch(result.err);
       REQUIRE(seen.frames.size() > 2);
-      bool counts = false;
+      bool is_whole = false;
       for (const std::string& frame : seen.frames) {
         if (&frame != &seen.frames.back()) CHECK(frame.size() < width);
-        counts = counts || contains(frame, "/12 files");
+        for (const char c : frame) CHECK((c >= ' ' && c < 127));
+        is_whole = is_whole || (contains(frame, "%") && contains(frame, width == 80 ? "/12 files" : "/12 ") &&
+                                contains(frame, width == 80 ? "/2.3 MiB" : "/2.3MiB") &&
+                                contains(frame, "iB/s") && contains(frame, ":0"));
       }
-      CHECK(counts);
+      CHECK(is_whole);
       CHECK(contains(seen.last, "12 of 12 files"));
+    }
+  }
+
+  TEST_CASE("the progress line is cleared before paths are printed to the same terminal") {
+    if (!has_terminals()) return;
+    stand_in::options options;
+    options.global_rate = 2'000'000;
+    fixture f(options);
+    for (const char* name : {"ckpt/a", "ckpt/b"})
+      f.server.add_file(f.run, name, stand_in::generated(500'000));
+    terminal tty(80);
+    setup how = f.how();
+    how.tty = &tty;
+    how.standard_output = tty.slave().get();
+    child running(example(program), with_run(f, {"ckpt/"}), how);
+    const outcome result = running.wait();
+    CHECK(result.status == 0);
+    const std::size_t percent = result.err.rfind('%');
+    REQUIRE(percent != std::string::npos);
+    const std::size_t cleared = result.err.find("\r  ", percent);
+    CHECK(cleared != std::string::npos);
+    CHECK(cleared < result.err.find("ckpt/a\r\nckpt/b\r\n", percent));
+  }
+
+  TEST_CASE("no colours and no other control sequences, with NO_COLOR or without") {
+    if (!has_terminals()) return;
+    for (const bool is_set : {false, true}) {
+      fixture f;
+      f.server.add_file(f.run, "ckpt/a", "a");
+      terminal tty(80);
+      setup how = f.how();
+      how.tty = &tty;
+      how.environment["TERM"] = "xterm-256color";
+      if (is_set) how.environment["NO_COLOR"] = "1";
+      child running(example(program), with_run(f, {"ckpt/", "missing"}), how);
+      const outcome result = running.wait();
+      CHECK(result.status == 3);
+      CHECK_FALSE(contains(result.err, "\x1b"));
     }
   }
 
