@@ -265,26 +265,6 @@ bool is_pattern(std::string_view name) {
   return name.find_first_of("*?") != std::string_view::npos || (!name.empty() && name.back() == '/');
 }
 
-/// Whether the text matches the pattern: `*` matches any text, `?` one character; a '/' at the end, all below.
-bool matches(std::string_view pattern, std::string_view text) {
-  if (pattern.size() > 1 && pattern.back() == '/') return matches(std::string(pattern) + '*', text);
-  std::size_t p = 0, t = 0, star = std::string_view::npos, star_end = 0;
-  while (t < text.size()) {
-    if (p < pattern.size() && pattern[p] == '*') {
-      star = p++, star_end = t;  // the star matches the empty text first
-    } else if (p < pattern.size() && pattern[p] == '?') {
-      for (++p, ++t; t < text.size() && continues_character(text[t]);) ++t;
-    } else if (p < pattern.size() && pattern[p] == text[t]) {
-      ++p, ++t;
-    } else if (star != std::string_view::npos) {
-      p = star + 1, t = ++star_end;  // let the last star match one character more
-    } else {
-      return false;
-    }
-  }
-  return pattern.find_first_not_of('*', p) == std::string_view::npos;
-}
-
 // ---- standard error: messages, and a progress line on a terminal ------------------------------------------
 
 /// A part of the progress line.
@@ -456,10 +436,10 @@ const char* name_of(wandb::source source) {
 // ---- restoring and listing --------------------------------------------------------------------------------
 
 struct arguments {
-  std::vector<std::string> names;
+  std::vector<std::string> names, exclude;
   std::string run_path, root;
   bool replace = false, refresh = false, list = false, as_json = false, quiet = false, no_progress = false;
-  bool newest = false, dry_run = false;
+  bool newest = false, dry_run = false, show_settings = false;
   int connections = wandb::restore_options{}.connections;
   std::optional<double> timeout;    // seconds
   double wait = 0;                  // seconds
@@ -522,6 +502,7 @@ wandb::restore_options options_of(const arguments& given, console& out) {
   if (given.refresh) options.cache = wandb::cache_policy::refresh();
   options.connections = given.connections;
   options.wait = duration_of(given.wait);
+  options.exclude = given.exclude;
   options.cancel = &interrupted;
   if (out.shows_progress()) {
     options.on_progress = [&out](const wandb::progress& now) { return out.progress(now), true; };
@@ -651,6 +632,12 @@ int restore_files(wandb::client<>& client, const arguments& given, console& out)
   return is_printed || status != status_done ? status : status_disk;
 }
 
+/// Whether --exclude leaves out a file that a pattern matches.
+bool is_excluded(const std::string& name, const arguments& given) {
+  return std::any_of(given.exclude.begin(), given.exclude.end(),
+                     [&name](const std::string& pattern) { return wandb::matches_pattern(name, pattern); });
+}
+
 /// Prints the sizes and paths of the files that a restore would download. Returns the exit status.
 int show_downloads(wandb::client<>& client, const arguments& given, console& out) {
   wandb::restore_options options = options_of(given, out);
@@ -688,7 +675,8 @@ int show_downloads(wandb::client<>& client, const arguments& given, console& out
     const wandb::file_info* newest = nullptr;
     bool is_there = false;
     for (const wandb::file_info& file : *files) {
-      if (!(is_pattern(name) ? matches(name, file.name) : name == file.name)) continue;
+      const bool has_many = is_pattern(name) || given.newest;
+      if (!wandb::matches_pattern(file.name, name) || (has_many && is_excluded(file.name, given))) continue;
       is_there = true;
       if (given.newest) {
         if (newest == nullptr || newest->updated_at <= file.updated_at) newest = &file;
@@ -722,9 +710,9 @@ int list_files(wandb::client<>& client, const arguments& given, console& out) {
   for (const wandb::file_info& file : *files) {
     bool wanted = given.names.empty();
     for (std::size_t i = 0; i < given.names.size(); ++i) {
-      if (matches(given.names[i], file.name)) wanted = used[i] = true;
+      if (wandb::matches_pattern(file.name, given.names[i])) wanted = used[i] = true;
     }
-    if (!wanted) continue;
+    if (!wanted || is_excluded(file.name, given)) continue;
     std::string line;
     if (given.as_json) {
       line = text_of({{"name", file.name},
@@ -748,6 +736,21 @@ int list_files(wandb::client<>& client, const arguments& given, console& out) {
   return status;
 }
 
+/// Prints every setting, its value and the source of the value. Returns the exit status.
+int show_settings(const wandb::settings& settings, const arguments& given, console& out) {
+  for (const wandb::shown_setting& setting : settings.shown()) {
+    const std::string source = setting.source == "program" ? "command line" : setting.source;
+    const std::string line =
+        given.as_json
+            ? text_of({{"name", setting.name}, {"value", unless_empty(setting.value)}, {"source", source}})
+            : printable(setting.name) + '\t' + (setting.value.empty() ? "-" : printable(setting.value)) +
+                  '\t' + printable(source);
+    if (!print(line, out)) return status_disk;
+  }
+  for (const std::string& warning : settings.warnings) out.warning(warning);
+  return settings.problem ? report(*settings.problem, out) : status_done;
+}
+
 int run(int argc, char** argv) {
   arguments given;
   CLI::App app{"Restores files of Weights & Biases runs: verified, resumable.", "wandb-restore"};
@@ -762,6 +765,10 @@ int run(int argc, char** argv) {
   app.add_option("--root", given.root,
                  "Directory to store files under; default: the run's directory, else the current one")
       ->type_name("DIR");
+  app.add_option("--exclude", given.exclude, "Leave out files that match; may be given several times")
+      ->type_name("PATTERN")
+      ->expected(1)
+      ->take_all();
   app.add_flag("--newest", given.newest, "Of the files that match a NAME, only the one changed last");
   app.add_option("--wait", given.wait, "Wait for a file that the run has not uploaded yet; default: 0")
       ->type_name("SECONDS");
@@ -774,14 +781,16 @@ int run(int argc, char** argv) {
       ->type_name("N");
   app.add_option("--timeout", given.timeout, "End a connection after this time without data; default: 30")
       ->type_name("SECONDS");
-  app.add_flag("--quiet", given.quiet, "Print no warnings and no progress");
+  app.add_flag("--show-settings", given.show_settings,
+               "Print each setting, its value without secrets, and the source of the value");
+  app.add_flag("-q,--quiet", given.quiet, "Print no warnings and no progress");
   app.add_flag("--no-progress", given.no_progress, "Print no progress");
 
   try {
     std::vector<std::string> words = utf8_arguments(argc, argv);
     std::reverse(words.begin(), words.end());  // CLI11 takes the arguments in reverse order
     app.parse(std::move(words));
-    if (given.names.empty() && !given.list) throw CLI::RequiredError("NAME");
+    if (given.names.empty() && !given.list && !given.show_settings) throw CLI::RequiredError("NAME");
     if (given.replace && given.refresh) throw CLI::ExcludesError("--replace", "--refresh");
     if (given.list && (given.newest || given.dry_run || given.wait != 0)) {
       throw CLI::ExcludesError("--list", given.newest ? "--newest" : given.dry_run ? "--dry-run" : "--wait");
@@ -808,6 +817,7 @@ int run(int argc, char** argv) {
     settings.retry_timeout = 10 * limit;
   }
 
+  if (given.show_settings) return show_settings(settings, given, out);
   given.directory = given.root.empty() ? settings.run_dir : utf8_path(given.root);
   wandb::client<> client(std::move(settings));
   if (given.dry_run) return show_downloads(client, given, out);
