@@ -87,6 +87,12 @@ constexpr const char* help_footer =
     "WANDB_API_KEY, WANDB_BASE_URL, WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_ID, settings files, netrc.\n"
     "Without a key, the service hides private runs: exit status 3.\n"
     "\n"
+    "Examples:\n"
+    "  wandb-restore model-best.h5 --run-path entity/project/run_id\n"
+    "  wandb-restore 'checkpoints/' --exclude '*.optim' --dry-run\n"
+    "  wandb-restore 'checkpoints/*.pt' --newest --wait 3600\n"
+    "  wandb-restore '*'                             all files of the current run\n"
+    "\n"
     "Exit status: 0 done; 2 bad arguments or run path; 3 no such run or file; 4 not authenticated or\n"
     "not permitted; 5 network, HTTP or offline; 6 checksum or protocol; 7 disk; 8 the local copy was\n"
     "restored from another run; 130 interrupted: the next call resumes the download.";
