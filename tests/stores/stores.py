@@ -270,8 +270,8 @@ def abort(one):
 class Service:
     """The stand-in for the service. Asks `addresses[run](name)` for the address of each redirect."""
 
-    def __init__(self, program, tls):
-        command = [program, "--run", "stores/tests/first", "--control", *([] if tls else ["--plain"])]
+    def __init__(self, program, tls, more=()):
+        command = [program, "--run", "stores/tests/first", "--control", *([] if tls else ["--plain"]), *more]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.addresses, self.says, self.writing, self.done = {}, {}, threading.Lock(), threading.Semaphore(0)
         for line in self.process.stdout:
