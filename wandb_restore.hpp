@@ -183,6 +183,11 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
   /// Sets the value that `retry_after()` returns.
   void retry_after(std::chrono::milliseconds time) noexcept { retry_after_ = time; }
 
+  /// Writes code and text to a stream: "file_not_found: restoring ...".
+  friend std::ostream& operator<<(std::ostream& out, const error& failure) {
+    return out << to_string(failure.code()) << ": " << failure.what();
+  }
+
  private:
   static bool may_pass(errc code, int status) noexcept {
     return code == errc::connection_failed ||
@@ -318,6 +323,8 @@ struct run_path {
   }
   /// Returns !(a == b).
   friend bool operator!=(const run_path& a, const run_path& b) { return !(a == b); }
+  /// Writes `run.str()` to a stream.
+  friend std::ostream& operator<<(std::ostream& out, const run_path& run) { return out << run.str(); }
 };
 
 // ========================================================================================== HTTP vocabulary
@@ -430,6 +437,10 @@ struct file_info {
   std::string mimetype;               ///< e.g. "text/plain"; empty if unknown
   std::string updated_at;             ///< time of the last change in ISO 8601, as received; empty if unknown
 };
+
+/// Returns true if a file's name matches a pattern of restore_all: `*` matches any text, '/' included, and `?` one
+/// character. A pattern that ends in '/' matches all files below it. Any other text matches itself only.
+[[nodiscard]] bool matches_pattern(std::string_view name, std::string_view pattern);
 
 /// The activity that a progress report is about.
 enum class phase {
@@ -702,6 +713,15 @@ struct proxy_settings {
   std::string bypass;
 };
 
+/// A setting as text, for people: see settings::shown.
+struct shown_setting {
+  std::string name;   ///< the member of `settings`
+  std::string value;  ///< empty if the setting has no value; of a secret only "(set)"
+  /// A variable ("WANDB_BASE_URL"), a key of a file ("base_url in wandb/settings"), "netrc entry MACHINE in FILE", "default" or
+  /// "program".
+  std::string source;
+};
+
 /// Server, credentials, default run, time limits, proxies and certificates. A default-constructed object uses the public
 /// service without a key; `from_environment` finds the values that the SDK would use. The first call that needs an
 /// invalid setting reports it.
@@ -755,6 +775,12 @@ struct settings {
   /// Reads environment variables, then settings files (local, then global), then wandb-resume.json (if WANDB_RESUME is
   /// auto), as README.md lists them; the first source of a value counts. Makes no request. Never fails: see `problem`.
   static settings from_environment();
+
+  std::vector<shown_setting> sources = {};  ///< what from_environment found, and where; for `shown`
+  /// Returns every setting with its value and the source of the value, without secrets: of keys and of the values of
+  /// headers only whether they are set, of proxies no user name. If there is no other key, the netrc file is read. A value
+  /// that the program set has the source "program"; of a secret that it replaced, `sources` keeps the former source.
+  [[nodiscard]] std::vector<shown_setting> shown() const;
 };
 
 // ================================================================================= client and entry points
@@ -777,6 +803,8 @@ struct restore_options {
   /// How long to wait for a file that the run has not uploaded yet, or for the first match of a pattern. The service is
   /// asked every ten seconds. The wait ends early if the service says that the run has ended. 0: do not wait.
   std::chrono::milliseconds wait{0};
+  std::vector<std::string> exclude =
+      {};  ///< patterns: restore_all and restore_newest leave out files that match one
 };
 
 /// The default transport: HTTP/1.1 (RFC 9112) over TCP and, for https, TLS 1.2 or later (OpenSSL). Keeps idle connections for
@@ -1017,8 +1045,7 @@ result<restored_file> try_restore(std::string_view name, const Run& run, bool re
 /// These are in the report, with the entries of the files that were found by then: entries that were not tried have the same
 /// failure. Two names that differ only in case are an error of the second: some file systems would store them as one file.
 ///
-/// @param pattern  `*` stands for any text, '/' included, and `?` for one byte. A pattern that ends in '/' stands for all files
-///                 below it. Any other text is a name.
+/// @param pattern  as matches_pattern says; files that match one of `options.exclude` are left out.
 /// @param options  see restore_options; on_progress gets sums over all files, `wait` waits for the first match.
 /// @return         the report, or an error: file_not_found if no file matches, or any other errc of try_restore if the
 ///                 first page of the list could not be had.
@@ -4409,8 +4436,10 @@ inline std::vector<std::string> netrc_machines(std::string_view base_text, const
 }
 
 /// The API key in the netrc file for a server, or "". Appends a warning if the file cannot be read or parsed.
+/// If `found_machine` is not null, stores the machine's name in it.
 inline std::string api_key_from_netrc(const settings& configuration, const url& base,
-                                      std::vector<std::string>& warnings) {
+                                      std::vector<std::string>& warnings,
+                                      std::string* found_machine = nullptr) {
   const path& file = configuration.netrc_file;
   if (file.empty() || !facts_of(file).found()) return {};
   const auto text = read_small_file(file, 1 << 20);
@@ -4430,6 +4459,7 @@ inline std::string api_key_from_netrc(const settings& configuration, const url& 
       warnings.push_back("the netrc file " + in_quotes(file) + " has no password for " +
                          in_quotes(std::string_view(machine)));
     }
+    if (found_machine) *found_machine = machine;
     return std::string(trim(*password));
   }
   return {};
@@ -4534,6 +4564,7 @@ struct found_setting {
   std::string value;
   std::string source;  ///< the variable or the key, for messages
   bool in_file = false;
+  std::string origin = {};  ///< of a settings file: key and file, for settings::shown
 
   explicit operator bool() const { return !value.empty(); }
 };
@@ -4542,6 +4573,15 @@ struct found_setting {
 /// user, in this order.
 class settings_sources {
  public:
+  /// Records where the value of these members was found; spaces separate the names.
+  void note(std::string_view members, const found_setting& found) const {
+    if (found) note(members, found.origin.empty() ? found.source : found.origin);
+  }
+  void note(std::string_view members, const std::string& origin) const {
+    for (const auto member : split(members, ' '))
+      target_.sources.push_back({std::string(member), {}, origin});
+  }
+
   explicit settings_sources(settings& target) : target_(target) {
     const auto config = first_of_environment({"WANDB_CONFIG_DIR"});
     load(config.empty() ? in_home(".config/wandb/settings") : expand_home(config) / "settings");
@@ -4567,12 +4607,14 @@ class settings_sources {
     }
     const std::string* const value = key ? files_.find(key) : nullptr;
     if (!value) return {};
-    return {*value, "the setting " + std::string(key) + " of a settings file", true};
+    const std::string* const file = origins_.find(key);
+    return {*value, "the setting " + std::string(key) + " of a settings file", true,
+            std::string(key) + " in " + (file ? *file : std::string())};
   }
   /// As find, for the entity and the project: a variable that is set but empty hides the settings files.
-  std::string find_name(const char* name, const char* key) const {
-    if (auto value = variable(name)) return *std::move(value);
-    return find({}, key).value;
+  found_setting find_name(const char* name, const char* key) const {
+    if (auto value = variable(name)) return {*std::move(value), name, false};
+    return find({}, key);
   }
   /// Reports a value that cannot be used: as an error if it comes from the environment, as in the SDK; else as a warning.
   void reject(const found_setting& setting, const std::string& why) const {
@@ -4605,6 +4647,7 @@ class settings_sources {
                                  " is not used: " + values.error().what());
       return;
     }
+    for (const auto& entry : *values) origins_[entry.first] = utf8(file);
     values->merge(files_);  // files loaded earlier have lower priority
     files_ = *std::move(values);
   }
@@ -4632,14 +4675,20 @@ class settings_sources {
   }
 
   settings& target_;
-  text_map files_, secrets_;
+  text_map files_, secrets_, origins_;  // origins_: the file of each key of files_
 };
 
 /// Finds entity, project and id of the default run.
 inline void find_run(settings& s, const settings_sources& sources) {
-  s.entity = strip(sources.find_name("WANDB_ENTITY", "entity"));
-  s.project = strip(sources.find_name("WANDB_PROJECT", "project"));
-  s.run_id = strip(sources.find({"WANDB_RUN_ID"}, "run_id").value);
+  const auto entity = sources.find_name("WANDB_ENTITY", "entity");
+  const auto project = sources.find_name("WANDB_PROJECT", "project");
+  const auto run_id = sources.find({"WANDB_RUN_ID"}, "run_id");
+  s.entity = strip(entity.value);
+  s.project = strip(project.value);
+  s.run_id = strip(run_id.value);
+  sources.note("entity", entity);
+  sources.note("project", project);
+  sources.note("run_id", run_id);
   const path resume_file = sources.wandb_directory / "wandb-resume.json";
   if (!s.run_id.empty() || sources.find({"WANDB_RESUME"}, "resume").value != "auto" ||
       !facts_of(resume_file).found())
@@ -4648,6 +4697,7 @@ inline void find_run(settings& s, const settings_sources& sources) {
   const auto resumed = parse_json(text ? *text : std::string());
   if (const json& id = member(*resumed, "run_id"); id.is_string()) {
     s.run_id = text_of(id);
+    sources.note("run_id", "run_id in " + utf8(resume_file));
   } else {
     s.warnings.push_back("the resume file " + in_quotes(resume_file) + " has no run_id and is not used");
   }
@@ -4657,7 +4707,9 @@ inline void find_run(settings& s, const settings_sources& sources) {
 /// SageMaker, the key in the settings files.
 inline void find_credentials(settings& s, const settings_sources& sources) {
   s.netrc_file = expand_home(first_of_environment({"NETRC"}));
-  if (s.netrc_file.empty()) {
+  if (!s.netrc_file.empty()) {
+    sources.note("netrc_file", "NETRC");
+  } else {
     const path dotted = in_home(".netrc"), windows = in_home("_netrc");
     const bool prefer_windows =
         !facts_of(dotted).found() && (facts_of(windows).found() || path::preferred_separator == '\\');
@@ -4666,10 +4718,14 @@ inline void find_credentials(settings& s, const settings_sources& sources) {
   const auto credentials = sources.find({"WANDB_CREDENTIALS_FILE"}, "credentials_file");
   s.credentials_file =
       credentials ? expand_home(credentials.value) : in_home(".config/wandb/credentials.json");
-  s.identity_token_file = sources.find({"WANDB_IDENTITY_TOKEN_FILE"}).value;
+  sources.note("credentials_file", credentials);
+  const auto token_file = sources.find({"WANDB_IDENTITY_TOKEN_FILE"});
+  s.identity_token_file = token_file.value;
+  sources.note("identity_token_file", token_file);
   auto key = sources.find({"WANDB_API_KEY"});
   key.value = trim(std::exchange(key.value, {}));
   s.api_key = key.value;
+  sources.note("api_key", key);
   if (key && !s.identity_token_file.empty()) {
     sources.reject(key, "WANDB_IDENTITY_TOKEN_FILE is set too; unset one of them");
   } else if (const auto checked = check_api_key(s.api_key); key && !checked) {
@@ -4677,12 +4733,15 @@ inline void find_credentials(settings& s, const settings_sources& sources) {
   }
   if (key || !s.identity_token_file.empty()) return;
 
-  const std::string last_resort =
-      sources.sagemaker_api_key.empty() ? sources.find({}, "api_key").value : sources.sagemaker_api_key;
-  if (last_resort.empty()) return;
+  const found_setting last_resort = sources.sagemaker_api_key.empty()
+                                        ? sources.find({}, "api_key")
+                                        : found_setting{sources.sagemaker_api_key, "Amazon SageMaker", true};
+  if (!last_resort) return;
   const auto base = parse_base_url(s.base_url);
   std::vector<std::string> ignored;  // the session reads netrc again and reports them
-  if (!base || api_key_from_netrc(s, *base, ignored).empty()) s.api_key = trim(last_resort);
+  if (base && !api_key_from_netrc(s, *base, ignored).empty()) return;
+  s.api_key = trim(last_resort.value);
+  sources.note("api_key", last_resort);
 }
 
 // Functions for the table below: each writes a value to the settings, or returns false if the value cannot be used.
@@ -4716,6 +4775,7 @@ inline bool use_insecure(settings& target, const std::string& value) {
 /// A setting and its sources: the first variable that is set and not empty, else the key in the settings files. README.md
 /// has the same table for users. Settings that depend on others have functions of their own.
 struct setting_rule {
+  const char* members;  // of `settings`, for settings::shown
   std::array<const char*, 3> variables;
   const char* file_key;
   std::string settings::*text;  // the field that stores the value unchanged; null: `use` is called
@@ -4723,21 +4783,33 @@ struct setting_rule {
   const char* expected = "";  // for the message if `use` refuses the value
 };
 inline constexpr setting_rule setting_rules[] = {
-    {{"WANDB_BASE_URL"}, "base_url", &settings::base_url},
-    {{"WANDB_USERNAME"}, "username", &settings::username},
-    {{"WANDB_USER_EMAIL"}, "email", &settings::user_email},
-    {{"WANDB_MODE"}, "mode", nullptr, use_mode, "expected online, offline, dryrun, disabled, run or shared"},
-    {{"WANDB_HTTP_TIMEOUT", "WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "WANDB__GRAPHQL_TIMEOUT_SECONDS"},
+    {"base_url", {"WANDB_BASE_URL"}, "base_url", &settings::base_url},
+    {"username", {"WANDB_USERNAME"}, "username", &settings::username},
+    {"user_email", {"WANDB_USER_EMAIL"}, "email", &settings::user_email},
+    {"offline",
+     {"WANDB_MODE"},
+     "mode",
+     nullptr,
+     use_mode,
+     "expected online, offline, dryrun, disabled, run or shared"},
+    {"connect_timeout idle_timeout retry_timeout",
+     {"WANDB_HTTP_TIMEOUT", "WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "WANDB__GRAPHQL_TIMEOUT_SECONDS"},
      "x_graphql_timeout_seconds",
      nullptr,
      use_timeout,
      "expected a number of seconds, more than 0"},
-    {{"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"},
+    {"extra_headers",
+     {"WANDB_X_EXTRA_HTTP_HEADERS", "WANDB__EXTRA_HTTP_HEADERS"},
      "x_extra_http_headers",
      nullptr,
      use_extra_headers,
      R"(expected a JSON object of header names and values, like {"X-Team": "blue"})"},
-    {{"WANDB_INSECURE_DISABLE_SSL"}, "insecure_disable_ssl", nullptr, use_insecure, "expected true or false"},
+    {"verify_tls",
+     {"WANDB_INSECURE_DISABLE_SSL"},
+     "insecure_disable_ssl",
+     nullptr,
+     use_insecure,
+     "expected true or false"},
 };
 
 /// The system's CA bundle, or an empty path if there is none. On some systems OpenSSL finds no certificate in the system's
@@ -4755,9 +4827,11 @@ inline path system_bundle() {
 /// Finds the CA certificates. SSL_CERT_FILE and SSL_CERT_DIR are those of OpenSSL and of the SDK's core; if only one is set,
 /// the system's directory is added, and to SSL_CERT_DIR the system's bundle, too. If neither is set, REQUESTS_CA_BUNDLE or
 /// CURL_CA_BUNDLE names a file or a directory that replaces the system's certificates.
-inline void find_certificates(settings& s) {
+inline void find_certificates(settings& s, const settings_sources& sources) {
   s.ca_file = from_utf8(first_of_environment({"SSL_CERT_FILE"}));
   s.ca_directory = from_utf8(first_of_environment({"SSL_CERT_DIR"}));
+  if (!s.ca_file.empty()) sources.note("ca_file", "SSL_CERT_FILE");
+  if (!s.ca_directory.empty()) sources.note("ca_directory", "SSL_CERT_DIR");
   if (s.ca_file.empty() != s.ca_directory.empty()) {
     for (const char* const directory : {"/etc/ssl/certs", "/etc/pki/tls/certs"}) {
       if (!facts_of(directory)->is_directory) continue;
@@ -4768,8 +4842,12 @@ inline void find_certificates(settings& s) {
   }
   if (s.ca_file.empty() && !s.ca_directory.empty()) s.ca_file = system_bundle();
   const path bundle = expand_home(first_of_environment({"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}));
-  if (s.ca_file.empty() && s.ca_directory.empty()) {
-    (facts_of(bundle)->is_directory ? s.ca_directory : s.ca_file) = bundle;
+  if (s.ca_file.empty() && s.ca_directory.empty() && !bundle.empty()) {
+    const bool is_directory = facts_of(bundle)->is_directory;
+    (is_directory ? s.ca_directory : s.ca_file) = bundle;
+    const char* const first = "REQUESTS_CA_BUNDLE";
+    sources.note(is_directory ? "ca_directory" : "ca_file",
+                 first_of_environment({first}).empty() ? "CURL_CA_BUNDLE" : first);
   }
 }
 
@@ -4809,8 +4887,65 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& sources, b
     sources.reject(chosen, std::string(address.error().what()) + " (other kinds of proxy are not supported)");
     return {};
   }
+  sources.note(tls ? "https_proxy" : "http_proxy", chosen);
   const std::string user = address->user_info.empty() ? "" : address->user_info + "@";
   return {"http://" + user + address->origin().substr(7), std::move(bypass)};
+}
+
+/// Every setting with its value as text; of secrets only "(set)". Leaves the sources empty.
+inline std::vector<shown_setting> texts_of(const settings& s) {
+  std::vector<shown_setting> all;
+  const auto add = [&all](const char* name, std::string value) {
+    all.push_back({name, std::move(value), {}});
+  };
+  const auto seconds = [](std::chrono::milliseconds time) {
+    std::string text = std::to_string(time.count() / 1000);
+    if (time.count() % 1000 != 0) text += '.' + std::to_string(time.count() % 1000 + 1000).substr(1);
+    while (text.find('.') != text.npos && text.back() == '0') text.pop_back();
+    return text + " s";
+  };
+  const auto proxy = [](const proxy_settings& one) {
+    const std::string text = redacted_address(one.url);
+    std::string_view bypass = one.bypass;
+    while (!bypass.empty() && bypass.front() == ',') bypass.remove_prefix(1);
+    return bypass.empty() || text.empty() ? text : text + " except " + std::string(bypass);
+  };
+  std::string headers;
+  for (const auto& field : s.extra_headers)
+    headers += (headers.empty() ? "" : ", ") + field.first + ": (set)";
+  add("base_url", redacted_address(s.base_url));
+  add("api_key", s.api_key.empty() ? "" : "(set)");
+  add("identity_token_file", s.identity_token_file);
+  add("credentials_file", utf8(s.credentials_file));
+  add("netrc_file", utf8(s.netrc_file));
+  add("entity", s.entity);
+  add("project", s.project);
+  add("run_id", s.run_id);
+  add("run_dir", utf8(s.run_dir));
+  add("cache_dir", utf8(s.cache_dir));
+  add("offline", s.offline ? "true" : "false");
+  add("connect_timeout", seconds(s.connect_timeout));
+  add("idle_timeout", seconds(s.idle_timeout));
+  add("low_speed", std::to_string(s.low_speed) + " bytes/s");
+  add("retry_timeout", seconds(s.retry_timeout));
+  add("total_timeout", s.total_timeout.count() == 0 ? std::string() : seconds(s.total_timeout));
+  add("http_proxy", proxy(s.http_proxy));
+  add("https_proxy", proxy(s.https_proxy));
+  add("ca_file", utf8(s.ca_file));
+  add("ca_directory", utf8(s.ca_directory));
+  add("verify_tls", s.verify_tls ? "true" : "false");
+  add("extra_headers", headers);
+  add("username", s.username);
+  add("user_email", s.user_email);
+  add("user_agent", s.user_agent);
+  return all;
+}
+
+inline const shown_setting* find_setting(const std::vector<shown_setting>& all, const std::string& name) {
+  for (const auto& each : all) {
+    if (each.name == name) return &each;
+  }
+  return nullptr;
 }
 
 }  // namespace detail
@@ -4825,16 +4960,46 @@ WANDB_RESTORE_PRIVATE_INLINE settings settings::from_environment() {
       s.*rule.text = found.value;
     } else if (!rule.use(s, found.value)) {
       sources.reject(found, rule.expected);
+      continue;
     }
+    sources.note(rule.members, found);
   }
   detail::find_run(s, sources);
   detail::find_credentials(s, sources);
-  detail::find_certificates(s);
+  detail::find_certificates(s, sources);
   const auto cache = detail::wandb_cache_directory();
   s.cache_dir = cache.empty() ? cache : cache / "restore";
+  if (!detail::first_of_environment({"WANDB_CACHE_DIR"}).empty())
+    sources.note("cache_dir", "WANDB_CACHE_DIR");
   s.http_proxy = detail::find_proxy(s, sources, false);
   s.https_proxy = detail::find_proxy(s, sources, true);
+
+  const auto texts = detail::texts_of(s);
+  for (const auto& each : texts) {
+    if (!detail::find_setting(s.sources, each.name)) s.sources.push_back({each.name, {}, "default"});
+  }
+  for (auto& each : s.sources) each.value = detail::find_setting(texts, each.name)->value;
   return s;
+}
+
+WANDB_RESTORE_PRIVATE_INLINE std::vector<shown_setting> settings::shown() const {
+  auto all = detail::texts_of(*this);
+  const auto defaults = detail::texts_of(settings());
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const auto* const found = detail::find_setting(sources, all[i].name);
+    const bool is_default = !found && all[i].value == defaults[i].value;
+    all[i].source = found && found->value == all[i].value ? found->source
+                    : is_default                          ? "default"
+                                                          : "program";
+    if (all[i].name != "api_key" || !api_key.empty() || !identity_token_file.empty()) continue;
+    std::vector<std::string> ignored;  // the first request reports them
+    std::string machine;
+    const auto base = detail::parse_base_url(base_url);
+    if (!base || detail::api_key_from_netrc(*this, *base, ignored, &machine).empty()) continue;
+    all[i].value = "(set)";
+    all[i].source = "netrc entry " + machine + " in " + detail::utf8(netrc_file);
+  }
+  return all;
 }
 
 // ================================================================================================ exchange
@@ -7845,6 +8010,33 @@ inline setback download(const transfer_job& job, partial_file& destination) {
 
 // ============================================================================================== restoring
 
+WANDB_RESTORE_PRIVATE_INLINE bool matches_pattern(std::string_view name, std::string_view pattern) {
+  if (!pattern.empty() && pattern.back() == '/' && pattern.find_first_of("*?") == pattern.npos)
+    return detail::starts_with(name, pattern);
+  std::string open_ended;
+  if (!pattern.empty() && pattern.back() == '/') pattern = open_ended.append(pattern).append("*");
+  std::size_t n = 0, p = 0, star = pattern.npos,
+              resume = 0;  // the last '*', and the end of the text it stands for
+  while (n < name.size()) {
+    if (p < pattern.size() && pattern[p] == '*') {
+      star = p++;
+      resume = n;
+    } else if (p < pattern.size() && pattern[p] == '?') {
+      ++p, ++n;
+      while (n < name.size() && (static_cast<unsigned char>(name[n]) & 0xC0U) == 0x80U) ++n;  // UTF-8
+    } else if (p < pattern.size() && pattern[p] == name[n]) {
+      ++p, ++n;
+    } else if (star != pattern.npos) {
+      p = star + 1;
+      n = ++resume;
+    } else {
+      return false;
+    }
+  }
+  while (p < pattern.size() && pattern[p] == '*') ++p;
+  return p == pattern.size();
+}
+
 WANDB_RESTORE_PRIVATE_INLINE cache_policy cache_policy::keep() {
   return rule(+[](const local_copy&, const file_info*) { return verdict::keep; });
 }
@@ -8457,29 +8649,13 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
 
 // ---- many files
 
-/// Whether a name matches a pattern: see try_restore_all. Takes time in proportion to both lengths.
-inline bool matches_pattern(std::string_view name, std::string_view pattern) {
-  if (!pattern.empty() && pattern.back() == '/' && pattern.find_first_of("*?") == pattern.npos)
-    return starts_with(name, pattern);
-  std::string open_ended;
-  if (!pattern.empty() && pattern.back() == '/') pattern = open_ended.append(pattern).append("*");
-  std::size_t n = 0, p = 0, star = pattern.npos,
-              resume = 0;  // the last '*', and the end of the text it stands for
-  while (n < name.size()) {
-    if (p < pattern.size() && pattern[p] == '*') {
-      star = p++;
-      resume = n;
-    } else if (p < pattern.size() && (pattern[p] == '?' || pattern[p] == name[n])) {
-      ++p, ++n;
-    } else if (star != pattern.npos) {
-      p = star + 1;
-      n = ++resume;
-    } else {
-      return false;
-    }
+/// Whether restore_all restores the file of this name.
+inline bool is_wanted(std::string_view name, std::string_view pattern, const restore_options& options) {
+  if (!matches_pattern(name, pattern)) return false;
+  for (const std::string& excluded : options.exclude) {
+    if (matches_pattern(name, excluded)) return false;
   }
-  while (p < pattern.size() && pattern[p] == '*') ++p;
-  return p == pattern.size();
+  return true;
 }
 
 /// A set of hashes. std::unordered_set is slow to compile.
@@ -8626,7 +8802,7 @@ class restoring_all {
   }
   /// Adds a file if it matches. Blocks while many files are waiting. Returns false if the call has been stopped.
   bool add(found_file& file) {
-    if (!matches_pattern(file.info.name, pattern_)) return !part_call_.cancelled();
+    if (!is_wanted(file.info.name, pattern_, options_)) return !part_call_.cancelled();
     std::unique_lock<std::mutex> held(mutex_);
     while (queue_.size() - next_ >= most_queued && !part_call_.cancelled())
       changed_.wait_for(held, milliseconds(50));
@@ -8891,7 +9067,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
     for (;;) {
       std::optional<found_file> latest;
       const auto listed = api.for_each_file(run, [&](found_file& file) {
-        if (!matches_pattern(file.info.name, pattern)) return true;
+        if (!is_wanted(file.info.name, pattern, options)) return true;
         // ISO 8601 in UTC sorts as text.
         if (!latest || latest->info.updated_at <= file.info.updated_at) latest = std::move(file);
         return true;

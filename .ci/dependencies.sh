@@ -19,9 +19,13 @@ to_test='
   header httplib.h          libcpp-httplib-dev   cpp-httplib-devel
   header curl/curl.h        libcurl4-openssl-dev libcurl-devel
   command doxygen           doxygen              doxygen
+  command fish              fish                 fish
   command git               git                  git-core
+  command groff             groff-base           groff-base
+  command mandoc            mandoc               mandoc
   command meson             meson                meson
   command python3           python3              python3
+  command zsh               zsh                  zsh
   sanitizer address         g++                  libasan
   sanitizer undefined       g++                  libubsan
 '

@@ -87,6 +87,12 @@ constexpr const char* help_footer =
     "WANDB_API_KEY, WANDB_BASE_URL, WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_ID, settings files, netrc.\n"
     "Without a key, the service hides private runs: exit status 3.\n"
     "\n"
+    "Examples:\n"
+    "  wandb-restore model-best.h5 --run-path entity/project/run_id\n"
+    "  wandb-restore 'checkpoints/' --exclude '*.optim' --dry-run\n"
+    "  wandb-restore 'checkpoints/*.pt' --newest --wait 3600\n"
+    "  wandb-restore '*'                             all files of the current run\n"
+    "\n"
     "Exit status: 0 done; 2 bad arguments or run path; 3 no such run or file; 4 not authenticated or\n"
     "not permitted; 5 network, HTTP or offline; 6 checksum or protocol; 7 disk; 8 the local copy was\n"
     "restored from another run; 130 interrupted: the next call resumes the download.";
@@ -265,73 +271,90 @@ bool is_pattern(std::string_view name) {
   return name.find_first_of("*?") != std::string_view::npos || (!name.empty() && name.back() == '/');
 }
 
-/// Whether the text matches the pattern: `*` matches any text, `?` one character; a '/' at the end, all below.
-bool matches(std::string_view pattern, std::string_view text) {
-  if (pattern.size() > 1 && pattern.back() == '/') return matches(std::string(pattern) + '*', text);
-  std::size_t p = 0, t = 0, star = std::string_view::npos, star_end = 0;
-  while (t < text.size()) {
-    if (p < pattern.size() && pattern[p] == '*') {
-      star = p++, star_end = t;  // the star matches the empty text first
-    } else if (p < pattern.size() && pattern[p] == '?') {
-      for (++p, ++t; t < text.size() && continues_character(text[t]);) ++t;
-    } else if (p < pattern.size() && pattern[p] == text[t]) {
-      ++p, ++t;
-    } else if (star != std::string_view::npos) {
-      p = star + 1, t = ++star_end;  // let the last star match one character more
-    } else {
-      return false;
-    }
-  }
-  return pattern.find_first_not_of('*', p) == std::string_view::npos;
-}
-
 // ---- standard error: messages, and a progress line on a terminal ------------------------------------------
 
-/// Returns e.g. "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s     0:05 left"; for several files with
-/// "12/40 files" behind the percentage. To fit into `width` columns, items are left out from the right, and the name is
-/// shortened.
-std::string status_line(const wandb::progress& now, std::size_t width) {
+/// A part of the progress line.
+struct item {
+  std::string wide, narrow;  // narrow: for terminals where the wide forms do not fit
+  int importance;            // the least important item is left out first
+};
+
+/// Returns the items for a progress report. Their widths hardly change during a download, so that the line is steady.
+std::vector<item> items_of(const wandb::progress& now) {
   const auto done = static_cast<double>(now.bytes_done);
   const auto total = static_cast<double>(now.bytes_total.value_or(0));
-  const double part = total > 0 ? std::min(done / total, 1.0) : 1;
-
-  std::vector<std::string> facts;  // of constant width during a download, so that the line is steady
-  if (now.bytes_total) facts.push_back(padded(std::to_string(static_cast<int>(part * 100)) + '%', 4));
+  std::vector<item> items;
+  if (now.bytes_total) {
+    const double part = total > 0 ? std::min(done / total, 1.0) : 1;
+    const std::string percent = padded(std::to_string(static_cast<int>(part * 100)) + '%', 4);
+    items.push_back({percent, percent, 5});
+  }
   if (now.files_total > 1) {
     const std::string files = std::to_string(now.files_total);
-    facts.push_back(padded(std::to_string(now.files_done), files.size()) + '/' + files + " files");
+    const std::string count = padded(std::to_string(now.files_done), files.size()) + '/' + files;
+    items.push_back({count + " files", count, 4});
   }
   if (now.bytes_total) {
     const unit in = unit_for(total);
-    facts.push_back(padded(number(done, in), 4) + '/' + amount(total));
+    const std::string wide = padded(number(done, in), 4) + '/' + amount(total);
+    items.push_back({wide, padded(number(done, in), 4) + '/' + number(total, in) + in.name, 3});
   } else {
-    facts.push_back(padded(amount(done), 8));
+    items.push_back({padded(amount(done), 8), padded(amount(done), 8), 3});
   }
   if (now.phase == wandb::phase::verifying) {
-    facts.emplace_back("verifying");
-  } else {
-    const double rate = now.bytes_per_second;
-    facts.push_back(padded(rate > 0 ? amount(rate) + "/s" : "-", 10));
+    items.push_back({"verifying", "verifying", 2});
+    return items;
+  }
+  const double rate = now.bytes_per_second;
+  const unit in = unit_for(rate);
+  items.push_back({padded(rate > 0 ? amount(rate) + "/s" : "-", 10),
+                   padded(rate > 0 ? number(rate, in) + in.name + "/s" : "-", 8), 1});
+  if (now.bytes_total) {
     const double seconds = rate > 0 ? (total - done) / rate : 0;
-    if (now.bytes_total)
-      facts.push_back(padded(rate > 0 && seconds < 360000 ? clock_time(seconds) : "-", 7) + " left");
+    const std::string left = rate > 0 && seconds < 360000 ? clock_time(seconds) : "-";
+    items.push_back({padded(left, 7) + " left", padded(left, 4), 2});
   }
+  return items;
+}
 
+/// Returns e.g. "ckpt/best.h5  [#######-----]   61%   423/694 MiB  54.1 MiB/s     0:05 left" for one file, and for several
+/// " 61%  12/40 files   423/694 MiB  54.1 MiB/s     0:05 left  ckpt/best.h5". To fit into `width` columns, the items take
+/// their narrow forms, then items are left out; the name is shortened, and left out of the line for several files.
+std::string status_line(const wandb::progress& now, std::size_t width) {
+  const bool has_many = now.files_total > 1;
   std::string name = printable(now.name);
-  std::string tail;
-  for (const std::string& fact : facts) {
-    if (tail.size() + 2 + fact.size() + std::min(columns(name), width / 3) > width) break;
-    tail += "  " + fact;
+  const std::size_t for_name = has_many ? 0 : std::min(columns(name), width / 4) + 1;
+  std::vector<item> items = items_of(now);
+  const auto joined = [&items](bool wide) {
+    std::string line;
+    for (const item& i : items) line += (line.empty() ? "" : wide ? "  " : " ") + (wide ? i.wide : i.narrow);
+    return line;
+  };
+  bool wide = true;
+  std::string facts = joined(wide);
+  if (facts.size() + for_name + (has_many ? 0 : 1) > width) facts = joined(wide = false);
+  while (facts.size() + for_name > width && items.size() > 1) {
+    items.erase(std::min_element(items.begin(), items.end(),
+                                 [](const item& a, const item& b) { return a.importance < b.importance; }));
+    facts = joined(wide);
   }
-  name = shortened(std::move(name), width - tail.size());
+  const std::string gap(wide ? 2 : 1, ' ');
+  const std::size_t room = width - std::min(width, facts.size() + gap.size());  // for name and bar
+  const std::size_t least_name = has_many ? 12 : 1;
+  if (room < least_name) return facts.size() <= width ? facts : std::string();
+  name = shortened(std::move(name), room);
 
-  const std::size_t spare = width - tail.size() - columns(name);
+  std::string bar;
+  const std::size_t spare = room - columns(name);
   if (now.bytes_total && spare >= 14) {
     const std::size_t size = std::min<std::size_t>(spare - 4, 30);
+    const auto total = static_cast<double>(*now.bytes_total);
+    const double part = total > 0 ? std::min(static_cast<double>(now.bytes_done) / total, 1.0) : 1;
     const auto filled = static_cast<std::size_t>(part * static_cast<double>(size));
-    name += "  [" + std::string(filled, '#') + std::string(size - filled, '-') + ']';
+    bar = '[' + std::string(filled, '#') + std::string(size - filled, '-') + ']';
   }
-  return name + tail;
+  if (!has_many) return name + (bar.empty() ? "" : "  " + bar) + gap + facts;
+  return bar + (bar.empty() ? "" : gap) + facts + gap + name;
 }
 
 class console {
@@ -419,10 +442,10 @@ const char* name_of(wandb::source source) {
 // ---- restoring and listing --------------------------------------------------------------------------------
 
 struct arguments {
-  std::vector<std::string> names;
+  std::vector<std::string> names, exclude;
   std::string run_path, root;
   bool replace = false, refresh = false, list = false, as_json = false, quiet = false, no_progress = false;
-  bool newest = false, dry_run = false;
+  bool newest = false, dry_run = false, show_settings = false;
   int connections = wandb::restore_options{}.connections;
   std::optional<double> timeout;    // seconds
   double wait = 0;                  // seconds
@@ -485,6 +508,7 @@ wandb::restore_options options_of(const arguments& given, console& out) {
   if (given.refresh) options.cache = wandb::cache_policy::refresh();
   options.connections = given.connections;
   options.wait = duration_of(given.wait);
+  options.exclude = given.exclude;
   options.cancel = &interrupted;
   if (out.shows_progress()) {
     options.on_progress = [&out](const wandb::progress& now) { return out.progress(now), true; };
@@ -503,8 +527,27 @@ int report(const wandb::error& failure, const arguments& given, console& out) {
   return status;
 }
 
+/// What a call with patterns has done.
+struct totals {
+  std::size_t files = 0, downloaded = 0, failed = 0;
+  std::uint64_t bytes = 0;  // downloaded
+
+  void add(const totals& more) {
+    files += more.files;
+    downloaded += more.downloaded;
+    failed += more.failed;
+    bytes += more.bytes;
+  }
+};
+
+/// Whether --json ends with an object of totals: the number of lines is not known beforehand.
+bool has_totals(const arguments& given) {
+  return !given.newest && std::any_of(given.names.begin(), given.names.end(), is_pattern);
+}
+
 /// Restores one file, or with --newest the last changed one of a pattern. Returns the exit status.
-int restore_file(wandb::client<>& client, const std::string& name, const arguments& given, console& out) {
+int restore_file(wandb::client<>& client, const std::string& name, const arguments& given, totals& sum,
+                 console& out) {
   const wandb::restore_options options = options_of(given, out);
   const stopwatch time;
   auto file = given.newest ? client.try_restore_newest(name, options) : client.try_restore(name, options);
@@ -519,6 +562,8 @@ int restore_file(wandb::client<>& client, const std::string& name, const argumen
   }
   const std::string verified = entry.verified ? ", verified" : ", not verified";
   if (entry.source == wandb::source::downloaded) {
+    sum.downloaded = 1;
+    sum.bytes = entry.size;
     out.finish(entry.name + "  " + amount(static_cast<double>(entry.size)) + " in " +
                duration(time.seconds()) + verified);
   } else {
@@ -527,19 +572,20 @@ int restore_file(wandb::client<>& client, const std::string& name, const argumen
   return print(entry, given, out) ? status_done : status_disk;
 }
 
-/// Restores the files that match a pattern. With --json, a last object has the totals. Returns the exit status.
-int restore_matches(wandb::client<>& client, const std::string& pattern, const arguments& given,
+/// Restores the files that match a pattern. Returns the exit status.
+int restore_matches(wandb::client<>& client, const std::string& pattern, const arguments& given, totals& sum,
                     console& out) {
   const stopwatch time;
   const auto restored = client.try_restore_all(pattern, options_of(given, out));
   if (!restored) return report(restored.error(), given, out);
 
+  out.finish("");  // before lines on standard output, which may be the same terminal
   int status = status_done;
-  std::size_t downloaded = 0, failed = 0;
-  std::uint64_t bytes = 0;
+  totals here;
+  here.files = restored->files.size();
   for (const wandb::restored_entry& file : restored->files) {
     if (file.failure) {
-      ++failed;
+      ++here.failed;
       // The failure that ended the call is that of each file that was left: it is told once.
       const bool is_told =
           restored->failure && std::string_view(file.failure->what()) == restored->failure->what();
@@ -547,36 +593,55 @@ int restore_matches(wandb::client<>& client, const std::string& pattern, const a
       if (status == status_done) status = failure;
       continue;
     }
-    if (file.source == wandb::source::downloaded) ++downloaded, bytes += file.size;
+    if (file.source == wandb::source::downloaded) ++here.downloaded, here.bytes += file.size;
     if (!print(file, given, out)) return status == status_done ? status_disk : status;
   }
+  sum.add(here);
   if (restored->failure) {
     const int failure = report(*restored->failure, out);
     if (status == status_done || failure == status_interrupted) status = failure;
   }
-  const std::size_t count = restored->files.size();
-  if (given.as_json) {
-    const json totals = {
-        {"files", count},   {"downloaded", downloaded}, {"local", count - downloaded - failed},
-        {"failed", failed}, {"bytes", bytes},           {"seconds", in_milliseconds(time.seconds())}};
-    if (!print(text_of({{"totals", totals}}), out)) return status == status_done ? status_disk : status;
-  }
-  out.finish(pattern + "  " + std::to_string(count - failed) + " of " + std::to_string(count) + " files, " +
-             amount(static_cast<double>(bytes)) + " downloaded in " + duration(time.seconds()));
+  out.finish(pattern + "  " + std::to_string(here.files - here.failed) + " of " + std::to_string(here.files) +
+             " files, " + amount(static_cast<double>(here.bytes)) + " downloaded in " +
+             duration(time.seconds()));
   return status;
 }
 
-/// Restores the files of every NAME. After a failure it continues with the next. Returns the exit status.
+/// Restores the files of every NAME. After a failure it continues with the next. With --json and a pattern among the
+/// NAMEs, a last object has the totals. Returns the exit status.
 int restore_files(wandb::client<>& client, const arguments& given, console& out) {
+  const stopwatch time;
   int status = status_done;
+  totals sum;
   for (const std::string& name : given.names) {
-    const bool has_many = is_pattern(name) && !given.newest;
-    const int failure =
-        has_many ? restore_matches(client, name, given, out) : restore_file(client, name, given, out);
-    if (failure == status_interrupted) return failure;
-    if (status == status_done) status = failure;
+    int failure = status_done;
+    if (is_pattern(name) && !given.newest) {
+      failure = restore_matches(client, name, given, sum, out);
+    } else {
+      totals one;
+      one.files = 1;
+      failure = restore_file(client, name, given, one, out);
+      if (failure != status_done) one.failed = 1;
+      sum.add(one);
+    }
+    if (status == status_done || failure == status_interrupted) status = failure;
+    if (failure == status_interrupted) break;
   }
-  return status;
+  if (!given.as_json || !has_totals(given)) return status;
+  const json object = {{"files", sum.files},
+                       {"downloaded", sum.downloaded},
+                       {"local", sum.files - sum.downloaded - sum.failed},
+                       {"failed", sum.failed},
+                       {"bytes", sum.bytes},
+                       {"seconds", in_milliseconds(time.seconds())}};
+  const bool is_printed = print(text_of({{"totals", object}}), out);
+  return is_printed || status != status_done ? status : status_disk;
+}
+
+/// Whether --exclude leaves out a file that a pattern matches.
+bool is_excluded(const std::string& name, const arguments& given) {
+  return std::any_of(given.exclude.begin(), given.exclude.end(),
+                     [&name](const std::string& pattern) { return wandb::matches_pattern(name, pattern); });
 }
 
 /// Prints the sizes and paths of the files that a restore would download. Returns the exit status.
@@ -616,7 +681,8 @@ int show_downloads(wandb::client<>& client, const arguments& given, console& out
     const wandb::file_info* newest = nullptr;
     bool is_there = false;
     for (const wandb::file_info& file : *files) {
-      if (!(is_pattern(name) ? matches(name, file.name) : name == file.name)) continue;
+      const bool has_many = is_pattern(name) || given.newest;
+      if (!wandb::matches_pattern(file.name, name) || (has_many && is_excluded(file.name, given))) continue;
       is_there = true;
       if (given.newest) {
         if (newest == nullptr || newest->updated_at <= file.updated_at) newest = &file;
@@ -628,6 +694,10 @@ int show_downloads(wandb::client<>& client, const arguments& given, console& out
     if (is_there) continue;
     out.error("no file of the run matches \"" + name + '"');
     if (status == status_done) status = status_not_found;
+  }
+  if (given.as_json && has_totals(given) &&
+      !print(text_of({{"totals", {{"files", count}, {"bytes", bytes}}}}), out)) {
+    return status_disk;
   }
   out.note(std::to_string(count) + (count == 1 ? " file, " : " files, ") +
            amount(static_cast<double>(bytes)) + " would be downloaded");
@@ -646,9 +716,9 @@ int list_files(wandb::client<>& client, const arguments& given, console& out) {
   for (const wandb::file_info& file : *files) {
     bool wanted = given.names.empty();
     for (std::size_t i = 0; i < given.names.size(); ++i) {
-      if (matches(given.names[i], file.name)) wanted = used[i] = true;
+      if (wandb::matches_pattern(file.name, given.names[i])) wanted = used[i] = true;
     }
-    if (!wanted) continue;
+    if (!wanted || is_excluded(file.name, given)) continue;
     std::string line;
     if (given.as_json) {
       line = text_of({{"name", file.name},
@@ -672,6 +742,21 @@ int list_files(wandb::client<>& client, const arguments& given, console& out) {
   return status;
 }
 
+/// Prints every setting, its value and the source of the value. Returns the exit status.
+int show_settings(const wandb::settings& settings, const arguments& given, console& out) {
+  for (const wandb::shown_setting& setting : settings.shown()) {
+    const std::string source = setting.source == "program" ? "command line" : setting.source;
+    const std::string line =
+        given.as_json
+            ? text_of({{"name", setting.name}, {"value", unless_empty(setting.value)}, {"source", source}})
+            : printable(setting.name) + '\t' + (setting.value.empty() ? "-" : printable(setting.value)) +
+                  '\t' + printable(source);
+    if (!print(line, out)) return status_disk;
+  }
+  for (const std::string& warning : settings.warnings) out.warning(warning);
+  return settings.problem ? report(*settings.problem, out) : status_done;
+}
+
 int run(int argc, char** argv) {
   arguments given;
   CLI::App app{"Restores files of Weights & Biases runs: verified, resumable.", "wandb-restore"};
@@ -686,6 +771,10 @@ int run(int argc, char** argv) {
   app.add_option("--root", given.root,
                  "Directory to store files under; default: the run's directory, else the current one")
       ->type_name("DIR");
+  app.add_option("--exclude", given.exclude, "Leave out files that match; may be given several times")
+      ->type_name("PATTERN")
+      ->expected(1)
+      ->take_all();
   app.add_flag("--newest", given.newest, "Of the files that match a NAME, only the one changed last");
   app.add_option("--wait", given.wait, "Wait for a file that the run has not uploaded yet; default: 0")
       ->type_name("SECONDS");
@@ -698,14 +787,16 @@ int run(int argc, char** argv) {
       ->type_name("N");
   app.add_option("--timeout", given.timeout, "End a connection after this time without data; default: 30")
       ->type_name("SECONDS");
-  app.add_flag("--quiet", given.quiet, "Print no warnings and no progress");
+  app.add_flag("--show-settings", given.show_settings,
+               "Print each setting, its value without secrets, and the source of the value");
+  app.add_flag("-q,--quiet", given.quiet, "Print no warnings and no progress");
   app.add_flag("--no-progress", given.no_progress, "Print no progress");
 
   try {
     std::vector<std::string> words = utf8_arguments(argc, argv);
     std::reverse(words.begin(), words.end());  // CLI11 takes the arguments in reverse order
     app.parse(std::move(words));
-    if (given.names.empty() && !given.list) throw CLI::RequiredError("NAME");
+    if (given.names.empty() && !given.list && !given.show_settings) throw CLI::RequiredError("NAME");
     if (given.replace && given.refresh) throw CLI::ExcludesError("--replace", "--refresh");
     if (given.list && (given.newest || given.dry_run || given.wait != 0)) {
       throw CLI::ExcludesError("--list", given.newest ? "--newest" : given.dry_run ? "--dry-run" : "--wait");
@@ -732,6 +823,7 @@ int run(int argc, char** argv) {
     settings.retry_timeout = 10 * limit;
   }
 
+  if (given.show_settings) return show_settings(settings, given, out);
   given.directory = given.root.empty() ? settings.run_dir : utf8_path(given.root);
   wandb::client<> client(std::move(settings));
   if (given.dry_run) return show_downloads(client, given, out);

@@ -196,6 +196,16 @@ TEST_SUITE("command line") {
       CHECK(totals["seconds"].is_number());
       CHECK(f.requests() == 1);
     }
+    SUBCASE("--json has one object of totals for several NAMEs of which one is a pattern") {
+      const auto objects = objects_of(restored({"z.*", "ckpt/", "config.yaml", "--json", "--root", "u"}));
+      REQUIRE(objects.size() == 5);
+      for (std::size_t i = 0; i < 4; ++i) CHECK(objects[i].contains("name"));
+      CHECK(objects[4].size() == 1);
+      CHECK(objects[4]["totals"]["files"] == 4);
+      CHECK(objects[4]["totals"]["downloaded"] == 4);
+      CHECK(objects[4]["totals"]["local"] == 0);
+      CHECK(objects[4]["totals"]["bytes"] == 4 + 9 + 14 + 11);
+    }
     SUBCASE("a pattern without a match is file_not_found, and the next name is tried") {
       const outcome result = f.start(program, with_run(f, {"*.h5", "z.pt"}));
       CHECK(result.status == 3);
@@ -297,6 +307,75 @@ TEST_SUITE("command line") {
     CHECK(objects[0]["name"] == "ckpt/3.pt");
     CHECK(f.start(program, with_run(f, {"*.h5", "--newest"})).status == 3);
     CHECK_FALSE(fs::exists(f.work() / "ckpt/1.pt"));
+  }
+
+  TEST_CASE("--exclude leaves out files that match") {
+    fixture f;
+    for (const char* name : {"ckpt/a.pt", "ckpt/a.optim", "ckpt/\xc3\xa4.pt", "ckpt/tmp/b.pt"})
+      f.server.add_file(f.run, name, name);
+    const auto printed = [&](std::vector<std::string> arguments) {
+      const outcome result = f.start(program, with_run(f, std::move(arguments)));
+      CHECK(result.status == 0);
+      return result.out;
+    };
+    CHECK(printed({"ckpt/", "--exclude", "*.optim", "--exclude", "*/tmp/"}) ==
+          "ckpt/a.pt\nckpt/\xc3\xa4.pt\n");
+    CHECK_FALSE(fs::exists(f.work() / "ckpt/a.optim"));
+    CHECK(printed({"*", "--exclude", "ckpt/?.pt", "--exclude", "*/tmp/", "--newest"}) == "ckpt/a.optim\n");
+    CHECK(printed({"ckpt/", "--exclude", "ckpt/?.pt", "--replace", "--dry-run"}) ==
+          "12\tckpt/a.optim\n13\tckpt/tmp/b.pt\n");
+    CHECK(lines_of(printed({"--list", "--exclude", "*.pt"})).size() == 1);
+    CHECK(printed({"ckpt/a.pt", "--exclude", "*.pt"}) ==
+          "ckpt/a.pt\n");  // a plain name is not a match of a pattern
+    const outcome nothing = f.start(program, with_run(f, {"*.pt", "--exclude", "*"}));
+    CHECK(nothing.status == 3);
+    check_messages(nothing.err);
+  }
+
+  TEST_CASE("--show-settings prints values and sources, no secrets, and makes no request") {
+    fixture f;
+    f.environment["WANDB_ENTITY"] = "vanpelt";
+    f.environment["HTTPS_PROXY"] = "http://user:hidden@127.0.0.1:3128";
+    f.environment["WANDB_X_EXTRA_HTTP_HEADERS"] = R"({"X-Team": "hidden"})";
+    write_file(f.home() / ".config/wandb/settings", "[default]\nproject = my-project\n");
+    const auto setting = [&](const std::string& name, std::vector<std::string> arguments = {}) {
+      arguments.push_back("--show-settings");
+      const outcome result = f.start(program, arguments);
+      CHECK(result.status == 0);
+      CHECK_FALSE(contains(result.out, "hidden"));
+      for (const std::string& line : lines_of(result.out)) {
+        if (line.rfind(name + '\t', 0) == 0) return line.substr(name.size() + 1);
+      }
+      return std::string("missing");
+    };
+    CHECK(setting("base_url") == f.server.base_url() + "\tWANDB_BASE_URL");
+    CHECK(setting("api_key") == "(set)\tWANDB_API_KEY");
+    CHECK(setting("entity") == "vanpelt\tWANDB_ENTITY");
+    CHECK(setting("project") == "my-project\tproject in " + (f.home() / ".config/wandb/settings").string());
+    CHECK(setting("run_id") == "-\tdefault");
+    CHECK(setting("https_proxy").rfind("http://...@127.0.0.1:3128 except localhost,", 0) == 0);
+    CHECK(setting("extra_headers") == "X-Team: (set)\tWANDB_X_EXTRA_HTTP_HEADERS");
+    CHECK(setting("idle_timeout") == "30 s\tdefault");
+    CHECK(setting("idle_timeout", {"--timeout", "2.5"}) == "2.5 s\tcommand line");
+
+    f.environment.erase("WANDB_API_KEY");
+    CHECK(setting("api_key") == "-\tdefault");
+    write_file(f.home() / ".netrc", "machine 127.0.0.1 login user password " + f.server.key() +
+                                        "\n"
+                                        "default login user password " +
+                                        f.server.key() + "\n");
+    CHECK(setting("api_key") == "(set)\tnetrc entry default in " + (f.home() / ".netrc").string());
+
+    const auto objects = objects_of(f.start(program, {"--show-settings", "--json"}).out);
+    REQUIRE(objects.size() > 20);
+    for (const json& object : objects) CHECK(object.size() == 3);
+    CHECK(f.requests() == 0);
+
+    f.environment["WANDB_MODE"] = "sometimes";
+    const outcome wrong = f.start(program, {"--show-settings"});
+    CHECK(wrong.status == 2);
+    CHECK(contains(wrong.out, "base_url\t"));
+    CHECK(contains(wrong.err, "WANDB_MODE"));
   }
 
   TEST_CASE("--wait asks again while the run is running, and ends when the run has ended") {
@@ -410,9 +489,9 @@ TEST_SUITE("command line") {
     outcome result = f.start(program, {"--help"});
     CHECK(result.status == 0);
     CHECK(result.err == "");
-    for (const char* option :
-         {"--run-path", "--replace", "--refresh", "--root", "--newest", "--wait", "--dry-run", "--list",
-          "--json", "--connections", "--timeout", "--quiet", "--no-progress", "--version", "Exit status"}) {
+    for (const char* option : {"--run-path", "--replace", "--refresh", "--root", "--exclude", "--newest",
+                               "--show-settings", "--wait", "--dry-run", "--list", "--json", "--connections",
+                               "--timeout", "--quiet", "--no-progress", "--version", "Exit status"}) {
       CHECK_MESSAGE(contains(result.out, option), option);
     }
     result = f.start(program, {"--version"});
@@ -708,13 +787,54 @@ TEST_SUITE("command line") {
       CHECK(lines_of(result.out).size() == 12);
       const screen seen = watch(result.err);
       REQUIRE(seen.frames.size() > 2);
-      bool counts = false;
+      bool is_whole = false;
       for (const std::string& frame : seen.frames) {
         if (&frame != &seen.frames.back()) CHECK(frame.size() < width);
-        counts = counts || contains(frame, "/12 files");
+        for (const char c : frame) CHECK((c >= ' ' && c < 127));
+        is_whole = is_whole || (contains(frame, "%") && contains(frame, width == 80 ? "/12 files" : "/12 ") &&
+                                contains(frame, width == 80 ? "/2.3 MiB" : "/2.3MiB") &&
+                                contains(frame, "iB/s") && contains(frame, ":0"));
       }
-      CHECK(counts);
+      CHECK(is_whole);
       CHECK(contains(seen.last, "12 of 12 files"));
+    }
+  }
+
+  TEST_CASE("the progress line is cleared before paths are printed to the same terminal") {
+    if (!has_terminals()) return;
+    stand_in::options options;
+    options.global_rate = 2'000'000;
+    fixture f(options);
+    for (const char* name : {"ckpt/a", "ckpt/b"})
+      f.server.add_file(f.run, name, stand_in::generated(500'000));
+    terminal tty(80);
+    setup how = f.how();
+    how.tty = &tty;
+    how.standard_output = tty.slave().get();
+    child running(example(program), with_run(f, {"ckpt/"}), how);
+    const outcome result = running.wait();
+    CHECK(result.status == 0);
+    const std::size_t percent = result.err.rfind('%');
+    REQUIRE(percent != std::string::npos);
+    const std::size_t cleared = result.err.find("\r  ", percent);
+    CHECK(cleared != std::string::npos);
+    CHECK(cleared < result.err.find("ckpt/a\r\nckpt/b\r\n", percent));
+  }
+
+  TEST_CASE("no colours and no other control sequences, with NO_COLOR or without") {
+    if (!has_terminals()) return;
+    for (const bool is_set : {false, true}) {
+      fixture f;
+      f.server.add_file(f.run, "ckpt/a", "a");
+      terminal tty(80);
+      setup how = f.how();
+      how.tty = &tty;
+      how.environment["TERM"] = "xterm-256color";
+      if (is_set) how.environment["NO_COLOR"] = "1";
+      child running(example(program), with_run(f, {"ckpt/", "missing"}), how);
+      const outcome result = running.wait();
+      CHECK(result.status == 3);
+      CHECK_FALSE(contains(result.err, "\x1b"));
     }
   }
 

@@ -6,6 +6,7 @@
 #include <functional>
 #include <optional>
 #include <set>
+#include <sstream>
 
 using namespace restore_tests;
 using wandb::errc;
@@ -454,6 +455,13 @@ TEST_SUITE("errors") {
     CHECK(copy.code() == failure.code());
     CHECK(std::string(copy.what()) == failure.what());
     CHECK_THROWS_AS(throw copy, std::runtime_error);
+  }
+
+  TEST_CASE("<< writes code and text of an error") {
+    std::ostringstream out;
+    out << wandb::error(errc::http_failure, "restoring \"a\": HTTP status 404", 404) << '\n';
+    CHECK(out.str() == "http_failure: restoring \"a\": HTTP status 404\n");
+    CHECK_THROWS_AS(throw wandb::error(errc::offline, "x"), std::runtime_error);
   }
 
   TEST_CASE("result<void>::value() throws the error, and does nothing after success") {

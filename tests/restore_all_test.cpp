@@ -87,6 +87,64 @@ TEST_SUITE("restore_all") {
     }
   }
 
+  TEST_CASE("matches_pattern: any text, one character, all below") {
+    using wandb::matches_pattern;
+    struct row {
+      const char *name, *pattern;
+      bool is_match;
+    };
+    const row table[] = {
+        {"a", "a", true},
+        {"a", "b", false},
+        {"a", "", false},
+        {"", "", true},
+        {"", "*", true},
+        {"abc", "*", true},
+        {"a/b/c", "a*c", true},
+        {"abc", "a*b", false},
+        {"abab", "*ab", true},
+        {"aaab", "a*ab", true},
+        {"a", "?", true},
+        {"", "?", false},
+        {"ab", "?", false},
+        {"a/b", "a?b", true},
+        {"d/e", "d/", true},
+        {"d", "d/", false},
+        {"d/", "d/", true},
+        {"x/d/e", "d/", false},
+        {"x/d/e", "*/d/", true},
+        {"a*b", "a?b", true},
+        {"\xc3\xa4", "?", true},
+        {"\xe2\x82\xac.pt", "?.pt", true},
+        {"\xc3\xa4\xc3\xb6", "?", false},
+        {"\xc3\xa4\xc3\xb6", "??", true},
+        {"\xff", "?", true},
+        {"[a]", "[a]", true},
+        {"a", "[a]", false},
+        {"A", "a", false},
+    };
+    for (const row& each : table) {
+      CAPTURE(std::string(each.name));
+      CAPTURE(std::string(each.pattern));
+      CHECK(matches_pattern(each.name, each.pattern) == each.is_match);
+    }
+  }
+
+  TEST_CASE("exclude leaves out files that match one of its patterns") {
+    world w;
+    for (const char* name : {"ckpt/1.h5", "ckpt/1.optim", "ckpt/tmp/2.h5", "log.txt"}) w.add(name, 100);
+    w.options.exclude = {"*.optim", "*/tmp/"};
+    CHECK(names(all(w, "ckpt/")) == std::vector<std::string>{"ckpt/1.h5"});
+    CHECK_FALSE(fs::exists(w.at("ckpt/1.optim")));
+    w.options.exclude = {"*"};
+    const auto nothing = wandb::client<>(w.settings).try_restore_all("ckpt/", w.options);
+    REQUIRE_FALSE(nothing.has_value());
+    CHECK(nothing.error().code() == errc::file_not_found);
+    const auto none = wandb::client<>(w.settings).try_restore_newest("ckpt/", w.options);
+    REQUIRE_FALSE(none.has_value());
+    CHECK(none.error().code() == errc::file_not_found);
+  }
+
   TEST_CASE("one question a page, and no redirect where the list has direct addresses") {
     world w;
     for (int i = 0; i < 501; ++i) w.add("f" + std::to_string(i), 10);

@@ -3,6 +3,7 @@
 
 #include <doctest/doctest.h>
 
+#include <sstream>
 #include <string>
 #include <string_view>
 
@@ -247,5 +248,11 @@ TEST_SUITE("run path") {
     CHECK(path.str() == "e/p/r:1");
     CHECK(*wandb::run_path::parse(path.str()) == path);
     CHECK(path != defaults);
+  }
+
+  TEST_CASE("<< writes str() to any output stream") {
+    std::ostringstream out;
+    out << wandb::run_path{"e", "p", "r"} << ' ' << wandb::run_path{};
+    CHECK(out.str() == "e/p/r //");
   }
 }

@@ -49,6 +49,18 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
+/// "VALUE from SOURCE" of a setting, as settings::shown has them.
+std::string shown(const settings& s, const std::string& name) {
+  std::string text;
+  for (const wandb::shown_setting& each : s.shown()) {
+    for (const std::string& secret : {key, other_key, std::string("password")}) {
+      CHECK_FALSE(contains(each.name + each.value + each.source, secret));
+    }
+    if (each.name == name) text += each.value + " from " + each.source;
+  }
+  return text;
+}
+
 std::string problem_of(const settings& s) {
   if (!s.problem) return "";
   CHECK(s.problem->code() == wandb::errc::invalid_argument);
@@ -75,6 +87,64 @@ TEST_SUITE("settings") {
     CHECK(s.verify_tls);
     CHECK(s.warnings.empty());
     CHECK_FALSE(s.problem.has_value());
+  }
+
+  TEST_CASE("shown: every value with its source") {
+    const machine here;
+    const std::string in_local = " in " + (here.project() / "wandb" / "settings").string();
+    const std::string in_global = " in " + (here.home() / ".config" / "wandb" / "settings").string();
+    here.global_settings("[default]\nproject = global\nentity = global\napi_key = " + other_key +
+                         "\nmode = offline\n");
+    here.local_settings("[default]\nproject = local\nmode = sometimes\n");
+    const scoped_environment variables{
+        {"WANDB_ENTITY", "variable"},
+        {"WANDB__GRAPHQL_TIMEOUT_SECONDS", "0.25"},
+        {"WANDB_BASE_URL", "https://user:password@example.com/?password"},
+        {"WANDB_HTTPS_PROXY", "http://user:password@proxy:1"},
+        {"CURL_CA_BUNDLE", here.home().string()},
+        {"WANDB_X_EXTRA_HTTP_HEADERS", R"({"A": "password", "B": "password"})"}};
+    auto s = settings::from_environment();
+    CHECK(shown(s, "entity") == "variable from WANDB_ENTITY");
+    CHECK(shown(s, "project") == "local from project" + in_local);
+    CHECK(shown(s, "offline") == "false from default");  // "sometimes" is not used
+    CHECK(shown(s, "api_key") == "(set) from api_key" + in_global);
+    CHECK(shown(s, "run_id") == " from default");
+    CHECK(shown(s, "base_url") == "https://...@example.com/ from WANDB_BASE_URL");
+    CHECK(shown(s, "connect_timeout") == "0.25 s from WANDB__GRAPHQL_TIMEOUT_SECONDS");
+    CHECK(shown(s, "retry_timeout") == "2.5 s from WANDB__GRAPHQL_TIMEOUT_SECONDS");
+    CHECK(shown(s, "https_proxy") == "http://...@proxy:1 from WANDB_HTTPS_PROXY");
+    CHECK(shown(s, "ca_directory") == here.home().string() + " from CURL_CA_BUNDLE");
+    CHECK(shown(s, "extra_headers") == "A: (set), B: (set) from WANDB_X_EXTRA_HTTP_HEADERS");
+    CHECK(shown(s, "total_timeout") == " from default");
+
+    s.entity = "mine";
+    s.run_dir = "runs";
+    CHECK(shown(s, "entity") == "mine from program");
+    CHECK(shown(s, "run_dir") == "runs from program");
+    CHECK(shown(s, "project") == "local from project" + in_local);
+
+    settings from_nothing;
+    from_nothing.api_key = key;
+    CHECK(shown(from_nothing, "api_key") == "(set) from program");
+    CHECK(shown(from_nothing, "verify_tls") == "true from default");
+  }
+
+  TEST_CASE("shown: a key in netrc, a run id in the resume file") {
+    const machine here;
+    write_file(here.home() / ".netrc", "machine api.wandb.ai login user password " + key + "\n");
+    write_file(here.project() / "wandb" / "wandb-resume.json", R"({"run_id": "r1"})");
+    const scoped_environment variables{{"WANDB_RESUME", "auto"}};
+    auto s = settings::from_environment();
+    CHECK(s.api_key == "");
+    CHECK(shown(s, "api_key") ==
+          "(set) from netrc entry api.wandb.ai in " + (here.home() / ".netrc").string());
+    CHECK(shown(s, "run_id") ==
+          "r1 from run_id in " + (here.project() / "wandb" / "wandb-resume.json").string());
+    s.base_url = "https://example.com";
+    CHECK(shown(s, "api_key") == " from default");
+    s.identity_token_file = "token";
+    CHECK(shown(s, "api_key") == " from default");
+    CHECK(shown(s, "identity_token_file") == "token from program");
   }
 
   TEST_CASE("for each key the environment overrides the local file, which overrides the global one") {

@@ -10,7 +10,7 @@ top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 here=$top/tests/matrix/consumers
 cxx=${CXX:-c++}
 names=(add_subdirectory find_package find_package_refused pkg_config pkg_config_of_meson fetch_content
-  meson_subproject meson_wrap plain_copy plain_copy_bare)
+  meson_subproject meson_wrap plain_copy plain_copy_bare tool_of_cmake tool_of_meson)
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -161,6 +161,84 @@ plain_copy_bare() {
   cp -r "$(folder_of nlohmann/json.hpp)/nlohmann" "$scratch/copy"
   (cd "$scratch/copy" && "$cxx" -std=c++17 -I. bare.cpp -o bare -pthread)
   run "$scratch/copy/bare" bare
+}
+
+# Prints the options in a text, a line each.
+options_in() { grep -o -- '--[a-z][a-z-]*' | sort -u; }
+
+# Prints what bash offers after these words.
+bash_completions() { # FILE WORD...
+  env -i PATH="$PATH" bash --norc --noprofile -c '
+    . "$1"; shift
+    complete -p wandb-restore > /dev/null
+    COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+    _wandb_restore wandb-restore "${@: -1}" "${@: -2:1}"
+    printf "%s\n" "${COMPREPLY[@]}"' bash "$@"
+}
+
+# Checks an installed wandb-restore: the program, the man page and the completions.
+check_the_tool() { # PREFIX
+  local tool=$1/bin/wandb-restore man=$1/share/man/man1/wandb-restore.1 missing=
+  local bash=$1/share/bash-completion/completions/wandb-restore zsh=$1/share/zsh/site-functions/_wandb-restore
+  local fish=$1/share/fish/vendor_completions.d/wandb-restore.fish
+  [ "$("$tool" --version)" = "wandb-restore $(sed -n 's/^#define WANDB_RESTORE_VERSION "\(.*\)"$/\1/p' "$top/wandb_restore.hpp")" ]
+  mkdir "$scratch/run" "$scratch/run/directory"
+  echo weights > "$scratch/run/model.h5"
+  cd "$scratch/run"
+  [ "$("$tool" model.h5 --run-path entity/project/run_id)" = model.h5 ] # a local copy is kept without a request
+
+  "$tool" --help | options_in > "$scratch/options"
+  sed 's/Fl -/--/g' "$man" | options_in | diff "$scratch/options" -
+  bash_completions "$bash" wandb-restore -- | options_in | diff "$scratch/options" -
+  options_in < "$zsh" | diff "$scratch/options" -
+  sed 's/-l /--/' "$fish" | options_in | diff "$scratch/options" -
+
+  [ "$(bash_completions "$bash" wandb-restore --refr)" = --refresh ]
+  [ "$(bash_completions "$bash" wandb-restore --root d)" = directory ]
+  [ -z "$(bash_completions "$bash" wandb-restore --root directory mod)" ]
+
+  if command -v mandoc > /dev/null; then
+    mandoc -T lint -W warning "$man"
+  else
+    missing+=" mandoc"
+  fi
+  if command -v groff > /dev/null; then
+    groff -mandoc -Tutf8 -ww "$man" > "$scratch/rendered" 2> "$scratch/warnings"
+    diff /dev/null "$scratch/warnings"
+    grep -q 'restore files of Weights & Biases runs' "$scratch/rendered"
+  else
+    missing+=" groff"
+  fi
+  if command -v zsh > /dev/null; then
+    zsh -f -c 'fpath=("$1" $fpath); autoload -Uz compinit; compinit -D; [[ ${_comps[wandb-restore]} = _wandb-restore ]]; autoload +X _wandb-restore' \
+      zsh "$(dirname "$zsh")"
+  else
+    missing+=" zsh"
+  fi
+  if command -v fish > /dev/null; then
+    fish --no-execute "$fish"
+    # shellcheck disable=SC2016
+    [[ $(HOME=$scratch fish -c 'source $argv[1]; complete -C "wandb-restore --refr"' "$fish") == --refresh* ]]
+  else
+    missing+=" fish"
+  fi
+  [ -z "$missing" ] || { echo "not checked, because a program is missing:$missing"; exit 77; }
+}
+
+tool_of_cmake() {
+  build_with_cmake "$top" -DWANDB_RESTORE_TESTS=OFF -DWANDB_RESTORE_EXAMPLES=OFF -DWANDB_RESTORE_TOOL=ON \
+    -DCMAKE_INSTALL_PREFIX=/usr -DCMAKE_BUILD_TYPE=Debug
+  DESTDIR=$scratch/destination cmake --install "$scratch/build"
+  rm -rf "$scratch/build"
+  check_the_tool "$scratch/destination/usr"
+}
+
+tool_of_meson() {
+  needs_meson
+  meson setup --prefix=/usr -Dtests=false -Dexamples=false -Dtool=enabled --buildtype=debug "$scratch/build" "$top"
+  DESTDIR=$scratch/destination meson install -C "$scratch/build"
+  rm -rf "$scratch/build"
+  check_the_tool "$scratch/destination/usr"
 }
 
 if [ "${1:-}" = --list ]; then
