@@ -874,6 +874,14 @@ result<restore_report> restore_all(session& current, std::string_view pattern,
                                    const restore_options& options);
 result<restored_file> restore_newest(session& current, std::string_view pattern,
                                      const restore_options& options);
+result<restore_report> restore_all(session& current, std::string_view pattern, std::string_view run_path,
+                                   bool replace, std::filesystem::path root);
+result<restore_report> restore_all(session& current, std::string_view pattern, const run_path& run,
+                                   bool replace, std::filesystem::path root);
+result<restored_file> restore_newest(session& current, std::string_view pattern, std::string_view run_path,
+                                     bool replace, std::filesystem::path root);
+result<restored_file> restore_newest(session& current, std::string_view pattern, const run_path& run,
+                                     bool replace, std::filesystem::path root);
 result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
                                 const restore_options& options);
 result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
@@ -927,9 +935,21 @@ class client {
   result<restore_report> try_restore_all(std::string_view pattern, const restore_options& options = {}) {
     return detail::restore_all(*session_, pattern, options);
   }
+  /// Restores the files of the given run, a text or a wandb::run_path.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  result<restore_report> try_restore_all(std::string_view pattern, const Run& run, bool replace = false,
+                                         std::filesystem::path root = {}) {
+    return detail::restore_all(*session_, pattern, run, replace, std::move(root));
+  }
   /// Restores the file that was changed last. See the free function wandb::try_restore_newest.
   result<restored_file> try_restore_newest(std::string_view pattern, const restore_options& options = {}) {
     return detail::restore_newest(*session_, pattern, options);
+  }
+  /// Restores a file of the given run, a text or a wandb::run_path.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  result<restored_file> try_restore_newest(std::string_view pattern, const Run& run, bool replace = false,
+                                           std::filesystem::path root = {}) {
+    return detail::restore_newest(*session_, pattern, run, replace, std::move(root));
   }
 
   /// Opens a file of a run for reading over the network. See the free function wandb::try_open.
@@ -943,7 +963,7 @@ class client {
   }
 
   /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Errors as in
-  /// wandb::try_restore, and errc::protocol_violation for a list that takes more than 32 MiB (about 170,000 files) or
+  /// wandb::try_restore, and errc::protocol_violation for a list that takes more than 24 MiB (about 125,000 files) or
   /// 5,000 pages.
   result<std::vector<file_info>> try_list_files(const restore_options& options = {}) {
     return detail::list_files(*session_, options);
@@ -969,9 +989,21 @@ class client {
   restore_report restore_all(std::string_view pattern, const restore_options& options = {}) {
     return try_restore_all(pattern, options).value();
   }
+  /// As try_restore_all, but throws wandb::error where that returns one.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  restore_report restore_all(std::string_view pattern, const Run& run, bool replace = false,
+                             std::filesystem::path root = {}) {
+    return try_restore_all(pattern, run, replace, std::move(root)).value();
+  }
   /// As try_restore_newest, but throws wandb::error instead of returning one.
   restored_file restore_newest(std::string_view pattern, const restore_options& options = {}) {
     return try_restore_newest(pattern, options).value();
+  }
+  /// As try_restore_newest, but throws wandb::error instead of returning one.
+  template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+  restored_file restore_newest(std::string_view pattern, const Run& run, bool replace = false,
+                               std::filesystem::path root = {}) {
+    return try_restore_newest(pattern, run, replace, std::move(root)).value();
   }
   /// As try_open, but throws wandb::error instead of returning one.
   remote_file open(std::string_view name, const restore_options& options = {}) {
@@ -1052,11 +1084,23 @@ result<restored_file> try_restore(std::string_view name, const Run& run, bool re
 inline result<restore_report> try_restore_all(std::string_view pattern, const restore_options& options = {}) {
   return client<>().try_restore_all(pattern, options);
 }
+/// As above, for the given run, a text or a wandb::run_path.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+result<restore_report> try_restore_all(std::string_view pattern, const Run& run, bool replace = false,
+                                       std::filesystem::path root = {}) {
+  return client<>().try_restore_all(pattern, run, replace, std::move(root));
+}
 /// Restores that file among those that match a pattern which was changed last, by the service's clock. Of two with the same
 /// time, the later one in the service's order. Otherwise as try_restore. @return  the open stream, or an error with any errc.
 inline result<restored_file> try_restore_newest(std::string_view pattern,
                                                 const restore_options& options = {}) {
   return client<>().try_restore_newest(pattern, options);
+}
+/// As above, for the given run, a text or a wandb::run_path.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+result<restored_file> try_restore_newest(std::string_view pattern, const Run& run, bool replace = false,
+                                         std::filesystem::path root = {}) {
+  return client<>().try_restore_newest(pattern, run, replace, std::move(root));
 }
 
 /// Opens a file of a run for reading over the network: one tensor of a checkpoint, the directory of an archive. Nothing is
@@ -1103,9 +1147,21 @@ restored_file restore(std::string_view name, const Run& run, bool replace = fals
 inline restore_report restore_all(std::string_view pattern, const restore_options& options = {}) {
   return try_restore_all(pattern, options).value();
 }
+/// As try_restore_all, but throws wandb::error where that returns one.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+restore_report restore_all(std::string_view pattern, const Run& run, bool replace = false,
+                           std::filesystem::path root = {}) {
+  return try_restore_all(pattern, run, replace, std::move(root)).value();
+}
 /// As try_restore_newest, but throws wandb::error instead of returning one.
 inline restored_file restore_newest(std::string_view pattern, const restore_options& options = {}) {
   return try_restore_newest(pattern, options).value();
+}
+/// As try_restore_newest, but throws wandb::error instead of returning one.
+template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
+restored_file restore_newest(std::string_view pattern, const Run& run, bool replace = false,
+                             std::filesystem::path root = {}) {
+  return try_restore_newest(pattern, run, replace, std::move(root)).value();
 }
 /// As try_open, but throws wandb::error instead of returning one.
 inline remote_file open(std::string_view name, const restore_options& options = {}) {
@@ -9097,14 +9153,28 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
                     {quoted, run.project + '/' + run.run_id});
 }
 
-WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
-                                                           std::string_view run_path, bool replace,
-                                                           std::filesystem::path root) {
+inline restore_options options_of(std::string_view run_path, bool replace, std::filesystem::path root) {
   restore_options options;
   options.run_path = run_path;
   options.replace = replace;
   options.root = std::move(root);
-  return restore(current, name, options);
+  return options;
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
+                                                           std::string_view run_path, bool replace,
+                                                           std::filesystem::path root) {
+  return restore(current, name, options_of(run_path, replace, std::move(root)));
+}
+WANDB_RESTORE_PRIVATE_INLINE result<restore_report> restore_all(session& current, std::string_view pattern,
+                                                                std::string_view run_path, bool replace,
+                                                                std::filesystem::path root) {
+  return restore_all(current, pattern, options_of(run_path, replace, std::move(root)));
+}
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& current, std::string_view pattern,
+                                                                  std::string_view run_path, bool replace,
+                                                                  std::filesystem::path root) {
+  return restore_newest(current, pattern, options_of(run_path, replace, std::move(root)));
 }
 
 /// A run path as text; "", which means the current run, if all parts are empty. Refuses an object that cannot be read back
@@ -9126,6 +9196,21 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
   const auto text = text_of(run);
   if (!text) return in_context(text.error(), "restoring " + in_quotes(name), {in_quotes(name)});
   return restore(current, name, std::string_view(*text), replace, std::move(root));
+}
+
+WANDB_RESTORE_PRIVATE_INLINE result<restore_report> restore_all(session& current, std::string_view pattern,
+                                                                const run_path& run, bool replace,
+                                                                std::filesystem::path root) {
+  const auto text = text_of(run);
+  if (!text) return in_context(text.error(), "restoring " + in_quotes(pattern), {in_quotes(pattern)});
+  return restore_all(current, pattern, std::string_view(*text), replace, std::move(root));
+}
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& current, std::string_view pattern,
+                                                                  const run_path& run, bool replace,
+                                                                  std::filesystem::path root) {
+  const auto text = text_of(run);
+  if (!text) return in_context(text.error(), "restoring " + in_quotes(pattern), {in_quotes(pattern)});
+  return restore_newest(current, pattern, std::string_view(*text), replace, std::move(root));
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,

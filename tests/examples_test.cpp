@@ -53,6 +53,41 @@ TEST_SUITE("examples") {
     CHECK(result.out == "resuming after epoch 7, loss 0.5\nepoch 8, loss 0.25\nepoch 9, loss 0.125\n");
   }
 
+  TEST_CASE("training_loop: killed, and continued from the newest checkpoint in another directory") {
+    fixture f;
+    f.environment.insert(
+        {{"WANDB_ENTITY", f.run.entity}, {"WANDB_PROJECT", f.run.project}, {"WANDB_RUN_ID", f.run.id}});
+    {
+      const pipe_ends out = make_pipe();
+      setup how = f.how();
+      how.standard_output = out.write.get();
+      child running(example("training_loop"), {"1000000000"}, how);
+      std::string printed;
+      char bytes[256];
+      while (printed.find("epoch 3") == std::string::npos) {
+        const auto count = ::read(out.read.get(), bytes, sizeof bytes);
+        REQUIRE(count > 0);
+        printed.append(bytes, static_cast<std::size_t>(count));
+      }
+      running.signal(SIGKILL);
+    }
+    // What the program that uploads would have uploaded so far: not in the order of the names.
+    for (const int epoch : {9, 10, 2}) {
+      stand_in::file_attributes attributes;
+      attributes.updated_at = "2024-01-02T03:04:" + std::to_string(10 + epoch) + "Z";
+      f.server.add_file(f.run, "checkpoints/epoch-" + std::to_string(epoch) + ".txt",
+                        std::to_string(epoch) + " 0.5\n", attributes);
+    }
+    fs::remove_all(f.work() / "checkpoints");
+    const outcome result = f.start("training_loop", {"12"});
+    CHECK(result.status == 0);
+    CHECK(result.out ==
+          "continuing from checkpoints/epoch-10.txt\nepoch 11, weight 0.25\nepoch 12, weight 0.125\n");
+    CHECK(read_file(f.work() / "checkpoints/epoch-12.txt") == "12 0.125\n");
+    f.server.add_fault(stand_in::place::graphql, stand_in::act::status(403));
+    CHECK(f.start("training_loop", {"12"}).status == 1);
+  }
+
   TEST_CASE("progress_and_cancel: stops in time, and a second call resumes") {
     fixture f;
     const auto content = stand_in::generated(3'000'000);

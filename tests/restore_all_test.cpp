@@ -486,4 +486,31 @@ TEST_SUITE("wait") {
     CHECK_THROWS_AS((void)wandb::restore_all("", w.options), wandb::error);
     CHECK_THROWS_AS((void)client.restore_all("", w.options), wandb::error);
   }
+
+  TEST_CASE("the run as second argument, as a text or an object") {
+    world w;
+    w.add("a.h5", 1000);
+    const std::string text = "team/project/run1";
+    const wandb::run_path run{"team", "project", "run1"}, broken{"team", "", "run1"};
+    const auto root = w.options.root;
+    wandb::client<> client(w.settings);
+    CHECK(client.try_restore_all("*.h5", text, false, root).value().files[0].source ==
+          wandb::source::downloaded);
+    CHECK(client.try_restore_all("*.h5", run, false, root).value().files[0].source == wandb::source::local);
+    CHECK(client.try_restore_all("*.h5", "team/project/run1", true, root).value().files[0].source ==
+          wandb::source::downloaded);
+    CHECK(client.try_restore_newest("*.h5", text, false, root)->source() == wandb::source::local);
+    CHECK(client.restore_newest("*.h5", run, true, root).source() == wandb::source::downloaded);
+    CHECK(client.restore_all("*.h5", run, true, root).files[0].source == wandb::source::downloaded);
+    CHECK(client.try_restore_all("*", broken).error().code() == errc::invalid_run_path);
+    CHECK(client.try_restore_newest("*", broken).error().code() == errc::invalid_run_path);
+
+    const support::scoped_environment there{{"WANDB_API_KEY", w.server.key()},
+                                            {"WANDB_BASE_URL", w.server.base_url()},
+                                            {"SSL_CERT_FILE", w.settings.ca_file.string()}};
+    CHECK(wandb::try_restore_all("*.h5", run, true, root).value().complete());
+    CHECK(wandb::restore_all("*.h5", text, true, root).complete());
+    CHECK(wandb::try_restore_newest("*.h5", text, true, root)->size() == 1000);
+    CHECK(wandb::restore_newest("*.h5", run, true, root).size() == 1000);
+  }
 }
