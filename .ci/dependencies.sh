@@ -18,6 +18,7 @@ to_build='
 to_test='
   header httplib.h          libcpp-httplib-dev   cpp-httplib-devel
   header curl/curl.h        libcurl4-openssl-dev libcurl-devel
+  command h5c++             libhdf5-dev          hdf5-devel
   command doxygen           doxygen              doxygen
   command fish              fish                 fish
   command git               git                  git-core

@@ -198,6 +198,25 @@ TEST_SUITE("examples") {
     CHECK(contains(result.err, "(file_not_found, HTTP status 0)"));
   }
 
+  TEST_CASE("hdf5_weights: a file of h5py, read with the HDF5 library") {
+#ifdef WANDB_RESTORE_TESTS_NO_HDF5  // defined by a build without the example
+    MESSAGE("left out: the example was not built, for HDF5 was not found");
+    return;
+#endif
+    fixture f;
+    for (const char* name : {"weights.h5", "arrays.npz"})
+      f.server.add_file(f.run, name, read_file(fs::path(__FILE__).parent_path() / "data" / name));
+    outcome result = f.start("hdf5_weights", {"weights.h5", f.run_path()});
+    CHECK(result.status == 0);
+    CHECK(result.err == "");
+    CHECK(result.out == "conv/kernel [8,64]: -1 -0.996086 -0.992172 ...\n"
+                        "dense/bias [3]: -1.5 0.25 3\n"
+                        "dense/kernel [2,3]: 0 0.25 0.5 ...\n");
+    result = f.start("hdf5_weights", {"arrays.npz", f.run_path()});
+    CHECK(result.status == 1);
+    CHECK(contains(result.err, "arrays.npz is not an HDF5 file"));
+  }
+
   TEST_CASE("libcurl_transport") {
 #ifdef WANDB_RESTORE_TESTS_NO_LIBCURL  // defined by a build without the example
     MESSAGE("left out: the example was not built, for libcurl was not found");
