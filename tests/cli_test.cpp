@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: MIT
 #ifndef _WIN32
 #include "cli_test.hpp"
+#include "support.hpp"
 
 #include <nlohmann/json.hpp>
 
@@ -227,6 +228,65 @@ TEST_SUITE("command line") {
       CHECK(lines_of(result.err).size() == 1);
       CHECK(contains(result.err, "ckpt/deep/b.pt"));
     }
+  }
+
+  TEST_CASE("killed in the middle of a pattern; the next call fetches only what is missing") {
+    fixture f;
+    constexpr std::size_t count = 60;
+    for (std::size_t i = 0; i < count; ++i)
+      f.server.add_file(f.run, "ckpt/" + std::to_string(100 + i), stand_in::generated(20'000, i));
+    f.server.add_fault(stand_in::target(stand_in::place::storage).from(31), stand_in::act::stall(10'000));
+    const auto storage = [&] { return f.server.requests(stand_in::request_kind::storage).size(); };
+    {
+      child running(example(program), with_run(f, {"ckpt/", "--connections", "4"}), f.how());
+      while (storage() < 34) {}  // the requests 31 to 34 stall
+      running.signal(SIGKILL);
+      CHECK(running.wait().status == 128 + SIGKILL);
+    }
+    std::size_t complete = 0;
+    for (std::size_t i = 0; i < count; ++i)
+      complete += fs::exists(f.work() / "ckpt" / std::to_string(100 + i));
+    CHECK(complete == 30);
+    f.server.clear_faults();
+    f.server.release();
+    f.server.clear_log();
+    CHECK(f.start(program, with_run(f, {"ckpt/"})).status == 0);
+    CHECK(storage() == count - complete);
+    std::size_t entries = 0;
+    for (const auto& entry : fs::directory_iterator(f.work() / "ckpt")) {
+      const auto number = static_cast<std::uint64_t>(std::stoi(entry.path().filename().string()) - 100);
+      CHECK(read_file(entry.path()) == stand_in::read_text(*stand_in::generated(20'000, number)));
+      ++entries;
+    }
+    CHECK(entries == count);
+  }
+
+  TEST_CASE("of 100,000 files those that match are restored while the list is read, in bounded memory") {
+    fixture f;
+    constexpr std::size_t count = TESTS_SANITIZED ? 5'000 : 100'000;  // sanitizers take time and memory
+    for (std::size_t i = 0; i < count; ++i)
+      f.server.add_file(f.run, "media/images/validation_" + std::to_string(100'000 + i) + ".png", "x");
+    const outcome result = f.start(program, with_run(f, {"media/images/validation_1000??.png"}));
+    CHECK(result.status == 0);
+    CHECK(result.err == "");
+    CHECK(lines_of(result.out).size() == 100);
+    const auto pages = f.server.requests(stand_in::request_kind::graphql);
+    CHECK(pages.size() == count / 500);
+    const auto files = f.server.requests(stand_in::request_kind::storage);
+    REQUIRE(files.size() == 100);
+    CHECK(files[0].number < pages.back().number);
+#if !TESTS_SANITIZED
+    CHECK(result.peak_kibibytes < 128 * 1024);
+#endif
+    MESSAGE("peak memory with a pattern: " << result.peak_kibibytes / 1024 << " MiB");
+
+    const outcome listed = f.start(program, with_run(f, {"--list"}));
+    CHECK(listed.status == 0);
+    CHECK(std::count(listed.out.begin(), listed.out.end(), '\n') == count);
+#if !TESTS_SANITIZED
+    CHECK(listed.peak_kibibytes < 128 * 1024);
+#endif
+    MESSAGE("peak memory with --list: " << listed.peak_kibibytes / 1024 << " MiB");
   }
 
   TEST_CASE("--newest restores the match that was changed last") {

@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -142,6 +143,7 @@ inline bool has_terminals() {
 struct outcome {
   int status = -1;  ///< the exit status, or 128 + the signal
   std::string out, err;
+  long peak_kibibytes = 0;  ///< resident memory
 };
 
 struct setup {
@@ -221,8 +223,10 @@ class child {
     while (collect(deadline)) {}
     if (std::chrono::steady_clock::now() >= deadline) ::kill(pid_, SIGKILL);
     int status = 0;
-    ::waitpid(pid_, &status, 0);
+    rusage used{};
+    ::wait4(pid_, &status, 0, &used);
     pid_ = 0;
+    seen_.peak_kibibytes = used.ru_maxrss;
     seen_.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     return seen_;
   }

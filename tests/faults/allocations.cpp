@@ -77,15 +77,16 @@ int posix_memalign(void** out, std::size_t alignment, std::size_t size) {
 }
 #else
 #define REPLACES_MALLOC 0
-void* operator new(std::size_t size) {
+// Not inline: GCC would warn that free() gets what operator new returned.
+[[gnu::noinline]] void* operator new(std::size_t size) {
   void* const made = fails() ? nullptr : std::malloc(size != 0 ? size : 1);
   if (made == nullptr) throw std::bad_alloc();
   return made;
 }
 void* operator new[](std::size_t size) { return operator new(size); }
-void operator delete(void* old) noexcept { std::free(old); }
+[[gnu::noinline]] void operator delete(void* old) noexcept { std::free(old); }
 void operator delete[](void* old) noexcept { std::free(old); }
-void operator delete(void* old, std::size_t) noexcept { std::free(old); }
+[[gnu::noinline]] void operator delete(void* old, std::size_t) noexcept { std::free(old); }
 void operator delete[](void* old, std::size_t) noexcept { std::free(old); }
 #endif
 

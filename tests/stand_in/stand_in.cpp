@@ -1596,10 +1596,29 @@ class pacer {
   clock_type::time_point next_;
 };
 
-struct stored_run {
+/// A run and its files. An answer uses a snapshot, which shares the files until one is added or removed.
+class stored_run {
+ public:
+  using file_map = std::map<std::string, file_ptr>;
+
   std::string state = "finished";
   bool is_public = false;
-  std::map<std::string, file_ptr> files;
+
+  const file_map& files() const { return *files_; }
+  /// Returns the files in order to change them.
+  file_map& own_files() {
+    if (is_shared_) files_ = std::make_shared<file_map>(*files_);
+    is_shared_ = false;
+    return *files_;
+  }
+  stored_run snapshot() {
+    is_shared_ = true;
+    return *this;
+  }
+
+ private:
+  std::shared_ptr<file_map> files_ = std::make_shared<file_map>();
+  bool is_shared_ = false;
 };
 
 struct fault_rule {
@@ -2131,7 +2150,7 @@ class server::implementation {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto found = runs_.find(text_of(run));
       if (found == runs_.end() || !(known || found->second.is_public)) return nullptr;
-      stored = found->second;
+      stored = found->second.snapshot();
     }
     return select(asked.fields, "Run",
                   {{"id", constant(base64("Run:v1:" + text_of(run)))},
@@ -2155,7 +2174,7 @@ class server::implementation {
                    {"user", [&](const field& one) { return viewer_json(one); }},
                    {"createdAt", constant("2024-01-02T03:00:00")},
                    {"heartbeatAt", constant("2024-01-02T03:04:05")},
-                   {"fileCount", constant(stored.files.size())},
+                   {"fileCount", constant(stored.files().size())},
                    {"files", [&](const field& one) { return files_json(one, run, stored); }}},
                   how_.unknown_fields);
   }
@@ -2165,17 +2184,18 @@ class server::implementation {
     const json pattern = asked.arguments.value("pattern", json());
     const bool by_name = names.is_array() && !names.empty();
     if (by_name && pattern.is_string()) throw question_error("names and pattern exclude each other");
-    std::vector<std::pair<std::string, file_ptr>> chosen;
+    std::vector<std::pair<std::string_view, file_ptr>>
+        chosen;  // the names are those of `names` or of `stored`
     if (by_name) {
       for (const auto& name : names) {
         if (!name.is_string()) continue;
-        const auto found = stored.files.find(name.get<std::string>());
-        const bool there = found != stored.files.end();
+        const auto found = stored.files().find(name.get<std::string>());
+        const bool there = found != stored.files().end();
         if (there || how_.node_for_missing)
-          chosen.emplace_back(name.get<std::string>(), there ? found->second : nullptr);
+          chosen.emplace_back(name.get_ref<const std::string&>(), there ? found->second : nullptr);
       }
     } else {
-      for (const auto& [name, file] : stored.files) {
+      for (const auto& [name, file] : stored.files()) {
         if (!pattern.is_string() || is_like(name, pattern.get<std::string>()))
           chosen.emplace_back(name, file);
       }
@@ -2197,7 +2217,7 @@ class server::implementation {
       json list = json::array();
       for (std::size_t i = begin; i < end; ++i) {
         const auto node = [&](const field& inner) {
-          return node_json(inner, run, chosen[i].first, chosen[i].second);
+          return node_json(inner, run, std::string(chosen[i].first), chosen[i].second);
         };
         list.push_back(select(one.fields, "FileEdge", {{"node", node}, {"cursor", constant(cursor_at(i))}},
                               how_.unknown_fields));
@@ -2538,8 +2558,8 @@ class server::implementation {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = runs_.find(text_of(run));
     if (found == runs_.end()) return nullptr;
-    const auto file = found->second.files.find(name);
-    return file == found->second.files.end() ? nullptr : file->second;
+    const auto file = found->second.files().find(name);
+    return file == found->second.files().end() ? nullptr : file->second;
   }
 
   /// Returns the effects of all faults that apply to a request, in the order of the faults, and counts them.
@@ -2633,14 +2653,14 @@ void server::remove_run(const run_ref& run) {
 void server::add_file(const run_ref& run, const std::string& name, content_ptr what,
                       file_attributes attributes) {
   auto file = std::make_shared<const stored_file>(std::move(what), std::move(attributes));
-  impl_->change([&] { impl_->runs_[text_of(run)].files[name] = std::move(file); });
+  impl_->change([&] { impl_->runs_[text_of(run)].own_files()[name] = std::move(file); });
 }
 void server::add_file(const run_ref& run, const std::string& name, std::string text,
                       file_attributes attributes) {
   add_file(run, name, bytes(std::move(text)), std::move(attributes));
 }
 void server::remove_file(const run_ref& run, const std::string& name) {
-  impl_->change([&] { impl_->runs_[text_of(run)].files.erase(name); });
+  impl_->change([&] { impl_->runs_[text_of(run)].own_files().erase(name); });
 }
 std::size_t server::load_folder(const run_ref& run, const std::filesystem::path& directory) {
   std::size_t count = 0;
