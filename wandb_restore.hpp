@@ -8767,7 +8767,7 @@ class restoring_all {
       is_listed_ = has_run_ended_ = false;
       listing_failure_.reset();
       if (!lister_.start<&restoring_all::list>(this)) return no_thread();
-      if (report_.files.empty()) start_workers();
+      start_workers();
       supervise();
       lister_.join();
       const auto report = [&] { return !user_call_.cancelled() && tell(); };

@@ -359,7 +359,9 @@ std::string status_line(const wandb::progress& now, std::size_t width) {
 
 class console {
  public:
-  console(bool with_warnings, bool with_progress) : warnings_(with_warnings), progress_(with_progress) {}
+  /// `waits`: whether --wait is given.
+  console(bool with_warnings, bool with_progress, bool waits)
+      : warnings_(with_warnings), progress_(with_progress), waits_(waits) {}
 
   bool shows_progress() const { return progress_; }
 
@@ -381,7 +383,7 @@ class console {
     if (!progress_) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     const std::size_t width = terminal_width() - 1;  // the last column may wrap
-    const std::string line = status_line(now, width);
+    const std::string line = is_idle(now) ? idle_line(now, width) : status_line(now, width);
     const std::size_t before = std::min(drawn_, width);  // the terminal may have shrunk
     write('\r' + line + std::string(before - std::min(before, columns(line)), ' '));
     drawn_ = columns(line);
@@ -403,12 +405,33 @@ class console {
     const std::size_t count = std::min(std::exchange(drawn_, 0), terminal_width() - 1);
     return count == 0 ? "" : '\r' + std::string(count, ' ') + '\r';
   }
+  /// Whether no file has been found yet, or the file may be still to come.
+  bool is_idle(const wandb::progress& now) {
+    const bool is_idle =
+        now.files_total == 0 || (waits_ && now.bytes_done == 0 && now.bytes_total.value_or(0) == 0);
+    if (!is_idle) {
+      idle_since_.reset();
+    } else if (!idle_since_) {
+      idle_since_ = clock::now();
+    }
+    return is_idle;
+  }
+  std::string idle_line(const wandb::progress& now, std::size_t width) const {
+    const double seconds = std::chrono::duration<double>(clock::now() - *idle_since_).count();
+    const std::string tail = (waits_ ? "waiting " : "listing ") + padded(clock_time(seconds), 7);
+    std::string name = printable(now.name);
+    if (tail.size() > width) return {};
+    if (name.empty() || tail.size() + 3 > width) return tail;
+    return shortened(std::move(name), width - tail.size() - 2) + "  " + tail;
+  }
   static void write(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stderr); }
 
   std::mutex mutex_;  // guards the members: warnings may come from other threads than progress
   std::size_t drawn_ = 0;
   std::string advice_;
-  bool warnings_, progress_;
+  bool warnings_, progress_, waits_;
+  using clock = std::chrono::steady_clock;
+  std::optional<clock::time_point> idle_since_;
 };
 
 // ---- standard output --------------------------------------------------------------------------------------
@@ -598,7 +621,9 @@ int restore_matches(wandb::client<>& client, const std::string& pattern, const a
   }
   sum.add(here);
   if (restored->failure) {
-    const int failure = report(*restored->failure, out);
+    const bool is_interrupted = restored->failure->code() == wandb::errc::cancelled;
+    if (is_interrupted) out.error("interrupted; the next call fetches only what is missing");
+    const int failure = is_interrupted ? status_interrupted : report(*restored->failure, out);
     if (status == status_done || failure == status_interrupted) status = failure;
   }
   out.finish(pattern + "  " + std::to_string(here.files - here.failed) + " of " + std::to_string(here.files) +
@@ -814,7 +839,7 @@ int run(int argc, char** argv) {
     return app.exit(stop) == 0 ? status_done : status_usage;  // --help and --version throw, too
   }
 
-  console out(!given.quiet, !given.quiet && !given.no_progress && stderr_is_terminal());
+  console out(!given.quiet, !given.quiet && !given.no_progress && stderr_is_terminal(), given.wait > 0);
   wandb::settings settings = wandb::settings::from_environment();
   settings.on_warning = [&out](std::string_view text) { out.warning(text); };
   if (given.timeout) {

@@ -700,6 +700,34 @@ TEST_SUITE("command line") {
     }
   }
 
+  TEST_CASE("an interrupt in the middle of a pattern: the next call fetches only what is missing") {
+    fixture f;
+    for (const char* name : {"ckpt/a", "ckpt/b", "ckpt/c"})
+      f.server.add_file(f.run, name, stand_in::generated(300'000));
+    f.server.add_fault(stand_in::target(stand_in::place::storage).matching("ckpt/b"),
+                       stand_in::act::stall(100'000));
+    child running(example(program), with_run(f, {"ckpt/", "--json"}), f.how());
+    REQUIRE(f.server.wait_for([](const auto& seen) { return seen.counts.stalled >= 1; }, 60s));
+    while (!fs::exists(f.work() / "ckpt/a") || !fs::exists(f.work() / "ckpt/c")) {}
+    running.signal(SIGINT);
+    const outcome result = running.wait();
+    CHECK(result.status == 130);
+    check_messages(result.err);
+    CHECK(contains(result.err, "next call"));
+    const auto objects = objects_of(result.out);
+    REQUIRE(objects.size() == 3);
+    CHECK(objects[2]["totals"]["downloaded"] == 2);
+    CHECK(objects[2]["totals"]["failed"] == 1);
+
+    f.server.clear_faults();
+    f.server.clear_log();
+    CHECK(f.start(program, with_run(f, {"ckpt/"})).status == 0);
+    const auto fetched = f.server.requests(stand_in::request_kind::storage);
+    REQUIRE(!fetched.empty());
+    for (const auto& request : fetched) CHECK(contains(request.target, "ckpt/b"));
+    CHECK(fs::file_size(f.work() / "ckpt/b") == 300'000);
+  }
+
   TEST_CASE("warnings go to standard error; --quiet suppresses them") {
     fixture f;
     f.server.add_file(f.run, "a.txt", "new");
@@ -819,6 +847,23 @@ TEST_SUITE("command line") {
     const std::size_t cleared = result.err.find("\r  ", percent);
     CHECK(cleared != std::string::npos);
     CHECK(cleared < result.err.find("ckpt/a\r\nckpt/b\r\n", percent));
+  }
+
+  TEST_CASE("the progress line says that a file is waited for") {
+    if (!has_terminals()) return;
+    for (const char* name : {"ckpt/*", "late.h5"}) {
+      fixture f;
+      f.server.set_run_state(f.run, "running");
+      terminal tty(40);
+      setup how = f.how();
+      how.tty = &tty;
+      child running(example(program), with_run(f, {name, "--wait", "3600"}), how);
+      REQUIRE(running.read_until([](const std::string& err) { return contains(err, "waiting    0:0"); }));
+      running.signal(SIGINT);
+      const outcome result = running.wait();
+      CHECK(result.status == 130);
+      CHECK_FALSE(contains(result.err, "%"));
+    }
   }
 
   TEST_CASE("no colours and no other control sequences, with NO_COLOR or without") {

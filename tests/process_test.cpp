@@ -209,6 +209,7 @@ TEST_CASE("process: restores one file" * doctest::skip()) {
   };
   if (variable("CHILD_CLOSED") == "1") _exit(restore_without_standard_streams(settings, options));
   if (variable("CHILD_NAME").find('*') != std::string::npos) {
+    alarm(60);  // a call that never ends is a failure
     const auto report = wandb::client<>(settings).try_restore_all(variable("CHILD_NAME"), options);
     if (report) _exit(downloaded);
     std::ofstream(variable("CHILD_TEXT")) << report.error().what();
@@ -507,6 +508,15 @@ TEST_SUITE("processes: many at once") {
         CHECK(holds(it.at("model.h5"), *what));
       }
     }
+  }
+
+  TEST_CASE("many files: the list may be read before the thread that asked for it goes on") {
+    const auto library = shim();
+    if (!library) return;
+    world it;
+    const auto what = it.add("small.h5", small_size);
+    CHECK(child(it, "*.h5", {{"LD_PRELOAD", *library}, {"FAULT_THREAD", "late"}}).join() == downloaded);
+    CHECK(holds(it.at("small.h5"), *what));
   }
 
   TEST_CASE("a limit on file sizes is reported with a remedy, before the download") {

@@ -15,7 +15,8 @@
  *                                        renamed the file, if the new name does not begin with a dot
  *   FAULT_LOOK=ERROR                     the first stat of a file named model.h5 fails
  *   FAULT_OPEN=ERROR                     the first open of a file named model.h5 fails
- *   FAULT_THREAD=N | N-                  the N-th pthread_create fails; N-: and all later ones
+ *   FAULT_THREAD=N | N- | late           the N-th pthread_create fails; N-: and all later ones; late: each returns when the
+ *                                        new thread has had 300 ms
  *   FAULT_COPY=ERROR                     copy_file_range fails
  *
  * ERROR is ENOSPC, EDQUOT, EIO, EACCES, EROFS, EOPNOTSUPP, ENOLCK, ENOSYS, ESTALE,
@@ -274,8 +275,10 @@ int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*
     const int call = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
     if (call == failing || (call > failing && *rest == '-')) return EAGAIN;
   }
-  return ((int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*))dlsym(
+  const int failure = ((int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*))dlsym(
       RTLD_NEXT, "pthread_create"))(thread, attributes, start, argument);
+  if (value && strcmp(value, "late") == 0) usleep(300000);
+  return failure;
 }
 
 #ifdef __GLIBC__
