@@ -9835,7 +9835,7 @@ WANDB_RESTORE_PRIVATE_INLINE remote_stream::remote_stream(const remote_file& fil
   rdbuf(buffer_.get());
 }
 WANDB_RESTORE_PRIVATE_INLINE remote_stream::remote_stream(remote_stream&& other) noexcept
-    : std::istream(std::move(other)), buffer_(std::move(other.buffer_)) {
+    : std::istream(static_cast<std::istream&&>(other)), buffer_(std::move(other.buffer_)) {
   if (buffer_) buffer_->serve(*this);
   set_rdbuf(buffer_.get());
   other.exceptions(goodbit);
@@ -9843,7 +9843,7 @@ WANDB_RESTORE_PRIVATE_INLINE remote_stream::remote_stream(remote_stream&& other)
 }
 WANDB_RESTORE_PRIVATE_INLINE remote_stream& remote_stream::operator=(remote_stream&& other) noexcept {
   if (this == &other) return *this;
-  std::istream::operator=(std::move(other));
+  std::istream::operator=(static_cast<std::istream&&>(other));
   buffer_ = std::move(other.buffer_);
   if (buffer_) buffer_->serve(*this);
   set_rdbuf(buffer_.get());

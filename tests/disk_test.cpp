@@ -591,8 +591,8 @@ TEST_SUITE("partial files") {
 #ifdef __linux__
     write_file(directory / "volume", "mounted");
     process other([&] {
-      if (unshare(CLONE_NEWNS) != 0 || mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
-          mount((directory / "volume").c_str(), at.target.c_str(), nullptr, MS_BIND, nullptr) != 0) {
+      if (unshare(CLONE_NEWNS) != 0 || mount("none", "/", "none", MS_REC | MS_PRIVATE, nullptr) != 0 ||
+          mount((directory / "volume").c_str(), at.target.c_str(), "none", MS_BIND, nullptr) != 0) {
         write_file(directory / "left out", "no mounts here");
         return;
       }

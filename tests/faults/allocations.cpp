@@ -84,6 +84,11 @@ int posix_memalign(void** out, std::size_t alignment, std::size_t size) {
   return made;
 }
 void* operator new[](std::size_t size) { return operator new(size); }
+// std::stable_sort allocates with these. The sanitizers' own do not call the functions above.
+[[gnu::noinline]] void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+  return fails() ? nullptr : std::malloc(size != 0 ? size : 1);
+}
+void* operator new[](std::size_t size, const std::nothrow_t& tag) noexcept { return operator new(size, tag); }
 [[gnu::noinline]] void operator delete(void* old) noexcept { std::free(old); }
 void operator delete[](void* old) noexcept { std::free(old); }
 [[gnu::noinline]] void operator delete(void* old, std::size_t) noexcept { std::free(old); }

@@ -410,9 +410,12 @@ for _title, _home, _netrc in (
 
 # ---- names --------------------------------------------------------------------------------------------------------------------
 
+# wandb-restore reads an argument that ends in "/" as a pattern: every file below the directory. So "d/" is not compared.
 for _name in FILES:
+    if _name == "d/":
+        continue
     add("name", f"{_name!r}" if len(_name) < 60 else f"{len(_name)} characters", name=_name)
-for _name in ("", " ", "a.txt/", "a.txt ", "/a.txt", "A.TXT", "d", "d/", "d/b.txt/x", "./a.txt", "d/../a.txt", "a//b",
+for _name in ("", " ", "a.txt/", "a.txt ", "/a.txt", "A.TXT", "d", "d/b.txt/x", "./a.txt", "d/../a.txt", "a//b",
     "n" * 256, "missing.txt", "a.txt\n", "%61.txt", "big.bin", "d\\b.txt"):
     if _name not in FILES:
         add("name", f"{_name!r}" if len(_name) < 60 else f"{len(_name)} characters", name=_name)
@@ -631,7 +634,6 @@ _row = "A netrc file may end within a macro or a quoted word"
 differ(_row, "no key", "restored", "netrc", "macdef without end")
 differ(_row, "refused", "restored", "netrc", "unfinished quote")
 _row = "A name that no file can have is refused at once"
-differ(_row, "restored", "refused", "name", "'d/'")
 differ(_row, "not found", "refused", "name", "'a.txt/'", "'/a.txt'", "'d/../a.txt'", "256 characters")
 differ(_row, "restored", "refused", "local copy", "outside of the root", "absolute name")
 _row = "A name with `.` as a part is also looked for without it"
