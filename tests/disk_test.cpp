@@ -20,6 +20,7 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -1013,7 +1014,7 @@ TEST_SUITE("locks") {
     const place at(directory / "model.h5");
     int released[2];
     REQUIRE(pipe(released) == 0);
-    auto held = std::make_unique<place_lock>(at);
+    std::optional<place_lock> held(std::in_place, at);
     REQUIRE(held->try_acquire() == place_lock::outcome::held);
     const pid_t id = fork();
     REQUIRE(id >= 0);
