@@ -648,7 +648,7 @@ class local_copy {
   /// The run that the file was restored from, by its receipt. Empty if there is no receipt, or if the file has changed since.
   std::optional<run_path> restored_from;
   /// The name of the file in that run, as in file_info::name. Empty if restored_from is empty, or if the receipt does not
-  /// record the name (version 0.1.0 did not).
+  /// record the name, as those of version 0.1 do not.
   std::string restored_name;
   /// The md5 in the receipt, in hex. Empty if there is no receipt, or if the file was restored without verification.
   std::string receipt_md5;
@@ -863,34 +863,33 @@ struct transport_ref {
   result<http_response> (*send)(void* object, const http_request&, body_sink&);
 };
 
+/// The run that a call names. Refers to its argument.
+struct run_argument {
+  explicit run_argument(std::string_view run) : text(run) {}
+  explicit run_argument(const run_path& run) : parts(&run) {}
+  std::string_view text = {};
+  const run_path* parts = nullptr;  // null: `text` counts
+};
+
 class session;
 std::shared_ptr<session> open_session(settings configuration, transport_ref transport, cache_policy policy);
 result<restored_file> restore(session& current, std::string_view name, const restore_options& options);
-result<restored_file> restore(session& current, std::string_view name, std::string_view run_path,
-                              bool replace, std::filesystem::path root);
-result<restored_file> restore(session& current, std::string_view name, const run_path& run, bool replace,
+result<restored_file> restore(session& current, std::string_view name, const run_argument& run, bool replace,
                               std::filesystem::path root);
 result<restore_report> restore_all(session& current, std::string_view pattern,
                                    const restore_options& options);
+result<restore_report> restore_all(session& current, std::string_view pattern, const run_argument& run,
+                                   bool replace, std::filesystem::path root);
 result<restored_file> restore_newest(session& current, std::string_view pattern,
                                      const restore_options& options);
-result<restore_report> restore_all(session& current, std::string_view pattern, std::string_view run_path,
-                                   bool replace, std::filesystem::path root);
-result<restore_report> restore_all(session& current, std::string_view pattern, const run_path& run,
-                                   bool replace, std::filesystem::path root);
-result<restored_file> restore_newest(session& current, std::string_view pattern, std::string_view run_path,
-                                     bool replace, std::filesystem::path root);
-result<restored_file> restore_newest(session& current, std::string_view pattern, const run_path& run,
+result<restored_file> restore_newest(session& current, std::string_view pattern, const run_argument& run,
                                      bool replace, std::filesystem::path root);
 result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
                                 const restore_options& options);
 result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
-                                std::string_view run_path);
-result<remote_file> open_remote(const std::shared_ptr<session>& current, std::string_view name,
-                                const run_path& run);
+                                const run_argument& run);
 result<std::vector<file_info>> list_files(session& current, const restore_options& options);
-result<std::vector<file_info>> list_files(session& current, std::string_view run_path);
-result<std::vector<file_info>> list_files(session& current, const run_path& run);
+result<std::vector<file_info>> list_files(session& current, const run_argument& run);
 
 /// Whether T names a run: a text, or a run_path. Braces match no template, so `{...}` makes a restore_options.
 template <class T>
@@ -928,7 +927,7 @@ class client {
   template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
   result<restored_file> try_restore(std::string_view name, const Run& run, bool replace = false,
                                     std::filesystem::path root = {}) {
-    return detail::restore(*session_, name, run, replace, std::move(root));
+    return detail::restore(*session_, name, detail::run_argument(run), replace, std::move(root));
   }
 
   /// Restores every file of the run that matches a pattern, several at once. See the free function wandb::try_restore_all.
@@ -939,7 +938,7 @@ class client {
   template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
   result<restore_report> try_restore_all(std::string_view pattern, const Run& run, bool replace = false,
                                          std::filesystem::path root = {}) {
-    return detail::restore_all(*session_, pattern, run, replace, std::move(root));
+    return detail::restore_all(*session_, pattern, detail::run_argument(run), replace, std::move(root));
   }
   /// Restores the file that was changed last. See the free function wandb::try_restore_newest.
   result<restored_file> try_restore_newest(std::string_view pattern, const restore_options& options = {}) {
@@ -949,7 +948,7 @@ class client {
   template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
   result<restored_file> try_restore_newest(std::string_view pattern, const Run& run, bool replace = false,
                                            std::filesystem::path root = {}) {
-    return detail::restore_newest(*session_, pattern, run, replace, std::move(root));
+    return detail::restore_newest(*session_, pattern, detail::run_argument(run), replace, std::move(root));
   }
 
   /// Opens a file of a run for reading over the network. See the free function wandb::try_open.
@@ -959,7 +958,7 @@ class client {
   /// Opens a file of the given run, a text or a wandb::run_path.
   template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
   result<remote_file> try_open(std::string_view name, const Run& run) {
-    return detail::open_remote(session_, name, run);
+    return detail::open_remote(session_, name, detail::run_argument(run));
   }
 
   /// Lists the files of a run in the service's order. Uses the options run_path and cancel only. Errors as in
@@ -971,7 +970,7 @@ class client {
   /// Lists the files of the given run, a text or a wandb::run_path.
   template <class Run, std::enable_if_t<detail::names_run<Run>, int> = 0>
   result<std::vector<file_info>> try_list_files(const Run& run) {
-    return detail::list_files(*session_, run);
+    return detail::list_files(*session_, detail::run_argument(run));
   }
 
 #if WANDB_RESTORE_EXCEPTIONS
@@ -9153,64 +9152,43 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
                     {quoted, run.project + '/' + run.run_id});
 }
 
-inline restore_options options_of(std::string_view run_path, bool replace, std::filesystem::path root) {
+/// Returns options that name the run of an argument; a run_path without any part means the current run. Refuses a run_path
+/// that cannot be read back from its text: without run id, with a gap, or with a separator inside a part. `task` is for the
+/// error.
+inline result<restore_options> options_of(const run_argument& run, const std::string& task,
+                                          bool replace = false, path root = {}) {
   restore_options options;
-  options.run_path = run_path;
+  options.run_path = run.text;
   options.replace = replace;
   options.root = std::move(root);
-  return options;
-}
-
-WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
-                                                           std::string_view run_path, bool replace,
-                                                           std::filesystem::path root) {
-  return restore(current, name, options_of(run_path, replace, std::move(root)));
-}
-WANDB_RESTORE_PRIVATE_INLINE result<restore_report> restore_all(session& current, std::string_view pattern,
-                                                                std::string_view run_path, bool replace,
-                                                                std::filesystem::path root) {
-  return restore_all(current, pattern, options_of(run_path, replace, std::move(root)));
-}
-WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& current, std::string_view pattern,
-                                                                  std::string_view run_path, bool replace,
-                                                                  std::filesystem::path root) {
-  return restore_newest(current, pattern, options_of(run_path, replace, std::move(root)));
-}
-
-/// A run path as text; "", which means the current run, if all parts are empty. Refuses an object that cannot be read back
-/// from its text: without run id, with a gap, or with a separator inside a part.
-inline result<std::string> text_of(const run_path& run) {
-  if (run == run_path{}) return std::string();
-  const std::string text = run.str();
-  const auto reread = split_run_path(text);
-  if (reread && *reread == run) return text;
-  return error(errc::invalid_run_path, "invalid run path: entity " + in_quotes(run.entity) + ", project " +
-                                           in_quotes(run.project) + ", run id " + in_quotes(run.run_id) +
+  if (run.parts == nullptr || *run.parts == run_path{}) return options;
+  options.run_path = run.parts->str();
+  const auto reread = split_run_path(options.run_path);
+  if (reread && *reread == *run.parts) return options;
+  return error(errc::invalid_run_path, task + ": invalid run path: entity " + in_quotes(run.parts->entity) +
+                                           ", project " + in_quotes(run.parts->project) + ", run id " +
+                                           in_quotes(run.parts->run_id) +
                                            ": expected a run id, a project if there is an entity, and no "
                                            "part with '/', '?', '#' or spaces around it");
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std::string_view name,
-                                                           const run_path& run, bool replace,
-                                                           std::filesystem::path root) {
-  const auto text = text_of(run);
-  if (!text) return in_context(text.error(), "restoring " + in_quotes(name), {in_quotes(name)});
-  return restore(current, name, std::string_view(*text), replace, std::move(root));
+                                                           const run_argument& run, bool replace, path root) {
+  const auto options = options_of(run, "restoring " + in_quotes(name), replace, std::move(root));
+  if (!options) return options.error();
+  return restore(current, name, *options);
 }
-
-WANDB_RESTORE_PRIVATE_INLINE result<restore_report> restore_all(session& current, std::string_view pattern,
-                                                                const run_path& run, bool replace,
-                                                                std::filesystem::path root) {
-  const auto text = text_of(run);
-  if (!text) return in_context(text.error(), "restoring " + in_quotes(pattern), {in_quotes(pattern)});
-  return restore_all(current, pattern, std::string_view(*text), replace, std::move(root));
+WANDB_RESTORE_PRIVATE_INLINE result<restore_report>
+restore_all(session& current, std::string_view pattern, const run_argument& run, bool replace, path root) {
+  const auto options = options_of(run, "restoring " + in_quotes(pattern), replace, std::move(root));
+  if (!options) return options.error();
+  return restore_all(current, pattern, *options);
 }
-WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& current, std::string_view pattern,
-                                                                  const run_path& run, bool replace,
-                                                                  std::filesystem::path root) {
-  const auto text = text_of(run);
-  if (!text) return in_context(text.error(), "restoring " + in_quotes(pattern), {in_quotes(pattern)});
-  return restore_newest(current, pattern, std::string_view(*text), replace, std::move(root));
+WANDB_RESTORE_PRIVATE_INLINE result<restored_file>
+restore_newest(session& current, std::string_view pattern, const run_argument& run, bool replace, path root) {
+  const auto options = options_of(run, "restoring " + in_quotes(pattern), replace, std::move(root));
+  if (!options) return options.error();
+  return restore_newest(current, pattern, *options);
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,
@@ -9230,17 +9208,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,
-                                                                       std::string_view run_path) {
-  restore_options options;
-  options.run_path = run_path;
-  return list_files(current, options);
-}
-
-WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,
-                                                                       const run_path& run) {
-  const auto text = text_of(run);
-  if (!text) return text.error();
-  return list_files(current, std::string_view(*text));
+                                                                       const run_argument& run) {
+  const auto options = options_of(run, "listing the files of a run");
+  if (!options) return options.error();
+  return list_files(current, *options);
 }
 
 }  // namespace detail
@@ -9802,18 +9773,11 @@ open_remote(const std::shared_ptr<session>& current, std::string_view name, cons
   return in_context(opened.error(), task + " of " + shown(*run), {quoted, run->project + '/' + run->run_id});
 }
 
-WANDB_RESTORE_PRIVATE_INLINE result<remote_file>
-open_remote(const std::shared_ptr<session>& current, std::string_view name, std::string_view run_path) {
-  restore_options options;
-  options.run_path = run_path;
-  return open_remote(current, name, options);
-}
-
 WANDB_RESTORE_PRIVATE_INLINE result<remote_file> open_remote(const std::shared_ptr<session>& current,
-                                                             std::string_view name, const run_path& run) {
-  const auto text = text_of(run);
-  if (!text) return in_context(text.error(), "opening " + in_quotes(name), {in_quotes(name)});
-  return open_remote(current, name, std::string_view(*text));
+                                                             std::string_view name, const run_argument& run) {
+  const auto options = options_of(run, "opening " + in_quotes(name));
+  if (!options) return options.error();
+  return open_remote(current, name, *options);
 }
 
 }  // namespace detail
