@@ -3717,8 +3717,8 @@ inline bool partial_file::claim(const place& at) {
   is_claimed_ = true;
   const auto opened = out_.facts();
   if (!out_.is_named(where_) || !opened.found() || opened->links != 1) {
-    fallback_
-        .clear();  // not the inspected file: somebody replaced the entry before the rename; the destructor removes it
+    // Not the inspected file: somebody replaced the entry before the rename. The destructor removes it.
+    fallback_.clear();
     return false;
   }
   if (const auto old = facts_of(at.target); old.found()) {
@@ -3926,7 +3926,7 @@ inline bool clean_up(const place& at, std::int64_t now, std::chrono::nanoseconds
 
 struct receipt {
   run_path run;
-  std::string name;           // the file's name in the run; version 0.1.0 left it empty
+  std::string name;           // the file's name in the run; empty in receipts of version 0.1
   std::uint64_t size = 0;     // bytes
   std::int64_t modified = 0;  // nanoseconds since 1970
   std::string md5;            // in hex; empty if it was not verified
