@@ -27,7 +27,7 @@ DIFFERENCES = {  # what differs -> why
     "A bare `%` in a settings file is taken as it stands": "the SDK ends with an error of its parser",
     "`$WANDB_DIR/wandb/settings` counts, before `./wandb/settings`": "`wandb offline` writes it there",
     "A netrc file may end within a macro or a quoted word": "the entries in it are whole; the SDK ignores the file",
-    "A name that no file can have is refused at once": "absolute, with `..`, with `/` at its end, or too long for the file system: nothing is asked, read or written",
+    "A name that no file can have is refused at once": "absolute, with `..`, or too long for the file system: nothing is asked, read or written",
     "A name with `.` as a part is also looked for without it": "`./model.h5` comes from completion in a shell",
     "A symbolic link in the target's place is replaced by the file": "the SDK writes through it",
     "A root may lead through a directory that is not there": "`new/../ckpt` works although `new` does not exist",
@@ -410,12 +410,12 @@ for _title, _home, _netrc in (
 
 # ---- names --------------------------------------------------------------------------------------------------------------------
 
-# wandb-restore reads an argument that ends in "/" as a pattern: every file below the directory. So "d/" is not compared.
+# wandb-restore reads an argument that ends in "/" as a pattern: every file below the directory. So the file "d/" is not compared.
 for _name in FILES:
-    if _name == "d/":
+    if _name.endswith("/"):
         continue
     add("name", f"{_name!r}" if len(_name) < 60 else f"{len(_name)} characters", name=_name)
-for _name in ("", " ", "a.txt/", "a.txt ", "/a.txt", "A.TXT", "d", "d/b.txt/x", "./a.txt", "d/../a.txt", "a//b",
+for _name in ("", " ", "a.txt ", "/a.txt", "A.TXT", "d", "d/b.txt/x", "./a.txt", "d/../a.txt", "a//b",
     "n" * 256, "missing.txt", "a.txt\n", "%61.txt", "big.bin", "d\\b.txt"):
     if _name not in FILES:
         add("name", f"{_name!r}" if len(_name) < 60 else f"{len(_name)} characters", name=_name)
@@ -634,7 +634,7 @@ _row = "A netrc file may end within a macro or a quoted word"
 differ(_row, "no key", "restored", "netrc", "macdef without end")
 differ(_row, "refused", "restored", "netrc", "unfinished quote")
 _row = "A name that no file can have is refused at once"
-differ(_row, "not found", "refused", "name", "'a.txt/'", "'/a.txt'", "'d/../a.txt'", "256 characters")
+differ(_row, "not found", "refused", "name", "'/a.txt'", "'d/../a.txt'", "256 characters")
 differ(_row, "restored", "refused", "local copy", "outside of the root", "absolute name")
 _row = "A name with `.` as a part is also looked for without it"
 differ(_row, "not found", "restored", "name", "'./a.txt'")
