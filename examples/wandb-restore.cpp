@@ -166,11 +166,11 @@ std::size_t terminal_width() {
 }
 
 void prepare_process() {
-  std::signal(SIGINT, on_interrupt);
-  std::signal(SIGTERM, on_interrupt);
-  if (std::signal(SIGHUP, on_interrupt) == SIG_IGN) std::signal(SIGHUP, SIG_IGN);  // nohup
-  std::signal(SIGPIPE, SIG_IGN);  // `print` reports a closed pipe
-  std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit then fails with EFBIG
+  (void)std::signal(SIGINT, on_interrupt);
+  (void)std::signal(SIGTERM, on_interrupt);
+  if (std::signal(SIGHUP, on_interrupt) == SIG_IGN) (void)std::signal(SIGHUP, SIG_IGN);  // nohup
+  (void)std::signal(SIGPIPE, SIG_IGN);  // `print` reports a closed pipe
+  (void)std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit then fails with EFBIG
 }
 
 #endif
@@ -237,7 +237,7 @@ unit unit_for(double bytes) {
 std::string number(double bytes, unit in) {
   char text[32];
   const double value = bytes / in.bytes;
-  std::snprintf(text, sizeof text, in.bytes > 1 && value < 99.95 ? "%.1f" : "%.0f", value);
+  (void)std::snprintf(text, sizeof text, in.bytes > 1 && value < 99.95 ? "%.1f" : "%.0f", value);
   return text;
 }
 
@@ -252,9 +252,9 @@ std::string clock_time(double seconds) {
   const auto whole = static_cast<long long>(std::ceil(seconds));
   char text[64];
   if (whole < 3600) {
-    std::snprintf(text, sizeof text, "%lld:%02lld", whole / 60, whole % 60);
+    (void)std::snprintf(text, sizeof text, "%lld:%02lld", whole / 60, whole % 60);
   } else {
-    std::snprintf(text, sizeof text, "%lld:%02lld:%02lld", whole / 3600, whole / 60 % 60, whole % 60);
+    (void)std::snprintf(text, sizeof text, "%lld:%02lld:%02lld", whole / 3600, whole / 60 % 60, whole % 60);
   }
   return text;
 }
@@ -263,7 +263,7 @@ std::string clock_time(double seconds) {
 std::string duration(double seconds) {
   if (seconds >= 60) return clock_time(seconds);
   char text[32];
-  std::snprintf(text, sizeof text, "%.1f s", seconds);
+  (void)std::snprintf(text, sizeof text, "%.1f s", seconds);
   return text;
 }
 
@@ -424,7 +424,7 @@ class console {
     if (name.empty() || tail.size() + 3 > width) return tail;
     return shortened(std::move(name), width - tail.size() - 2) + "  " + tail;
   }
-  static void write(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stderr); }
+  static void write(const std::string& text) { (void)std::fwrite(text.data(), 1, text.size(), stderr); }
 
   std::mutex mutex_;  // guards the members: warnings may come from other threads than progress
   std::size_t drawn_ = 0;
@@ -862,7 +862,7 @@ int main(int argc, char** argv) {
     prepare_process();
     return run(argc, argv);
   } catch (const std::exception& failure) {  // for example std::bad_alloc
-    std::fprintf(stderr, "wandb-restore: %s\n", failure.what());
+    (void)std::fprintf(stderr, "wandb-restore: %s\n", failure.what());
     return 1;
   }
 }
