@@ -75,7 +75,9 @@ run_valgrind() {
 }
 
 run_debug() {
-  build debug "-O0 -D_GLIBCXX_DEBUG -D_GLIBCXX_DEBUG_PEDANTIC" "${short[@]}"
+  local tests=("${short[@]}")
+  [ -z "$quick" ] || tests=(disk plan settings)
+  build debug "-O0 -D_GLIBCXX_DEBUG -D_GLIBCXX_DEBUG_PEDANTIC" "${tests[@]}"
   "$program"
 }
 
