@@ -5951,10 +5951,13 @@ class service {
   result<found_file> find_file(const run_path& run, const std::string& name);
   /// The error for a file that look_up has not found. Makes a request, to suggest names.
   error missing_file(const run_path& run, const std::string& name, const lookup& answered);
+  /// Returns the error for a pattern that no file matches. If the pattern is a name, makes a request, to suggest names.
+  error no_match(const run_path& run, const std::string& pattern);
   /// Lists all files of a run.
   result<std::vector<file_info>> list_files(const run_path& run);
   /// Calls `take` for each file of a run, with one request for each page of 500, until it returns false. A file without a
-  /// usable address is passed with an empty one. `take` may move from the file. More than max_pages pages are an error. Returns whether the run has ended.
+  /// usable address is passed with an empty one. `take` may move from the file. More than max_pages pages are an error.
+  /// Returns whether the run has ended.
   result<bool> for_each_file(const run_path& run, function_ref<bool(found_file& file)> take);
   /// The account's default entity, for run paths without one. The session remembers the answer.
   result<std::string> default_entity();
@@ -5964,6 +5967,7 @@ class service {
   static constexpr std::size_t max_listed = 24 * 1024 * 1024;  // bytes in memory; about 125,000 files
   static constexpr std::size_t max_pages = 5000;
   static constexpr std::int64_t page_size = 500;  // files
+  static constexpr const char* list_advice = "`wandb-restore --list` shows the names of the run's files";
 
   enum class retries { until_timeout, none };
   result<json_document> ask(const std::string& task, const char* query, const json_object& variables,
@@ -6237,15 +6241,22 @@ inline error service::missing_file(const run_path& run, const std::string& name,
   return error(errc::file_not_found, task + ": the run has no such file at " + host() + ": " + hint);
 }
 
+inline error service::no_match(const run_path& run, const std::string& pattern) {
+  const bool is_name = pattern.find_first_of("*?") == pattern.npos && pattern.back() != '/';
+  return error(errc::file_not_found,
+               "looking for files that match " + in_quotes(pattern) + " in " + run.str() +
+                   ": the run has no such file at " + host() + ": " +
+                   (is_name ? hint_for_missing(run, plain_name(pattern)) : list_advice));
+}
+
 /// Suggests names instead of a missing one, from the first page of the run's files. Does not retry: that would delay the
 /// error message.
 inline std::string service::hint_for_missing(const run_path& run, const std::string& name) {
-  const std::string advice = "`wandb-restore --list` shows the names of the run's files";
   json_object variables;
   variables.add("fileLimit", std::to_string(page_size));
   const auto files =
       files_page("looking for names like " + in_quotes(name), run, std::move(variables), retries::none);
-  if (!files) return advice;
+  if (!files) return list_advice;
   std::vector<std::string> names;
   for (const json& edge : elements(member(**files, "edges"))) {
     const json& node = member(edge, "node");
@@ -6254,14 +6265,14 @@ inline std::string service::hint_for_missing(const run_path& run, const std::str
   if (names.empty()) return "the run has no files";
   for (const auto& existing : names) {
     if (!starts_with(existing, name + "/")) continue;
-    const std::string pattern = name + "/*";
-    const bool plain = pattern.find('\'') == pattern.npos && !has_control(pattern);
-    return in_quotes(name) + " is a directory of the run: `wandb-restore --list" +
-           (plain ? " '" + pattern + "'" : "") +
-           "` shows the files in it, and each is restored by its own name";
+    const std::string pattern = name + '/';
+    const bool is_plain = pattern.find('\'') == pattern.npos && !has_control(pattern);
+    return in_quotes(name) + " is a directory of the run: restore_all with the pattern " +
+           in_quotes(pattern) + (is_plain ? " (in a shell: `wandb-restore '" + pattern + "'`)" : "") +
+           " restores the files in it";
   }
   const auto similar = nearest_names(name, names);
-  if (similar.empty()) return advice;
+  if (similar.empty()) return list_advice;
   std::string question = "did you mean ";
   for (std::size_t i = 0; i < similar.size(); ++i) {
     question += (i == 0 ? "" : i + 1 < similar.size() ? ", " : " or ") + in_quotes(similar[i]);
@@ -8781,7 +8792,7 @@ class restoring_all {
     if (!fatal_ && listing_failure_) fatal_ = listing_failure_;
     if (report_.files.empty()) {
       if (fatal_) return *fatal_;
-      return wait.in_context(api.missing_file(run_, pattern_, {}));
+      return wait.in_context(api.no_match(run_, pattern_));
     }
     report_.failure = fatal_;
     for (std::size_t i = 0; i < report_.files.size() && fatal_; ++i) {
@@ -9132,7 +9143,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
       const auto report = [&] { return reporter.report_if_due(phase::downloading, 0, {}); };
       if (!wait.may_ask_again(*listed, report)) {
         if (user_call.cancelled()) return user_call.why_cancelled();
-        return wait.in_context(api.missing_file(run, name, {}));
+        return wait.in_context(api.no_match(run, name));
       }
     }
   }();

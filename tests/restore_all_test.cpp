@@ -137,12 +137,20 @@ TEST_SUITE("restore_all") {
     CHECK(names(all(w, "ckpt/")) == std::vector<std::string>{"ckpt/1.h5"});
     CHECK_FALSE(fs::exists(w.at("ckpt/1.optim")));
     w.options.exclude = {"*"};
+    const auto says = [](const wandb::error& failure, const char* text) {
+      return std::string(failure.what()).find(text) != std::string::npos;
+    };
     const auto nothing = wandb::client<>(w.settings).try_restore_all("ckpt/", w.options);
     REQUIRE_FALSE(nothing.has_value());
     CHECK(nothing.error().code() == errc::file_not_found);
+    CHECK(says(nothing.error(), "looking for files that match \"ckpt/\""));
+    CHECK_FALSE(says(nothing.error(), "is a directory"));
     const auto none = wandb::client<>(w.settings).try_restore_newest("ckpt/", w.options);
     REQUIRE_FALSE(none.has_value());
     CHECK(none.error().code() == errc::file_not_found);
+    const auto directory = wandb::client<>(w.settings).try_restore_all("ckpt", w.options);
+    REQUIRE_FALSE(directory.has_value());
+    CHECK(says(directory.error(), "is a directory of the run: restore_all with the pattern \"ckpt/\""));
   }
 
   TEST_CASE("one question a page, and no redirect where the list has direct addresses") {

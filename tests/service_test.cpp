@@ -568,9 +568,11 @@ TEST_SUITE("service: answers that lead to no file") {
         {"best.h5", {"did you mean \"ckpt/best.h5\""}, {"config.yaml"}},
         {"ckpts/best.h5", {"did you mean \"ckpt/best.h5\""}, {}},
         {"epoch-04.h5", {"did you mean \"epoch-01.h5\", \"epoch-02.h5\" or \"epoch-03.h5\"?"}, {"epoch-05"}},
-        {"ckpt", {"\"ckpt\" is a directory of the run", "wandb-restore --list 'ckpt/*'"}, {"did you mean"}},
+        {"ckpt",
+         {"\"ckpt\" is a directory of the run: restore_all", "\"ckpt/\"", "wandb-restore 'ckpt/'"},
+         {"did you mean"}},
         {"./ckpt", {"\"ckpt\" is a directory of the run"}, {"did you mean"}},
-        {"it's", {"\"it's\" is a directory of the run", "wandb-restore --list"}, {"--list 'it's"}},
+        {"it's", {"\"it's\" is a directory of the run: restore_all", "\"it's/\""}, {"wandb-restore"}},
         {"something-else-entirely", {"--list"}, {"did you mean", "directory"}},
     };
     for (const bool node_for_missing : {true, false}) {
