@@ -1634,6 +1634,11 @@ inline std::string redacted_address(std::string_view text) {
   const auto authority = scheme_end == text.npos ? 0 : scheme_end + 3;
   auto user_end = text.substr(0, text.find('/', authority)).rfind('@');
   if (user_end == text.npos) user_end = text.substr(0, text.find_first_of("?#")).rfind('@');
+  if (user_end == text.npos && text.find('@') != text.npos) {
+    // The '@' may be in the query, or follow a password with '/' and '?'. A colon may precede a port, or that password.
+    const auto before_path = text.substr(authority, text.find_first_of("/?#", authority) - authority);
+    if (before_path.find(':') != text.npos) return std::string(text.substr(0, authority)) + "...";
+  }
   const bool has_user = user_end != text.npos && user_end >= authority;
   std::string shown(has_user ? text.substr(0, authority) : "");
   if (has_user) {

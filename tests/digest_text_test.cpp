@@ -175,6 +175,9 @@ TEST_SUITE("text") {
         {"user:secret@host:80", "...@host:80"},
         {"entity/project/run?token=secret", "entity/project/run"},
         {"https://host/a?b=c@d", "https://host/a"},
+        {"https://host:443/a?b=c@d", "https://..."},  // perhaps a password: "443/a?b=c"
+        {"https://user:sec/r?et@host/a", "https://..."},
+        {"user:sec/r?et@host:80", "..."},
         {"", ""},
     };
     for (const auto& row : rows) {
