@@ -31,8 +31,8 @@ inline void run_paths(std::string_view input) {
   for (const auto* part : {&parsed->entity, &parsed->project, &parsed->run_id}) {
     FUZZ_CHECK(part->find('\0') == part->npos && part->find('\n') == part->npos);
   }
-  if (const auto name = detail::text_of(*parsed)) {
-    const auto again = wandb::run_path::parse(*name);
+  if (const auto named = detail::options_of(detail::run_argument(*parsed), "fuzzing")) {
+    const auto again = wandb::run_path::parse(named->run_path);
     FUZZ_CHECK(again && *again == *parsed);
   }
 }
