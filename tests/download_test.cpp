@@ -1421,7 +1421,7 @@ TEST_SUITE("download: failures") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;
-    it.settings.total_timeout = 1s;
+    it.settings.total_timeout = 5s;  // enough for 12 MiB on a busy machine
     it.server.add_fault(target(place::storage).nth(1), act::stall(12 * MiB));
     const auto failure = it.check_failed(it.restore("model.h5"), errc::connection_failed);
     CHECK(std::string(failure.what()).find("total_timeout") != std::string::npos);
@@ -1435,7 +1435,7 @@ TEST_SUITE("download: failures") {
   TEST_CASE("whole blocks in a buffer are kept, too") {
     world it;
     const auto what = it.add("model.h5", small_size);
-    it.settings.total_timeout = 1s;
+    it.settings.total_timeout = 3s;
     it.server.add_fault(target(place::storage).nth(1), act::stall(150'000));
     const auto failure = it.check_failed(it.restore("model.h5"), errc::connection_failed);
     CHECK(std::string(failure.what()).find("resumes from the bytes") != std::string::npos);
@@ -1695,7 +1695,7 @@ TEST_SUITE("download: cancelled") {
     it.options.connections = 1;
     it.server.add_fault(target(place::storage).nth(1), act::flip_byte(5));
     it.server.add_fault(target(place::storage).nth(1), act::stall(12 * MiB));
-    it.settings.total_timeout = 1s;
+    it.settings.total_timeout = 5s;
     it.check_failed(it.restore("model.h5"), errc::connection_failed);
     REQUIRE(it.hidden() == 1);
     it.settings.total_timeout = 0ms;
