@@ -123,11 +123,11 @@ enum class errc {
   offline,               ///< WANDB_MODE forbids network access and there is no local copy to use
   connection_failed,     ///< no connection, certificate refused, peer too slow or silent, connection cut
   http_failure,          ///< any other error status, after the retries that it allows
-  protocol_violation,    ///< the answer violates HTTP or the service's API
-  checksum_mismatch,     ///< the file was downloaded twice, and both times its size or md5 was wrong
-  local_conflict,        ///< the local copy was restored from a different run
-  disk_failure,          ///< disk full, permission denied, or a directory has the file's name
-  cancelled,             ///< the caller cancelled; the next call resumes from the bytes that had arrived
+  protocol_violation,  ///< the answer violates HTTP or the service's API, or exceeds a limit of this library
+  checksum_mismatch,   ///< the file was downloaded twice, and both times its size or md5 was wrong
+  local_conflict,      ///< the local copy was restored from a different run
+  disk_failure,  ///< disk full, permission denied, a directory has the file's name; or no thread can be started
+  cancelled,     ///< the caller cancelled; the next call resumes from the bytes that had arrived
 };
 
 /// Returns the enumerator's name, e.g. "file_not_found"; "unknown" for any other value. Never null.
@@ -517,7 +517,7 @@ class restored_file : public std::ifstream {
 /// The outcome of restore_all for one file.
 struct restored_entry {
   std::string name;                             ///< path inside the run, '/'-separated
-  std::filesystem::path path;                   ///< the local path: root / name
+  std::filesystem::path path;                   ///< the local path: root / name; empty if the name is refused
   std::uint64_t size = 0;                       ///< bytes; 0 after a failure
   std::string md5;                              ///< see restored_file::md5()
   wandb::source source = wandb::source::local;  ///< see restored_file::source()
@@ -576,7 +576,7 @@ class remote_file {
   /// Returns the file's path inside the run.
   [[nodiscard]] const std::string& name() const noexcept { return info_.name; }
   /// Returns the size in bytes.
-  [[nodiscard]] std::uint64_t size() const noexcept { return info_.size.value_or(0); }
+  [[nodiscard]] std::uint64_t size() const noexcept { return reader_ ? info_.size.value_or(0) : 0; }
   /// Returns the service's description of the file. Its size is known; if the service did not tell it, the storage did.
   [[nodiscard]] const file_info& info() const noexcept { return info_; }
   /// Returns the entity tag of the first response; empty before it, or if the storage sends none. Thread-safe.
@@ -612,8 +612,8 @@ class remote_file {
 /// thread at a time. Seeking beyond the end of the file fails.
 ///
 /// After a failed read `bad()` is true and `failure()` tells the reason. The stream buffer throws the wandb::error, which the
-/// functions of std::istream pass on only if `exceptions()` has badbit; without exceptions it only sets badbit. After `clear()`
-/// the next read tries again.
+/// functions of std::istream pass on only if `exceptions()` has badbit. Without exceptions it sets badbit, and the function that
+/// reads adds eofbit and failbit: test `bad()` before `eof()`. After `clear()` the next read tries again.
 class remote_stream : public std::istream {
  public:
   /// Makes a stream at offset 0. Makes no request.
@@ -798,8 +798,10 @@ struct restore_options {
   /// A flag that the caller sets to cancel, or null; must exist until the call returns. Once it is true, the call returns
   /// errc::cancelled within a second, except while a host name is resolved.
   const std::atomic<bool>* cancel = nullptr;
-  int connections = 8;  ///< the most connections to use for one large file; at least 1
-  bool verify = true;   ///< false: do not check the md5, use one connection, resume nothing
+  /// The most connections that download at once, for one large file or for the files of restore_all; at least 1. More than
+  /// 64 count as 64.
+  int connections = 8;
+  bool verify = true;  ///< false: do not check the md5, use one connection, resume nothing
   /// How long to wait for a file that the run has not uploaded yet, or for the first match of a pattern. The service is
   /// asked every ten seconds. The wait ends early if the service says that the run has ended. 0: do not wait.
   std::chrono::milliseconds wait{0};
@@ -1069,17 +1071,18 @@ result<restored_file> try_restore(std::string_view name, const Run& run, bool re
 ///
 /// The service is asked for one page of the list after the other (500 files). Meanwhile the files of earlier pages are
 /// downloaded: small ones side by side, one connection each; a large one over all connections. `options.connections` limits
-/// the connections of the whole call. Each file is restored as try_restore restores it: policy, receipts, verification and
-/// resuming are the same. `refresh` needs no request for a file but the list.
+/// the connections of the whole call, besides the one that fetches the list. Each file is restored as try_restore restores it: policy, receipts, verification and
+/// resuming are the same. With cache_policy::refresh the list replaces the request for each file.
 ///
 /// The failure of one file does not stop the others, but not_authenticated, a full disk, offline mode and a cancellation do.
-/// These are in the report, with the entries of the files that were found by then: entries that were not tried have the same
-/// failure. Two names that differ only in case are an error of the second: some file systems would store them as one file.
+/// Such a failure is restore_report::failure, and the failure of each file that was listed but not tried. Of two names that
+/// differ only in the case of ASCII letters, the second is refused with invalid_argument: some file systems would store both
+/// as one file.
 ///
 /// @param pattern  as matches_pattern says; files that match one of `options.exclude` are left out.
 /// @param options  see restore_options; on_progress gets sums over all files, `wait` waits for the first match.
-/// @return         the report, or an error: file_not_found if no file matches, or any other errc of try_restore if the
-///                 first page of the list could not be had.
+/// @return         the report; or, if the call ended before any file matched, an error: file_not_found if the run has no match,
+///                 else any errc of try_restore.
 inline result<restore_report> try_restore_all(std::string_view pattern, const restore_options& options = {}) {
   return client<>().try_restore_all(pattern, options);
 }
@@ -1089,8 +1092,8 @@ result<restore_report> try_restore_all(std::string_view pattern, const Run& run,
                                        std::filesystem::path root = {}) {
   return client<>().try_restore_all(pattern, run, replace, std::move(root));
 }
-/// Restores that file among those that match a pattern which was changed last, by the service's clock. Of two with the same
-/// time, the later one in the service's order. Otherwise as try_restore. @return  the open stream, or an error with any errc.
+/// Restores the most recently changed file that matches a pattern (file_info::updated_at). Of files with equal times, takes the
+/// last in the service's order. Otherwise as try_restore. @return  the open stream, or an error with any errc.
 inline result<restored_file> try_restore_newest(std::string_view pattern,
                                                 const restore_options& options = {}) {
   return client<>().try_restore_newest(pattern, options);
@@ -1103,8 +1106,8 @@ result<restored_file> try_restore_newest(std::string_view pattern, const Run& ru
 }
 
 /// Opens a file of a run for reading over the network: one tensor of a checkpoint, the directory of an archive. Nothing is
-/// written to disk. Asks the service for the file; the first read asks the storage. Blocks. May be called from several threads
-/// at once.
+/// written to disk. Asks the service for the file; the first read asks the storage, or this call does if the service does not
+/// tell the size. Blocks. May be called from several threads at once.
 ///
 /// @param name     as for try_restore.
 /// @param options  run_path, cancel and wait are used, on_progress during the wait. `cancel` must exist until the remote_file
@@ -6432,6 +6435,11 @@ class thread {
   bool has_returned_ = false;
 };
 
+/// Returns the error for a thread that did not start.
+inline error no_thread(const std::string& task) {
+  return error(errc::disk_failure, task + ": the system starts no thread (a limit on processes?)");
+}
+
 // ---- the end of a transfer
 
 /// Whether a transfer is running, complete or stopped, for all of its threads. Thread-safe.
@@ -7228,9 +7236,6 @@ struct transfer_job {
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
   /// Whether the service tells enough to notice bytes that are not the file's.
   [[nodiscard]] bool is_checked() const { return remote.info.size || is_verified(); }
-  [[nodiscard]] error no_thread() const {
-    return error(errc::disk_failure, label() + ": the system starts no thread (a limit on processes?)");
-  }
 };
 
 /// How a transfer reacts to a setback.
@@ -7759,7 +7764,7 @@ inline void ranged_transfer::start_workers() {
     workers_[connection].owner = this;
     workers_[connection].connection = connection;
     if (workers_[connection].handle.start<&worker::run>(&workers_[connection])) continue;
-    if (connection == 0) state_.fail(job_.no_thread());
+    if (connection == 0) state_.fail(no_thread(job_.label()));
     for (; connection < workers_.size(); ++connection) plan_.park(connection);  // fewer connections
   }
 }
@@ -7996,7 +8001,7 @@ class stream_transfer::stream_request final : public file_request {
 };
 
 inline result<std::string> stream_transfer::run() {
-  if (!worker_.start<&stream_transfer::run_worker>(this)) return job_.no_thread();
+  if (!worker_.start<&stream_transfer::run_worker>(this)) return no_thread(job_.label());
   supervise([&] {
     measure(received_);
     reporter_.report(phase::downloading, advance(position_), job_.remote.info.size, pace_);
@@ -8769,6 +8774,8 @@ class restoring_all {
         where_(std::move(where)), user_call_(current.config, options.cancel),
         part_call_(user_call_, state_.stop_flag()) {}
 
+  /// The run; with its entity once the call operator has found it.
+  [[nodiscard]] const run_path& run() const { return run_; }
   result<restore_report> operator()() {
     service api(session_, user_call_);
     if (auto good = complete_entity(api, run_); !good) return good.error();
@@ -8779,9 +8786,9 @@ class restoring_all {
     } at_exit{*this};
     upload_wait wait(user_call_, options_.wait);
     do {
-      is_listed_ = has_run_ended_ = false;
+      is_listed_ = is_list_whole_ = has_run_ended_ = false;
       listing_failure_.reset();
-      if (!lister_.start<&restoring_all::list>(this)) return no_thread();
+      if (!lister_.start<&restoring_all::list>(this)) return no_thread("restoring " + in_quotes(pattern_));
       start_workers();
       supervise();
       lister_.join();
@@ -8825,15 +8832,12 @@ class restoring_all {
     found_file remote = {};
   };
 
-  [[nodiscard]] error no_thread() const {
-    return error(errc::disk_failure, "restoring " + in_quotes(pattern_) +
-                                         ": the system starts no thread (a limit on processes?)");
-  }
   void start_workers() {
     for (worker& each : workers_) {
       if (each.owner != nullptr) continue;  // the second listing: they run already
       each.owner = this;
-      if (!each.handle.start<&worker::run>(&each) && &each == workers_.data()) stop_for(no_thread());
+      if (!each.handle.start<&worker::run>(&each) && &each == workers_.data())
+        stop_for(no_thread("restoring " + in_quotes(pattern_)));
     }
   }
   void end() {
@@ -8847,7 +8851,7 @@ class restoring_all {
     lister_.join();
     for (worker& each : workers_) each.handle.join();
   }
-  /// Ends the call with a failure that would be that of every file.
+  /// Stops the call: every other file would fail in the same way.
   void stop_for(const error& failure) {
     {
       const std::lock_guard<std::mutex> guard(mutex_);
@@ -8862,9 +8866,14 @@ class restoring_all {
   void list() {
     state_.run([this] {
       service api(session_, part_call_);
-      const auto listed = api.for_each_file(run_, [this](found_file& file) { return add(file); });
+      bool is_cut = false;
+      const auto listed = api.for_each_file(run_, [&](found_file& file) {
+        is_cut = !add(file);
+        return !is_cut;
+      });
       const std::lock_guard<std::mutex> guard(mutex_);
       if (listed) has_run_ended_ = *listed;
+      is_list_whole_ = listed && !is_cut;
       if (!listed && !state_.is_stopped()) listing_failure_ = listed.error();
     });
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -8880,14 +8889,17 @@ class restoring_all {
     if (part_call_.cancelled()) return false;
     restored_entry entry;
     entry.name = file.info.name;
-    entry.path = where_.root / from_utf8(entry.name);
     const std::string quoted = in_quotes(entry.name), what = "cannot restore " + quoted;
     auto good = check_name(entry.name);
     if (good) good = where_.check_lengths(entry.name, what);
-    if (good && !is_new(entry.name)) {
-      good = error(
-          errc::invalid_argument,
-          what + ": the run has another file whose name differs only in case; restore it by its own name");
+    if (good) entry.path = where_.root / from_utf8(entry.name);
+    if (good && !hashes_.add(folded_hash(entry.name))) {
+      if (const std::string* const other = namesake(entry.name)) {
+        if (*other == entry.name) return true;  // a list that changes between two pages may have a file twice
+        good = error(errc::invalid_argument, what + ": some file systems do not distinguish its name from " +
+                                                 in_quotes(*other) +
+                                                 ", another file of the run; restore it by its own name");
+      }
     }
     if (!good) entry.failure = good.error();
     if (file.info.size) bytes_found_ += *file.info.size;
@@ -8902,8 +8914,15 @@ class restoring_all {
     }
     return true;
   }
-  /// Whether no earlier file has this name, ignoring case. Remembers hashes: names of 100,000 files take much memory.
-  bool is_new(const std::string& name) { return hashes_.add(name_hash(lower(plain_name(name)))); }
+  /// A hash of a name without regard to the case of ASCII letters: the names of 100,000 files take much memory.
+  static std::uint64_t folded_hash(const std::string& name) { return name_hash(lower(plain_name(name))); }
+  /// Returns the name of an earlier file that differs only in case, or not at all; null if there is none.
+  [[nodiscard]] const std::string* namesake(const std::string& name) const {
+    for (const restored_entry& each : report_.files) {
+      if (equal_ignoring_case(plain_name(each.name), plain_name(name))) return &each.name;
+    }
+    return nullptr;
+  }
 
   // ---- the threads that restore
 
@@ -8942,10 +8961,12 @@ class restoring_all {
       restore_options own = options_;
       own.cancel = nullptr;  // part_call_ has it
       if (!is_large(remote)) own.connections = 1;
+      bool has_reported = false;  // the first report may count bytes of earlier calls
       own.on_progress = [&](const progress& now) {
         if (now.phase == phase::downloading) {
-          received_ += now.bytes_done > mine.bytes ? now.bytes_done - mine.bytes : 0;
+          if (has_reported && now.bytes_done > mine.bytes) received_ += now.bytes_done - mine.bytes;
           mine.bytes = now.bytes_done;
+          has_reported = true;
         }
         return true;
       };
@@ -8986,7 +9007,7 @@ class restoring_all {
     }
     if (ending && !part_call_.cancelled()) stop_for(*ending);
   }
-  /// Whether the failure would be that of every file: a refused key, a full disk.
+  /// Whether every other file would fail in the same way: a refused key, a full disk.
   [[nodiscard]] bool is_fatal(const error& failure) const {
     if (failure.code() == errc::not_authenticated || failure.code() == errc::offline) return true;
     if (failure.code() != errc::disk_failure) return false;
@@ -9000,9 +9021,9 @@ class restoring_all {
     const std::lock_guard<std::mutex> guard(mutex_);
     return is_listed_ && next_ == queue_.size() && active_ == 0;
   }
-  /// Whether each file has an outcome of its own. Only after the threads have ended.
+  /// Whether the list is whole and each file has an outcome of its own. Only after the threads have ended.
   [[nodiscard]] bool is_complete() {
-    if (report_.files.empty() || !is_finished()) return false;
+    if (!is_list_whole_ || report_.files.empty() || !is_finished()) return false;
     for (const restored_entry& each : report_.files) {
       if (each.failure && each.failure->code() == errc::cancelled) return false;
     }
@@ -9019,6 +9040,7 @@ class restoring_all {
         changed_.notify_all();
       }
     }
+    if (user_call_.cancelled()) return;
     told_ = {};
     tell();
   }
@@ -9072,8 +9094,10 @@ class restoring_all {
   std::vector<task> queue_;  // files to restore; those before next_ have been taken
   std::size_t next_ = 0;
   std::size_t active_ = 0, files_done_ = 0;
-  bool is_exclusive_ = false;  // a large file is in work
-  bool is_listed_ = false, is_closed_ = false, has_run_ended_ = false, is_size_known_ = true;
+  bool is_exclusive_ = false;   // a large file is in work
+  bool is_listed_ = false;      // the listing has ended, perhaps early
+  bool is_list_whole_ = false;  // it has reached the end of the list
+  bool is_closed_ = false, has_run_ended_ = false, is_size_known_ = true;
   std::uint64_t bytes_found_ = 0, bytes_done_ = 0;
   std::string current_;  // the name of a file in work
   hash_set hashes_;
@@ -9115,9 +9139,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<restore_report> restore_all(session& current
                                                                 const restore_options& options) {
   auto checked = pattern_call::check(current, pattern, options);
   if (!checked) return checked.error();
-  const run_path run = checked->run;
-  auto report = restoring_all(current, options, std::string(pattern), run, checked->where)();
+  restoring_all job(current, options, std::string(pattern), checked->run, checked->where);
+  auto report = job();
   if (report) return report;
+  const run_path& run = job.run();
   const std::string quoted = in_quotes(pattern);
   return in_context(report.error(), "restoring " + quoted + " from " + shown(run),
                     {quoted, run.project + '/' + run.run_id});
@@ -9129,6 +9154,11 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
   if (!checked) return checked.error();
   run_path run = checked->run;
   call user_call(current.config, options.cancel);
+  // ISO 8601 in UTC sorts as text, with and without a fraction of a second, once the Z is gone.
+  const auto time_of = [](const file_info& info) {
+    const std::string_view time = info.updated_at;
+    return time.substr(0, time.find('Z'));
+  };
   auto newest = [&]() -> result<found_file> {
     service api(current, user_call);
     if (auto good = complete_entity(api, run); !good) return good.error();
@@ -9139,8 +9169,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
       std::optional<found_file> latest;
       const auto listed = api.for_each_file(run, [&](found_file& file) {
         if (!is_wanted(file.info.name, pattern, options)) return true;
-        // ISO 8601 in UTC sorts as text.
-        if (!latest || latest->info.updated_at <= file.info.updated_at) latest = std::move(file);
+        if (!latest || time_of(latest->info) <= time_of(file.info)) latest = std::move(file);
         return true;
       });
       if (!listed) return listed.error();
@@ -9243,11 +9272,11 @@ class block_cache {
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
   static constexpr std::size_t most_blocks = 64, most_at_once = 16;
 
-  /// Consecutive blocks that one thread has to fetch. No other thread uses them until they are given back.
+  /// Consecutive blocks that one thread fetches. Until finish(), no other thread reads or evicts them.
   struct claim {
     std::uint64_t first = 0;
     std::vector<char*> blocks = {};
-    bool is_awaited = false;  // another thread fetches the first block, or has just done so: see wait()
+    bool is_awaited = false;  // the first block is present or in transit: call wait(), then copy() again
 
     [[nodiscard]] std::uint64_t begin() const { return first * block; }
     [[nodiscard]] std::uint64_t end() const { return (first + blocks.size()) * block; }
@@ -9260,18 +9289,6 @@ class block_cache {
         offset += count;
         bytes.remove_prefix(count);
       }
-    }
-    /// Copies bytes of the blocks, from `offset` in the file on. Returns their number.
-    std::size_t copy(std::uint64_t offset, char* destination, std::size_t length) const {
-      std::size_t copied = 0;
-      while (copied < length && offset + copied < end()) {
-        const auto within = static_cast<std::size_t>((offset + copied) % block);
-        const auto count = (std::min)(length - copied, static_cast<std::size_t>(block) - within);
-        const char* bytes = blocks[static_cast<std::size_t>((offset + copied) / block - first)];
-        std::memcpy(destination + copied, bytes + within, count);
-        copied += count;
-      }
-      return copied;
     }
   };
 
@@ -9291,8 +9308,8 @@ class block_cache {
     return copied;
   }
   /// Claims missing blocks for the calling thread: those from `first` up to `last`, and if the file is read in order, more up
-  /// to `last_of_file`. Claims fewer if a later one is present or in transit, or if the cache is full of blocks in transit;
-  /// then perhaps none.
+  /// to `last_of_file`. The claim stops before a block that is present or in transit. It is empty if every slot is in transit:
+  /// then read without the cache.
   claim begin(std::uint64_t first, std::uint64_t last, std::uint64_t last_of_file) {
     const std::lock_guard<std::mutex> guard(mutex_);
     claim made;
@@ -9449,8 +9466,9 @@ class remote_reader {
   }
   result<std::size_t> read(call& read_call, std::uint64_t offset, char* destination, std::size_t length);
   result<std::uint64_t> ask_for_size(call& user_call);
-  result<void> fetch_blocks(call& user_call, const block_cache::claim& claimed);
-  result<void> fetch(call& user_call, byte_range range, std::uint64_t& position, taker take);
+  result<void> fetch_blocks(call& user_call, const block_cache::claim& claimed, std::uint64_t needed_end);
+  result<void> fetch(call& user_call, byte_range range, std::uint64_t needed_end, std::uint64_t& position,
+                     taker take);
   [[nodiscard]] error judged(const read_request& request, const setback& now) const;
   [[nodiscard]] bool has_tag(const http_response& head);
   [[nodiscard]] bool is_same_version(const http_response& head);
@@ -9493,7 +9511,7 @@ class remote_reader::read_request final : public file_request {
     promised_end_ = part.bytes.end;
     return check(head);
   }
-  /// A server may ignore Range (RFC 9110, section 14.2). Its answer is of use only if the whole file was asked for.
+  /// A server may ignore Range (RFC 9110, section 14.2). A whole file is accepted only if the requested range covers it.
   setback begin_whole(const http_response& head, std::optional<std::uint64_t> length) override {
     const auto size = reader_.size_ ? reader_.size_ : length;
     if (length && *length != *size) return of_other_size(*length);
@@ -9552,12 +9570,13 @@ inline result<std::size_t> remote_reader::read(call& read_call, std::uint64_t of
         continue;
       }
       if (!claimed.blocks.empty()) {
-        if (auto fetched = fetch_blocks(read_call, claimed); !fetched) return fetched.error();
+        if (auto fetched = fetch_blocks(read_call, claimed, position + rest); !fetched)
+          return fetched.error();
         continue;
       }
     }
     std::uint64_t arrived = position;
-    const auto fetched = fetch(read_call, {position, position + rest}, arrived,
+    const auto fetched = fetch(read_call, {position, position + rest}, position + rest, arrived,
                                [&](std::uint64_t from, std::string_view bytes) {
                                  std::memcpy(here + (from - position), bytes.data(), bytes.size());
                                });
@@ -9569,15 +9588,16 @@ inline result<std::size_t> remote_reader::read(call& read_call, std::uint64_t of
 
 /// Learns the size from the storage, with the first blocks of the file.
 inline result<std::uint64_t> remote_reader::ask_for_size(call& user_call) {
-  const auto fetched = fetch_blocks(user_call, cache_.begin(0, 0, 3));
+  const auto fetched = fetch_blocks(user_call, cache_.begin(0, 0, 3), 1);
   // A range that begins at 0 cannot be satisfied by an empty file alone (RFC 9110, section 15.5.17).
   if (!fetched && fetched.error().http_status() == 416) size_ = 0;
   if (!fetched && size_ != std::uint64_t{0}) return fetched.error();
   return *size_;
 }
 
-/// Fetches claimed blocks, and gives them back to the cache.
-inline result<void> remote_reader::fetch_blocks(call& user_call, const block_cache::claim& claimed) {
+/// Fetches claimed blocks, and gives them back to the cache. Bytes from `needed_end` on are read ahead.
+inline result<void> remote_reader::fetch_blocks(call& user_call, const block_cache::claim& claimed,
+                                                std::uint64_t needed_end) {
   struct giver {  // the transport may throw
     remote_reader& reader;
     const block_cache::claim& claimed;
@@ -9585,13 +9605,15 @@ inline result<void> remote_reader::fetch_blocks(call& user_call, const block_cac
     ~giver() { reader.cache_.finish(claimed, arrived == reader.size_ ? UINT64_MAX : arrived); }
   } at_exit{*this, claimed};
   const std::uint64_t end = (std::min)(claimed.end(), size_.value_or(UINT64_MAX));
-  return fetch(user_call, {claimed.begin(), end}, at_exit.arrived,
+  const std::uint64_t whole_blocks = (needed_end + block - 1) / block * block;
+  return fetch(user_call, {claimed.begin(), end}, (std::min)(whole_blocks, end), at_exit.arrived,
                [&](std::uint64_t offset, std::string_view bytes) { claimed.put(offset, bytes); });
 }
 
-/// Fetches a range with as many requests as necessary. `position`: the offset of the next byte to arrive.
-inline result<void> remote_reader::fetch(call& user_call, byte_range range, std::uint64_t& position,
-                                         taker take) {
+/// Fetches a range with as many requests as necessary. `position`: the offset of the next byte to arrive. Bytes from
+/// `needed_end` on are not worth another try: if a connection or a server fails there, this is a success.
+inline result<void> remote_reader::fetch(call& user_call, byte_range range, std::uint64_t needed_end,
+                                         std::uint64_t& position, taker take) {
   retry_clock time(user_call);
   backoff tries(user_call, time);
   for (position = range.begin;;) {
@@ -9605,6 +9627,9 @@ inline result<void> remote_reader::fetch(call& user_call, byte_range range, std:
     if (!now && !request.has_ended()) continue;  // with a new address
     if (!now) now = request.ended_early(end - position);
     const error failure = judged(request, now);
+    const bool is_read_ahead = position >= needed_end && position > range.begin;
+    if (is_read_ahead && (failure.code() == errc::connection_failed || failure.code() == errc::http_failure))
+      return {};
     if (failure.is_transient() && position >= before + block) {
       tries.reset();  // retry at once: the try has brought at least a block
       continue;
@@ -9655,7 +9680,7 @@ inline bool remote_reader::is_same_version(const http_response& head) {
   return tag == tag_ && (is_strong || modified == modified_);
 }
 
-/// The buffer of a remote_stream: up to the end of the cache's block.
+/// The stream buffer of a remote_stream. Holds the rest of one block of the cache.
 class remote_buffer final : public std::streambuf {
  public:
   remote_buffer(std::shared_ptr<remote_reader> reader, std::uint64_t size)
@@ -10043,6 +10068,8 @@ inline int resolve_host(const std::string& host, int port, socket_addresses& add
   hints.ai_socktype = SOCK_STREAM;
   addrinfo* list = nullptr;
   if (const int code = ::getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &list)) return code;
+  const std::unique_ptr<addrinfo, void (*)(addrinfo*)> freed_at_exit(
+      list, [](addrinfo* all) { ::freeaddrinfo(all); });
   for (const addrinfo* entry = list; entry; entry = entry->ai_next) {
     socket_address address;
     if (entry->ai_addrlen > sizeof address.storage) continue;
@@ -10050,7 +10077,6 @@ inline int resolve_host(const std::string& host, int port, socket_addresses& add
     std::memcpy(&address.storage, entry->ai_addr, entry->ai_addrlen);
     addresses.push_back(address);
   }
-  ::freeaddrinfo(list);
   return 0;
 }
 
@@ -10128,8 +10154,8 @@ class connection_race {
       indices_.push_back(started_ - 1);
       return;
     }
-    failure_ = system_text(code);
     close_socket(socket);
+    failure_ = system_text(code);
   }
 
   /// Removes sockets that poll reported: closes failed ones, and returns the first connected one, or no_socket.
@@ -10149,8 +10175,8 @@ class connection_race {
         code = socket_error();
       }
       if (code == 0) return socket;
-      failure_ = system_text(code);
       close_socket(socket);
+      failure_ = system_text(code);
     }
     return no_socket;
   }
@@ -10213,10 +10239,15 @@ inline connect_outcome connect_to_host(const std::string& host, const socket_add
   auto addresses = interleave_families(resolved);
   memory.prefer_remembered(host, addresses);
   connection_race race(addresses, deadline, request);
-  const socket_handle socket = race.run();
-  if (socket == no_socket) return {no_socket, race.failure()};
+  struct socket_owner {  // a lack of memory must not lose the socket
+    socket_handle socket;
+    ~socket_owner() {
+      if (socket != no_socket) close_socket(socket);
+    }
+  } connected{race.run()};
+  if (connected.socket == no_socket) return {no_socket, race.failure()};
   if (race.winner() > 0) memory.remember(host, addresses[race.winner()]);
-  return {socket, {}};
+  return {std::exchange(connected.socket, no_socket), {}};
 }
 
 // ---- the channel: bytes to and from a peer

@@ -697,6 +697,26 @@ TEST_SUITE("remote_file") {
     f.check_read(file, 0, 10);
   }
 
+  TEST_CASE("a failure of bytes that are read ahead is no failure of the read") {
+    remote_fixture f(3 * MiB);
+    const auto file = f.open();
+    f.server.add_fault(place::storage, act::cut_abruptly(100'000));
+    f.server.clear_log();
+    f.check_read(file, 0, 10);
+    f.check_read(file, 0, 10);
+    CHECK(f.storage().requests == 1);
+  }
+
+  TEST_CASE("an object that was moved from has no file") {
+    remote_fixture f;
+    auto file = f.open();
+    CHECK(file.size() > 0);
+    const wandb::remote_file other = std::move(file);
+    CHECK(other.size() > 0);
+    CHECK(file.size() == 0);  // NOLINT(bugprone-use-after-move)
+    CHECK(file.name().empty());
+  }
+
   // ---- streams
 
   TEST_CASE("a stream seeks, tells, reads and ends as a file does") {

@@ -322,11 +322,41 @@ TEST_SUITE("restore_all") {
       if (!file.failure) continue;
       ++failures;
       CHECK(file.failure->code() == errc::invalid_argument);
+      CHECK((file.path.empty() || file.path == w.at("Model.h5") || file.path == w.at("model.h5")));
     }
     CHECK(failures == 3);
     CHECK(fs::exists(w.at("good")));
     CHECK(fs::exists(w.at("Model.h5")) != fs::exists(w.at("model.h5")));
     CHECK_FALSE(fs::exists(w.directory / "evil"));
+  }
+
+  TEST_CASE("a call that ends while the list is read is never complete, although the files of the first page "
+            "are there") {
+    for (const char* const end : {"flag", "on_progress", "total_timeout"}) {
+      CAPTURE(std::string(end));
+      world w;
+      for (int i = 0; i < 501; ++i) w.add("f" + std::to_string(i), 10);
+      w.server.add_fault(stand_in::target(place::graphql).nth(2), act::hang());
+      std::atomic<bool> cancel{false};
+      w.options.cancel = &cancel;
+      const std::string how = end;
+      if (how == "total_timeout") w.settings.total_timeout = 3s;
+      bool has_refused = false;
+      int calls_after = 0;
+      w.options.on_progress = [&](const wandb::progress& now) {
+        calls_after += has_refused ? 1 : 0;
+        if (now.files_done < 500) return true;
+        if (how == "flag") cancel = true;
+        if (how == "on_progress") has_refused = true;
+        return !has_refused;
+      };
+      const auto report = all(w, "*");
+      CHECK_FALSE(report.complete());
+      REQUIRE(report.failure.has_value());
+      CHECK(report.failure->code() == (how == "total_timeout" ? errc::connection_failed : errc::cancelled));
+      CHECK(report.files.size() == 500);
+      CHECK(calls_after == 0);
+    }
   }
 
   TEST_CASE(
