@@ -40,7 +40,7 @@
 #define WANDB_RESTORE_VERSION "0.2.0"
 
 // Macros a program may define. The first three must be the same in every file of one program. Each is part of the
-// inline namespace's name: files that disagree fail to link.
+// inline namespace's name: files that disagree have different types, and fail to link where they exchange them.
 //   WANDB_RESTORE_SPLIT           the header only declares; one source file defines WANDB_RESTORE_IMPLEMENTATION, too
 //   WANDB_RESTORE_NO_OPENSSL      plain HTTP only
 //   WANDB_RESTORE_EXCEPTIONS      0 or 1; default: 1 if the compiler's flags allow exceptions
@@ -121,8 +121,8 @@ enum class errc {
   not_authenticated,     ///< the service answered 401
   permission_denied,     ///< the service answered 403; or storage did, also for renewed URLs
   offline,               ///< WANDB_MODE forbids network access and there is no local copy to use
-  connection_failed,     ///< no connection, certificate refused, peer too slow or silent, connection cut
-  http_failure,          ///< any other error status, after the retries that it allows
+  connection_failed,  ///< no connection, certificate refused, peer slow or silent, connection cut, total_timeout is over
+  http_failure,        ///< any other error status, after the retries that it allows
   protocol_violation,  ///< the answer violates HTTP or the service's API, or exceeds a limit of this library
   checksum_mismatch,   ///< the file was downloaded twice, and both times its size or md5 was wrong
   local_conflict,      ///< the local copy was restored from a different run
@@ -522,7 +522,7 @@ struct restored_entry {
   std::string md5;                              ///< see restored_file::md5()
   wandb::source source = wandb::source::local;  ///< see restored_file::source()
   bool verified = false;                        ///< see restored_file::verified()
-  std::chrono::milliseconds time{0};            ///< how long it took
+  std::chrono::milliseconds time{0};            ///< spent on this file, without the wait in the queue
   std::optional<wandb::error> failure = {};     ///< why the file was not restored; empty if it was
 };
 
@@ -613,7 +613,8 @@ class remote_file {
 ///
 /// After a failed read `bad()` is true and `failure()` tells the reason. The stream buffer throws the wandb::error, which the
 /// functions of std::istream pass on only if `exceptions()` has badbit. Without exceptions it sets badbit, and the function that
-/// reads adds eofbit and failbit: test `bad()` before `eof()`. After `clear()` the next read tries again.
+/// reads adds eofbit and failbit: test `bad()` before `eof()`. After `clear()` the next read tries again, from the position before
+/// the failed one.
 class remote_stream : public std::istream {
  public:
   /// Makes a stream at offset 0. Makes no request.
@@ -648,7 +649,7 @@ class local_copy {
   /// The run that the file was restored from, by its receipt. Empty if there is no receipt, or if the file has changed since.
   std::optional<run_path> restored_from;
   /// The name of the file in that run, as in file_info::name. Empty if restored_from is empty, or if the receipt does not
-  /// record the name, as those of version 0.1 do not.
+  /// record the name.
   std::string restored_name;
   /// The md5 in the receipt, in hex. Empty if there is no receipt, or if the file was restored without verification.
   std::string receipt_md5;
@@ -796,7 +797,7 @@ struct restore_options {
   /// restore, and the next call resumes from the bytes that had arrived.
   std::function<bool(const progress&)> on_progress = {};
   /// A flag that the caller sets to cancel, or null; must exist until the call returns. Once it is true, the call returns
-  /// errc::cancelled within a second, except while a host name is resolved.
+  /// errc::cancelled within a second, except while a host name is resolved or the system writes the file to stable storage.
   const std::atomic<bool>* cancel = nullptr;
   /// The most connections that download at once, for one large file or for the files of restore_all; at least 1. More than
   /// 64 count as 64.
@@ -1630,25 +1631,22 @@ inline void add_header(http_headers& fields, std::string_view name, std::string_
   fields.push_back({std::string(name), std::string(value)});
 }
 
+/// Whether a text looks like a JWT (RFC 7519), which is a secret.
+inline bool is_jwt(std::string_view text) { return starts_with(trim(text), "eyJ"); }
+
 /// Removes user name, password, query and fragment from an address, for messages: each may be a secret. The address need
-/// not be well-formed, and a password may contain '?' and '/'.
+/// not be well-formed; a user name may contain '@', and a password '?' and '/'.
 inline std::string redacted_address(std::string_view text) {
   const auto scheme_end = text.find("://");
   const auto authority = scheme_end == text.npos ? 0 : scheme_end + 3;
-  auto user_end = text.substr(0, text.find('/', authority)).rfind('@');
-  if (user_end == text.npos) user_end = text.substr(0, text.find_first_of("?#")).rfind('@');
-  if (user_end == text.npos && text.find('@') != text.npos) {
-    // The '@' may be in the query, or follow a password with '/' and '?'. A colon may precede a port, or that password.
-    const auto before_path = text.substr(authority, text.find_first_of("/?#", authority) - authority);
-    if (before_path.find(':') != text.npos) return std::string(text.substr(0, authority)) + "...";
-  }
-  const bool has_user = user_end != text.npos && user_end >= authority;
-  std::string shown(has_user ? text.substr(0, authority) : "");
-  if (has_user) {
-    shown += "...";
-    text.remove_prefix(user_end);
-  }
-  return shown.append(text.substr(0, text.find_first_of("?#")));
+  const std::string scheme(text.substr(0, authority));
+  const auto query = (std::min)(text.find_first_of("?#", authority), text.size());
+  const auto last_at = text.rfind('@');
+  if (last_at == text.npos || last_at < authority) return std::string(text.substr(0, query));
+  if (last_at < query) return scheme + "..." + std::string(text.substr(last_at, query - last_at));
+  // The '@' is in the query, or follows a password with '?'.
+  const auto before_path = text.substr(authority, text.find_first_of("/?#", authority) - authority);
+  return before_path.find_first_of(":@") == text.npos ? std::string(text.substr(0, query)) : scheme + "...";
 }
 
 /// Removes tags, and the content of the elements "script" and "style", from a text in HTML or XML.
@@ -2795,6 +2793,12 @@ inline void set_permissions(file_handle opened, unsigned mode) {
   (void)::fchmod(opened, static_cast<mode_t>(mode));
 }
 
+/// Nanoseconds since 1970. Times beyond 100 years from then, which anybody may give a file, count as 100 years.
+inline std::int64_t nanoseconds_of(const struct timespec& time) {
+  constexpr std::int64_t most =
+      std::int64_t{100} * 366 * 86400;  // seconds: differences do not overflow either
+  return std::clamp<std::int64_t>(time.tv_sec, -most, most) * 1000000000 + time.tv_nsec;
+}
 inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entry) {
 #ifdef __APPLE__
   const auto modified = entry.st_mtimespec, changed = entry.st_ctimespec;
@@ -2806,8 +2810,8 @@ inline file_facts facts_of(const struct WANDB_RESTORE_PRIVATE_LARGE(stat) & entr
   facts.is_file = S_ISREG(entry.st_mode);
   facts.size = static_cast<std::uint64_t>(entry.st_size);
   facts.allocated = static_cast<std::uint64_t>(entry.st_blocks) * 512;
-  facts.modified = static_cast<std::int64_t>(modified.tv_sec) * 1000000000 + modified.tv_nsec;
-  facts.changed = static_cast<std::int64_t>(changed.tv_sec) * 1000000000 + changed.tv_nsec;
+  facts.modified = nanoseconds_of(modified);
+  facts.changed = nanoseconds_of(changed);
   facts.device = static_cast<std::uint64_t>(entry.st_dev);
   facts.inode = static_cast<std::uint64_t>(entry.st_ino);
   facts.links = static_cast<std::uint64_t>(entry.st_nlink);
@@ -3901,6 +3905,7 @@ inline result<std::ifstream> partial_file::publish(const place& at,
   auto stream = stream_on(out_, where_);
   if (!stream) return failed(stream.error());
   if (!out_.is_named(where_)) {
+    is_claimed_ = false;  // the entry is that program's
     return error(errc::disk_failure,
                  "cannot use " + in_quotes(where_) + ": another program has replaced it; try again");
   }
@@ -4978,7 +4983,7 @@ inline std::vector<shown_setting> texts_of(const settings& s) {
     headers += (headers.empty() ? "" : ", ") + field.first + ": (set)";
   add("base_url", redacted_address(s.base_url));
   add("api_key", s.api_key.empty() ? "" : "(set)");
-  add("identity_token_file", s.identity_token_file);
+  add("identity_token_file", is_jwt(s.identity_token_file) ? "(set)" : s.identity_token_file);
   add("credentials_file", utf8(s.credentials_file));
   add("netrc_file", utf8(s.netrc_file));
   add("entity", s.entity);
@@ -5282,6 +5287,7 @@ class guarded_sink final : public body_sink {
   bool cancelled() {
     if (slow_ || call_.cancelled()) return true;
     const std::lock_guard<std::mutex> guard(mutex_);
+    if (is_writing_) return false;  // a transport may ask from a thread of its own
     const auto now = clock::now();
     const auto span = std::chrono::duration_cast<milliseconds>(now - since_);
     const auto allowed =
@@ -5336,9 +5342,11 @@ class guarded_sink final : public body_sink {
     if (cancelled()) return false;
     if (streamed_) {
       const auto before = clock::now();
+      is_writing_ = true;
       const bool more = destination_.write(bytes);
       const std::lock_guard<std::mutex> guard(mutex_);
       since_ += clock::now() - before;  // a slow disk does not make the peer slow
+      is_writing_ = false;
       return more;
     }
     kept_.append(bytes.substr(0, max_error_body - kept_.size()));
@@ -5355,7 +5363,7 @@ class guarded_sink final : public body_sink {
   http_response head_;
   std::string kept_;
   std::optional<error> refused_;
-  std::atomic<bool> started_{false}, slow_{false};
+  std::atomic<bool> started_{false}, slow_{false}, is_writing_{false};
   bool streamed_ = false;
   bool go_on_ = true;
   std::mutex mutex_;
@@ -5674,7 +5682,7 @@ inline result<std::string> session::bearer(call& user_call) {
 /// Exchanges the identity token for an access token (RFC 7523, section 2.1).
 inline result<access_token> session::exchange_identity(call& user_call) {
   const auto identity = read_small_file(from_utf8(config.identity_token_file), 64 * 1024);
-  if (!identity && starts_with(trim(config.identity_token_file), "eyJ")) {  // a JWT, which is a secret
+  if (!identity && is_jwt(config.identity_token_file)) {
     return error(
         errc::invalid_argument,
         "WANDB_IDENTITY_TOKEN_FILE must be the name of a file with the identity token, not the token");
@@ -6758,6 +6766,7 @@ class range_plan {
     whole_ = true;
     gaps_.clear();
     for (slot& each : slots_) {
+      if (&each == &connection) continue;  // its exchange goes on
       revoke(each, each.range.position);
       each.is_busy = false;
     }
@@ -7088,21 +7097,30 @@ class file_location {
     if (!final_address_.host.empty())
       return lease{final_address_, generation_, false, has_direct_ && generation_ == 0};
     is_resolving_ = true;
+    struct resolving {  // after a failure or an exception another connection tries
+      file_location& location;
+      std::unique_lock<std::mutex>& held;
+      bool is_leased = false;
+      ~resolving() {
+        if (is_leased) return;
+        if (!held.owns_lock()) held.lock();
+        location.is_resolving_ = false;
+        location.changed_.notify_all();
+      }
+    } at_exit{*this, held};
     const auto generation = generation_;
     if (is_renewal_due_) {
       const milliseconds pause(renewals_ > 1 ? 250 << renewals_ : 0);
       held.unlock();
       auto fresh = asking_call.sleep(pause) ? renew_(asking_call) : result<url>(asking_call.why_cancelled());
       held.lock();
-      if (!fresh) {
-        is_resolving_ = false;
-        changed_.notify_all();
-        return std::move(fresh).error();
-      }
+      if (!fresh) return std::move(fresh).error();
       is_renewal_due_ = false;
       service_address_ = *std::move(fresh);
     }
-    return lease{service_address_, generation, true, false};
+    result<lease> leased = lease{service_address_, generation, true, false};
+    at_exit.is_leased = true;
+    return leased;
   }
   /// Call when redirects have led to this address: every connection may use it.
   void found(const lease& current, const url& final_address) {
@@ -9707,6 +9725,14 @@ class remote_buffer final : public std::streambuf {
     return traits_type::to_int_type(*gptr());
   }
   std::streamsize xsgetn(char* destination, std::streamsize length) override {
+    struct rewinder {  // if read() throws, std::istream counts no byte: the position must not have moved
+      remote_buffer& buffer;
+      const std::uint64_t start;
+      bool is_done = false;
+      ~rewinder() {
+        if (!is_done) buffer.move_to(start);
+      }
+    } at_exit{*this, position()};
     std::streamsize copied = 0;
     while (copied < length) {
       const std::streamsize rest = length - copied,
@@ -9725,6 +9751,7 @@ class remote_buffer final : public std::streambuf {
         break;
       }
     }
+    at_exit.is_done = true;
     return copied;
   }
   int_type pbackfail(int_type wanted) override {
@@ -10402,7 +10429,7 @@ class channel {
     }
     stage_ = "waiting for the TLS handshake";
     tls_ = SSL_new(context);
-    BIO* const bio = BIO_new(bio_method());
+    BIO* const bio = bio_method() != nullptr ? BIO_new(bio_method()) : nullptr;
     if (!tls_ || !bio) {
       BIO_free(bio);
       return fail("OpenSSL could not start: out of memory");
@@ -10745,9 +10772,10 @@ inline std::optional<std::string> request_message(const http_request& request, c
   };
   bool is_clean = is_token(request.method) && add("Host", origin.substr(origin.find("//") + 2));
   for (const auto& [name, value] : request.headers) is_clean = add(name, value) && is_clean;
-  if (route.sends_to_proxy() && !route.proxy_authorization.empty()) {
-    is_clean = add("Proxy-Authorization", route.proxy_authorization) && is_clean;
-  }
+  if (route.sends_to_proxy() && !route.proxy_authorization.empty())
+    add("Proxy-Authorization", route.proxy_authorization);
+  is_clean =
+      is_clean && is_header("Proxy-Authorization", route.proxy_authorization);  // CONNECT sends it, too
   if (!request.body.empty() || request.method == "POST" || request.method == "PUT" ||
       request.method == "PATCH") {
     add("Content-Length", std::to_string(request.body.size()));

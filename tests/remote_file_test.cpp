@@ -719,6 +719,25 @@ TEST_SUITE("remote_file") {
 
   // ---- streams
 
+  TEST_CASE("after a failed read of a stream its position is the one before that read") {
+    remote_fixture f(3 * MiB);
+    const std::string wanted = stand_in::read_text(*f.content);
+    const auto file = f.open();
+    auto in = file.stream();
+    std::string part(300'000, '\0');
+    in.read(part.data(), 1000);
+    f.server.add_fault(place::storage, act::status(400));
+    in.read(part.data(), 300'000);  // a part is in the buffer, the rest fails
+    CHECK(in.bad());
+    CHECK(in.gcount() == 0);
+    f.server.clear_faults();
+    in.clear();
+    CHECK(in.tellg() == 1000);
+    in.read(part.data(), 300'000);
+    CHECK(in.gcount() == 300'000);
+    CHECK((part == wanted.substr(1000, 300'000)));
+  }
+
   TEST_CASE("a stream seeks, tells, reads and ends as a file does") {
     remote_fixture f(3 * MiB + 17);
     const std::string wanted = stand_in::read_text(*f.content);

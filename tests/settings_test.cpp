@@ -144,6 +144,8 @@ TEST_SUITE("settings") {
     CHECK(shown(s, "api_key") == " from default");
     s.identity_token_file = "token";
     CHECK(shown(s, "api_key") == " from default");
+    s.identity_token_file = "eyJhbGciOiJub25lIn0.e30.";  // a common error: the token itself
+    CHECK(shown(s, "identity_token_file") == "(set) from program");
     CHECK(shown(s, "identity_token_file") == "token from program");
   }
 

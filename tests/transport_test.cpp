@@ -180,6 +180,11 @@ TEST_SUITE("http_transport") {
     request.headers = {{"X-A", "1\r\nX-B: 2"}};
     wandb::http_transport transport;
     check_failed(transport.send(request, sink), wandb::errc::invalid_argument, "malformed");
+    request.headers.clear();
+    request.url = "https://127.0.0.1:9/";  // the request for a tunnel has the field, too
+    request.proxy = "http://127.0.0.1:9";
+    request.proxy_authorization = "Basic x\r\nX-B: 2";
+    check_failed(transport.send(request, sink), wandb::errc::invalid_argument, "malformed");
   }
 
   TEST_CASE("header values are not decoded, and keep their order; interim responses are skipped") {
