@@ -183,7 +183,8 @@ TEST_SUITE("run path") {
       const auto other = wandb::run_path::parse(text, {});
       REQUIRE_FALSE(other.has_value());
       CHECK_FALSE(contains(other.error().what(), "secret"));
-      CHECK(contains(other.error().what(), "wandb.corp/e/p"));
+      // Where a password may have a '?', nothing behind the scheme is shown.
+      CHECK(contains(other.error().what(), contains(text, "?") ? "https://..." : "wandb.corp/e/p"));
     }
     const auto incomplete = wandb::run_path::parse("r?accessToken=secret", {});
     REQUIRE_FALSE(incomplete.has_value());

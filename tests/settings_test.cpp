@@ -144,9 +144,9 @@ TEST_SUITE("settings") {
     CHECK(shown(s, "api_key") == " from default");
     s.identity_token_file = "token";
     CHECK(shown(s, "api_key") == " from default");
+    CHECK(shown(s, "identity_token_file") == "token from program");
     s.identity_token_file = "eyJhbGciOiJub25lIn0.e30.";  // a common error: the token itself
     CHECK(shown(s, "identity_token_file") == "(set) from program");
-    CHECK(shown(s, "identity_token_file") == "token from program");
   }
 
   TEST_CASE("for each key the environment overrides the local file, which overrides the global one") {
