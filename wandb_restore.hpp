@@ -3905,7 +3905,6 @@ inline result<std::ifstream> partial_file::publish(const place& at,
   auto stream = stream_on(out_, where_);
   if (!stream) return failed(stream.error());
   if (!out_.is_named(where_)) {
-    is_claimed_ = false;  // the entry is that program's
     return error(errc::disk_failure,
                  "cannot use " + in_quotes(where_) + ": another program has replaced it; try again");
   }
