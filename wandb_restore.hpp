@@ -3947,10 +3947,12 @@ struct receipt {
 };
 
 /// Resolves the links in the directory's path, so that a file has one receipt whichever path leads to it.
-inline path real_path(const path& where) {
+inline result<path> real_path(const path& where) {
   std::error_code failure;
-  const path directory = std::filesystem::canonical(absolute_path(where).parent_path(), failure);
-  return failure ? absolute_path(where) : directory / where.filename();
+  const path parent = absolute_path(where).parent_path();
+  path directory = std::filesystem::canonical(parent, failure);
+  if (failure) return disk_error("resolve the path", parent, failure.value());
+  return directory / where.filename();
 }
 inline path receipt_path(const path& cache, const path& real_target) {
   return cache / "receipts" / hex64(name_hash(utf8(real_target)));
@@ -3976,13 +3978,14 @@ inline void sweep_receipts(const path& directory) {
   });
 }
 
-/// Reads the receipts that are stored in a receipt file. Returns "" if another user wrote it.
-inline std::string receipts_at(const path& where) {
+/// Reads the receipts that are stored in a receipt file. Returns "" if there is none, or if another user made the file.
+inline result<std::string> receipts_at(const path& where) {
   file opened;
-  if (opened.open(where, file::mode::neighbour) != 0) return {};
-  if (const auto facts = opened.facts(); !facts.found() || !facts->is_file || facts->user != own_user())
-    return {};
-  return read_small_file(opened, where, 64 * 1024).value_or(std::string());
+  const int code = opened.open(where, file::mode::neighbour);
+  const auto facts = code == 0 ? opened.facts() : facts_of_entry(where);
+  if (facts.absent() || (facts.found() && !(facts->is_file && facts->user == own_user()))) return std::string();
+  if (code != 0 || !facts.found()) return disk_error("read", where, code != 0 ? code : facts.failure());
+  return read_small_file(opened, where, 64 * 1024);
 }
 
 inline constexpr std::string_view end_of_receipt = "end=yes\n";
@@ -3992,16 +3995,17 @@ inline constexpr std::string_view end_of_receipt = "end=yes\n";
 /// the user's own.
 inline result<void> write_receipt(const path& cache, const path& target, const receipt& facts) {
   if (cache.empty()) return {};
-  const path real = real_path(target);
+  const auto real = real_path(target);
+  if (!real) return real.error();
   std::string record =
-      "path=" + percent_encode(utf8(real), "/") + "\nentity=" + percent_encode(facts.run.entity) +
+      "path=" + percent_encode(utf8(*real), "/") + "\nentity=" + percent_encode(facts.run.entity) +
       "\nproject=" + percent_encode(facts.run.project) + "\nrun_id=" + percent_encode(facts.run.run_id) +
       "\nname=" + percent_encode(facts.name, "/") + "\nsize=" + std::to_string(facts.size) +
       "\nmodified_ns=" + std::to_string(facts.modified) +
       "\nmd5=" + (is_too_fresh(facts.modified) ? std::string() : facts.md5) + '\n';
   record += end_of_receipt;
-  const path where = receipt_path(cache, real);
-  const std::string previous = receipts_at(where);
+  const path where = receipt_path(cache, *real);
+  const std::string previous = receipts_at(where).value_or(std::string());
   if (const auto end = previous.find(end_of_receipt); end != previous.npos)
     record += previous.substr(0, end + end_of_receipt.size());
   if (some_number() % 64 == 0) sweep_receipts(where.parent_path());
@@ -4009,9 +4013,10 @@ inline result<void> write_receipt(const path& cache, const path& target, const r
 }
 
 /// Reads the receipt that is stored under exactly this path. Returns an empty one if the file has changed since.
-inline receipt receipt_of(const path& cache, const path& real, const file_facts& now) {
-  const std::string text = receipts_at(receipt_path(cache, real));
-  std::string_view rest = text;
+inline result<receipt> receipt_of(const path& cache, const path& real, const file_facts& now) {
+  const auto text = receipts_at(receipt_path(cache, real));
+  if (!text) return text.error();
+  std::string_view rest = *text;
   for (auto end = rest.find(end_of_receipt); end != rest.npos; end = rest.find(end_of_receipt)) {
     auto record = parse_key_values(rest.substr(0, end));
     rest.remove_prefix(end + end_of_receipt.size());
@@ -4020,22 +4025,24 @@ inline receipt receipt_of(const path& cache, const path& real, const file_facts&
         record["modified_ns"] != std::to_string(now.modified)) {
       continue;
     }
-    return {{field("entity"), field("project"), field("run_id")},
-            field("name"),
-            now.size,
-            now.modified,
-            field("md5")};
+    return receipt{{field("entity"), field("project"), field("run_id")},
+                   field("name"),
+                   now.size,
+                   now.modified,
+                   field("md5")};
   }
-  return {};
+  return receipt();
 }
 
-/// Reads the receipt of a file. Returns an empty one if there is none or the file has changed since.
-inline receipt read_receipt(const path& cache, const path& target, const file_facts& now) {
-  if (cache.empty()) return {};
+/// Reads the receipt of a file. Returns an empty one if there is none or the file has changed since. A failure leaves both
+/// possible.
+inline result<receipt> read_receipt(const path& cache, const path& target, const file_facts& now) {
+  if (cache.empty()) return receipt();
   const path plain = absolute_path(target);
-  if (auto found = receipt_of(cache, plain, now)) return found;
-  const path real = real_path(target);  // slow: it examines each directory of the path
-  return real == plain ? receipt() : receipt_of(cache, real, now);
+  if (auto found = receipt_of(cache, plain, now); !found || *found) return found;
+  const auto real = real_path(target);  // slow: it examines each directory of the path
+  if (!real) return real.error();
+  return *real == plain ? receipt() : receipt_of(cache, *real, now);
 }
 
 }  // namespace detail
@@ -5514,7 +5521,7 @@ class session {
     }
   }
 
-  std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be written
+  std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be read or written
   std::mutex mutex;                           // guards default_entity and netrc_key_
   std::optional<std::string> default_entity;  // the account's, once the service has told it
 
@@ -8384,12 +8391,22 @@ class restoring {
     copy_.size = facts.size;
     copy_.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
         std::chrono::nanoseconds(facts.modified));
-    if (const auto known = read_receipt(session_.config.cache_dir, place_.target, facts)) {
-      copy_.restored_from = known.run;
-      copy_.restored_name = known.name;
-      copy_.receipt_md5 = known.md5;
+    const auto known = read_receipt(session_.config.cache_dir, place_.target, facts);
+    if (!known) warn_of_receipts("read", known.error());
+    if (known && *known) {
+      copy_.restored_from = known->run;
+      copy_.restored_name = known->name;
+      copy_.receipt_md5 = known->md5;
     }
     return {};
+  }
+
+  /// Warns once for each client: a failure of the cache directory concerns every file.
+  void warn_of_receipts(const std::string& action, const error& failure) const {
+    if (session_.told_of_receipts.exchange(true)) return;
+    const std::string text = failure.what();  // the part after ';' is a remedy for failures in root
+    session_.warn("receipts cannot be " + action + ", so files of other runs will not be recognised: " +
+                  text.substr(0, text.find(';')) + "; set WANDB_CACHE_DIR to another directory");
   }
 
   /// Applies the policy to the opened copy. `remote` is null before the request to the service; after it, `ask` means
@@ -8462,11 +8479,7 @@ class restoring {
   void remember(const std::string& md5, const file_facts& facts) const {
     const auto written = write_receipt(session_.config.cache_dir, place_.target,
                                        {run_, name_, facts.size, facts.modified, md5});
-    if (!written && !session_.told_of_receipts.exchange(true)) {
-      session_.warn(
-          std::string("receipts cannot be written, so files of other runs will not be recognised: ") +
-          written.error().what() + "; set WANDB_CACHE_DIR to another directory");
-    }
+    if (!written) warn_of_receipts("written", written.error());
   }
 
   result<restored_file> fetch(found_file remote) {
