@@ -3269,6 +3269,65 @@ inline std::string process_realm() { return {}; }
 #endif
 #endif
 
+// ---- state after a fork: the child's copy of a lock stays locked if another thread held it during the fork
+
+#ifdef _WIN32
+/// Windows has no fork.
+inline std::uint64_t this_process() { return 0; }
+#else
+/// Identifies this process: never equal in a child and its parent. Process ids can be equal, if each process is the first of
+/// a pid namespace.
+inline std::uint64_t this_process() {
+  static std::atomic<std::uint32_t> forks{0};
+  static const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++forks; });
+  static_cast<void>(registered);
+  return std::uint64_t{forks.load()} << 32 | static_cast<std::uint32_t>(::getpid());
+}
+#endif
+
+/// Whether no thread holds the lock.
+inline bool is_free(std::mutex& lock) {
+  const std::unique_lock<std::mutex> held(lock, std::try_to_lock);
+  return held.owns_lock();
+}
+
+/// An object of type T for each process that uses it: a forked child makes its own. T::clear() releases what an abandoned object
+/// need not keep; it returns false if a lock was held during the fork: then the object is neither used nor destroyed.
+template <class T>
+class per_process {
+ public:
+  per_process() : newest_(new node) {}
+  per_process(const per_process&) = delete;
+  per_process& operator=(const per_process&) = delete;
+  ~per_process() {
+    for (node* each = newest_; each != nullptr;) {
+      node* const inherited = each->inherited;
+      if (each->object.clear()) delete each;
+      each = inherited;
+    }
+  }
+
+  /// Returns the object of this process. Thread-safe.
+  T& get() {
+    node* newest = newest_;
+    if (newest->process == this_process()) return newest->object;
+    auto own = std::make_unique<node>();
+    own->inherited = newest;
+    // Several threads of a child may get here at once: one installs its object, the others use that.
+    if (!newest_.compare_exchange_strong(newest, own.get())) return newest->object;
+    newest->object.clear();
+    return own.release()->object;
+  }
+
+ private:
+  struct node {
+    const std::uint64_t process = this_process();
+    node* inherited = nullptr;  // of the parent process
+    T object = {};
+  };
+  std::atomic<node*> newest_;
+};
+
 /// Names the writer of a partial file or the holder of a lock: "<realm>.<process>.<start>.<serial>".
 struct owner {
   std::string realm;
@@ -3362,8 +3421,7 @@ class place_lock {
  public:
   enum class outcome { held, busy, unavailable };
 
-  explicit place_lock(const place& at)
-      : where_(at.lock()), key_(std::to_string(own_process()) + ' ' + utf8(absolute_path(at.target))) {}
+  explicit place_lock(const place& at) : where_(at.lock()), key_(utf8(absolute_path(at.target))) {}
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
@@ -3376,9 +3434,10 @@ class place_lock {
   outcome try_acquire() {
     if (outcome_ != outcome::busy) return outcome_;
     {
-      const std::lock_guard<std::mutex> guard(mutex());
-      if (contains(locked(), key_)) return outcome::busy;
-      locked().push_back(key_);
+      locked_targets& locked = of_this_process();
+      const std::lock_guard<std::mutex> guard(locked.mutex);
+      if (contains(locked.keys, key_)) return outcome::busy;
+      locked.keys.push_back(key_);
     }
     outcome_ = outcome::unavailable;  // if try_file() throws: the destructor then forgets the key
     outcome_ = try_file();
@@ -3415,21 +3474,22 @@ class place_lock {
   }
 
  private:
-  static std::mutex& mutex() {
-    static std::mutex guards_threads;
-    return guards_threads;
-  }
-  /// The keys of the targets that threads have locked: process id and path. A forked child inherits its parent's keys.
-  static std::vector<std::string>& locked() {
-    static std::vector<std::string> targets;
-    return targets;
+  /// The targets that threads of this process have locked.
+  struct locked_targets {
+    std::mutex mutex = {};
+    std::vector<std::string> keys = {};  // absolute paths
+    bool clear() { return is_free(mutex); }
+  };
+  static locked_targets& of_this_process() {
+    static auto& all = *new per_process<locked_targets>;  // threads may still run while the program exits
+    return all.get();
   }
   void forget() const {
-    const std::lock_guard<std::mutex> guard(mutex());
-    auto& targets = locked();
-    for (auto target = targets.begin(); target != targets.end(); ++target) {
-      if (*target == key_) {
-        targets.erase(target);
+    locked_targets& locked = of_this_process();
+    const std::lock_guard<std::mutex> guard(locked.mutex);
+    for (auto key = locked.keys.begin(); key != locked.keys.end(); ++key) {
+      if (*key == key_) {
+        locked.keys.erase(key);
         return;
       }
     }
@@ -3983,7 +4043,8 @@ inline result<std::string> receipts_at(const path& where) {
   file opened;
   const int code = opened.open(where, file::mode::neighbour);
   const auto facts = code == 0 ? opened.facts() : facts_of_entry(where);
-  if (facts.absent() || (facts.found() && !(facts->is_file && facts->user == own_user()))) return std::string();
+  if (facts.absent() || (facts.found() && !(facts->is_file && facts->user == own_user())))
+    return std::string();
   if (code != 0 || !facts.found()) return disk_error("read", where, code != 0 ? code : facts.failure());
   return read_small_file(opened, where, 64 * 1024);
 }
@@ -5522,19 +5583,36 @@ class session {
   }
 
   std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be read or written
-  std::mutex mutex;                           // guards default_entity and netrc_key_
-  std::optional<std::string> default_entity;  // the account's, once the service has told it
+  /// Returns the account's default entity, once the service has told it; until then "".
+  std::string default_entity() {
+    memory& known = memory_.get();
+    const std::lock_guard<std::mutex> guard(known.mutex);
+    return known.default_entity;
+  }
+  void default_entity(const std::string& entity) {
+    memory& known = memory_.get();
+    const std::lock_guard<std::mutex> guard(known.mutex);
+    known.default_entity = entity;
+  }
 
  private:
+  /// What the calls of a process have learnt.
+  struct memory {
+    std::mutex mutex = {};  // guards default_entity and netrc_key
+    std::string default_entity = {};
+    std::optional<std::string> netrc_key = {};
+    std::mutex token_mutex = {};  // guards token, also while a call exchanges the identity token
+    access_token token = {};
+    bool clear() { return is_free(mutex) && is_free(token_mutex); }
+  };
+
   void add_credentials(http_request& request, bool is_under_base, const std::string& authorization) const;
   result<std::string> bearer(call& user_call);
   result<access_token> exchange_identity(call& user_call);
 
   transport_ref transport_;
   std::atomic<bool> warned_{false};
-  std::optional<std::string> netrc_key_;
-  std::mutex token_mutex_;  // guards token_, also while a call exchanges the identity token
-  access_token token_;
+  per_process<memory> memory_;
 };
 
 inline result<void> session::ready() {
@@ -5643,9 +5721,10 @@ inline result<std::string> session::authorization(call& user_call) {
   if (!has_key) {
     std::vector<std::string> warnings;  // reported without the lock: on_warning may use this client
     {
-      const std::lock_guard<std::mutex> guard(mutex);
-      if (!netrc_key_) netrc_key_ = api_key_from_netrc(config, *base, warnings);
-      key = *netrc_key_;
+      memory& known = memory_.get();
+      const std::lock_guard<std::mutex> guard(known.mutex);
+      if (!known.netrc_key) known.netrc_key = api_key_from_netrc(config, *base, warnings);
+      key = *known.netrc_key;
     }
     for (const auto& text : warnings) warn(text);
   }
@@ -5662,24 +5741,26 @@ inline result<std::string> session::authorization(call& user_call) {
 /// call exchanges the identity token while the others wait.
 inline result<std::string> session::bearer(call& user_call) {
   if (!base) return base.error();
-  std::unique_lock<std::mutex> turn(token_mutex_, std::defer_lock);
+  memory& known = memory_.get();
+  access_token& token = known.token;
+  std::unique_lock<std::mutex> turn(known.token_mutex, std::defer_lock);
   while (!turn.try_lock()) {
     if (!user_call.sleep(milliseconds(20))) return user_call.why_cancelled();
   }
   const auto keys = shared_token_keys(config.base_url, *base);
   for (const auto& key : keys) {
-    if (token_.lasts()) break;
-    token_ = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
+    if (token.lasts()) break;
+    token = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
   }
   result<void> kept;
-  if (!token_.lasts()) {
+  if (!token.lasts()) {
     auto got = exchange_identity(user_call);
     if (!got) return got.error();
-    token_ = *std::move(got);
+    token = *std::move(got);
     if (!config.credentials_file.empty())
-      kept = write_shared_token(config.credentials_file, keys.front(), token_);
+      kept = write_shared_token(config.credentials_file, keys.front(), token);
   }
-  const std::string value = "Bearer " + token_.value;
+  const std::string value = "Bearer " + token.value;
   turn.unlock();  // on_warning may use this client
   if (!kept) warn(kept.error().what());
   return value;
@@ -6358,10 +6439,7 @@ inline result<bool> service::for_each_file(const run_path& run, function_ref<boo
 }
 
 inline result<std::string> service::default_entity() {
-  {
-    const std::lock_guard<std::mutex> guard(session_.mutex);
-    if (session_.default_entity) return *session_.default_entity;
-  }
+  if (auto known = session_.default_entity(); !known.empty()) return known;
   const std::string task = "asking for the account's default entity";
   auto data = ask(task, "query Viewer { viewer { id entity } }", json_object());
   if (!data) return data.error();
@@ -6372,8 +6450,7 @@ inline result<std::string> service::default_entity() {
                      " reports none; set WANDB_ENTITY, or give entity/project/run_id as the run path" +
                      (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()));
   }
-  const std::lock_guard<std::mutex> guard(session_.mutex);
-  session_.default_entity = entity;
+  session_.default_entity(entity);
   return entity;
 }
 
@@ -9997,8 +10074,6 @@ inline constexpr char list_separator = ';';
 inline int socket_error() { return WSAGetLastError(); }
 inline bool would_block(int code) { return code == WSAEWOULDBLOCK; }
 inline std::string resolver_text(int code) { return system_text(code); }
-/// Windows has no fork.
-inline std::uint64_t this_process() { return 0; }
 
 inline void start_sockets() {
   static const int code = [] {
@@ -10036,15 +10111,6 @@ inline bool would_block(int code) {
   return code == EAGAIN || code == EWOULDBLOCK || code == EINPROGRESS || code == EINTR;
 }
 inline std::string resolver_text(int code) { return gai_strerror(code); }
-/// Identifies this process: never equal in a child and its parent. Process ids can be equal, if each process is the first of
-/// a pid namespace.
-inline std::uint64_t this_process() {
-  static std::atomic<std::uint32_t> forks{0};
-  static const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++forks; });
-  static_cast<void>(registered);
-  return std::uint64_t{forks.load()} << 32 | static_cast<std::uint32_t>(::getpid());
-}
-
 inline void start_sockets() {}
 inline void close_socket(socket_handle handle) { ::close(handle); }
 /// Opens a socket: non-blocking, close-on-exec, without SIGPIPE.
@@ -11086,27 +11152,15 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
 }
 #endif
 
-/// The state that the connections of one process share. A forked child makes its own: the parent still uses its connections,
-/// and a lock that another thread held during the fork stays locked in the child.
+/// The state that the connections of one process share. A forked child has its own: the parent still uses its connections.
 struct connection_pool {
-  const std::uint64_t process = this_process();
-  connection_pool* const inherited;  ///< the pool of the parent process, or null
   address_memory memory = {};
   std::mutex tls_mutex = {};  ///< protects `tls`
   std::shared_ptr<tls_context> tls = {};
   idle_connections<connection> idle = {};
 
-  explicit connection_pool(connection_pool* parents) : inherited(parents) {}
-
-  /// Closes idle connections. Returns false if a lock was held during the fork: then the pool must neither be used nor
-  /// destroyed.
-  bool clear() {
-    for (std::mutex* const each : {&tls_mutex, &memory.mutex}) {
-      if (!each->try_lock()) return false;
-      each->unlock();
-    }
-    return idle.try_clear();
-  }
+  /// Closes idle connections. Returns false if a lock was held during the fork.
+  bool clear() { return is_free(tls_mutex) && is_free(memory.mutex) && idle.try_clear(); }
 };
 
 }  // namespace detail
@@ -11114,34 +11168,11 @@ struct connection_pool {
 struct http_transport::state {
   explicit state(const settings& configuration)
       : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory),
-        verify(configuration.verify_tls), newest(new detail::connection_pool(nullptr)) {}
-  state(const state&) = delete;
-  state& operator=(const state&) = delete;
-  ~state() {
-    for (detail::connection_pool* pool = newest; pool != nullptr;) {
-      detail::connection_pool* const inherited = pool->inherited;
-      if (pool->clear()) delete pool;
-      pool = inherited;
-    }
-  }
+        verify(configuration.verify_tls) {}
 
   const std::filesystem::path ca_file, ca_directory;
   const bool verify;
-  std::atomic<detail::connection_pool*> newest;
-
-  /// The pool of this process.
-  detail::connection_pool& pool() {
-    detail::connection_pool* pool = newest;
-    if (pool->process == detail::this_process()) return *pool;
-    auto* const own = new detail::connection_pool(pool);
-    // Several threads of a child may get here at once: one installs its pool, the others use that.
-    if (!newest.compare_exchange_strong(pool, own)) {
-      delete own;
-      return *pool;
-    }
-    pool->clear();
-    return *own;
-  }
+  detail::per_process<detail::connection_pool> pools;
 
   /// Returns the pool's TLS configuration, which the first https request makes.
   result<std::shared_ptr<detail::tls_context>> shared_tls(detail::connection_pool& pool) {
@@ -11171,7 +11202,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
   if (!route) return route.error();
   const auto message = detail::request_message(request, *route);
   if (!message) return detail::malformed_header(*route);
-  detail::connection_pool& pool = state_->pool();
+  detail::connection_pool& pool = state_->pools.get();
   std::shared_ptr<detail::tls_context> tls;
   if (route->is_secure()) {
     auto shared = state_->shared_tls(pool);

@@ -173,9 +173,9 @@ struct kind {
   bool has_partial = false;  ///< a part of the content was downloaded before
   bool lists = false;        ///< lists the run's files instead
   wandb::cache_policy policy = wandb::cache_policy::keep();
-  bool was_killed = false;        ///< the process of that download was killed
-  bool has_no_directory = false;  ///< the directory is not there before
-  bool reads = false;             ///< reads parts of the file remotely instead
+  bool was_killed = false;         ///< the process of that download was killed
+  bool has_no_directory = false;   ///< the directory is not there before
+  bool reads = false;              ///< reads parts of the file remotely instead
   bool is_of_another_run = false;  ///< the old content was restored from another run, and has a receipt
 };
 
