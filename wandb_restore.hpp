@@ -3688,39 +3688,40 @@ class partial_file {
   }
   void write_record() const { (void)out_.write_at(record_offset(), header() + bits_); }
   /// Reads the record from the file. Returns false if it is missing or describes other content.
-  bool load_record() {
+  result<bool> load_record() {
     std::string text(header_size, '\0');
-    if (out_.read_at(record_offset(), text.data(), text.size()) != static_cast<std::int64_t>(text.size()) ||
-        text != header()) {
-      return false;
-    }
+    const auto head = out_.read_at(record_offset(), text.data(), text.size());
+    if (head < 0) return disk_error("read", where_, static_cast<int>(-head));
+    if (head != static_cast<std::int64_t>(text.size()) || text != header()) return false;
     const std::size_t shortest = bits_.size();
     bits_.resize(record_size());
     const auto count = out_.read_at(record_offset() + header_size, bits_.data(), bits_.size());
-    if (count < static_cast<std::int64_t>(shortest)) return false;
+    if (count < 0) return disk_error("read", where_, static_cast<int>(-count));
     bits_.resize(static_cast<std::size_t>(count));
-    return true;
+    return count >= static_cast<std::int64_t>(shortest);
   }
   [[nodiscard]] std::uint64_t recorded() const {
     std::uint64_t count = 0;
     for (std::uint64_t i = 0; i < covered(); ++i) count += has(i) ? 1u : 0u;
     return count;
   }
-  /// Opens a candidate and reads its record. Returns null if it has no record of this content. Sets is_own_ if the file
-  /// belongs to this user and has one name: others could change another file after it was published.
-  static std::unique_ptr<partial_file> inspect(const found_partial& candidate, const std::string& md5,
-                                               std::uint64_t size);
+  /// Opens a candidate and reads its record. Returns null if it has no record of this content, and an error if that cannot be
+  /// told. Sets is_own_ if the file belongs to this user and has one name: others could change another file after it was
+  /// published.
+  static result<std::unique_ptr<partial_file>> inspect(const found_partial& candidate, const std::string& md5,
+                                                       std::uint64_t size);
   /// Renames an abandoned candidate so that no other process claims it. Returns false if another process was faster.
   bool claim(const place& at);
-  /// Copies the blocks that `source` has and this file lacks. Stops at a failure: the other blocks will be downloaded.
-  void adopt(const partial_file& source, watcher go_on);
+  /// Copies the blocks that `source` has and this file lacks. Returns false if it stopped early: at a failure, or because `go_on`
+  /// returned false.
+  bool adopt(const partial_file& source, watcher go_on);
   /// Whether another writer has released a file with more blocks of the same content.
   [[nodiscard]] bool has_better_successor(const place& at) const {
     found_partial released;
     released.where = at.released();
     released.facts = *facts_of_entry(released.where);
     const auto kept = inspect(released, md5_, size_);
-    return kept && kept->recorded() > recorded();
+    return *kept && (*kept)->recorded() > recorded();
   }
 
   file out_;
@@ -3762,24 +3763,32 @@ inline result<std::unique_ptr<partial_file>> partial_file::create(const place& a
   return made;
 }
 
-inline std::unique_ptr<partial_file> partial_file::inspect(const found_partial& candidate,
-                                                           const std::string& md5, std::uint64_t size) {
+inline result<std::unique_ptr<partial_file>>
+partial_file::inspect(const found_partial& candidate, const std::string& md5, std::uint64_t size) {
+  using opened_file = std::unique_ptr<partial_file>;
   if (!candidate.facts.is_file || (!candidate.key.empty() && candidate.key != place::key(md5)))
-    return nullptr;
+    return opened_file();
   file out;
   bool is_own = out.open(candidate.where, file::mode::update) == 0;
-  if (!is_own && out.open(candidate.where, file::mode::neighbour) != 0) return nullptr;
+  if (!is_own) {
+    const int code = out.open(candidate.where, file::mode::neighbour);
+    if (code != 0) return disk_error("open", candidate.where, code);
+  }
   const auto facts = out.facts();
-  if (!facts.found() || !facts->is_file || facts->size < size) return nullptr;
+  if (!facts.found()) return disk_error("look at", candidate.where, facts.failure());
+  if (!facts->is_file || facts->size < size) return opened_file();
   is_own = is_own && facts->user == own_user() && facts->links == 1;
-  std::unique_ptr<partial_file> made(new partial_file(std::move(out), candidate.where, md5, size));
+  opened_file made(new partial_file(std::move(out), candidate.where, md5, size));
   made->is_own_ = is_own;
   if (!candidate.key.empty() && facts->size == size) {
     // The writer was killed between finish() and the rename: all blocks are present.
     made->bits_.assign(made->record_size(), '\xff');
     return made;
   }
-  return made->load_record() ? std::move(made) : nullptr;
+  const auto has_record = made->load_record();
+  if (!has_record) return has_record.error();
+  if (!*has_record) made.reset();
+  return made;
 }
 
 inline bool partial_file::claim(const place& at) {
@@ -3807,13 +3816,14 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   std::vector<found_partial> sources;  // with content to reuse; most recorded blocks first
   for (auto& candidate : find_partials(at)) {
     const auto content = inspect(candidate, md5, size);
-    if (!content) {
+    if (!content) continue;  // a later call may be able to read it
+    if (!*content) {
       // Remove an abandoned file if its record is damaged or has another size. Keep other content for its own restore.
       if (candidate.abandoned() && candidate.key == place::key(md5)) remove_quietly(candidate.where);
       continue;
     }
-    candidate.recorded = content->recorded();
-    candidate.is_own = content->is_own_;
+    candidate.recorded = (*content)->recorded();
+    candidate.is_own = (*content)->is_own_;
     sources.push_back(std::move(candidate));
     for (auto i = sources.size() - 1; i > 0 && sources[i].recorded > sources[i - 1].recorded; --i)
       std::swap(sources[i], sources[i - 1]);
@@ -3824,7 +3834,7 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   for (const auto& source : sources) {
     if (!source.abandoned()) in_use = &source;
     if (made || !source.is_own || !source.abandoned()) continue;
-    auto content = inspect(source, md5, size);
+    auto content = *inspect(source, md5, size);
     if (!content || !content->is_own_ || !content->claim(at)) continue;
     made = std::move(content);
     claimed = &source;
@@ -3852,20 +3862,21 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
     const bool is_silent =
         now.found() && !writer.is_here() && source.is_silent(now->modified, std::chrono::seconds(quiet));
     if (!is_abandoned && !is_locked_out && !is_silent) continue;
-    if (const auto content = inspect(source, md5, size)) made->adopt(*content, go_on);
-    if (is_abandoned || is_locked_out) remove_quietly(source.where);
+    const auto content = inspect(source, md5, size);
+    const bool is_copied = content && (!*content || made->adopt(**content, go_on));
+    if (is_copied && (is_abandoned || is_locked_out)) remove_quietly(source.where);
   }
   return made;
 }
 
-inline void partial_file::adopt(const partial_file& source, watcher go_on) {
+inline bool partial_file::adopt(const partial_file& source, watcher go_on) {
   page_buffer buffer;
   constexpr std::uint64_t stride = 16;  // blocks copied between two calls of the watcher
   for (std::uint64_t first = 0, last = 0; first < source.covered(); first = last) {
     last = first + 1;
     if (has(first) || !source.has(first)) continue;
     while (last < source.covered() && last - first < stride && !has(last) && source.has(last)) ++last;
-    if (go_on && !go_on(first * block)) return;
+    if (go_on && !go_on(first * block)) return false;
     const auto end = (std::min)(last * block, size_);
     auto offset = first * block;
     for (std::uint64_t count = 1; offset < end && count > 0; offset += count)
@@ -3873,12 +3884,14 @@ inline void partial_file::adopt(const partial_file& source, watcher go_on) {
     while (offset < end) {
       const auto wanted =
           static_cast<std::size_t>((std::min<std::uint64_t>)(page_buffer::size, end - offset));
-      if (source.out_.read_at(offset, buffer.data(), wanted) != static_cast<std::int64_t>(wanted)) return;
-      if (!write(offset, {buffer.data(), wanted})) return;
+      if (source.out_.read_at(offset, buffer.data(), wanted) != static_cast<std::int64_t>(wanted))
+        return false;
+      if (!write(offset, {buffer.data(), wanted})) return false;
       offset += wanted;
     }
-    if (!record(first, last)) return;
+    if (!record(first, last)) return false;
   }
+  return true;
 }
 
 inline result<void> partial_file::check_limit(std::uint64_t bytes) {

@@ -356,6 +356,26 @@ TEST_SUITE("partial files") {
     CHECK(find_partials(at).size() == 1);
   }
 
+  TEST_CASE("a partial file whose blocks were not all copied is not removed") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    const auto larger = leave_killed(at, md5, 0, 2);
+    const auto smaller = leave_killed(at, md5, 3, 4);
+    {
+      const auto mine = must(partial_file::open(at, md5, size, [](std::uint64_t) { return false; }));
+      CHECK(mine->has(0));
+      CHECK_FALSE(mine->has(3));
+      CHECK_FALSE(fs::exists(larger));  // taken over
+      CHECK(fs::exists(smaller));
+      mine->release(at, md5);
+    }
+    const auto mine = must(partial_file::open(at, md5, size));
+    CHECK(mine->has(0));
+    CHECK(mine->has(3));
+    CHECK(content_at(*mine, 3) == block_text(3));
+    CHECK(find_partials(at).size() == 1);
+  }
+
   TEST_CASE("clean-up removes released partial files and those of dead owners, of any content") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
