@@ -108,6 +108,7 @@ class failing_allocations : public faults::failures {
   }
   void end() override { is_armed = false; }
   std::uint64_t count() const override { return failed; }
+  bool lasts() const override { return fails_later_ones; }
   std::string text() const override { return "allocation " + std::to_string(number_); }
   bool explains(const std::string&) const override { return true; }
 
