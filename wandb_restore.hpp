@@ -169,7 +169,9 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
 
   /// Returns the kind of the failure.
   [[nodiscard]] errc code() const noexcept { return code_; }
-  /// Returns true for run_not_found and file_not_found: there is no such run or file (yet).
+  /// Returns true for run_not_found and file_not_found: there is no such run or file (yet), or the service hides the run because
+  /// the API key is missing or has no access. A program that starts anew if a file is missing should test for
+  /// errc::file_not_found: with a wrong key it would start anew, too.
   [[nodiscard]] bool is_not_found() const noexcept {
     return code_ == errc::run_not_found || code_ == errc::file_not_found;
   }
@@ -4410,15 +4412,16 @@ inline bool under_base(const url& base, const url& candidate) {
 /// unchanged, and http for every host of the public service.
 inline result<url> parse_base_url(std::string_view text) {
   const auto fail = [&](std::string_view why) {
-    return error(errc::invalid_argument,
-                 "cannot use the base URL " + in_quotes(redacted_address(text)) + ": " + std::string(why));
+    return error(errc::invalid_argument, "cannot use the base URL " + in_quotes(redacted_address(text)) +
+                                             " (WANDB_BASE_URL): " + std::string(why));
   };
   if (text.find('@') != text.npos) return fail("it has an @, but must not contain a user name or password");
   if (text.find_first_of("?#") != text.npos) return fail("it has a query or a fragment");
   if (text.find(' ') != text.npos) return fail("it has a space");
   auto parsed = url::parse(text);
   if (!parsed)
-    return error(errc::invalid_argument, std::string("the base URL is malformed: ") + parsed.error().what());
+    return error(errc::invalid_argument,
+                 std::string("the base URL (WANDB_BASE_URL) is malformed: ") + parsed.error().what());
   while (parsed->target.size() > 1 && parsed->target.back() == '/') parsed->target.pop_back();
   const std::string_view host = parsed->host;
   const auto* deployment = forge_deployment_of(host);
@@ -6077,7 +6080,8 @@ class service {
   /// The error for a file that look_up has not found. Makes a request, to suggest names.
   error missing_file(const run_path& run, const std::string& name, const lookup& answered);
   /// Returns the error for a pattern that no file matches. If the pattern is a name, makes a request, to suggest names.
-  error no_match(const run_path& run, const std::string& pattern);
+  /// `excluded`: the number of files that match, but are left out.
+  error no_match(const run_path& run, const std::string& pattern, std::size_t excluded);
   /// Lists all files of a run.
   result<std::vector<file_info>> list_files(const run_path& run);
   /// Calls `take` for each file of a run, with one request for each page of 500, until it returns false. A file without a
@@ -6366,11 +6370,15 @@ inline error service::missing_file(const run_path& run, const std::string& name,
   return error(errc::file_not_found, task + ": the run has no such file at " + host() + ": " + hint);
 }
 
-inline error service::no_match(const run_path& run, const std::string& pattern) {
+inline error service::no_match(const run_path& run, const std::string& pattern, std::size_t excluded) {
+  const std::string task = "looking for files that match " + in_quotes(pattern) + " in " + run.str() + ": ";
+  if (excluded > 0) {
+    return error(errc::file_not_found, task + "the files that match (" + std::to_string(excluded) +
+                                           ") are all excluded: check the patterns of `exclude`");
+  }
   const bool is_name = pattern.find_first_of("*?") == pattern.npos && pattern.back() != '/';
   return error(errc::file_not_found,
-               "looking for files that match " + in_quotes(pattern) + " in " + run.str() +
-                   ": the run has no such file at " + host() + ": " +
+               task + "the run has no such file at " + host() + ": " +
                    (is_name ? hint_for_missing(run, plain_name(pattern)) : list_advice));
 }
 
@@ -8537,7 +8545,7 @@ class restoring {
     const std::string wanted = other_name ? in_quotes(name_) + " of " + shown(run_) : shown(run_);
     return error(errc::local_conflict, in_quotes(place_.target) + " was restored from " + origin + ", but " +
                                            wanted +
-                                           " is asked for: replace or refresh it, or set another root");
+                                           " was requested: replace or refresh it, or set another root");
   }
 
   /// Returns the local copy. A copy with the service's md5 is the requested file, whatever its receipt says. Any other copy
@@ -8865,14 +8873,27 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
 
 // ---- many files
 
-/// Whether restore_all restores the file of this name.
-inline bool is_wanted(std::string_view name, std::string_view pattern, const restore_options& options) {
-  if (!matches_pattern(name, pattern)) return false;
-  for (const std::string& excluded : options.exclude) {
-    if (matches_pattern(name, excluded)) return false;
+/// The files that a call with a pattern concerns: those that match, except excluded ones.
+class selection {
+ public:
+  selection(std::string_view pattern, const restore_options& options)
+      : pattern_(pattern), exclude_(options.exclude) {}
+
+  [[nodiscard]] bool takes(std::string_view name) {
+    if (!matches_pattern(name, pattern_)) return false;
+    for (const std::string& excluded : exclude_) {
+      if (matches_pattern(name, excluded)) return ++excluded_, false;
+    }
+    return true;
   }
-  return true;
-}
+  /// Returns the number of files that match, but are excluded.
+  [[nodiscard]] std::size_t excluded() const { return excluded_; }
+
+ private:
+  const std::string_view pattern_;
+  const std::vector<std::string>& exclude_;
+  std::size_t excluded_ = 0;
+};
 
 /// A set of hashes. std::unordered_set is slow to compile.
 class hash_set {
@@ -8944,7 +8965,7 @@ class restoring_all {
     if (!fatal_ && listing_failure_) fatal_ = listing_failure_;
     if (report_.files.empty()) {
       if (fatal_) return *fatal_;
-      return wait.in_context(api.no_match(run_, pattern_));
+      return wait.in_context(api.no_match(run_, pattern_, excluded_));
     }
     report_.failure = fatal_;
     for (std::size_t i = 0; i < report_.files.size() && fatal_; ++i) {
@@ -9006,12 +9027,14 @@ class restoring_all {
   void list() {
     state_.run([this] {
       service api(session_, part_call_);
+      selection wanted(pattern_, options_);
       bool is_cut = false;
       const auto listed = api.for_each_file(run_, [&](found_file& file) {
-        is_cut = !add(file);
+        is_cut = wanted.takes(file.info.name) ? !add(file) : part_call_.cancelled();
         return !is_cut;
       });
       const std::lock_guard<std::mutex> guard(mutex_);
+      excluded_ = wanted.excluded();
       if (listed) has_run_ended_ = *listed;
       is_list_whole_ = listed && !is_cut;
       if (!listed && !state_.is_stopped()) listing_failure_ = listed.error();
@@ -9020,9 +9043,8 @@ class restoring_all {
     is_listed_ = true;
     changed_.notify_all();
   }
-  /// Adds a file if it matches. Blocks while many files are waiting. Returns false if the call has been stopped.
+  /// Adds a file. Blocks while many files are waiting. Returns false if the call has been stopped.
   bool add(found_file& file) {
-    if (!is_wanted(file.info.name, pattern_, options_)) return !part_call_.cancelled();
     std::unique_lock<std::mutex> held(mutex_);
     while (queue_.size() - next_ >= max_queued && !part_call_.cancelled())
       changed_.wait_for(held, milliseconds(50));
@@ -9233,6 +9255,7 @@ class restoring_all {
   std::vector<task> queue_;  // files to restore; those before next_ have been taken
   std::size_t next_ = 0;
   std::size_t active_ = 0, files_done_ = 0;
+  std::size_t excluded_ = 0;    // files that match, but are left out
   bool is_exclusive_ = false;   // a large file is in work
   bool is_listed_ = false;      // the listing has ended, perhaps early
   bool is_list_whole_ = false;  // it has reached the end of the list
@@ -9304,8 +9327,9 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
     progress_reporter reporter(user_call, options, name);
     for (;;) {
       std::optional<found_file> latest;
+      selection wanted(pattern, options);
       const auto listed = api.for_each_file(run, [&](found_file& file) {
-        if (!is_wanted(file.info.name, pattern, options)) return true;
+        if (!wanted.takes(file.info.name)) return true;
         if (!latest || time_of(latest->info) <= time_of(file.info)) latest = std::move(file);
         return true;
       });
@@ -9314,7 +9338,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
       const auto report = [&] { return reporter.report_if_due(phase::downloading, 0, {}); };
       if (!wait.may_ask_again(*listed, report)) {
         if (user_call.cancelled()) return user_call.why_cancelled();
-        return wait.in_context(api.no_match(run, name));
+        return wait.in_context(api.no_match(run, name, wanted.excluded()));
       }
     }
   }();
