@@ -2658,10 +2658,12 @@ inline int open_lock_file(file_handle& opened, const path& where, bool& existed)
   return opened == no_file() ? last_os_error() : 0;
 }
 inline bool is_lock_busy(int code) { return code == ERROR_SHARING_VIOLATION; }
-inline void for_each_name(const path& directory, function_ref<void(const path& name)> take) {
+/// Calls `take` for each name in a directory. Returns false if the directory could not be read to its end.
+inline bool for_each_name(const path& directory, function_ref<void(const path& name)> take) {
   std::error_code failure;
   std::filesystem::directory_iterator entry(directory, failure), end;
   for (; !failure && entry != end; entry.increment(failure)) take(entry->path().filename());
+  return !failure;
 }
 inline int lock_file(file_handle) { return 0; }  // open_lock_file shares the file with nobody
 inline bool are_locks_effective(file_handle, const path&) { return true; }
@@ -2927,13 +2929,17 @@ inline bool is_lock_busy(int code) { return code == EAGAIN; }
 
 /// Calls `take` with the name of each entry of a directory, except "." and "..". A directory that cannot be read counts as
 /// empty. std::filesystem::directory_iterator would do, but that of libstdc++ ends the program if there is no memory.
-inline void for_each_name(const path& directory, function_ref<void(const path& name)> take) {
+/// Calls `take` for each name in a directory. Returns false if the directory could not be read to its end.
+inline bool for_each_name(const path& directory, function_ref<void(const path& name)> take) {
   struct closer {
     void operator()(DIR* opened) const { ::closedir(opened); }
   };
   const std::unique_ptr<DIR, closer> opened(::opendir(directory.c_str()));
-  if (!opened) return;
-  while (const auto* const entry = WANDB_RESTORE_PRIVATE_LARGE(readdir)(opened.get())) {
+  if (!opened) return false;
+  for (;;) {
+    errno = 0;
+    const auto* const entry = WANDB_RESTORE_PRIVATE_LARGE(readdir)(opened.get());
+    if (entry == nullptr) return errno == 0;
     const path name = entry->d_name;
     if (name != "." && name != "..") take(name);
   }
@@ -3133,9 +3139,11 @@ inline path absolute_path(const path& where) {
   return (failure ? where : whole).lexically_normal();
 }
 
-inline void remove_quietly(const path& where) {
-  std::error_code ignored;
-  std::filesystem::remove(where, ignored);
+/// Removes an entry, if there is one. Returns false if it may still be there.
+inline bool remove_quietly(const path& where) {
+  std::error_code failure;
+  std::filesystem::remove(where, failure);
+  return !failure;
 }
 
 inline result<void> make_directories(const path& directory) {
@@ -3547,9 +3555,10 @@ struct found_partial {
   }
 };
 
-inline std::vector<found_partial> find_partials(const place& destination) {
+/// Finds the partial files of a place. Clears `is_whole` if there may be more of them.
+inline std::vector<found_partial> find_partials(const place& destination, bool* is_whole = nullptr) {
   std::vector<found_partial> found;
-  for_each_name(or_dot(destination.directory), [&](const path& file_name) {
+  const bool is_read = for_each_name(or_dot(destination.directory), [&](const path& file_name) {
     const std::string name = utf8(file_name);
     constexpr std::string_view suffix = ".part";
     if (!starts_with(name, destination.tag) || name.size() < destination.tag.size() + suffix.size() ||
@@ -3569,10 +3578,12 @@ inline std::vector<found_partial> find_partials(const place& destination) {
       partial.writer = owner::parse(middle.substr(dash + 1));
     }
     const auto facts = facts_of_entry(partial.where);
+    if (facts.failure() != 0 && is_whole != nullptr) *is_whole = false;
     if (!facts.found()) return;
     partial.facts = *facts;
     found.push_back(std::move(partial));
   });
+  if (!is_read && is_whole != nullptr) *is_whole = false;
   return found;
 }
 
@@ -4001,14 +4012,11 @@ inline result<std::ifstream> partial_file::publish(const place& destination,
 /// Returns true if no partial file is left, except for a released one, whose name is known without reading the directory.
 inline bool clean_up(const place& destination, std::int64_t now, std::chrono::nanoseconds age = {}) {
   bool is_clean = true;
-  for (const auto& partial : find_partials(destination)) {
+  for (const auto& partial : find_partials(destination, &is_clean)) {
     const bool is_old = age.count() == 0 || partial.is_silent(now, age);
     const bool is_lost = !partial.writer.is_here() && partial.is_silent(now, std::chrono::seconds(3600));
-    if ((partial.abandoned() && is_old) || is_lost) {
-      remove_quietly(partial.where);
-    } else if (!partial.released) {
-      is_clean = false;
-    }
+    const bool is_removed = ((partial.abandoned() && is_old) || is_lost) && remove_quietly(partial.where);
+    if (!is_removed && !partial.released) is_clean = false;
   }
   return is_clean;
 }

@@ -356,6 +356,17 @@ TEST_SUITE("partial files") {
     CHECK(find_partials(at).size() == 1);
   }
 
+  TEST_CASE("a place whose directory cannot be read is not clean") {
+    const temporary_directory directory;
+    const place at(directory / "shared" / "model.h5");
+    fs::create_directory(at.directory);
+    CHECK(clean_up(at, 0));
+    REQUIRE(chmod(at.directory.c_str(), 0333) == 0);
+    fs::permissions(directory.path(), fs::perms(0777));
+    bool is_clean = true;
+    if (as_another_user([&] { is_clean = clean_up(at, 0); })) CHECK_FALSE(is_clean);
+  }
+
   TEST_CASE("a partial file whose blocks were not all copied is not removed") {
     const temporary_directory directory;
     const place at(directory / "model.h5");
