@@ -446,8 +446,8 @@ struct file_info {
 
 /// The activity that a progress report is about.
 enum class phase {
-  downloading,  ///< this call fetches bytes, or waits for another process that fetches the same file
-  verifying,    ///< this call computes the md5 of a complete file
+  downloading,  ///< this call fetches bytes, or waits: for another process that fetches the file, or for its upload
+  verifying,  ///< this call computes the md5 of a complete file
 };
 
 /// A progress report of one restore, or of restore_all.
@@ -498,7 +498,8 @@ class restored_file : public std::ifstream {
     return *this;
   }
 
-  /// Returns `path()` as a string, for frameworks that open files by name.
+  /// Returns `path()` as a string, for frameworks that open files by name. On Windows it throws std::system_error if the code
+  /// page lacks a character of the path.
   [[nodiscard]] std::string name() const { return facts_.path.string(); }
   /// Returns the local path: root / name, both as given; relative if root is.
   [[nodiscard]] const std::filesystem::path& path() const noexcept { return facts_.path; }
@@ -592,7 +593,8 @@ class remote_file {
   /// @param length  in bytes; may be 0.
   /// @return        the number of bytes read: `length`, or less if the file ends earlier; 0 at and beyond its end. Or an error:
   ///                protocol_violation if the file has changed since it was opened; http_failure with status 200 if the server
-  ///                does not serve parts of files (then restore it); or another errc of wandb::try_restore.
+  ///                does not serve parts of files (then restore it); invalid_argument if the object has no file; or another errc
+  ///                of wandb::try_restore.
   result<std::size_t> try_read_at(std::uint64_t offset, void* buffer, std::size_t length) const;
 #if WANDB_RESTORE_EXCEPTIONS
   /// As try_read_at, but throws wandb::error instead of returning one.
