@@ -1075,9 +1075,9 @@ result<restored_file> try_restore(std::string_view name, const Run& run, bool re
 /// Downloads every file of a run that matches a pattern. Blocks; thread-safe as try_restore.
 ///
 /// The service is asked for one page of the list after the other (500 files). Meanwhile the files of earlier pages are
-/// downloaded: small ones side by side, one connection each; a large one over all connections. `options.connections` limits
-/// the connections of the whole call, besides the one that fetches the list. Each file is restored as try_restore restores it: policy, receipts, verification and
-/// resuming are the same. With cache_policy::refresh the list replaces the request for each file.
+/// downloaded side by side: a file of less than 8 MiB over one connection, a larger one over one for each 8 MiB, as far as they are
+/// free. `options.connections` limits the connections of the whole call, besides the one that fetches the list. Each file is
+/// restored as try_restore restores it: policy, receipts, verification and resuming are the same. With cache_policy::refresh the list replaces the request for each file.
 ///
 /// The failure of one file does not stop the others, but not_authenticated, a full disk, offline mode and a cancellation do.
 /// Such a failure is restore_report::failure, and the failure of each file that was listed but not tried. Of two names that
@@ -9001,6 +9001,7 @@ class restoring_all {
   struct task {
     std::size_t index = 0;  // in the report
     found_file remote = {};
+    int connections = 1;
   };
 
   void start_workers() {
@@ -9104,11 +9105,12 @@ class restoring_all {
     for (;;) {
       if (part_call_.cancelled() || is_closed_) return std::nullopt;
       if (next_ < queue_.size()) {
-        const bool large = is_large(queue_[next_].remote);
-        if (!is_exclusive_ && (!large || active_ == 0)) {
-          is_exclusive_ = large;
+        const int share = share_of(queue_[next_].remote);
+        if (share > 0) {
+          used_ += share;
           ++active_;
           task taken = std::move(queue_[next_++]);
+          taken.connections = share;
           if (next_ == queue_.size() || next_ >= max_queued) {
             queue_.erase(queue_.begin(), queue_.begin() + static_cast<std::ptrdiff_t>(next_));
             next_ = 0;
@@ -9121,8 +9123,20 @@ class restoring_all {
       changed_.wait_for(held, milliseconds(100));
     }
   }
-  static bool is_large(const found_file& file) {
-    return file.info.size.value_or(0) >= range_plan::worth_splitting;
+  /// Returns the number of connections for the next file: one for each 8 MiB, or more if the list is whole and few files wait. Returns
+  /// 0 while so few connections are free that one of them would have to fetch more than 16 MiB. Needs the lock.
+  [[nodiscard]] int share_of(const found_file& file) const {
+    constexpr std::uint64_t most_for_one = 2 * range_plan::worth_splitting;  // bytes
+    const int limit = static_cast<int>(workers_.size()), free = limit - used_;
+    const std::uint64_t size = file.info.size.value_or(0);
+    const auto bounded = [&](std::uint64_t count) {
+      return static_cast<int>(std::clamp<std::uint64_t>(count, 1, static_cast<std::uint64_t>(limit)));
+    };
+    if (free < bounded((size + most_for_one - 1) / most_for_one)) return 0;
+    const std::uint64_t waiting = queue_.size() - next_;
+    const auto equal = is_list_whole_ ? static_cast<std::uint64_t>(free) / waiting : 0;
+    const bool is_split = size >= range_plan::worth_splitting;
+    return is_split ? (std::min)(free, bounded((std::max)(size / range_plan::worth_splitting, equal))) : 1;
   }
   void work(worker& self) {
     while (auto taken = take()) {
@@ -9132,7 +9146,7 @@ class restoring_all {
       remote.direct_is_refused = &is_direct_refused_;
       restore_options own = options_;
       own.cancel = nullptr;  // part_call_ has it
-      if (!is_large(remote)) own.connections = 1;
+      own.connections = taken->connections;
       bool has_reported = false;  // the first report may count bytes of earlier calls
       own.on_progress = [&](const progress& now) {
         if (now.phase == phase::downloading) {
@@ -9173,7 +9187,7 @@ class restoring_all {
       self.bytes = 0;
       ++files_done_;
       --active_;
-      is_exclusive_ = false;
+      used_ -= taken.connections;
       changed_.notify_all();
     }
     if (ending && !part_call_.cancelled()) stop_for(*ending);
@@ -9266,7 +9280,7 @@ class restoring_all {
   std::size_t next_ = 0;
   std::size_t active_ = 0, files_done_ = 0;
   std::size_t excluded_ = 0;    // files that match, but are left out
-  bool is_exclusive_ = false;   // a large file is in work
+  int used_ = 0;                // connections of the files in work
   bool is_listed_ = false;      // the listing has ended, perhaps early
   bool is_list_whole_ = false;  // it has reached the end of the list
   bool is_closed_ = false, has_run_ended_ = false, is_size_known_ = true;

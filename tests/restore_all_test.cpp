@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <fstream>
 #include <mutex>
 #include <set>
@@ -210,6 +211,31 @@ TEST_SUITE("restore_all") {
     for (const auto& request : w.server.requests(request_kind::storage))
       if (const auto range = request.range()) ranges.insert(*range);
     CHECK(ranges.size() > 1);
+  }
+
+  TEST_CASE("files of some MiB are fetched side by side, over the connections that a larger one leaves") {
+    world w;
+    w.options.connections = 4;
+    constexpr std::size_t count = 3;  // over 2, 1 and 1 connections
+    w.add("a", 16 * engine::MiB);
+    for (const char* name : {"b", "c"}) w.add(name, 9 * engine::MiB);
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::set<std::string> asked;
+    bool are_together = true;
+    w.server.on_request([&](const stand_in::request_record& request) {
+      if (request.kind != request_kind::storage) return;
+      std::unique_lock<std::mutex> held(mutex);
+      asked.insert(request.path);
+      changed.notify_all();
+      if (!changed.wait_for(held, std::chrono::seconds(20), [&] { return asked.size() >= count; }))
+        are_together = false;
+    });
+    const auto report = all(w, "*");
+    CHECK(report.complete());
+    CHECK(report.files.size() == count);
+    const std::lock_guard<std::mutex> guard(mutex);
+    CHECK(are_together);
   }
 
   TEST_CASE("a second call fetches nothing; with refresh it asks for the list only, and reads no file") {
