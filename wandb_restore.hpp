@@ -2929,9 +2929,8 @@ inline int open_lock_file(file_handle& opened, const path& where, bool& existed)
 }
 inline bool is_lock_busy(int code) { return code == EAGAIN; }
 
-/// Calls `take` with the name of each entry of a directory, except "." and "..". A directory that cannot be read counts as
-/// empty. std::filesystem::directory_iterator would do, but that of libstdc++ ends the program if there is no memory.
-/// Calls `take` for each name in a directory. Returns false if the directory could not be read to its end.
+/// Calls `take` with the name of each entry of a directory, except "." and "..". Returns false if the directory could not be read
+/// to its end. Does not use std::filesystem::directory_iterator: libstdc++'s ends the program if there is no memory.
 inline bool for_each_name(const path& directory, function_ref<void(const path& name)> take) {
   struct closer {
     void operator()(DIR* opened) const { ::closedir(opened); }
@@ -3100,6 +3099,11 @@ class file {
   [[nodiscard]] int sync() const { return sync_file(handle_); }
   [[nodiscard]] int reserve(std::uint64_t size) const { return reserve_room(handle_, size); }
   [[nodiscard]] look_result facts() const { return facts_of(handle_); }
+  /// Whether the directory entry `where` is certainly missing or another file. A failed look leaves that open.
+  [[nodiscard]] bool is_surely_not(const path& where) const {
+    const auto own = facts(), named = facts_of_entry(where);
+    return named.absent() || (own.found() && named.found() && !named->is_same_file(*own));
+  }
   /// Whether the directory entry `where` is this file: another process may have replaced the entry.
   [[nodiscard]] bool is_named(const path& where) const {
     const auto own = facts(), named = facts_of_entry(where);
@@ -3135,10 +3139,12 @@ class page_buffer {
   std::string bytes_ = std::string(size + page, '\0');
 };
 
+/// Removes "." and empty segments, but keeps "..": the system resolves a link in front of "..", so that the two do not cancel out.
 inline path absolute_path(const path& where) {
   std::error_code failure;
   const path whole = std::filesystem::absolute(where, failure);
-  return (failure ? where : whole).lexically_normal();
+  if (failure) return where;
+  return std::find(whole.begin(), whole.end(), path("..")) == whole.end() ? whole.lexically_normal() : whole;
 }
 
 /// Removes an entry, if there is one. Returns false if it may still be there.
@@ -3304,8 +3310,9 @@ inline bool is_free(std::mutex& lock) {
   return held.owns_lock();
 }
 
-/// An object of type T for each process that uses it: a forked child makes its own. T::clear() releases what an abandoned object
-/// need not keep; it returns false if a lock was held during the fork: then the object is neither used nor destroyed.
+/// Holds one T for each process. After a fork, the child's first get() makes a new T and leaves its parent's alone. T::try_close()
+/// closes what an abandoned object need not keep open; it returns false if a thread of the parent held a lock at the fork: such an
+/// object is never destroyed.
 template <class T>
 class per_process {
  public:
@@ -3315,7 +3322,7 @@ class per_process {
   ~per_process() {
     for (node* each = newest_; each != nullptr;) {
       node* const inherited = each->inherited;
-      if (each->object.clear()) delete each;
+      if (each->object.try_close()) delete each;
       each = inherited;
     }
   }
@@ -3328,7 +3335,7 @@ class per_process {
     own->inherited = newest;
     // Several threads of a child may get here at once: one installs its object, the others use that.
     if (!newest_.compare_exchange_strong(newest, own.get())) return newest->object;
-    newest->object.clear();
+    newest->object.try_close();
     return own.release()->object;
   }
 
@@ -3353,6 +3360,12 @@ struct owner {
     // A process may contain two copies of this header (in shared libraries): the address makes their serials differ.
     const auto salt = name_hash(std::to_string(reinterpret_cast<std::uintptr_t>(&next))) & 0xffff;
     return {process_realm(), own_process(), process_start(own_process()).value_or(0), (salt << 24) + next++};
+  }
+  /// Names a process that has ended: a file with its name is abandoned.
+  static owner ended() {
+    owner made = self();
+    if (made.start != 0) ++made.start;  // another process with this process's id
+    return made;
   }
   [[nodiscard]] std::string str() const {
     return (realm.empty() ? "unknown" : realm) + '.' + std::to_string(process) + '.' + std::to_string(start) +
@@ -3397,8 +3410,11 @@ struct place {
     tag = std::string(hidden_prefix) + hex64(name_hash(utf8(target.filename())));
   }
   [[nodiscard]] path lock() const { return directory / (tag + ".lock"); }
-  /// A partial file that its writer has given up, for the next writer. Its record holds the md5 of its content.
-  [[nodiscard]] path released() const { return directory / (tag + ".part"); }
+  /// A partial file that its writer has given up, for this user's next writer: in a directory with the sticky bit, users cannot
+  /// replace each other's files. Its record holds the md5 of its content.
+  [[nodiscard]] path released() const {
+    return directory / (tag + '-' + std::to_string(own_user()) + ".part");
+  }
   /// A partial file in use. It remains if its writer is killed.
   [[nodiscard]] path partial(const std::string& md5, const std::string& writer) const {
     return directory / (tag + '-' + key(md5) + '-' + writer + ".part");
@@ -3492,7 +3508,7 @@ class place_lock {
   struct locked_targets {
     std::mutex mutex = {};
     std::vector<std::string> keys = {};  // absolute paths
-    bool clear() { return is_free(mutex); }
+    bool try_close() { return is_free(mutex); }
   };
   static locked_targets& of_this_process() {
     static auto& all = *new per_process<locked_targets>;  // threads may still run while the program exits
@@ -3515,7 +3531,7 @@ class place_lock {
     if (code != 0) {
       out_.close();
       if (is_lock_busy(code)) return outcome::busy;
-      remove_quietly(where_);  // the file system has no locks, so nobody holds this one
+      if (!existed_) remove_quietly(where_);  // otherwise another process may hold it
       return outcome::unavailable;
     }
     // The previous holder may have removed the file after it was opened here: the next try makes a new one.
@@ -3571,7 +3587,7 @@ inline std::vector<found_partial> find_partials(const place& destination, bool* 
     partial.where = destination.directory / file_name;
     std::string_view middle = name;
     middle = middle.substr(destination.tag.size(), name.size() - destination.tag.size() - suffix.size());
-    if (middle.empty()) {
+    if (middle.empty() || (middle[0] == '-' && to_number(middle.substr(1)))) {  // empty: made by version 0.1
       partial.released = true;
     } else {
       const auto dash = middle.find('-', 1);
@@ -3667,14 +3683,24 @@ class partial_file {
   /// Sets the name that the destructor gives the file; "": it removes the file. A file that open() took over has its former
   /// name as the fallback, so that an exception does not lose the bytes that had arrived.
   void fallback(path name) { fallback_ = std::move(name); }
-  /// Closes the file, and keeps it for the next restore of this content. Has no effect on a published file.
-  void release(const place& destination, const std::string& md5) {
-    if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && out_.is_named(where_) &&
-        !has_better_successor(destination)) {
+  /// Closes the file, and keeps it for the next restore of this content, unless a better one is there. Returns false if it did not
+  /// get the released name: then the next restore finds it only by reading the directory. Has no effect on a published file.
+  bool release(const place& destination, const std::string& md5) {
+    bool is_found_by_name = true;
+    if (out_.is_open() && out_.is_surely_not(where_))
+      is_claimed_ = false;  // another program has replaced the entry
+    if (is_claimed_ && is_worth_keeping(md5) && out_.is_open()) {
       if (is_finished_) write_record();
-      is_claimed_ = rename_over(where_, destination.released()) != 0;
+      const auto better = has_better_released(destination);
+      if (!better || !*better) {
+        is_found_by_name = better && rename_over(where_, destination.released()) == 0;
+        if (!is_found_by_name)
+          static_cast<void>(rename_over(where_, destination.partial(md5, owner::ended().str())));
+        is_claimed_ = false;
+      }
     }
     out_.close();
+    return is_found_by_name;
   }
 
   /// Cuts the record off and brings the content to stable storage. May take long; cannot be cancelled.
@@ -3733,12 +3759,15 @@ class partial_file {
   /// Copies the blocks that `source` has and this file lacks. Returns false if it stopped early: at a failure, or because `go_on`
   /// returned false.
   bool adopt(const partial_file& source, watcher go_on);
-  /// Whether another writer has released a file with more blocks of the same content.
-  [[nodiscard]] bool has_better_successor(const place& destination) const {
+  /// Whether another writer has released a file with more blocks of the same content. An error if that cannot be told.
+  [[nodiscard]] result<bool> has_better_released(const place& destination) const {
     found_partial released;
     released.where = destination.released();
-    released.facts = *facts_of_entry(released.where);
+    const auto facts = facts_of_entry(released.where);
+    if (facts.failure() != 0) return disk_error("look at", released.where, facts.failure());
+    released.facts = *facts;
     const auto kept = inspect(released, md5_, size_);
+    if (!kept) return kept.error();
     return *kept && (*kept)->recorded() > recorded();
   }
 
@@ -3815,11 +3844,13 @@ inline bool partial_file::claim(const place& destination) {
   where_.swap(fallback_);
   is_claimed_ = true;
   const auto opened = out_.facts();
-  if (!out_.is_named(where_) || !opened.found() || opened->links != 1) {
+  if (out_.is_surely_not(where_) || (opened.found() && opened->links != 1)) {
     // Not the inspected file: somebody replaced the entry before the rename. The destructor removes it.
     fallback_.clear();
     return false;
   }
+  if (!opened.found() || !out_.is_named(where_))
+    return false;  // not known: the destructor gives the former name back
   if (const auto old = facts_of(destination.target); old.found()) {
     set_permissions(out_.native(), opened->mode & permissions_beside(old));
   }
@@ -5263,6 +5294,11 @@ class retry_clock {
     if (failure.retry_after() < left) return left;
     return gave_up(failure);
   }
+  /// Whether the time is used up.
+  [[nodiscard]] bool is_over() const {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return spent() >= limit();
+  }
   /// Returns the error to give up with if the time is used up and the last try failed.
   [[nodiscard]] std::optional<error> expired() const {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -5302,10 +5338,10 @@ class backoff {
   /// Several connections may share the clock.
   backoff(const call& user_call, retry_clock& time) : call_(user_call), clock_(time) {}
 
-  /// Whether to retry without a wait: the failure may pass, and the try has brought at least a block (`gained`, in bytes). Then the
-  /// next wait is the shortest one.
+  /// Returns true if the next try needs no wait: the failure is transient, this try brought at least one block (`gained` bytes), and
+  /// the time without progress is not used up. Then the next wait is the shortest one.
   bool retries_at_once(const error& failure, std::uint64_t gained) {
-    if (!failure.is_transient() || gained < partial_file::block) return false;
+    if (!failure.is_transient() || gained < partial_file::block || clock_.is_over()) return false;
     tries_ = 0;
     return true;
   }
@@ -5638,7 +5674,7 @@ class session {
     std::optional<std::string> netrc_key = {};
     std::mutex token_mutex = {};  // guards token, also while a call exchanges the identity token
     access_token token = {};
-    bool clear() { return is_free(mutex) && is_free(token_mutex); }
+    bool try_close() { return is_free(mutex) && is_free(token_mutex); }
   };
 
   void add_credentials(http_request& request, bool is_under_base, const std::string& authorization) const;
@@ -5757,8 +5793,13 @@ inline result<std::string> session::authorization(call& user_call) {
     std::vector<std::string> warnings;  // reported without the lock: on_warning may use this client
     {
       memory& known = memory_.get();
-      const std::lock_guard<std::mutex> guard(known.mutex);
-      if (!known.netrc_key) known.netrc_key = api_key_from_netrc(config, *base, warnings);
+      std::unique_lock<std::mutex> held(known.mutex);
+      if (!known.netrc_key) {
+        held.unlock();  // the disk may not answer
+        std::string found = api_key_from_netrc(config, *base, warnings);
+        held.lock();
+        if (!known.netrc_key) known.netrc_key = std::move(found);
+      }
       key = *known.netrc_key;
     }
     for (const auto& text : warnings) warn(text);
@@ -8431,7 +8472,7 @@ class upload_wait {
     return true;
   }
   /// Adds to the error for a missing file how long it was waited for.
-  [[nodiscard]] error in_context(const error& missing) const {
+  [[nodiscard]] error with_time(const error& missing) const {
     if (limit_.count() == 0) return missing;
     const auto waited = std::chrono::duration_cast<milliseconds>(clock::now() - began_);
     return with_text(missing,
@@ -8456,7 +8497,7 @@ inline result<lookup> find_awaited(service& api, const call& user_call, millisec
     if (!answered || answered->file) return answered;
     if (!wait.may_ask_again(answered->has_run_ended, report)) {
       if (user_call.cancelled()) return user_call.why_cancelled();
-      return wait.in_context(api.missing_file(run, name, *answered));
+      return wait.with_time(api.missing_file(run, name, *answered));
     }
   }
 }
@@ -8602,6 +8643,8 @@ class restoring {
     if (!written) warn_of_receipts("written", written.error());
   }
 
+  /// Takes the place's lock. Then uses the copy that another call has restored meanwhile, if the policy allows it; otherwise
+  /// downloads the file.
   result<restored_file> fetch(found_file remote) {
     if (auto made = make_directories(place_.directory); !made) return made.error();
     if (auto good = check_replaceable(place_); !good) return good.error();
@@ -8610,21 +8653,25 @@ class restoring {
     if (!lock.is_first()) lock.leave_file();  // until tidy() has found that no hidden file remains
     const auto is_another = reopen_copy();
     if (!is_another) return is_another.error();
-    if (*is_another) {
-      if (!lock.is_first()) tidy(lock, std::chrono::seconds(3600));
-      if (decide(&remote.info) == cache_policy::verdict::keep) {
-        if (first_verdict_ == cache_policy::verdict::keep) {  // a call that started now would check this, too
-          if (auto good = check_origin(); !good) return good.error();
-        }
-        return use_local(&remote.info);
+    if (*is_another && is_usable(remote.info)) {
+      if (first_verdict_ == cache_policy::verdict::keep) {  // a call that started now would check this, too
+        if (auto good = check_origin(); !good) return good.error();
       }
-      if (!remote.info.md5.empty() && copy_.md5() == remote.info.md5) return use_local(&remote.info);
-      if (call_.cancelled()) return call_.why_cancelled();
+      if (!lock.is_first()) tidy(lock, std::chrono::seconds(3600));
+      return use_local(&remote.info);
     }
+    if (call_.cancelled()) return call_.why_cancelled();
     return download_and_publish(std::move(remote), lock);
   }
 
-  /// Opens the local copy again: another call may have restored the file meanwhile. Returns whether it is another copy.
+  /// Whether a copy that another call has restored meanwhile is the file that this call wants: the policy keeps it, or it has the
+  /// service's md5.
+  bool is_usable(const file_info& remote) {
+    if (decide(&remote) == cache_policy::verdict::keep) return true;
+    return !remote.md5.empty() && remote.size.value_or(copy_.size) == copy_.size && copy_.md5() == remote.md5;
+  }
+
+  /// Opens the local copy again. Returns true if there is a copy now that was not there, or had other content, when the call began.
   result<bool> reopen_copy() {
     const auto before = std::move(opened_);  // closed on return: see publish()
     if (auto opened = open_copy(); !opened) return opened.error();
@@ -8647,7 +8694,7 @@ class restoring {
                             : partial_file::create(place_, md5, size);
       if (!opened) return opened.error();
       partial_file& partial = **opened;
-      releaser on_exit{partial, place_, md5, place_.released()};
+      releaser on_exit{partial, lock, place_, md5, place_.released()};
       partial.fallback({});
       if (auto room = partial.reserve(); !room) return room.error();
 
@@ -8675,6 +8722,7 @@ class restoring {
   /// Releases the partial file for the next call at the end of this one, also if on_progress throws.
   struct releaser {
     partial_file& partial;
+    place_lock& lock;
     const place& destination;
     std::string md5;
     path released;
@@ -8682,8 +8730,11 @@ class restoring {
     ~releaser() {
       if (!keep) return;
       transfer_state ending;  // takes an exception, which must not leave a destructor
-      if (ending.run([this] { partial.release(destination, md5); })) return;
-      if (partial.is_worth_keeping(md5)) partial.fallback(std::move(released));
+      const auto release = [this] {
+        if (!partial.release(destination, md5))
+          lock.leave_file();  // so that the next call reads the directory
+      };
+      if (!ending.run(release) && partial.is_worth_keeping(md5)) partial.fallback(std::move(released));
     }
   };
 
@@ -8975,7 +9026,7 @@ class restoring_all {
     if (!fatal_ && listing_failure_) fatal_ = listing_failure_;
     if (report_.files.empty()) {
       if (fatal_) return *fatal_;
-      return wait.in_context(api.no_match(run_, pattern_, excluded_));
+      return wait.with_time(api.no_match(run_, pattern_, excluded_));
     }
     report_.failure = fatal_;
     for (std::size_t i = 0; i < report_.files.size() && fatal_; ++i) {
@@ -9362,7 +9413,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
       const auto report = [&] { return reporter.report_if_due(phase::downloading, 0, {}); };
       if (!wait.may_ask_again(*listed, report)) {
         if (user_call.cancelled()) return user_call.why_cancelled();
-        return wait.in_context(api.no_match(run, name, wanted.excluded()));
+        return wait.with_time(api.no_match(run, name, wanted.excluded()));
       }
     }
   }();
@@ -11234,7 +11285,7 @@ struct connection_pool {
   idle_connections<connection> idle = {};
 
   /// Closes idle connections. Returns false if a lock was held during the fork.
-  bool clear() { return is_free(tls_mutex) && is_free(memory.mutex) && idle.try_clear(); }
+  bool try_close() { return is_free(tls_mutex) && is_free(memory.mutex) && idle.try_clear(); }
 };
 
 }  // namespace detail

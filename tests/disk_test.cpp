@@ -356,6 +356,44 @@ TEST_SUITE("partial files") {
     CHECK(find_partials(at).size() == 1);
   }
 
+  TEST_CASE("a cancelled download is kept, whatever has the released name") {
+    const temporary_directory directory;
+    const place at(directory / "shared" / "model.h5");
+    fs::create_directory(at.directory);
+    REQUIRE(chmod(at.directory.c_str(), 01777) == 0);
+    fs::permissions(directory.path(), fs::perms(0777));
+    const auto leave = [&](std::uint64_t blocks) {
+      const auto left = must(partial_file::open(at, md5, size));
+      fill(*left, 0, blocks);
+      left->release(at, md5);
+    };
+    SUBCASE("another user's part, in a directory with the sticky bit") {
+      leave(1);
+      if (!as_another_user([&] { leave(2); })) return;
+      CHECK(find_partials(at).size() == 2);
+    }
+    SUBCASE("a directory") {
+      fs::create_directories(at.released() / "x");
+      leave(2);
+    }
+    SUBCASE("a part that cannot be read at the moment") {
+      bool is_kept = false;
+      const bool done = as_another_user([&] {
+        leave(3);
+        REQUIRE(chmod(at.released().c_str(), 0) == 0);
+        leave(2);
+        is_kept = fs::exists(at.released());
+        REQUIRE(chmod(at.released().c_str(), 0600) == 0);
+      });
+      if (!done) return;
+      CHECK(is_kept);
+      CHECK(find_partials(at).size() == 2);
+    }
+    const auto mine = must(partial_file::open(at, md5, size));
+    CHECK(mine->has(1));
+    CHECK(content_at(*mine, 1) == block_text(1));
+  }
+
   TEST_CASE("a place whose directory cannot be read is not clean") {
     const temporary_directory directory;
     const place at(directory / "shared" / "model.h5");
@@ -1075,7 +1113,7 @@ TEST_SUITE("locks") {
     struct object {
       std::mutex mutex = {};
       int value = 0;
-      bool clear() { return wandb::detail::is_free(mutex); }
+      bool try_close() { return wandb::detail::is_free(mutex); }
     };
     wandb::detail::per_process<object> all;
     all.get().value = 1;
@@ -1140,6 +1178,7 @@ TEST_SUITE("receipts") {
     const fs::path cache = directory / "cache";
     write_file(directory / "model.h5", "hello");
     set_age(directory / "model.h5", 10);
+    fs::create_directory(directory / "x");
     const support::scoped_working_directory here(directory.path());
     const auto facts = facts_of("model.h5");
     REQUIRE(facts.found());
@@ -1148,6 +1187,31 @@ TEST_SUITE("receipts") {
                 .has_value());
     CHECK(receipt_for(cache, directory / "model.h5", *facts));
     CHECK(receipt_for(cache, "./x/../model.h5", *facts));
+  }
+
+  TEST_CASE("a link in front of \"..\" leads where the system says") {
+    const temporary_directory directory;
+    fs::create_directories(directory / "data" / "in");
+    fs::create_directories(directory / "data" / "out");
+    fs::create_directories(directory / "here" / "out");
+    fs::create_directory_symlink(directory / "data" / "in", directory / "here" / "link");
+    const support::scoped_working_directory here(directory / "here");
+    const fs::path cache = directory / "cache", target = "link/../out/model.h5";
+    write_file(target, "hello");
+    write_file("out/model.h5", "hello");
+    set_age(target, 10);
+    set_age("out/model.h5", 10);
+    const auto facts = *facts_of(target), other = *facts_of("out/model.h5");
+    REQUIRE(wandb::detail::write_receipt(cache, target, {{"e", "p", "r"}, "n", 5, facts.modified, md5})
+                .has_value());
+    CHECK(receipt_for(cache, target, facts));
+    CHECK(receipt_for(cache, directory / "data/out/model.h5", facts));
+    auto as_if = other;
+    as_if.modified = facts.modified;
+    CHECK_FALSE(receipt_for(cache, "out/model.h5", as_if));
+    place_lock one{place(target)}, two{place("out/model.h5")};
+    CHECK(one.try_acquire() == place_lock::outcome::held);
+    CHECK(two.try_acquire() == place_lock::outcome::held);
   }
 
   TEST_CASE("a torn or forged receipt is ignored") {

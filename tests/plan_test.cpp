@@ -831,6 +831,9 @@ TEST_SUITE("backoff") {
       CHECK(tries.retries_at_once(failure, wandb::detail::partial_file::block));
       CHECK(tries.failures() == 0);
     }
+    one.configuration.retry_timeout = 0ms;
+    CHECK_FALSE(tries.retries_at_once(failure, wandb::detail::partial_file::block));
+    CHECK_FALSE(tries.after(failure).has_value());
   }
 
   TEST_CASE("a cancellation takes precedence") {
