@@ -1467,6 +1467,75 @@ TEST_SUITE("publishing") {
       CHECK(receipt_for(directory / "cache", at.target, *facts_of(at.target)));
     }
   }
+
+  TEST_CASE("a part of yesterday is resumed, although another program changes the file meanwhile") {
+    const temporary_directory directory;
+    const place at(directory / "root" / "model.h5");
+    fs::create_directory(at.directory);
+    std::string content;
+    for (std::uint64_t i = 0; i < 4; ++i) content += block_text(i);
+    wandb::detail::md5 hash;
+    hash.update(content);
+    const std::string content_md5 = hash.finish();
+    struct storage {
+      const std::string& content;
+      const std::string& md5;
+      fs::path target;
+      std::shared_ptr<std::atomic<std::uint64_t>> sent;
+
+      wandb::result<wandb::http_response> send(const wandb::http_request& request,
+                                               wandb::body_sink& sink) const {
+        wandb::http_response head;
+        head.status = 200;
+        std::string body = content;
+        if (request.method == "POST") {
+          write_file(target, "written by another program");
+          body =
+              R"({"data":{"project":{"run":{"files":{"edges":[{"node":{"name":"model.h5","url":"http://s/m","md5":")" +
+              wandb::detail::base64_encode(wandb::detail::hex_decode(md5).value_or("")) +
+              R"(","sizeBytes":)" + std::to_string(content.size()) + "}}]}}}}}";
+        } else if (!request.headers.empty()) {
+          for (const auto& [name, value] : request.headers) {
+            if (name != "Range") continue;
+            const auto begin = std::stoull(value.substr(6)),
+                       end = std::stoull(value.substr(value.find('-') + 1)) + 1;
+            body = content.substr(begin, end - begin);
+            head.status = 206;
+            head.headers = {{"ETag", "\"a\""},
+                            {"Content-Range", "bytes " + std::to_string(begin) + '-' +
+                                                  std::to_string(end - 1) + '/' +
+                                                  std::to_string(content.size())}};
+          }
+        }
+        if (request.method != "POST") *sent += body.size();
+        head.headers.emplace_back("Content-Length", std::to_string(body.size()));
+        if (!sink.start(head) || !sink.write(body)) return wandb::error(wandb::errc::cancelled, "stopped");
+        return head;
+      }
+    };
+    {
+      process other([&] {  // is killed, and leaves its lock file, too
+        static place_lock lock(at);
+        (void)lock.try_acquire();
+        auto made = partial_file::create(at, content_md5, content.size());
+        for (std::uint64_t i = 0; i < 3; ++i) (void)(*made)->write(i * block, block_text(i));
+        (void)(*made)->record(0, 3);
+        (void)made->release();
+      });
+    }
+    REQUIRE(find_partials(at).size() == 1);
+    set_age(find_partials(at).front().where, 90'000);
+    const auto sent = std::make_shared<std::atomic<std::uint64_t>>(0);
+    wandb::settings settings;
+    settings.base_url = "http://service";
+    settings.api_key = std::string(40, 'k');
+    settings.on_warning = [](std::string_view) {};
+    wandb::client<storage> client(settings, storage{content, content_md5, at.target, sent});
+    const auto restored = client.try_restore("model.h5", "e/p/r", true, at.directory);
+    REQUIRE(restored.has_value());
+    CHECK(restored->verified());
+    CHECK(sent->load() == block_text(3).size());
+  }
 }
 
 #endif  // _WIN32
