@@ -169,7 +169,9 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
 
   /// Returns the kind of the failure.
   [[nodiscard]] errc code() const noexcept { return code_; }
-  /// Returns true for run_not_found and file_not_found: there is no such run or file (yet).
+  /// Returns true for run_not_found and file_not_found: there is no such run or file (yet). It is also true if the service hides
+  /// the run because the API key is missing or wrong. A program that starts anew only for a missing file tests
+  /// `code() == errc::file_not_found`.
   [[nodiscard]] bool is_not_found() const noexcept {
     return code_ == errc::run_not_found || code_ == errc::file_not_found;
   }

@@ -3,8 +3,9 @@
 //   WANDB_ENTITY=... WANDB_PROJECT=... WANDB_RUN_ID=... ./resume_training
 //
 // Without a run path the current run is used: WANDB_RUN_ID, or with WANDB_RESUME=auto the run in wandb/wandb-resume.json.
-// Only is_not_found() may start a new training. A program that did so after a network failure would lose days of work, and then
-// overwrite the good checkpoint with a new one.
+// Only file_not_found may start a new training: the service knows the run, and the run has no such file. A program that did so
+// after a network failure would lose days of work, and then overwrite the good checkpoint with a new one. run_not_found is a
+// failure, too: without a valid API key the service hides private runs, so is_not_found() is not enough here.
 //
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"
@@ -36,7 +37,7 @@ int main() {
       return 1;
     }
     std::cout << "resuming after epoch " << net.epoch << ", loss " << net.loss << '\n';
-  } else if (checkpoint.error().is_not_found()) {
+  } else if (checkpoint.error().code() == wandb::errc::file_not_found) {
     std::cout << "no checkpoint yet: starting fresh\n";
   } else {
     std::cerr << "not starting: " << checkpoint.error().what() << '\n';
