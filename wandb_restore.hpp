@@ -169,9 +169,9 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
 
   /// Returns the kind of the failure.
   [[nodiscard]] errc code() const noexcept { return code_; }
-  /// Returns true for run_not_found and file_not_found: there is no such run or file (yet). It is also true if the service hides
-  /// the run because the API key is missing or wrong. A program that starts anew only for a missing file tests
-  /// `code() == errc::file_not_found`.
+  /// Returns true for run_not_found and file_not_found: there is no such run or file (yet), or the service hides the run because
+  /// the API key is missing or has no access. A program that starts anew if a file is missing should test for
+  /// errc::file_not_found: with a wrong key it would start anew, too.
   [[nodiscard]] bool is_not_found() const noexcept {
     return code_ == errc::run_not_found || code_ == errc::file_not_found;
   }
@@ -2573,12 +2573,12 @@ inline int write_some(file_handle opened, std::uint64_t offset, std::string_view
   count = written;
   return 0;
 }
-inline int read_some(file_handle opened, std::uint64_t offset, char* into, std::size_t size,
+inline int read_some(file_handle opened, std::uint64_t offset, char* buffer, std::size_t size,
                      std::size_t& count) {
   OVERLAPPED position = file_offset(offset);
   DWORD got = 0;
   const auto wanted = static_cast<DWORD>((std::min<std::size_t>)(size, 1u << 30));
-  if (!ReadFile(opened, into, wanted, &got, &position) && GetLastError() != ERROR_HANDLE_EOF)
+  if (!ReadFile(opened, buffer, wanted, &got, &position) && GetLastError() != ERROR_HANDLE_EOF)
     return last_os_error();
   count = got;
   return 0;
@@ -2627,8 +2627,8 @@ inline look_result facts_of(const path& where) {
 inline look_result facts_of_entry(const path& where) { return facts_of(where); }
 inline std::uint64_t own_user() { return 0; }
 [[nodiscard]] inline int rename_over(const path& source, const path& destination) {
-  constexpr DWORD how = MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH;
-  return MoveFileExW(source.c_str(), destination.c_str(), how) ? 0 : last_os_error();
+  constexpr DWORD flags = MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH;
+  return MoveFileExW(source.c_str(), destination.c_str(), flags) ? 0 : last_os_error();
 }
 inline void sync_directory(const path&) {}
 inline void pause_thread(int milliseconds) { ::Sleep(static_cast<DWORD>(milliseconds)); }
@@ -2658,10 +2658,12 @@ inline int open_lock_file(file_handle& opened, const path& where, bool& existed)
   return opened == no_file() ? last_os_error() : 0;
 }
 inline bool is_lock_busy(int code) { return code == ERROR_SHARING_VIOLATION; }
-inline void for_each_name(const path& directory, function_ref<void(const path& name)> take) {
+/// Calls `take` for each name in a directory. Returns false if the directory could not be read to its end.
+inline bool for_each_name(const path& directory, function_ref<void(const path& name)> take) {
   std::error_code failure;
   std::filesystem::directory_iterator entry(directory, failure), end;
   for (; !failure && entry != end; entry.increment(failure)) take(entry->path().filename());
+  return !failure;
 }
 inline int lock_file(file_handle) { return 0; }  // open_lock_file shares the file with nobody
 inline bool are_locks_effective(file_handle, const path&) { return true; }
@@ -2767,9 +2769,10 @@ inline int write_some(file_handle opened, std::uint64_t offset, std::string_view
   count = written > 0 ? static_cast<std::size_t>(written) : 0;
   return written < 0 ? errno : 0;
 }
-inline int read_some(file_handle opened, std::uint64_t offset, char* into, std::size_t size,
+inline int read_some(file_handle opened, std::uint64_t offset, char* buffer, std::size_t size,
                      std::size_t& count) {
-  const auto got = WANDB_RESTORE_PRIVATE_LARGE(pread)(opened, into, size, static_cast<std::int64_t>(offset));
+  const auto got =
+      WANDB_RESTORE_PRIVATE_LARGE(pread)(opened, buffer, size, static_cast<std::int64_t>(offset));
   count = got > 0 ? static_cast<std::size_t>(got) : 0;
   return got < 0 ? errno : 0;
 }
@@ -2926,13 +2929,17 @@ inline bool is_lock_busy(int code) { return code == EAGAIN; }
 
 /// Calls `take` with the name of each entry of a directory, except "." and "..". A directory that cannot be read counts as
 /// empty. std::filesystem::directory_iterator would do, but that of libstdc++ ends the program if there is no memory.
-inline void for_each_name(const path& directory, function_ref<void(const path& name)> take) {
+/// Calls `take` for each name in a directory. Returns false if the directory could not be read to its end.
+inline bool for_each_name(const path& directory, function_ref<void(const path& name)> take) {
   struct closer {
     void operator()(DIR* opened) const { ::closedir(opened); }
   };
   const std::unique_ptr<DIR, closer> opened(::opendir(directory.c_str()));
-  if (!opened) return;
-  while (const auto* const entry = WANDB_RESTORE_PRIVATE_LARGE(readdir)(opened.get())) {
+  if (!opened) return false;
+  for (;;) {
+    errno = 0;
+    const auto* const entry = WANDB_RESTORE_PRIVATE_LARGE(readdir)(opened.get());
+    if (entry == nullptr) return errno == 0;
     const path name = entry->d_name;
     if (name != "." && name != "..") take(name);
   }
@@ -3051,9 +3058,9 @@ class file {
     if (is_open()) close_file(std::exchange(handle_, no_file()));
   }
   /// Returns 0 or the system's error code. A new file gets `permissions` without the bits of the umask.
-  [[nodiscard]] int open(const path& where, mode how, unsigned permissions = 0666) {
+  [[nodiscard]] int open(const path& where, mode access, unsigned permissions = 0666) {
     close();
-    return open_file(handle_, where, how, permissions);
+    return open_file(handle_, where, access, permissions);
   }
   [[nodiscard]] int open_lock(const path& where, bool& existed) {
     close();
@@ -3074,11 +3081,11 @@ class file {
     return 0;
   }
   /// Reads `size` bytes, fewer only at the end of the file. Returns their number, or the negated system error code.
-  [[nodiscard]] std::int64_t read_at(std::uint64_t offset, char* into, std::size_t size) const {
+  [[nodiscard]] std::int64_t read_at(std::uint64_t offset, char* buffer, std::size_t size) const {
     std::size_t done = 0;
     while (done < size) {
       std::size_t count = 0;
-      const int code = read_some(handle_, offset + done, into + done, size - done, count);
+      const int code = read_some(handle_, offset + done, buffer + done, size - done, count);
       if (code != 0 && system_condition(code) == std::errc::interrupted) continue;
       if (code != 0) return -code;
       if (count == 0) break;
@@ -3132,9 +3139,11 @@ inline path absolute_path(const path& where) {
   return (failure ? where : whole).lexically_normal();
 }
 
-inline void remove_quietly(const path& where) {
-  std::error_code ignored;
-  std::filesystem::remove(where, ignored);
+/// Removes an entry, if there is one. Returns false if it may still be there.
+inline bool remove_quietly(const path& where) {
+  std::error_code failure;
+  std::filesystem::remove(where, failure);
+  return !failure;
 }
 
 inline result<void> make_directories(const path& directory) {
@@ -3271,6 +3280,65 @@ inline std::string process_realm() { return {}; }
 #endif
 #endif
 
+// ---- state after a fork: the child's copy of a lock stays locked if another thread held it during the fork
+
+#ifdef _WIN32
+/// Windows has no fork.
+inline std::uint64_t this_process() { return 0; }
+#else
+/// Identifies this process: never equal in a child and its parent. Process ids can be equal, if each process is the first of
+/// a pid namespace.
+inline std::uint64_t this_process() {
+  static std::atomic<std::uint32_t> forks{0};
+  static const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++forks; });
+  static_cast<void>(registered);
+  return std::uint64_t{forks.load()} << 32 | static_cast<std::uint32_t>(::getpid());
+}
+#endif
+
+/// Whether no thread holds the lock.
+inline bool is_free(std::mutex& lock) {
+  const std::unique_lock<std::mutex> held(lock, std::try_to_lock);
+  return held.owns_lock();
+}
+
+/// An object of type T for each process that uses it: a forked child makes its own. T::clear() releases what an abandoned object
+/// need not keep; it returns false if a lock was held during the fork: then the object is neither used nor destroyed.
+template <class T>
+class per_process {
+ public:
+  per_process() : newest_(new node) {}
+  per_process(const per_process&) = delete;
+  per_process& operator=(const per_process&) = delete;
+  ~per_process() {
+    for (node* each = newest_; each != nullptr;) {
+      node* const inherited = each->inherited;
+      if (each->object.clear()) delete each;
+      each = inherited;
+    }
+  }
+
+  /// Returns the object of this process. Thread-safe.
+  T& get() {
+    node* newest = newest_;
+    if (newest->process == this_process()) return newest->object;
+    auto own = std::make_unique<node>();
+    own->inherited = newest;
+    // Several threads of a child may get here at once: one installs its object, the others use that.
+    if (!newest_.compare_exchange_strong(newest, own.get())) return newest->object;
+    newest->object.clear();
+    return own.release()->object;
+  }
+
+ private:
+  struct node {
+    const std::uint64_t process = this_process();
+    node* inherited = nullptr;  // of the parent process
+    T object = {};
+  };
+  std::atomic<node*> newest_;
+};
+
 /// Names the writer of a partial file or the holder of a lock: "<realm>.<process>.<start>.<serial>".
 struct owner {
   std::string realm;
@@ -3338,17 +3406,17 @@ struct place {
 };
 
 /// Returns an error if a rename over the target would fail. Call before downloading.
-inline result<void> check_replaceable(const place& at) {
-  const auto old = facts_of_entry(at.target);
-  if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
+inline result<void> check_replaceable(const place& destination) {
+  const auto old = facts_of_entry(destination.target);
+  if (old.failure() != 0) return disk_error("look at", destination.target, old.failure());
   if (old.absent()) return {};
   const auto refuse = [&](const std::string& why) {
     return error(errc::disk_failure,
-                 "cannot replace " + in_quotes(at.target) + ": " + why + "; set another root");
+                 "cannot replace " + in_quotes(destination.target) + ": " + why + "; set another root");
   };
-  if (const char* why = why_not_replaceable(at.target)) return refuse(why);
+  if (const char* why = why_not_replaceable(destination.target)) return refuse(why);
   // In a directory with the sticky bit, only the owners of file and directory, and root, may replace a file.
-  const auto directory = facts_of(or_dot(at.directory));
+  const auto directory = facts_of(or_dot(destination.directory));
   if (directory.found() && (directory->mode & 01000u) != 0 && own_user() != 0 && old->user != own_user() &&
       directory->user != own_user()) {
     return refuse("it belongs to another user, and in this directory only owners may replace files");
@@ -3364,8 +3432,8 @@ class place_lock {
  public:
   enum class outcome { held, busy, unavailable };
 
-  explicit place_lock(const place& at)
-      : where_(at.lock()), key_(std::to_string(own_process()) + ' ' + utf8(absolute_path(at.target))) {}
+  explicit place_lock(const place& destination)
+      : where_(destination.lock()), key_(utf8(absolute_path(destination.target))) {}
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
@@ -3378,9 +3446,10 @@ class place_lock {
   outcome try_acquire() {
     if (outcome_ != outcome::busy) return outcome_;
     {
-      const std::lock_guard<std::mutex> guard(mutex());
-      if (contains(locked(), key_)) return outcome::busy;
-      locked().push_back(key_);
+      locked_targets& locked = of_this_process();
+      const std::lock_guard<std::mutex> guard(locked.mutex);
+      if (contains(locked.keys, key_)) return outcome::busy;
+      locked.keys.push_back(key_);
     }
     outcome_ = outcome::unavailable;  // if try_file() throws: the destructor then forgets the key
     outcome_ = try_file();
@@ -3417,21 +3486,22 @@ class place_lock {
   }
 
  private:
-  static std::mutex& mutex() {
-    static std::mutex guards_threads;
-    return guards_threads;
-  }
-  /// The keys of the targets that threads have locked: process id and path. A forked child inherits its parent's keys.
-  static std::vector<std::string>& locked() {
-    static std::vector<std::string> targets;
-    return targets;
+  /// The targets that threads of this process have locked.
+  struct locked_targets {
+    std::mutex mutex = {};
+    std::vector<std::string> keys = {};  // absolute paths
+    bool clear() { return is_free(mutex); }
+  };
+  static locked_targets& of_this_process() {
+    static auto& all = *new per_process<locked_targets>;  // threads may still run while the program exits
+    return all.get();
   }
   void forget() const {
-    const std::lock_guard<std::mutex> guard(mutex());
-    auto& targets = locked();
-    for (auto target = targets.begin(); target != targets.end(); ++target) {
-      if (*target == key_) {
-        targets.erase(target);
+    locked_targets& locked = of_this_process();
+    const std::lock_guard<std::mutex> guard(locked.mutex);
+    for (auto key = locked.keys.begin(); key != locked.keys.end(); ++key) {
+      if (*key == key_) {
+        locked.keys.erase(key);
         return;
       }
     }
@@ -3485,19 +3555,20 @@ struct found_partial {
   }
 };
 
-inline std::vector<found_partial> find_partials(const place& at) {
+/// Finds the partial files of a place. Clears `is_whole` if there may be more of them.
+inline std::vector<found_partial> find_partials(const place& destination, bool* is_whole = nullptr) {
   std::vector<found_partial> found;
-  for_each_name(or_dot(at.directory), [&](const path& file_name) {
+  const bool is_read = for_each_name(or_dot(destination.directory), [&](const path& file_name) {
     const std::string name = utf8(file_name);
     constexpr std::string_view suffix = ".part";
-    if (!starts_with(name, at.tag) || name.size() < at.tag.size() + suffix.size() ||
+    if (!starts_with(name, destination.tag) || name.size() < destination.tag.size() + suffix.size() ||
         name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) {
       return;
     }
     found_partial partial;
-    partial.where = at.directory / file_name;
+    partial.where = destination.directory / file_name;
     std::string_view middle = name;
-    middle = middle.substr(at.tag.size(), name.size() - at.tag.size() - suffix.size());
+    middle = middle.substr(destination.tag.size(), name.size() - destination.tag.size() - suffix.size());
     if (middle.empty()) {
       partial.released = true;
     } else {
@@ -3507,10 +3578,12 @@ inline std::vector<found_partial> find_partials(const place& at) {
       partial.writer = owner::parse(middle.substr(dash + 1));
     }
     const auto facts = facts_of_entry(partial.where);
+    if (facts.failure() != 0 && is_whole != nullptr) *is_whole = false;
     if (!facts.found()) return;
     partial.facts = *facts;
     found.push_back(std::move(partial));
   });
+  if (!is_read && is_whole != nullptr) *is_whole = false;
   return found;
 }
 
@@ -3531,11 +3604,11 @@ class partial_file {
   /// Reuses partial files of this content, or starts a new one. Takes over an abandoned file of this user; copies the
   /// recorded blocks of other files that no live process writes, until `go_on` returns false. `lock` is the lock of the
   /// place, or null.
-  static result<std::unique_ptr<partial_file>> open(const place& at, const std::string& md5,
+  static result<std::unique_ptr<partial_file>> open(const place& destination, const std::string& md5,
                                                     std::uint64_t size, watcher go_on = {},
                                                     const place_lock* lock = nullptr);
   /// Starts a new file without reusing any. Others get no more permissions than for the file that it will replace.
-  static result<std::unique_ptr<partial_file>> create(const place& at, const std::string& md5,
+  static result<std::unique_ptr<partial_file>> create(const place& destination, const std::string& md5,
                                                       std::uint64_t size);
   partial_file(const partial_file&) = delete;
   partial_file& operator=(const partial_file&) = delete;
@@ -3593,11 +3666,11 @@ class partial_file {
   /// name as the fallback, so that an exception does not lose the bytes that had arrived.
   void fallback(path name) { fallback_ = std::move(name); }
   /// Closes the file, and keeps it for the next restore of this content. Has no effect on a published file.
-  void release(const place& at, const std::string& md5) {
+  void release(const place& destination, const std::string& md5) {
     if (is_claimed_ && is_worth_keeping(md5) && out_.is_open() && out_.is_named(where_) &&
-        !has_better_successor(at)) {
+        !has_better_successor(destination)) {
       if (is_finished_) write_record();
-      is_claimed_ = rename_over(where_, at.released()) != 0;
+      is_claimed_ = rename_over(where_, destination.released()) != 0;
     }
     out_.close();
   }
@@ -3606,7 +3679,8 @@ class partial_file {
   result<void> finish();
   /// Calls finish() if nobody has, replaces the target with this file, and returns a stream on it. Calls `announce` just
   /// before the replacement, with the facts that the published file will have.
-  result<std::ifstream> publish(const place& at, function_ref<void(const file_facts&)> announce = {});
+  result<std::ifstream> publish(const place& destination,
+                                function_ref<void(const file_facts&)> announce = {});
 
  private:
   static constexpr std::string_view magic = "wandb-restore 2\n";
@@ -3630,39 +3704,40 @@ class partial_file {
   }
   void write_record() const { (void)out_.write_at(record_offset(), header() + bits_); }
   /// Reads the record from the file. Returns false if it is missing or describes other content.
-  bool load_record() {
+  result<bool> load_record() {
     std::string text(header_size, '\0');
-    if (out_.read_at(record_offset(), text.data(), text.size()) != static_cast<std::int64_t>(text.size()) ||
-        text != header()) {
-      return false;
-    }
+    const auto head = out_.read_at(record_offset(), text.data(), text.size());
+    if (head < 0) return disk_error("read", where_, static_cast<int>(-head));
+    if (head != static_cast<std::int64_t>(text.size()) || text != header()) return false;
     const std::size_t shortest = bits_.size();
     bits_.resize(record_size());
     const auto count = out_.read_at(record_offset() + header_size, bits_.data(), bits_.size());
-    if (count < static_cast<std::int64_t>(shortest)) return false;
+    if (count < 0) return disk_error("read", where_, static_cast<int>(-count));
     bits_.resize(static_cast<std::size_t>(count));
-    return true;
+    return count >= static_cast<std::int64_t>(shortest);
   }
   [[nodiscard]] std::uint64_t recorded() const {
     std::uint64_t count = 0;
     for (std::uint64_t i = 0; i < covered(); ++i) count += has(i) ? 1u : 0u;
     return count;
   }
-  /// Opens a candidate and reads its record. Returns null if it has no record of this content. Sets is_own_ if the file
-  /// belongs to this user and has one name: others could change another file after it was published.
-  static std::unique_ptr<partial_file> inspect(const found_partial& candidate, const std::string& md5,
-                                               std::uint64_t size);
+  /// Opens a candidate and reads its record. Returns null if it has no record of this content, and an error if that cannot be
+  /// told. Sets is_own_ if the file belongs to this user and has one name: others could change another file after it was
+  /// published.
+  static result<std::unique_ptr<partial_file>> inspect(const found_partial& candidate, const std::string& md5,
+                                                       std::uint64_t size);
   /// Renames an abandoned candidate so that no other process claims it. Returns false if another process was faster.
-  bool claim(const place& at);
-  /// Copies the blocks that `source` has and this file lacks. Stops at a failure: the other blocks will be downloaded.
-  void adopt(const partial_file& source, watcher go_on);
+  bool claim(const place& destination);
+  /// Copies the blocks that `source` has and this file lacks. Returns false if it stopped early: at a failure, or because `go_on`
+  /// returned false.
+  bool adopt(const partial_file& source, watcher go_on);
   /// Whether another writer has released a file with more blocks of the same content.
-  [[nodiscard]] bool has_better_successor(const place& at) const {
+  [[nodiscard]] bool has_better_successor(const place& destination) const {
     found_partial released;
-    released.where = at.released();
+    released.where = destination.released();
     released.facts = *facts_of_entry(released.where);
     const auto kept = inspect(released, md5_, size_);
-    return kept && kept->recorded() > recorded();
+    return *kept && (*kept)->recorded() > recorded();
   }
 
   file out_;
@@ -3681,16 +3756,16 @@ inline unsigned permissions_beside(const look_result& old) {
   return old.found() ? (old->mode & 0666u) | 0600u : 0666u;
 }
 
-inline result<std::unique_ptr<partial_file>> partial_file::create(const place& at, const std::string& md5,
-                                                                  std::uint64_t size) {
+inline result<std::unique_ptr<partial_file>>
+partial_file::create(const place& destination, const std::string& md5, std::uint64_t size) {
   if (size > max_size) {
-    return error(errc::protocol_violation,
-                 in_quotes(at.target) + " has an impossible size: " + std::to_string(size) + " bytes");
+    return error(errc::protocol_violation, in_quotes(destination.target) +
+                                               " has an impossible size: " + std::to_string(size) + " bytes");
   }
-  if (auto room = check_room(at.directory, size); !room) return room.error();
-  const auto old = facts_of(at.target);
-  if (old.failure() != 0) return disk_error("look at", at.target, old.failure());
-  const path where = at.partial(md5, owner::self().str());
+  if (auto room = check_room(destination.directory, size); !room) return room.error();
+  const auto old = facts_of(destination.target);
+  if (old.failure() != 0) return disk_error("look at", destination.target, old.failure());
+  const path where = destination.partial(md5, owner::self().str());
   // Make the object before the file: a lack of memory must not leave a file behind.
   std::unique_ptr<partial_file> made(new partial_file(file(), where, md5, size));
   if (const int code = made->out_.open(where, file::mode::create, permissions_beside(old)))
@@ -3704,28 +3779,36 @@ inline result<std::unique_ptr<partial_file>> partial_file::create(const place& a
   return made;
 }
 
-inline std::unique_ptr<partial_file> partial_file::inspect(const found_partial& candidate,
-                                                           const std::string& md5, std::uint64_t size) {
+inline result<std::unique_ptr<partial_file>>
+partial_file::inspect(const found_partial& candidate, const std::string& md5, std::uint64_t size) {
+  using opened_file = std::unique_ptr<partial_file>;
   if (!candidate.facts.is_file || (!candidate.key.empty() && candidate.key != place::key(md5)))
-    return nullptr;
+    return opened_file();
   file out;
   bool is_own = out.open(candidate.where, file::mode::update) == 0;
-  if (!is_own && out.open(candidate.where, file::mode::neighbour) != 0) return nullptr;
+  if (!is_own) {
+    const int code = out.open(candidate.where, file::mode::neighbour);
+    if (code != 0) return disk_error("open", candidate.where, code);
+  }
   const auto facts = out.facts();
-  if (!facts.found() || !facts->is_file || facts->size < size) return nullptr;
+  if (!facts.found()) return disk_error("look at", candidate.where, facts.failure());
+  if (!facts->is_file || facts->size < size) return opened_file();
   is_own = is_own && facts->user == own_user() && facts->links == 1;
-  std::unique_ptr<partial_file> made(new partial_file(std::move(out), candidate.where, md5, size));
+  opened_file made(new partial_file(std::move(out), candidate.where, md5, size));
   made->is_own_ = is_own;
   if (!candidate.key.empty() && facts->size == size) {
     // The writer was killed between finish() and the rename: all blocks are present.
     made->bits_.assign(made->record_size(), '\xff');
     return made;
   }
-  return made->load_record() ? std::move(made) : nullptr;
+  const auto has_record = made->load_record();
+  if (!has_record) return has_record.error();
+  if (!*has_record) made.reset();
+  return made;
 }
 
-inline bool partial_file::claim(const place& at) {
-  fallback_ = at.partial(md5_, owner::self().str());
+inline bool partial_file::claim(const place& destination) {
+  fallback_ = destination.partial(md5_, owner::self().str());
   if (out_.rename(where_, fallback_) != 0) return false;
   where_.swap(fallback_);
   is_claimed_ = true;
@@ -3735,27 +3818,28 @@ inline bool partial_file::claim(const place& at) {
     fallback_.clear();
     return false;
   }
-  if (const auto old = facts_of(at.target); old.found()) {
+  if (const auto old = facts_of(destination.target); old.found()) {
     set_permissions(out_.native(), opened->mode & permissions_beside(old));
   }
   if (opened->size == size_) write_record();
   return true;
 }
 
-inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at, const std::string& md5,
-                                                                std::uint64_t size, watcher go_on,
-                                                                const place_lock* lock) {
-  if (md5.empty() || size == 0) return create(at, md5, size);
+inline result<std::unique_ptr<partial_file>> partial_file::open(const place& destination,
+                                                                const std::string& md5, std::uint64_t size,
+                                                                watcher go_on, const place_lock* lock) {
+  if (md5.empty() || size == 0) return create(destination, md5, size);
   std::vector<found_partial> sources;  // with content to reuse; most recorded blocks first
-  for (auto& candidate : find_partials(at)) {
+  for (auto& candidate : find_partials(destination)) {
     const auto content = inspect(candidate, md5, size);
-    if (!content) {
+    if (!content) continue;  // a later call may be able to read it
+    if (!*content) {
       // Remove an abandoned file if its record is damaged or has another size. Keep other content for its own restore.
       if (candidate.abandoned() && candidate.key == place::key(md5)) remove_quietly(candidate.where);
       continue;
     }
-    candidate.recorded = content->recorded();
-    candidate.is_own = content->is_own_;
+    candidate.recorded = (*content)->recorded();
+    candidate.is_own = (*content)->is_own_;
     sources.push_back(std::move(candidate));
     for (auto i = sources.size() - 1; i > 0 && sources[i].recorded > sources[i - 1].recorded; --i)
       std::swap(sources[i], sources[i - 1]);
@@ -3766,15 +3850,15 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
   for (const auto& source : sources) {
     if (!source.abandoned()) in_use = &source;
     if (made || !source.is_own || !source.abandoned()) continue;
-    auto content = inspect(source, md5, size);
-    if (!content || !content->is_own_ || !content->claim(at)) continue;
+    auto content = *inspect(source, md5, size);
+    if (!content || !content->is_own_ || !content->claim(destination)) continue;
     made = std::move(content);
     claimed = &source;
   }
   if (!made) {
-    auto created = create(at, md5, size);
+    auto created = create(destination, md5, size);
     if (!created && in_use != nullptr && created.error().code() == errc::disk_failure &&
-        !check_room(at.directory, size)) {
+        !check_room(destination.directory, size)) {
       return error(created.error().code(),
                    std::string(created.error().what()) + "; also, " + in_quotes(in_use->where) +
                        " holds a part of the file: if no process is downloading it, remove that part");
@@ -3794,20 +3878,21 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& at,
     const bool is_silent =
         now.found() && !writer.is_here() && source.is_silent(now->modified, std::chrono::seconds(quiet));
     if (!is_abandoned && !is_locked_out && !is_silent) continue;
-    if (const auto content = inspect(source, md5, size)) made->adopt(*content, go_on);
-    if (is_abandoned || is_locked_out) remove_quietly(source.where);
+    const auto content = inspect(source, md5, size);
+    const bool is_copied = content && (!*content || made->adopt(**content, go_on));
+    if (is_copied && (is_abandoned || is_locked_out)) remove_quietly(source.where);
   }
   return made;
 }
 
-inline void partial_file::adopt(const partial_file& source, watcher go_on) {
+inline bool partial_file::adopt(const partial_file& source, watcher go_on) {
   page_buffer buffer;
   constexpr std::uint64_t stride = 16;  // blocks copied between two calls of the watcher
   for (std::uint64_t first = 0, last = 0; first < source.covered(); first = last) {
     last = first + 1;
     if (has(first) || !source.has(first)) continue;
     while (last < source.covered() && last - first < stride && !has(last) && source.has(last)) ++last;
-    if (go_on && !go_on(first * block)) return;
+    if (go_on && !go_on(first * block)) return false;
     const auto end = (std::min)(last * block, size_);
     auto offset = first * block;
     for (std::uint64_t count = 1; offset < end && count > 0; offset += count)
@@ -3815,12 +3900,14 @@ inline void partial_file::adopt(const partial_file& source, watcher go_on) {
     while (offset < end) {
       const auto wanted =
           static_cast<std::size_t>((std::min<std::uint64_t>)(page_buffer::size, end - offset));
-      if (source.out_.read_at(offset, buffer.data(), wanted) != static_cast<std::int64_t>(wanted)) return;
-      if (!write(offset, {buffer.data(), wanted})) return;
+      if (source.out_.read_at(offset, buffer.data(), wanted) != static_cast<std::int64_t>(wanted))
+        return false;
+      if (!write(offset, {buffer.data(), wanted})) return false;
       offset += wanted;
     }
-    if (!record(first, last)) return;
+    if (!record(first, last)) return false;
   }
+  return true;
 }
 
 inline result<void> partial_file::check_limit(std::uint64_t bytes) {
@@ -3865,19 +3952,19 @@ inline result<void> partial_file::finish() {
   return {};
 }
 
-inline result<std::ifstream> partial_file::publish(const place& at,
+inline result<std::ifstream> partial_file::publish(const place& destination,
                                                    function_ref<void(const file_facts&)> announce) {
-  const auto old = facts_of(at.target);
+  const auto old = facts_of(destination.target);
   // Restore the record, so that release() can keep the file. Without its name it may be the published file.
   const auto failed = [&](const error& failure) {
     const bool is_open = out_.is_open() || out_.open(where_, file::mode::update) == 0;
     if (is_open && out_.is_named(where_)) write_record();
     return failure;
   };
-  if (old.failure() != 0) return failed(disk_error("look at", at.target, old.failure()));
+  if (old.failure() != 0) return failed(disk_error("look at", destination.target, old.failure()));
   if (old.found() && !old->is_file) {
-    return failed(
-        error(errc::disk_failure, "cannot replace " + in_quotes(at.target) + ": it is no ordinary file"));
+    return failed(error(errc::disk_failure,
+                        "cannot replace " + in_quotes(destination.target) + ": it is no ordinary file"));
   }
   if (!is_finished_) {
     if (auto done = finish(); !done) return is_unreliable_ ? done.error() : failed(done.error());
@@ -3892,17 +3979,18 @@ inline result<std::ifstream> partial_file::publish(const place& at,
   if (facts.found() && announce) announce(*facts);
 #ifdef _WIN32
   out_.close();  // Windows does not rename an open file
-  if (const int code = rename_over(where_, at.target)) {
-    const error failure = failed(disk_error("rename a finished file to", at.target, code));
+  if (const int code = rename_over(where_, destination.target)) {
+    const error failure = failed(disk_error("rename a finished file to", destination.target, code));
     if (code != ERROR_ACCESS_DENIED && code != ERROR_SHARING_VIOLATION) return failure;
-    return error(failure.code(), "cannot replace " + in_quotes(at.target) + ": " + system_text(code) +
+    return error(failure.code(), "cannot replace " + in_quotes(destination.target) + ": " +
+                                     system_text(code) +
                                      "; close it where it is open, e.g. a stream of an earlier restore");
   }
   is_claimed_ = false;
   file published;
-  if (const int code = published.open(at.target, file::mode::keep_name))
-    return disk_error("open", at.target, code);
-  auto stream = stream_on(published, at.target);
+  if (const int code = published.open(destination.target, file::mode::keep_name))
+    return disk_error("open", destination.target, code);
+  auto stream = stream_on(published, destination.target);
 #else
   auto stream = stream_on(out_, where_);
   if (!stream) return failed(stream.error());
@@ -3910,11 +3998,11 @@ inline result<std::ifstream> partial_file::publish(const place& at,
     return error(errc::disk_failure,
                  "cannot use " + in_quotes(where_) + ": another program has replaced it; try again");
   }
-  if (const int code = out_.rename(where_, at.target))
-    return failed(disk_error("rename a finished file to", at.target, code));
+  if (const int code = out_.rename(where_, destination.target))
+    return failed(disk_error("rename a finished file to", destination.target, code));
   is_claimed_ = false;
   out_.close();
-  sync_directory(at.directory);
+  sync_directory(destination.directory);
 #endif
   return stream;
 }
@@ -3922,16 +4010,13 @@ inline result<std::ifstream> partial_file::publish(const place& at,
 /// Removes abandoned partial files that were not written for `age`, and files whose writer cannot be examined (on another
 /// host, for example) and that were not written for an hour. `now` is the file system's clock in nanoseconds since 1970.
 /// Returns true if no partial file is left, except for a released one, whose name is known without reading the directory.
-inline bool clean_up(const place& at, std::int64_t now, std::chrono::nanoseconds age = {}) {
+inline bool clean_up(const place& destination, std::int64_t now, std::chrono::nanoseconds age = {}) {
   bool is_clean = true;
-  for (const auto& partial : find_partials(at)) {
+  for (const auto& partial : find_partials(destination, &is_clean)) {
     const bool is_old = age.count() == 0 || partial.is_silent(now, age);
     const bool is_lost = !partial.writer.is_here() && partial.is_silent(now, std::chrono::seconds(3600));
-    if ((partial.abandoned() && is_old) || is_lost) {
-      remove_quietly(partial.where);
-    } else if (!partial.released) {
-      is_clean = false;
-    }
+    const bool is_removed = ((partial.abandoned() && is_old) || is_lost) && remove_quietly(partial.where);
+    if (!is_removed && !partial.released) is_clean = false;
   }
   return is_clean;
 }
@@ -3949,10 +4034,12 @@ struct receipt {
 };
 
 /// Resolves the links in the directory's path, so that a file has one receipt whichever path leads to it.
-inline path real_path(const path& where) {
+inline result<path> real_path(const path& where) {
   std::error_code failure;
-  const path directory = std::filesystem::canonical(absolute_path(where).parent_path(), failure);
-  return failure ? absolute_path(where) : directory / where.filename();
+  const path parent = absolute_path(where).parent_path();
+  path directory = std::filesystem::canonical(parent, failure);
+  if (failure) return disk_error("resolve the path", parent, failure.value());
+  return directory / where.filename();
 }
 inline path receipt_path(const path& cache, const path& real_target) {
   return cache / "receipts" / hex64(name_hash(utf8(real_target)));
@@ -3978,13 +4065,15 @@ inline void sweep_receipts(const path& directory) {
   });
 }
 
-/// Reads the receipts that are stored in a receipt file. Returns "" if another user wrote it.
-inline std::string receipts_at(const path& where) {
+/// Reads the receipts that are stored in a receipt file. Returns "" if there is none, or if another user made the file.
+inline result<std::string> receipts_at(const path& where) {
   file opened;
-  if (opened.open(where, file::mode::neighbour) != 0) return {};
-  if (const auto facts = opened.facts(); !facts.found() || !facts->is_file || facts->user != own_user())
-    return {};
-  return read_small_file(opened, where, 64 * 1024).value_or(std::string());
+  const int code = opened.open(where, file::mode::neighbour);
+  const auto facts = code == 0 ? opened.facts() : facts_of_entry(where);
+  if (facts.absent() || (facts.found() && !(facts->is_file && facts->user == own_user())))
+    return std::string();
+  if (code != 0 || !facts.found()) return disk_error("read", where, code != 0 ? code : facts.failure());
+  return read_small_file(opened, where, 64 * 1024);
 }
 
 inline constexpr std::string_view end_of_receipt = "end=yes\n";
@@ -3994,16 +4083,17 @@ inline constexpr std::string_view end_of_receipt = "end=yes\n";
 /// the user's own.
 inline result<void> write_receipt(const path& cache, const path& target, const receipt& facts) {
   if (cache.empty()) return {};
-  const path real = real_path(target);
+  const auto real = real_path(target);
+  if (!real) return real.error();
   std::string record =
-      "path=" + percent_encode(utf8(real), "/") + "\nentity=" + percent_encode(facts.run.entity) +
+      "path=" + percent_encode(utf8(*real), "/") + "\nentity=" + percent_encode(facts.run.entity) +
       "\nproject=" + percent_encode(facts.run.project) + "\nrun_id=" + percent_encode(facts.run.run_id) +
       "\nname=" + percent_encode(facts.name, "/") + "\nsize=" + std::to_string(facts.size) +
       "\nmodified_ns=" + std::to_string(facts.modified) +
       "\nmd5=" + (is_too_fresh(facts.modified) ? std::string() : facts.md5) + '\n';
   record += end_of_receipt;
-  const path where = receipt_path(cache, real);
-  const std::string previous = receipts_at(where);
+  const path where = receipt_path(cache, *real);
+  const std::string previous = receipts_at(where).value_or(std::string());
   if (const auto end = previous.find(end_of_receipt); end != previous.npos)
     record += previous.substr(0, end + end_of_receipt.size());
   if (some_number() % 64 == 0) sweep_receipts(where.parent_path());
@@ -4011,9 +4101,10 @@ inline result<void> write_receipt(const path& cache, const path& target, const r
 }
 
 /// Reads the receipt that is stored under exactly this path. Returns an empty one if the file has changed since.
-inline receipt receipt_of(const path& cache, const path& real, const file_facts& now) {
-  const std::string text = receipts_at(receipt_path(cache, real));
-  std::string_view rest = text;
+inline result<receipt> receipt_of(const path& cache, const path& real, const file_facts& now) {
+  const auto text = receipts_at(receipt_path(cache, real));
+  if (!text) return text.error();
+  std::string_view rest = *text;
   for (auto end = rest.find(end_of_receipt); end != rest.npos; end = rest.find(end_of_receipt)) {
     auto record = parse_key_values(rest.substr(0, end));
     rest.remove_prefix(end + end_of_receipt.size());
@@ -4022,22 +4113,24 @@ inline receipt receipt_of(const path& cache, const path& real, const file_facts&
         record["modified_ns"] != std::to_string(now.modified)) {
       continue;
     }
-    return {{field("entity"), field("project"), field("run_id")},
-            field("name"),
-            now.size,
-            now.modified,
-            field("md5")};
+    return receipt{{field("entity"), field("project"), field("run_id")},
+                   field("name"),
+                   now.size,
+                   now.modified,
+                   field("md5")};
   }
-  return {};
+  return receipt();
 }
 
-/// Reads the receipt of a file. Returns an empty one if there is none or the file has changed since.
-inline receipt read_receipt(const path& cache, const path& target, const file_facts& now) {
-  if (cache.empty()) return {};
+/// Reads the receipt of a file. Returns an empty one if there is none or the file has changed since. A failure leaves both
+/// possible.
+inline result<receipt> read_receipt(const path& cache, const path& target, const file_facts& now) {
+  if (cache.empty()) return receipt();
   const path plain = absolute_path(target);
-  if (auto found = receipt_of(cache, plain, now)) return found;
-  const path real = real_path(target);  // slow: it examines each directory of the path
-  return real == plain ? receipt() : receipt_of(cache, real, now);
+  if (auto found = receipt_of(cache, plain, now); !found || *found) return found;
+  const auto real = real_path(target);  // slow: it examines each directory of the path
+  if (!real) return real.error();
+  return *real == plain ? receipt() : receipt_of(cache, *real, now);
 }
 
 }  // namespace detail
@@ -4327,15 +4420,16 @@ inline bool under_base(const url& base, const url& candidate) {
 /// unchanged, and http for every host of the public service.
 inline result<url> parse_base_url(std::string_view text) {
   const auto fail = [&](std::string_view why) {
-    return error(errc::invalid_argument,
-                 "cannot use the base URL " + in_quotes(redacted_address(text)) + ": " + std::string(why));
+    return error(errc::invalid_argument, "cannot use the base URL " + in_quotes(redacted_address(text)) +
+                                             " (WANDB_BASE_URL): " + std::string(why));
   };
   if (text.find('@') != text.npos) return fail("it has an @, but must not contain a user name or password");
   if (text.find_first_of("?#") != text.npos) return fail("it has a query or a fragment");
   if (text.find(' ') != text.npos) return fail("it has a space");
   auto parsed = url::parse(text);
   if (!parsed)
-    return error(errc::invalid_argument, std::string("the base URL is malformed: ") + parsed.error().what());
+    return error(errc::invalid_argument,
+                 std::string("the base URL (WANDB_BASE_URL) is malformed: ") + parsed.error().what());
   while (parsed->target.size() > 1 && parsed->target.back() == '/') parsed->target.pop_back();
   const std::string_view host = parsed->host;
   const auto* deployment = forge_deployment_of(host);
@@ -5206,8 +5300,13 @@ class backoff {
   /// Several connections may share the clock.
   backoff(const call& user_call, retry_clock& time) : call_(user_call), clock_(time) {}
 
-  /// Starts again with the shortest wait.
-  void reset() { tries_ = 0; }
+  /// Whether to retry without a wait: the failure may pass, and the try has brought at least a block (`gained`, in bytes). Then the
+  /// next wait is the shortest one.
+  bool retries_at_once(const error& failure, std::uint64_t gained) {
+    if (!failure.is_transient() || gained < partial_file::block) return false;
+    tries_ = 0;
+    return true;
+  }
   /// Returns the number of failures since the last reset.
   [[nodiscard]] int failures() const { return tries_; }
   /// Returns the wait before the next try, or, if there shall be none, the error to give up with.
@@ -5516,20 +5615,37 @@ class session {
     }
   }
 
-  std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be written
-  std::mutex mutex;                           // guards default_entity and netrc_key_
-  std::optional<std::string> default_entity;  // the account's, once the service has told it
+  std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be read or written
+  /// Returns the account's default entity, once the service has told it; until then "".
+  std::string default_entity() {
+    memory& known = memory_.get();
+    const std::lock_guard<std::mutex> guard(known.mutex);
+    return known.default_entity;
+  }
+  void default_entity(const std::string& entity) {
+    memory& known = memory_.get();
+    const std::lock_guard<std::mutex> guard(known.mutex);
+    known.default_entity = entity;
+  }
 
  private:
+  /// What the calls of a process have learnt.
+  struct memory {
+    std::mutex mutex = {};  // guards default_entity and netrc_key
+    std::string default_entity = {};
+    std::optional<std::string> netrc_key = {};
+    std::mutex token_mutex = {};  // guards token, also while a call exchanges the identity token
+    access_token token = {};
+    bool clear() { return is_free(mutex) && is_free(token_mutex); }
+  };
+
   void add_credentials(http_request& request, bool is_under_base, const std::string& authorization) const;
   result<std::string> bearer(call& user_call);
   result<access_token> exchange_identity(call& user_call);
 
   transport_ref transport_;
   std::atomic<bool> warned_{false};
-  std::optional<std::string> netrc_key_;
-  std::mutex token_mutex_;  // guards token_, also while a call exchanges the identity token
-  access_token token_;
+  per_process<memory> memory_;
 };
 
 inline result<void> session::ready() {
@@ -5638,9 +5754,10 @@ inline result<std::string> session::authorization(call& user_call) {
   if (!has_key) {
     std::vector<std::string> warnings;  // reported without the lock: on_warning may use this client
     {
-      const std::lock_guard<std::mutex> guard(mutex);
-      if (!netrc_key_) netrc_key_ = api_key_from_netrc(config, *base, warnings);
-      key = *netrc_key_;
+      memory& known = memory_.get();
+      const std::lock_guard<std::mutex> guard(known.mutex);
+      if (!known.netrc_key) known.netrc_key = api_key_from_netrc(config, *base, warnings);
+      key = *known.netrc_key;
     }
     for (const auto& text : warnings) warn(text);
   }
@@ -5657,24 +5774,26 @@ inline result<std::string> session::authorization(call& user_call) {
 /// call exchanges the identity token while the others wait.
 inline result<std::string> session::bearer(call& user_call) {
   if (!base) return base.error();
-  std::unique_lock<std::mutex> turn(token_mutex_, std::defer_lock);
+  memory& known = memory_.get();
+  access_token& token = known.token;
+  std::unique_lock<std::mutex> turn(known.token_mutex, std::defer_lock);
   while (!turn.try_lock()) {
     if (!user_call.sleep(milliseconds(20))) return user_call.why_cancelled();
   }
   const auto keys = shared_token_keys(config.base_url, *base);
   for (const auto& key : keys) {
-    if (token_.lasts()) break;
-    token_ = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
+    if (token.lasts()) break;
+    token = read_shared_token(config.credentials_file, key, std::chrono::system_clock::now());
   }
   result<void> kept;
-  if (!token_.lasts()) {
+  if (!token.lasts()) {
     auto got = exchange_identity(user_call);
     if (!got) return got.error();
-    token_ = *std::move(got);
+    token = *std::move(got);
     if (!config.credentials_file.empty())
-      kept = write_shared_token(config.credentials_file, keys.front(), token_);
+      kept = write_shared_token(config.credentials_file, keys.front(), token);
   }
-  const std::string value = "Bearer " + token_.value;
+  const std::string value = "Bearer " + token.value;
   turn.unlock();  // on_warning may use this client
   if (!kept) warn(kept.error().what());
   return value;
@@ -5969,7 +6088,8 @@ class service {
   /// The error for a file that look_up has not found. Makes a request, to suggest names.
   error missing_file(const run_path& run, const std::string& name, const lookup& answered);
   /// Returns the error for a pattern that no file matches. If the pattern is a name, makes a request, to suggest names.
-  error no_match(const run_path& run, const std::string& pattern);
+  /// `excluded`: the number of files that match, but are left out.
+  error no_match(const run_path& run, const std::string& pattern, std::size_t excluded);
   /// Lists all files of a run.
   result<std::vector<file_info>> list_files(const run_path& run);
   /// Calls `take` for each file of a run, with one request for each page of 500, until it returns false. A file without a
@@ -6258,11 +6378,15 @@ inline error service::missing_file(const run_path& run, const std::string& name,
   return error(errc::file_not_found, task + ": the run has no such file at " + host() + ": " + hint);
 }
 
-inline error service::no_match(const run_path& run, const std::string& pattern) {
+inline error service::no_match(const run_path& run, const std::string& pattern, std::size_t excluded) {
+  const std::string task = "looking for files that match " + in_quotes(pattern) + " in " + run.str() + ": ";
+  if (excluded > 0) {
+    return error(errc::file_not_found, task + "the files that match (" + std::to_string(excluded) +
+                                           ") are all excluded: check the patterns of `exclude`");
+  }
   const bool is_name = pattern.find_first_of("*?") == pattern.npos && pattern.back() != '/';
   return error(errc::file_not_found,
-               "looking for files that match " + in_quotes(pattern) + " in " + run.str() +
-                   ": the run has no such file at " + host() + ": " +
+               task + "the run has no such file at " + host() + ": " +
                    (is_name ? hint_for_missing(run, plain_name(pattern)) : list_advice));
 }
 
@@ -6353,10 +6477,7 @@ inline result<bool> service::for_each_file(const run_path& run, function_ref<boo
 }
 
 inline result<std::string> service::default_entity() {
-  {
-    const std::lock_guard<std::mutex> guard(session_.mutex);
-    if (session_.default_entity) return *session_.default_entity;
-  }
+  if (auto known = session_.default_entity(); !known.empty()) return known;
   const std::string task = "asking for the account's default entity";
   auto data = ask(task, "query Viewer { viewer { id entity } }", json_object());
   if (!data) return data.error();
@@ -6367,8 +6488,7 @@ inline result<std::string> service::default_entity() {
                      " reports none; set WANDB_ENTITY, or give entity/project/run_id as the run path" +
                      (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()));
   }
-  const std::lock_guard<std::mutex> guard(session_.mutex);
-  session_.default_entity = entity;
+  session_.default_entity(entity);
   return entity;
 }
 
@@ -7083,7 +7203,7 @@ class file_location {
   };
   /// Asks the service for the file again. Returns the new address at the service.
   using renewal = std::function<result<url>(call& asking_call)>;
-  static constexpr int most_renewals = 3;  // without a response between them
+  static constexpr int max_renewals = 3;  // without a response between them
 
   /// `direct_address`: the final address, if the service has told it; else an empty one.
   file_location(url service_address, url direct_address, renewal renew)
@@ -7144,11 +7264,11 @@ class file_location {
     changed_.notify_all();
   }
   /// Call when the file's server has refused the address: it may have expired. Returns true if the next acquire() asks for
-  /// a new one, false after most_renewals.
+  /// a new one, false after max_renewals.
   bool renew(const lease& refused) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (refused.generation != generation_) return true;  // another connection was faster
-    if (renewals_ == most_renewals) return false;
+    if (renewals_ == max_renewals) return false;
     ++renewals_;
     is_renewal_due_ = true;
     reset();
@@ -7257,9 +7377,9 @@ struct transfer_job {
   [[nodiscard]] bool is_checked() const { return remote.info.size || is_verified(); }
 };
 
-/// How a transfer reacts to a setback.
-enum class remedy {
-  none,     // no failure, or already remedied: continue
+/// How a transfer reacts to a failed request.
+enum class retry_mode {
+  none,     // no failure, or already handled: continue
   retry,    // try again if the error is transient
   fewer,    // as retry; the server may accept fewer connections only
   whole,    // the server does not support ranges: fetch the whole file
@@ -7267,8 +7387,8 @@ enum class remedy {
 };
 
 /// Why a request or a download did not bring all of its bytes.
-struct setback {
-  remedy cure = remedy::none;
+struct fetch_failure {
+  retry_mode mode = retry_mode::none;
   std::optional<error> failure = {};
 
   explicit operator bool() const { return failure.has_value(); }
@@ -7419,20 +7539,20 @@ class transfer : public file_access {
 class file_request : public body_sink {
  public:
   /// Makes the request. A result without failure does not imply has_ended(): the cause of a failure may have been remedied.
-  setback fetch();
+  fetch_failure fetch();
 
   /// Whether the transport delivered a response of status 200 or 206 to its end.
   [[nodiscard]] bool has_ended() const { return has_ended_; }
   /// Whether the response had another entity tag than an earlier one.
   [[nodiscard]] bool met_other_entity() const { return is_other_entity_; }
-  /// Makes a setback with the text "<label of the job>: <address> <problem>".
-  [[nodiscard]] setback failure(remedy cure, errc code, const std::string& problem) const {
-    return {cure, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
+  /// Makes a failure with the text "<label of the job>: <address> <problem>".
+  [[nodiscard]] fetch_failure failure(retry_mode mode, errc code, const std::string& problem) const {
+    return {mode, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
   }
-  /// Makes the setback for a response that lacks bytes. A complete response that is not the file is no transient failure.
-  [[nodiscard]] setback ended_early(std::uint64_t missing) const {
+  /// Makes the failure for a response that lacks bytes. A complete response that is not the file is no transient failure.
+  [[nodiscard]] fetch_failure ended_early(std::uint64_t missing) const {
     const bool is_foreign = !remark_.empty() && sample_.is_whole();
-    return failure(remedy::retry, is_foreign ? errc::protocol_violation : errc::connection_failed,
+    return failure(retry_mode::retry, is_foreign ? errc::protocol_violation : errc::connection_failed,
                    "ended " + std::to_string(missing) + " bytes early" + remark_);
   }
   /// Whether the transfer still needs the bytes. The transport may ask from another thread.
@@ -7447,18 +7567,18 @@ class file_request : public body_sink {
 
  protected:
   /// An `asked.end` of 0 stands for the end of the file; {0, 0} is the whole file, requested without a Range field.
-  /// `on_violation`: the remedy for a response that breaks the protocol.
-  file_request(file_access& requester, call& user_call, byte_range asked, remedy on_violation)
+  /// `on_violation`: how to react to a response that breaks the protocol.
+  file_request(file_access& requester, call& user_call, byte_range asked, retry_mode on_violation)
       : requester_(requester), call_(user_call), asked_(asked), on_violation_(on_violation) {}
   ~file_request() = default;
 
   [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
-  [[nodiscard]] setback wrong_size(remedy cure, std::uint64_t size) const {
-    return failure(cure, errc::checksum_mismatch,
+  [[nodiscard]] fetch_failure wrong_size(retry_mode mode, std::uint64_t size) const {
+    return failure(mode, errc::checksum_mismatch,
                    "has " + std::to_string(size) + " bytes, the service says " +
                        std::to_string(*requester_.job_.remote.info.size));
   }
-  [[nodiscard]] setback violation(const std::string& problem) const {
+  [[nodiscard]] fetch_failure violation(const std::string& problem) const {
     return failure(on_violation_, errc::protocol_violation, problem);
   }
   /// For take(): refuses bytes beyond the end of the response or the file.
@@ -7477,9 +7597,9 @@ class file_request : public body_sink {
   /// Reports the head of a response of status 200 or 206.
   virtual void responded() {}
   /// Checks a response with the requested range or the beginning of it.
-  virtual setback begin_part(const http_response& head, const content_range& part) = 0;
+  virtual fetch_failure begin_part(const http_response& head, const content_range& part) = 0;
   /// Checks a response with the whole file. `length` is empty if the response does not tell it.
-  virtual setback begin_whole(const http_response& head, std::optional<std::uint64_t> length) = 0;
+  virtual fetch_failure begin_whole(const http_response& head, std::optional<std::uint64_t> length) = 0;
   /// Takes a piece of the body. Returns false to stop.
   virtual bool take(std::string_view bytes) = 0;
 
@@ -7487,28 +7607,28 @@ class file_request : public body_sink {
   [[nodiscard]] bool is_sampled() const {
     return problem_.failure->code() == errc::checksum_mismatch && !sample_.is_coded() && !sample_.is_full();
   }
-  [[nodiscard]] setback begin(const http_response& head);
-  [[nodiscard]] setback refused(const answer& got, const std::string& authorization);
-  [[nodiscard]] setback other_entity(call& asking_call);
+  [[nodiscard]] fetch_failure begin(const http_response& head);
+  [[nodiscard]] fetch_failure refused(const answer& got, const std::string& authorization);
+  [[nodiscard]] fetch_failure other_entity(call& asking_call);
 
   file_access& requester_;
   call& call_;
   const byte_range asked_;
-  const remedy on_violation_;
+  const retry_mode on_violation_;
   file_location::lease lease_;
-  url address_;      // of the request; after redirects, of the response
-  setback problem_;  // the reason for which the response was refused
+  url address_;            // of the request; after redirects, of the response
+  fetch_failure problem_;  // the reason for which the response was refused
   response_sample sample_;
   std::string remark_;  // text to append to a failure
   bool is_other_entity_ = false, has_body_ = false, has_ended_ = false;
 };
 
-inline setback file_request::fetch() {
+inline fetch_failure file_request::fetch() {
   const transfer_job& job = requester_.job_;
   file_location& location = requester_.location_;
   call asking_call(call_, requester_.state_.stop_flag());
   auto lease = location.acquire(asking_call);
-  if (!lease) return {remedy::retry, lease.error()};
+  if (!lease) return {retry_mode::retry, lease.error()};
   lease_ = *std::move(lease);
   const struct releaser {  // the transport may throw
     file_location& location;
@@ -7520,7 +7640,7 @@ inline setback file_request::fetch() {
   if (job.service_session.is_own(address_)) authorization = job.service_session.authorization(asking_call);
   if (!authorization) {
     const error& refusal = authorization.error();
-    return {remedy::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
+    return {retry_mode::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
   }
   http_request request;
   if (is_range()) {
@@ -7540,7 +7660,7 @@ inline setback file_request::fetch() {
     const std::lock_guard<std::mutex> guard(requester_.remark_mutex_);
     requester_.remark_ = remark_;
   }
-  setback now;
+  fetch_failure now;
   const bool is_served = got && (got->head.status == 200 || got->head.status == 206);
   if (is_other_entity_) {
     now = other_entity(asking_call);
@@ -7554,7 +7674,7 @@ inline setback file_request::fetch() {
     const auto code = is_compressed ? errc::protocol_violation : now.failure->code();
     if (!remark_.empty()) now.failure = error(code, now.failure->what() + remark_);
   } else if (!got) {
-    now = {remedy::fewer, got.error()};
+    now = {retry_mode::fewer, got.error()};
     if (!has_body_ && got.error().code() != errc::cancelled) location.forget(lease_);
   } else if (!is_served) {
     now = refused(*got, *authorization);
@@ -7572,7 +7692,7 @@ inline bool file_request::start(const http_response& head) {
   if (!is_wanted()) return false;
   problem_ = begin(head);
   if (!problem_ && sample_.is_coded() && !requester_.job_.is_checked())
-    problem_ = failure(remedy::retry, errc::protocol_violation, "sends bytes that cannot be checked");
+    problem_ = failure(retry_mode::retry, errc::protocol_violation, "sends bytes that cannot be checked");
   if (problem_) return is_sampled();
   requester_.location_.found(lease_, address_);
   requester_.location_.served(lease_);
@@ -7580,7 +7700,7 @@ inline bool file_request::start(const http_response& head) {
 }
 
 /// RFC 9110, section 15.3.7.
-inline setback file_request::begin(const http_response& head) {
+inline fetch_failure file_request::begin(const http_response& head) {
   const std::string* field = head.header("Content-Range");
   const auto part = content_range::parse(field != nullptr ? *field : "");
   // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
@@ -7595,7 +7715,7 @@ inline setback file_request::begin(const http_response& head) {
 }
 
 /// Interprets a status that is neither 200 nor 206.
-inline setback file_request::refused(const answer& got, const std::string& authorization) {
+inline fetch_failure file_request::refused(const answer& got, const std::string& authorization) {
   const int status = got.head.status;
   const session& service_session = requester_.job_.service_session;
   error refusal = service_session.status_error(requester_.job_.label() + ": " + address_.redacted(), got,
@@ -7608,27 +7728,27 @@ inline setback file_request::refused(const answer& got, const std::string& autho
                            (status == 400 && contains_ignoring_case(got.body, "expired"));
   if (!is_own && has_expired) {
     if (requester_.location_.renew(lease_)) return {};
-    return {remedy::fewer,
+    return {retry_mode::fewer,
             error(status == 401 || status == 403 ? errc::permission_denied : errc::http_failure,
-                  std::string(refusal.what()) + ", also with " +
-                      std::to_string(file_location::most_renewals) + " new addresses",
+                  std::string(refusal.what()) + ", also with " + std::to_string(file_location::max_renewals) +
+                      " new addresses",
                   status)};
   }
   if (is_range() && (status == 400 || status == 405 || status == 416 || status == 501))
-    return {remedy::whole, refusal};
-  return {refusal.is_transient() ? remedy::fewer : remedy::retry, refusal};
+    return {retry_mode::whole, refusal};
+  return {refusal.is_transient() ? retry_mode::fewer : retry_mode::retry, refusal};
 }
 
 /// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
 /// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
-inline setback file_request::other_entity(call& asking_call) {
+inline fetch_failure file_request::other_entity(call& asking_call) {
   const auto same = requester_.ask_again(asking_call);
-  if (!same) return {remedy::retry, same.error()};
+  if (!same) return {retry_mode::retry, same.error()};
   if (requester_.job_.is_verified()) {
     requester_.entity_.ignore();
     return {};
   }
-  return failure(remedy::whole, errc::connection_failed, "has another entity tag than before");
+  return failure(retry_mode::whole, errc::connection_failed, "has another entity tag than before");
 }
 
 // ---- transfers
@@ -7647,19 +7767,19 @@ class ranged_transfer final : public transfer {
  private:
   class range_request;
   static constexpr int patience = 3;  // failures of a connection before the transfer tries with fewer
-  static constexpr int most_connections = 64;
+  static constexpr int max_connections = 64;
 
   [[nodiscard]] std::size_t connections() const {
     const std::uint64_t missing = file_.size() - table_.present();
     if (missing < range_plan::worth_splitting) return 1;
-    const auto wanted = static_cast<std::uint64_t>((std::min)(job_.options.connections, most_connections));
+    const auto wanted = static_cast<std::uint64_t>((std::min)(job_.options.connections, max_connections));
     return static_cast<std::size_t>((std::min)(wanted, missing / range_plan::first_piece));
   }
   void start_workers();
   void work(std::size_t connection);
   void fetch_range(std::size_t connection, std::string& buffer, milliseconds& park_time);
   bool wait_for_range(std::size_t connection);
-  setback fetch(std::size_t connection, std::string& buffer);
+  fetch_failure fetch(std::size_t connection, std::string& buffer);
   bool flush(std::size_t connection, std::string& buffer);
   void flush_whole_blocks(std::size_t connection, std::string& buffer);
   void tick(phase now);
@@ -7685,7 +7805,7 @@ class ranged_transfer::range_request final : public file_request {
 
   range_request(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
       : file_request(transfer, transfer.job_.user_call,
-                     asked.size() < transfer.file_.size() ? asked : byte_range(), remedy::whole),
+                     asked.size() < transfer.file_.size() ? asked : byte_range(), retry_mode::whole),
         transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
         begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
 
@@ -7703,15 +7823,15 @@ class ranged_transfer::range_request final : public file_request {
     return true;
   }
   void responded() override { transfer_.plan_.responded(connection_, clock::now()); }
-  setback begin_part(const http_response&, const content_range& part) override {
-    if (part.size && *part.size != transfer_.file_.size()) return wrong_size(remedy::whole, *part.size);
+  fetch_failure begin_part(const http_response&, const content_range& part) override {
+    if (part.size && *part.size != transfer_.file_.size()) return wrong_size(retry_mode::whole, *part.size);
     promised_end_ = part.bytes.end;
     return {};
   }
   /// If the server has ignored Range, this connection becomes the only one.
-  setback begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
+  fetch_failure begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
     const std::uint64_t size = transfer_.file_.size();
-    if (length && *length != size) return wrong_size(remedy::retry, *length);
+    if (length && *length != size) return wrong_size(retry_mode::retry, *length);
     if (is_range()) {
       transfer_.plan_.take_whole(connection_);
       buffer_.clear();
@@ -7872,20 +7992,17 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
   backoff tries(job_.user_call, retries_);
   while (cursor.is_wanted() && !state_.is_over()) {
     const std::uint64_t position = cursor.position, present = table_.present();
-    const setback now = fetch(connection, buffer);
+    const fetch_failure now = fetch(connection, buffer);
     if (!now || state_.is_over()) continue;
-    if (now.cure == remedy::whole && plan_.use_whole(connection)) continue;
-    if (now.cure == remedy::restart) is_replaced_ = true;
-    // Retry at once if the try has brought at least a block.
-    const bool has_progress = plan_.is_whole() ? table_.present() >= present + partial_file::block
-                                               : cursor.position >= position + partial_file::block;
-    if (has_progress && now.failure->is_transient()) {
-      tries.reset();
-      continue;
-    }
+    if (now.mode == retry_mode::whole && plan_.use_whole(connection)) continue;
+    if (now.mode == retry_mode::restart) is_replaced_ = true;
+    const std::uint64_t reached = cursor.position;
+    const std::uint64_t gained =
+        plan_.is_whole() ? table_.present() - present : reached - (std::min)(position, reached);
+    if (tries.retries_at_once(*now.failure, gained)) continue;
     const bool is_hopeless = !now.failure->is_transient() || tries.failures() + 1 >= patience ||
                              now.failure->retry_after() > std::chrono::seconds(1);
-    if (now.cure == remedy::fewer && is_hopeless && plan_.is_another_receiving(connection) &&
+    if (now.mode == retry_mode::fewer && is_hopeless && plan_.is_another_receiving(connection) &&
         plan_.park(connection)) {
       // Another connection receives bytes: the server may limit their number. Try again later.
       flush_whole_blocks(connection, buffer);
@@ -7904,13 +8021,13 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
 }
 
 /// Makes one request for the rest of a connection's range.
-inline setback ranged_transfer::fetch(std::size_t connection, std::string& buffer) {
+inline fetch_failure ranged_transfer::fetch(std::size_t connection, std::string& buffer) {
   const auto& cursor = plan_[connection];
   const byte_range asked = plan_.request(connection, clock::now());
   if (asked.size() == 0) return {};      // another connection has taken the range over
   if (asked.begin == 0) buffer.clear();  // the whole file: earlier bytes will arrive again
   range_request request(*this, connection, asked, buffer);
-  const setback now = request.fetch();
+  const fetch_failure now = request.fetch();
   plan_.ended(connection);
   if (!request.is_wanted()) return {};
   if (now || !request.has_ended() || !cursor.is_wanted() || request.is_short()) return now;
@@ -7935,7 +8052,7 @@ class stream_transfer final : public transfer {
     state_.run([this] { work(); });
   }
   void work();
-  setback fetch();
+  fetch_failure fetch();
   void start_over();
   /// Whether the md5 proves that all bytes have arrived.
   [[nodiscard]] bool is_proved() const {
@@ -7958,28 +8075,28 @@ class stream_transfer final : public transfer {
 class stream_transfer::stream_request final : public file_request {
  public:
   explicit stream_request(stream_transfer& transfer)
-      : file_request(transfer, transfer.job_.user_call, {transfer.position_, 0}, remedy::retry),
+      : file_request(transfer, transfer.job_.user_call, {transfer.position_, 0}, retry_mode::retry),
         transfer_(transfer) {}
 
   /// Whether the response ended before the end of the bytes that were present already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
-  [[nodiscard]] setback shorter() const {
-    return failure(remedy::restart, errc::protocol_violation, "became shorter during the download");
+  [[nodiscard]] fetch_failure shorter() const {
+    return failure(retry_mode::restart, errc::protocol_violation, "became shorter during the download");
   }
 
  private:
-  setback begin_part(const http_response& head, const content_range& part) override {
+  fetch_failure begin_part(const http_response& head, const content_range& part) override {
     // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
     const bool is_pinned = !transfer_.entity_.strong_tag().empty() && head.header("ETag") != nullptr;
     if (!transfer_.job_.is_verified() && !is_pinned)
-      return failure(remedy::whole, errc::connection_failed, "sends a part without the entity tag");
+      return failure(retry_mode::whole, errc::connection_failed, "sends a part without the entity tag");
     if (!part.size) return violation("does not tell the size of the file");
     if (transfer_.total_ && *part.size != *transfer_.total_) {
-      return failure(remedy::restart, errc::protocol_violation, "changed its size while it was fetched");
+      return failure(retry_mode::restart, errc::protocol_violation, "changed its size while it was fetched");
     }
     return check_total(part.size);
   }
-  setback begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
+  fetch_failure begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
     // With an md5, skip the bytes already present; without one, start over.
     if (transfer_.job_.is_verified()) {
       skipped_ = transfer_.position_;
@@ -7988,10 +8105,10 @@ class stream_transfer::stream_request final : public file_request {
     }
     return check_total(length);
   }
-  setback check_total(std::optional<std::uint64_t> size) {
+  fetch_failure check_total(std::optional<std::uint64_t> size) {
     if (!size) return {};
     if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
-      return wrong_size(remedy::retry, *size);
+      return wrong_size(retry_mode::retry, *size);
     if (*size < transfer_.position_) return shorter();
     transfer_.total_ = size;
     return {};
@@ -8045,15 +8162,15 @@ inline void stream_transfer::work() {
   backoff tries(job_.user_call, retries_);
   std::uint64_t furthest = 0;  // the highest position of all tries
   while (!state_.is_over()) {
-    const setback now = fetch();
+    const fetch_failure now = fetch();
     if (!now || state_.is_stopped()) continue;
-    if (now.cure == remedy::restart) is_replaced_ = true;
+    if (now.mode == retry_mode::restart) is_replaced_ = true;
     if (now.failure->is_transient()) {
       // All bytes may have arrived although the response did not end properly. Only the md5 can tell.
       if (is_proved()) return state_.complete();
-      if (position_ >= furthest + partial_file::block) {
-        furthest = position_;
-        tries.reset();  // retry at once: the try has brought at least a block
+      const std::uint64_t reached = position_;
+      if (tries.retries_at_once(*now.failure, reached - (std::min)(reached, furthest))) {
+        furthest = reached;
         continue;
       }
     }
@@ -8064,12 +8181,12 @@ inline void stream_transfer::work() {
 }
 
 /// Makes one request for the rest of the file. Completes the transfer if the response ended properly.
-inline setback stream_transfer::fetch() {
+inline fetch_failure stream_transfer::fetch() {
   const bool is_combinable = job_.is_verified() || !entity_.strong_tag().empty();
   if (position_ > 0 && (!is_combinable || (total_ && position_ >= *total_))) start_over();
   stream_request request(*this);
-  const setback now = request.fetch();
-  if (now.cure == remedy::whole) {
+  const fetch_failure now = request.fetch();
+  if (now.mode == retry_mode::whole) {
     start_over();
     if (!now.failure->is_transient()) return {};
   }
@@ -8083,15 +8200,15 @@ inline setback stream_transfer::fetch() {
 }
 
 /// Downloads the blocks that are missing in a partial file, and verifies the whole file. Blocks; calls on_progress in this
-/// thread. The remedy is `restart` if the bytes are worthless: the run has replaced the file, or the md5 is wrong.
-inline setback download(const transfer_job& job, partial_file& destination) {
+/// thread. The mode is `restart` if the bytes are worthless: the run has replaced the file, or the md5 is wrong.
+inline fetch_failure download(const transfer_job& job, partial_file& destination) {
   const auto address = url::parse(job.remote.address);
-  if (!address) return {remedy::retry, address.error()};
-  const auto run = [&](auto&& transfer) -> setback {
+  if (!address) return {retry_mode::retry, address.error()};
+  const auto run = [&](auto&& transfer) -> fetch_failure {
     const result<std::string> digest = transfer.run();
-    if (!digest) return {transfer.is_replaced() ? remedy::restart : remedy::retry, digest.error()};
+    if (!digest) return {transfer.is_replaced() ? retry_mode::restart : retry_mode::retry, digest.error()};
     if (!job.is_verified() || *digest == job.remote.info.md5) return {};
-    return {remedy::restart,
+    return {retry_mode::restart,
             error(errc::checksum_mismatch,
                   job.label() + ": its md5 is " + (digest->empty() ? "unreadable" : *digest) + " after " +
                       std::to_string(destination.size()) + " bytes, the service says " + job.remote.info.md5 +
@@ -8219,6 +8336,12 @@ inline error in_context(const error& failure, const std::string& task,
   if (std::all_of(names.begin(), names.end(), [&](const auto& name) { return text.find(name) != text.npos; }))
     return failure;
   return with_text(failure, task + ": " + failure.what());
+}
+
+/// Likewise for a task that concerns a run, such as "restoring x from ". `quoted`: the file's name or pattern in quotes, or "".
+inline error in_context(const error& failure, const std::string& task, const std::string& quoted,
+                        const run_path& run) {
+  return in_context(failure, task + shown(run), {quoted, run.project + '/' + run.run_id});
 }
 
 /// An open local copy. Facts, md5 and stream are those of the opened file, even if another process replaces it meanwhile.
@@ -8386,12 +8509,22 @@ class restoring {
     copy_.size = facts.size;
     copy_.modified += std::chrono::duration_cast<std::chrono::system_clock::duration>(
         std::chrono::nanoseconds(facts.modified));
-    if (const auto known = read_receipt(session_.config.cache_dir, place_.target, facts)) {
-      copy_.restored_from = known.run;
-      copy_.restored_name = known.name;
-      copy_.receipt_md5 = known.md5;
+    const auto known = read_receipt(session_.config.cache_dir, place_.target, facts);
+    if (!known) warn_of_receipts("read", known.error());
+    if (known && *known) {
+      copy_.restored_from = known->run;
+      copy_.restored_name = known->name;
+      copy_.receipt_md5 = known->md5;
     }
     return {};
+  }
+
+  /// Warns once for each client: a failure of the cache directory concerns every file.
+  void warn_of_receipts(const std::string& action, const error& failure) const {
+    if (session_.told_of_receipts.exchange(true)) return;
+    const std::string text = failure.what();  // the part after ';' is a remedy for failures in root
+    session_.warn("receipts cannot be " + action + ", so files of other runs will not be recognised: " +
+                  text.substr(0, text.find(';')) + "; set WANDB_CACHE_DIR to another directory");
   }
 
   /// Applies the policy to the opened copy. `remote` is null before the request to the service; after it, `ask` means
@@ -8420,7 +8553,7 @@ class restoring {
     const std::string wanted = other_name ? in_quotes(name_) + " of " + shown(run_) : shown(run_);
     return error(errc::local_conflict, in_quotes(place_.target) + " was restored from " + origin + ", but " +
                                            wanted +
-                                           " is asked for: replace or refresh it, or set another root");
+                                           " was requested: replace or refresh it, or set another root");
   }
 
   /// Returns the local copy. A copy with the service's md5 is the requested file, whatever its receipt says. Any other copy
@@ -8464,11 +8597,7 @@ class restoring {
   void remember(const std::string& md5, const file_facts& facts) const {
     const auto written = write_receipt(session_.config.cache_dir, place_.target,
                                        {run_, name_, facts.size, facts.modified, md5});
-    if (!written && !session_.told_of_receipts.exchange(true)) {
-      session_.warn(
-          std::string("receipts cannot be written, so files of other runs will not be recognised: ") +
-          written.error().what() + "; set WANDB_CACHE_DIR to another directory");
-    }
+    if (!written) warn_of_receipts("written", written.error());
   }
 
   result<restored_file> fetch(found_file remote) {
@@ -8477,12 +8606,9 @@ class restoring {
     place_lock lock(place_);
     if (!wait_for_turn(lock, remote.info)) return call_.why_cancelled();
     if (!lock.is_first()) lock.leave_file();  // until tidy() has found that no hidden file remains
-    // Another call may have restored the file meanwhile: apply the policy to the new copy, too.
-    auto before = opened_;
-    if (auto opened = open_copy(); !opened) return opened.error();
-    const bool is_another = opened_ && !(before && before->facts() == opened_->facts());
-    before.reset();  // closes it: see publish()
-    if (is_another) {
+    const auto is_another = reopen_copy();
+    if (!is_another) return is_another.error();
+    if (*is_another) {
       if (!lock.is_first()) tidy(lock, std::chrono::seconds(3600));
       if (decide(&remote.info) == cache_policy::verdict::keep) {
         if (first_verdict_ == cache_policy::verdict::keep) {  // a call that started now would check this, too
@@ -8493,6 +8619,18 @@ class restoring {
       if (!remote.info.md5.empty() && copy_.md5() == remote.info.md5) return use_local(&remote.info);
       if (call_.cancelled()) return call_.why_cancelled();
     }
+    return download_and_publish(std::move(remote), lock);
+  }
+
+  /// Opens the local copy again: another call may have restored the file meanwhile. Returns whether it is another copy.
+  result<bool> reopen_copy() {
+    const auto before = std::move(opened_);  // closed on return: see publish()
+    if (auto opened = open_copy(); !opened) return opened.error();
+    return opened_ && !(before && before->facts() == opened_->facts());
+  }
+
+  /// Downloads the file and publishes it. If the downloaded bytes are worthless, downloads the file a second time, from nothing.
+  result<restored_file> download_and_publish(found_file remote, place_lock& lock) {
     const transfer_job job{session_, call_, run_, name_, options_, remote};
     for (bool again = false;; again = true) {
       // The md5 to verify the file with. Without one, no partial file is resumed.
@@ -8511,11 +8649,11 @@ class restoring {
       partial.fallback({});
       if (auto room = partial.reserve(); !room) return room.error();
 
-      const setback end = download(job, partial);
+      const fetch_failure end = download(job, partial);
       if (!end) return publish(partial, md5, lock);
       const error& failure = *end.failure;
       const bool is_wrong = failure.code() == errc::checksum_mismatch;
-      const bool is_worthless = end.cure == remedy::restart;
+      const bool is_worthless = end.mode == retry_mode::restart;
       if (!is_wrong && !is_worthless) {
         if (!partial.is_worth_keeping(md5)) return failure;
         return with_text(failure,
@@ -8738,20 +8876,32 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
   auto restored =
       restoring(current, user_call, options, std::string(name), *run, place(where->root / from_utf8(name)))();
   if (restored) return restored;
-  return in_context(restored.error(), "restoring " + quoted + " from " + shown(*run),
-                    {quoted, run->project + '/' + run->run_id});
+  return in_context(restored.error(), "restoring " + quoted + " from ", quoted, *run);
 }
 
 // ---- many files
 
-/// Whether restore_all restores the file of this name.
-inline bool is_wanted(std::string_view name, std::string_view pattern, const restore_options& options) {
-  if (!matches_pattern(name, pattern)) return false;
-  for (const std::string& excluded : options.exclude) {
-    if (matches_pattern(name, excluded)) return false;
+/// The files that a call with a pattern concerns: those that match, except excluded ones.
+class selection {
+ public:
+  selection(std::string_view pattern, const restore_options& options)
+      : pattern_(pattern), exclude_(options.exclude) {}
+
+  [[nodiscard]] bool takes(std::string_view name) {
+    if (!matches_pattern(name, pattern_)) return false;
+    for (const std::string& excluded : exclude_) {
+      if (matches_pattern(name, excluded)) return ++excluded_, false;
+    }
+    return true;
   }
-  return true;
-}
+  /// Returns the number of files that match, but are excluded.
+  [[nodiscard]] std::size_t excluded() const { return excluded_; }
+
+ private:
+  const std::string_view pattern_;
+  const std::vector<std::string>& exclude_;
+  std::size_t excluded_ = 0;
+};
 
 /// A set of hashes. std::unordered_set is slow to compile.
 class hash_set {
@@ -8798,7 +8948,7 @@ class restoring_all {
   result<restore_report> operator()() {
     service api(session_, user_call_);
     if (auto good = complete_entity(api, run_); !good) return good.error();
-    workers_ = std::vector<worker>(static_cast<std::size_t>((std::min)(options_.connections, most_workers)));
+    workers_ = std::vector<worker>(static_cast<std::size_t>((std::min)(options_.connections, max_workers)));
     const struct joiner {  // on_progress may throw
       restoring_all& owner;
       ~joiner() { owner.end(); }
@@ -8811,7 +8961,7 @@ class restoring_all {
       start_workers();
       supervise();
       lister_.join();
-      const auto report = [&] { return !user_call_.cancelled() && tell(); };
+      const auto report = [&] { return !user_call_.cancelled() && report_progress(); };
       if (!report_.files.empty() || listing_failure_ || state_.is_stopped() ||
           !wait.may_ask_again(has_run_ended_, report)) {
         break;
@@ -8823,7 +8973,7 @@ class restoring_all {
     if (!fatal_ && listing_failure_) fatal_ = listing_failure_;
     if (report_.files.empty()) {
       if (fatal_) return *fatal_;
-      return wait.in_context(api.no_match(run_, pattern_));
+      return wait.in_context(api.no_match(run_, pattern_, excluded_));
     }
     report_.failure = fatal_;
     for (std::size_t i = 0; i < report_.files.size() && fatal_; ++i) {
@@ -8834,8 +8984,8 @@ class restoring_all {
   }
 
  private:
-  static constexpr int most_workers = 64;
-  static constexpr std::size_t most_queued = 1000;  // files: addresses take memory, and expire
+  static constexpr int max_workers = 64;
+  static constexpr std::size_t max_queued = 1000;  // files: addresses take memory, and expire
 
   struct worker {
     restoring_all* owner = nullptr;
@@ -8885,12 +9035,14 @@ class restoring_all {
   void list() {
     state_.run([this] {
       service api(session_, part_call_);
+      selection wanted(pattern_, options_);
       bool is_cut = false;
       const auto listed = api.for_each_file(run_, [&](found_file& file) {
-        is_cut = !add(file);
+        is_cut = wanted.takes(file.info.name) ? !add(file) : part_call_.cancelled();
         return !is_cut;
       });
       const std::lock_guard<std::mutex> guard(mutex_);
+      excluded_ = wanted.excluded();
       if (listed) has_run_ended_ = *listed;
       is_list_whole_ = listed && !is_cut;
       if (!listed && !state_.is_stopped()) listing_failure_ = listed.error();
@@ -8899,11 +9051,10 @@ class restoring_all {
     is_listed_ = true;
     changed_.notify_all();
   }
-  /// Adds a file if it matches. Blocks while many files are waiting. Returns false if the call has been stopped.
+  /// Adds a file. Blocks while many files are waiting. Returns false if the call has been stopped.
   bool add(found_file& file) {
-    if (!is_wanted(file.info.name, pattern_, options_)) return !part_call_.cancelled();
     std::unique_lock<std::mutex> held(mutex_);
-    while (queue_.size() - next_ >= most_queued && !part_call_.cancelled())
+    while (queue_.size() - next_ >= max_queued && !part_call_.cancelled())
       changed_.wait_for(held, milliseconds(50));
     if (part_call_.cancelled()) return false;
     restored_entry entry;
@@ -8956,7 +9107,7 @@ class restoring_all {
           is_exclusive_ = large;
           ++active_;
           task taken = std::move(queue_[next_++]);
-          if (next_ == queue_.size() || next_ >= most_queued) {
+          if (next_ == queue_.size() || next_ >= max_queued) {
             queue_.erase(queue_.begin(), queue_.begin() + static_cast<std::ptrdiff_t>(next_));
             next_ = 0;
           }
@@ -8971,7 +9122,7 @@ class restoring_all {
   static bool is_large(const found_file& file) {
     return file.info.size.value_or(0) >= range_plan::worth_splitting;
   }
-  void work(worker& mine) {
+  void work(worker& self) {
     while (auto taken = take()) {
       const auto began = clock::now();
       found_file& remote = taken->remote;
@@ -8983,8 +9134,8 @@ class restoring_all {
       bool has_reported = false;  // the first report may count bytes of earlier calls
       own.on_progress = [&](const progress& now) {
         if (now.phase == phase::downloading) {
-          if (has_reported && now.bytes_done > mine.bytes) received_ += now.bytes_done - mine.bytes;
-          mine.bytes = now.bytes_done;
+          if (has_reported && now.bytes_done > self.bytes) received_ += now.bytes_done - self.bytes;
+          self.bytes = now.bytes_done;
           has_reported = true;
         }
         return true;
@@ -8993,10 +9144,10 @@ class restoring_all {
       call file_call(user_call_, state_.stop_flag());
       auto restored = restoring(session_, file_call, own, name, run_, place(where_.root / from_utf8(name)),
                                 remote.address.empty() ? nullptr : &remote)();
-      finish(*taken, mine, restored, clock::now() - began);
+      finish(*taken, self, restored, clock::now() - began);
     }
   }
-  void finish(const task& taken, worker& mine, const result<restored_file>& restored, clock::duration time) {
+  void finish(const task& taken, worker& self, const result<restored_file>& restored, clock::duration time) {
     std::optional<error> ending;
     {
       const std::lock_guard<std::mutex> guard(mutex_);
@@ -9010,15 +9161,14 @@ class restoring_all {
         entry.verified = restored->verified();
       } else {
         const std::string quoted = in_quotes(entry.name);
-        entry.failure = in_context(restored.error(), "restoring " + quoted + " from " + shown(run_),
-                                   {quoted, run_.project + '/' + run_.run_id});
+        entry.failure = in_context(restored.error(), "restoring " + quoted + " from ", quoted, run_);
         if (is_fatal(restored.error())) ending = entry.failure;
       }
       finished_[taken.index] = true;
       bytes_done_ += taken.remote.info.size.value_or(entry.size);
-      if (restored && restored->source() == source::downloaded && mine.bytes < entry.size)
-        received_ += entry.size - mine.bytes;  // a small file may be complete before it reports
-      mine.bytes = 0;
+      if (restored && restored->source() == source::downloaded && self.bytes < entry.size)
+        received_ += entry.size - self.bytes;  // a small file may be complete before it reports
+      self.bytes = 0;
       ++files_done_;
       --active_;
       is_exclusive_ = false;
@@ -9054,19 +9204,19 @@ class restoring_all {
         std::unique_lock<std::mutex> held(mutex_);
         changed_.wait_for(held, milliseconds(20));
       }
-      if (!tell() || user_call_.cancelled()) {
+      if (!report_progress() || user_call_.cancelled()) {
         state_.stop();
         changed_.notify_all();
       }
     }
     if (user_call_.cancelled()) return;
-    told_ = {};
-    tell();
+    reported_ = {};
+    report_progress();
   }
   /// Calls on_progress if a report is due. Returns false if it cancels the call.
-  bool tell() {
+  bool report_progress() {
     const auto now = clock::now();
-    if (!options_.on_progress || now - told_ < milliseconds(90)) return true;
+    if (!options_.on_progress || now - reported_ < milliseconds(90)) return true;
     progress report;
     std::string name;
     {
@@ -9091,7 +9241,7 @@ class restoring_all {
     }
     report.name = name;
     report.bytes_per_second = pace_;
-    told_ = now;
+    reported_ = now;
     if (options_.on_progress(report)) return true;
     user_call_.stop();
     return false;
@@ -9113,6 +9263,7 @@ class restoring_all {
   std::vector<task> queue_;  // files to restore; those before next_ have been taken
   std::size_t next_ = 0;
   std::size_t active_ = 0, files_done_ = 0;
+  std::size_t excluded_ = 0;    // files that match, but are left out
   bool is_exclusive_ = false;   // a large file is in work
   bool is_listed_ = false;      // the listing has ended, perhaps early
   bool is_list_whole_ = false;  // it has reached the end of the list
@@ -9125,7 +9276,7 @@ class restoring_all {
   std::vector<bool> finished_;  // for each file of the report
 
   // Only the caller's thread uses these.
-  clock::time_point told_{}, measured_ = clock::now();
+  clock::time_point reported_{}, measured_ = clock::now();
   std::uint64_t received_before_ = 0;
   double pace_ = 0;
 
@@ -9161,10 +9312,8 @@ WANDB_RESTORE_PRIVATE_INLINE result<restore_report> restore_all(session& current
   restoring_all job(current, options, std::string(pattern), checked->run, checked->where);
   auto report = job();
   if (report) return report;
-  const run_path& run = job.run();
   const std::string quoted = in_quotes(pattern);
-  return in_context(report.error(), "restoring " + quoted + " from " + shown(run),
-                    {quoted, run.project + '/' + run.run_id});
+  return in_context(report.error(), "restoring " + quoted + " from ", quoted, job.run());
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& current, std::string_view pattern,
@@ -9186,8 +9335,9 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
     progress_reporter reporter(user_call, options, name);
     for (;;) {
       std::optional<found_file> latest;
+      selection wanted(pattern, options);
       const auto listed = api.for_each_file(run, [&](found_file& file) {
-        if (!is_wanted(file.info.name, pattern, options)) return true;
+        if (!wanted.takes(file.info.name)) return true;
         if (!latest || time_of(latest->info) <= time_of(file.info)) latest = std::move(file);
         return true;
       });
@@ -9196,7 +9346,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
       const auto report = [&] { return reporter.report_if_due(phase::downloading, 0, {}); };
       if (!wait.may_ask_again(*listed, report)) {
         if (user_call.cancelled()) return user_call.why_cancelled();
-        return wait.in_context(api.no_match(run, name));
+        return wait.in_context(api.no_match(run, name, wanted.excluded()));
       }
     }
   }();
@@ -9212,8 +9362,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
   };
   auto file = restored();
   if (file) return file;
-  return in_context(file.error(), "restoring " + quoted + " from " + shown(run),
-                    {quoted, run.project + '/' + run.run_id});
+  return in_context(file.error(), "restoring " + quoted + " from ", quoted, run);
 }
 
 /// Returns options that name the run of an argument; a run_path without any part means the current run. Refuses a run_path
@@ -9267,8 +9416,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& 
     return api.list_files(*run);
   }();
   if (listed) return listed;
-  return in_context(listed.error(), "listing the files of " + shown(*run),
-                    {run->project + '/' + run->run_id});
+  return in_context(listed.error(), "listing the files of ", "", *run);
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,
@@ -9289,7 +9437,7 @@ namespace detail {
 class block_cache {
  public:
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
-  static constexpr std::size_t most_blocks = 64, most_at_once = 16;
+  static constexpr std::size_t max_blocks = 64, max_at_once = 16;
 
   /// Consecutive blocks that one thread fetches. Until finish(), no other thread reads or evicts them.
   struct claim {
@@ -9338,7 +9486,7 @@ class block_cache {
     sequence& reader = sequence_at(first);
     if (first == 0 && reader.blocks == 0) reader.blocks = 2;  // many files begin with a header
     const std::uint64_t ahead = (std::min)(first + 2 * reader.blocks, last_of_file + 1) - first;
-    const auto wanted = (std::min<std::uint64_t>)((std::max)(last - first + 1, ahead), most_at_once);
+    const auto wanted = (std::min<std::uint64_t>)((std::max)(last - first + 1, ahead), max_at_once);
     made.blocks.reserve(static_cast<std::size_t>(wanted));  // once a block is claimed, nothing may throw
     while (made.blocks.size() < wanted && find(first + made.blocks.size()) == nullptr) {
       slot* free = free_slot();
@@ -9416,7 +9564,7 @@ class block_cache {
 
   std::mutex mutex_;  // guards the rest
   std::condition_variable changed_;
-  std::array<slot, most_blocks> slots_;
+  std::array<slot, max_blocks> slots_;
   std::array<sequence, 8> sequences_;
   std::uint64_t time_ = 0;
 };
@@ -9488,7 +9636,7 @@ class remote_reader {
   result<void> fetch_blocks(call& user_call, const block_cache::claim& claimed, std::uint64_t needed_end);
   result<void> fetch(call& user_call, byte_range range, std::uint64_t needed_end, std::uint64_t& position,
                      taker take);
-  [[nodiscard]] error judged(const read_request& request, const setback& now) const;
+  [[nodiscard]] error judged(const read_request& request, const fetch_failure& now) const;
   [[nodiscard]] bool has_tag(const http_response& head);
   [[nodiscard]] bool is_same_version(const http_response& head);
 
@@ -9512,7 +9660,7 @@ class remote_reader::read_request final : public file_request {
  public:
   /// `position`: the offset of the next byte to arrive, at first `asked.begin`.
   read_request(remote_reader& reader, call& user_call, byte_range asked, std::uint64_t& position, taker take)
-      : file_request(reader.access_, user_call, asked, remedy::retry), reader_(reader), wanted_(asked),
+      : file_request(reader.access_, user_call, asked, retry_mode::retry), reader_(reader), wanted_(asked),
         position_(position), take_(take) {}
 
   [[nodiscard]] error changed(const std::string& problem) const {
@@ -9521,7 +9669,7 @@ class remote_reader::read_request final : public file_request {
 
  private:
   [[nodiscard]] bool is_same_entity(const http_response& head) override { return reader_.has_tag(head); }
-  setback begin_part(const http_response& head, const content_range& part) override {
+  fetch_failure begin_part(const http_response& head, const content_range& part) override {
     auto& size = reader_.size_;
     if (!size && !part.size) return violation("does not tell the size of the file");
     if (size && part.size && *part.size != *size) return of_other_size(*part.size);
@@ -9531,14 +9679,15 @@ class remote_reader::read_request final : public file_request {
     return check(head);
   }
   /// A server may ignore Range (RFC 9110, section 14.2). A whole file is accepted only if the requested range covers it.
-  setback begin_whole(const http_response& head, std::optional<std::uint64_t> length) override {
+  fetch_failure begin_whole(const http_response& head, std::optional<std::uint64_t> length) override {
     const auto size = reader_.size_ ? reader_.size_ : length;
     if (length && *length != *size) return of_other_size(*length);
     if (wanted_.begin > 0 || !size || *size > wanted_.end) {
-      const setback whole = failure(remedy::retry, errc::http_failure,
-                                    "answers with the whole file: this server does not send parts of files; "
-                                    "restore the file instead");
-      return {remedy::retry, error(errc::http_failure, whole.failure->what(), 200)};
+      const fetch_failure whole =
+          failure(retry_mode::retry, errc::http_failure,
+                  "answers with the whole file: this server does not send parts of files; "
+                  "restore the file instead");
+      return {retry_mode::retry, error(errc::http_failure, whole.failure->what(), 200)};
     }
     if (!reader_.size_) reader_.size_ = size;
     promised_end_ = *size;
@@ -9550,14 +9699,14 @@ class remote_reader::read_request final : public file_request {
     position_ += bytes.size();
     return true;
   }
-  [[nodiscard]] setback of_other_size(std::uint64_t size) const {
-    return {remedy::retry,
+  [[nodiscard]] fetch_failure of_other_size(std::uint64_t size) const {
+    return {retry_mode::retry,
             changed("has " + std::to_string(size) + " bytes instead of " + std::to_string(*reader_.size_))};
   }
-  [[nodiscard]] setback check(const http_response& head) {
+  [[nodiscard]] fetch_failure check(const http_response& head) {
     if (const auto coding = unwanted_coding(head); !coding.empty())
       return violation("sends a part that cannot be used: " + coding);
-    if (!reader_.is_same_version(head)) return {remedy::retry, changed("sends another version")};
+    if (!reader_.is_same_version(head)) return {retry_mode::retry, changed("sends another version")};
     return {};
   }
 
@@ -9638,7 +9787,7 @@ inline result<void> remote_reader::fetch(call& user_call, byte_range range, std:
   for (position = range.begin;;) {
     const std::uint64_t before = position;
     read_request request(*this, user_call, {position, range.end}, position, take);
-    setback now = request.fetch();
+    fetch_failure now = request.fetch();
     time.progressed(position - before);
     const std::uint64_t end = (std::min)(range.end, size_.value_or(range.end));
     const bool is_usable = !now || now.failure->is_transient();
@@ -9649,22 +9798,19 @@ inline result<void> remote_reader::fetch(call& user_call, byte_range range, std:
     const bool is_read_ahead = position >= needed_end && position > range.begin;
     if (is_read_ahead && (failure.code() == errc::connection_failed || failure.code() == errc::http_failure))
       return {};
-    if (failure.is_transient() && position >= before + block) {
-      tries.reset();  // retry at once: the try has brought at least a block
-      continue;
-    }
+    if (tries.retries_at_once(failure, position - before)) continue;
     if (auto last = tries.wait_after(failure)) return *std::move(last);
   }
 }
 
-/// Returns the error for a setback.
-inline error remote_reader::judged(const read_request& request, const setback& now) const {
+/// Returns the error for a failed request.
+inline error remote_reader::judged(const read_request& request, const fetch_failure& now) const {
   const error& failure = *now.failure;
   if (failure.code() == errc::cancelled) return failure;
   if (access_.is_replaced()) return request.changed("is out of date");
   if (request.met_other_entity()) return request.changed("has another entity tag than before");
   if (failure.http_status() == 416 && size_) return request.changed("has no bytes at this position");
-  if (now.cure != remedy::whole) return failure;
+  if (now.mode != retry_mode::whole) return failure;
   return error(errc::http_failure,
                failure.what() +
                    std::string("; this server may not send parts of files: restore the file instead"),
@@ -9839,7 +9985,7 @@ open_remote(const std::shared_ptr<session>& current, std::string_view name, cons
     return remote_reader::open(current, *run, wanted, std::move(found), options.cancel, user_call);
   }();
   if (opened) return opened;
-  return in_context(opened.error(), task + " of " + shown(*run), {quoted, run->project + '/' + run->run_id});
+  return in_context(opened.error(), task + " of ", quoted, *run);
 }
 
 WANDB_RESTORE_PRIVATE_INLINE result<remote_file> open_remote(const std::shared_ptr<session>& current,
@@ -9986,8 +10132,6 @@ inline constexpr char list_separator = ';';
 inline int socket_error() { return WSAGetLastError(); }
 inline bool would_block(int code) { return code == WSAEWOULDBLOCK; }
 inline std::string resolver_text(int code) { return system_text(code); }
-/// Windows has no fork.
-inline std::uint64_t this_process() { return 0; }
 
 inline void start_sockets() {
   static const int code = [] {
@@ -10025,15 +10169,6 @@ inline bool would_block(int code) {
   return code == EAGAIN || code == EWOULDBLOCK || code == EINPROGRESS || code == EINTR;
 }
 inline std::string resolver_text(int code) { return gai_strerror(code); }
-/// Identifies this process: never equal in a child and its parent. Process ids can be equal, if each process is the first of
-/// a pid namespace.
-inline std::uint64_t this_process() {
-  static std::atomic<std::uint32_t> forks{0};
-  static const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++forks; });
-  static_cast<void>(registered);
-  return std::uint64_t{forks.load()} << 32 | static_cast<std::uint32_t>(::getpid());
-}
-
 inline void start_sockets() {}
 inline void close_socket(socket_handle handle) { ::close(handle); }
 /// Opens a socket: non-blocking, close-on-exec, without SIGPIPE.
@@ -11075,27 +11210,15 @@ inline result<std::shared_ptr<SSL_CTX>> make_tls_context(const std::filesystem::
 }
 #endif
 
-/// The state that the connections of one process share. A forked child makes its own: the parent still uses its connections,
-/// and a lock that another thread held during the fork stays locked in the child.
+/// The state that the connections of one process share. A forked child has its own: the parent still uses its connections.
 struct connection_pool {
-  const std::uint64_t process = this_process();
-  connection_pool* const inherited;  ///< the pool of the parent process, or null
   address_memory memory = {};
   std::mutex tls_mutex = {};  ///< protects `tls`
   std::shared_ptr<tls_context> tls = {};
   idle_connections<connection> idle = {};
 
-  explicit connection_pool(connection_pool* parents) : inherited(parents) {}
-
-  /// Closes idle connections. Returns false if a lock was held during the fork: then the pool must neither be used nor
-  /// destroyed.
-  bool clear() {
-    for (std::mutex* const each : {&tls_mutex, &memory.mutex}) {
-      if (!each->try_lock()) return false;
-      each->unlock();
-    }
-    return idle.try_clear();
-  }
+  /// Closes idle connections. Returns false if a lock was held during the fork.
+  bool clear() { return is_free(tls_mutex) && is_free(memory.mutex) && idle.try_clear(); }
 };
 
 }  // namespace detail
@@ -11103,34 +11226,11 @@ struct connection_pool {
 struct http_transport::state {
   explicit state(const settings& configuration)
       : ca_file(configuration.ca_file), ca_directory(configuration.ca_directory),
-        verify(configuration.verify_tls), newest(new detail::connection_pool(nullptr)) {}
-  state(const state&) = delete;
-  state& operator=(const state&) = delete;
-  ~state() {
-    for (detail::connection_pool* pool = newest; pool != nullptr;) {
-      detail::connection_pool* const inherited = pool->inherited;
-      if (pool->clear()) delete pool;
-      pool = inherited;
-    }
-  }
+        verify(configuration.verify_tls) {}
 
   const std::filesystem::path ca_file, ca_directory;
   const bool verify;
-  std::atomic<detail::connection_pool*> newest;
-
-  /// The pool of this process.
-  detail::connection_pool& pool() {
-    detail::connection_pool* pool = newest;
-    if (pool->process == detail::this_process()) return *pool;
-    auto* const own = new detail::connection_pool(pool);
-    // Several threads of a child may get here at once: one installs its pool, the others use that.
-    if (!newest.compare_exchange_strong(pool, own)) {
-      delete own;
-      return *pool;
-    }
-    pool->clear();
-    return *own;
-  }
+  detail::per_process<detail::connection_pool> pools;
 
   /// Returns the pool's TLS configuration, which the first https request makes.
   result<std::shared_ptr<detail::tls_context>> shared_tls(detail::connection_pool& pool) {
@@ -11160,7 +11260,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
   if (!route) return route.error();
   const auto message = detail::request_message(request, *route);
   if (!message) return detail::malformed_header(*route);
-  detail::connection_pool& pool = state_->pool();
+  detail::connection_pool& pool = state_->pools.get();
   std::shared_ptr<detail::tls_context> tls;
   if (route->is_secure()) {
     auto shared = state_->shared_tls(pool);

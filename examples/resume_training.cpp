@@ -3,9 +3,9 @@
 //   WANDB_ENTITY=... WANDB_PROJECT=... WANDB_RUN_ID=... ./resume_training
 //
 // Without a run path the current run is used: WANDB_RUN_ID, or with WANDB_RESUME=auto the run in wandb/wandb-resume.json.
-// Only file_not_found may start a new training: the service knows the run, and the run has no such file. A program that did so
-// after a network failure would lose days of work, and then overwrite the good checkpoint with a new one. run_not_found is a
-// failure, too: without a valid API key the service hides private runs, so is_not_found() is not enough here.
+// Only file_not_found may start a new training: the run exists, and has no checkpoint. A program that did so after a network failure,
+// or without its API key (then the service hides the run: run_not_found), would lose days of work, and then overwrite the good
+// checkpoint with a new one.
 //
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"

@@ -52,7 +52,7 @@ int main(int argc, char** argv) {
       return 1;
     }
     std::cout << "continuing from " << checkpoint->name() << std::endl;
-  } else if (checkpoint.error().code() == wandb::errc::file_not_found) {
+  } else if (checkpoint.error().code() == wandb::errc::file_not_found) {  // see resume_training.cpp
     std::cout << "no checkpoint yet" << std::endl;
   } else {
     std::cerr << "not starting: " << checkpoint.error().what() << '\n';

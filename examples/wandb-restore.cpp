@@ -539,9 +539,11 @@ wandb::restore_options options_of(const arguments& given, console& out) {
   return options;
 }
 
-/// Reports a failure, and says how to name a run if none was named. Returns the exit status.
+/// Reports a failure, and says which option helps. Returns the exit status.
 int report(const wandb::error& failure, const arguments& given, console& out) {
   const int status = report(failure, out);
+  if (failure.code() == wandb::errc::local_conflict)
+    out.advise("--replace or --refresh replaces the local copy; --root DIR stores the file elsewhere");
   if (given.run_path.empty() && failure.code() == wandb::errc::invalid_run_path) {
     const bool like_one = given.names.size() > 1 && wandb::run_path::parse(given.names.back()).has_value();
     out.advise("name the run with --run-path " +
@@ -612,7 +614,7 @@ int restore_matches(wandb::client<>& client, const std::string& pattern, const a
       // The failure that ended the call is that of each file that was left: it is told once.
       const bool is_told =
           restored->failure && std::string_view(file.failure->what()) == restored->failure->what();
-      const int failure = is_told ? exit_status(file.failure->code()) : report(*file.failure, out);
+      const int failure = is_told ? exit_status(file.failure->code()) : report(*file.failure, given, out);
       if (status == status_done) status = failure;
       continue;
     }
@@ -623,7 +625,7 @@ int restore_matches(wandb::client<>& client, const std::string& pattern, const a
   if (restored->failure) {
     const bool is_interrupted = restored->failure->code() == wandb::errc::cancelled;
     if (is_interrupted) out.error("interrupted; the next call fetches only what is missing");
-    const int failure = is_interrupted ? status_interrupted : report(*restored->failure, out);
+    const int failure = is_interrupted ? status_interrupted : report(*restored->failure, given, out);
     if (status == status_done || failure == status_interrupted) status = failure;
   }
   out.finish(pattern + "  " + std::to_string(here.files - here.failed) + " of " + std::to_string(here.files) +
@@ -669,63 +671,106 @@ bool is_excluded(const std::string& name, const arguments& given) {
                      [&name](const std::string& pattern) { return wandb::matches_pattern(name, pattern); });
 }
 
-/// Prints the sizes and paths of the files that a restore would download. Returns the exit status.
-int show_downloads(wandb::client<>& client, const arguments& given, console& out) {
-  wandb::restore_options options = options_of(given, out);
-  const auto files = client.try_list_files(options);
-  if (!files) return report(files.error(), given, out);
+/// Says why no file is chosen for a NAME. `excluded`: the number of files that match, but are left out. Returns the exit status.
+int report_no_match(const std::string& name, std::size_t excluded, const arguments& given, console& out) {
+  const std::string run = given.run_path.empty() ? std::string("the current run") : given.run_path;
+  if (excluded > 0) {
+    out.error("the files of " + run + " that match \"" + name + "\" (" + std::to_string(excluded) +
+              ") are all excluded");
+  } else {
+    out.error("no file of " + run + " matches \"" + name + "\": --list without a NAME shows all files");
+  }
+  return status_not_found;
+}
 
-  const auto policy = given.replace   ? wandb::cache_policy::replace()
-                      : given.refresh ? wandb::cache_policy::refresh()
-                                      : wandb::cache_policy::keep();
-  std::size_t count = 0;
-  std::uint64_t bytes = 0;
-  const auto show = [&](const wandb::file_info& file) {
+/// What a restore would download.
+class plan {
+ public:
+  plan(const arguments& given, console& out) : given_(given), out_(out) {}
+
+  std::size_t count() const { return count_; }
+  std::uint64_t bytes() const { return bytes_; }
+
+  /// Prints a line for the file, if it would be downloaded. Returns an exit status: whether the restore would fail, or the line
+  /// cannot be printed.
+  int add(const wandb::file_info& file) {
     wandb::local_copy local;
-    local.path = given.directory / utf8_path(file.name);
+    local.path = given_.directory / utf8_path(file.name);
+    const std::string path = utf8_text(local.path);
     std::error_code failure;
+    if (std::filesystem::is_directory(local.path, failure)) {
+      out_.error("cannot restore \"" + file.name + "\": \"" + path + "\" is a directory; set another --root");
+      return status_disk;
+    }
     if (std::filesystem::exists(local.path, failure)) {
       local.size = std::filesystem::file_size(local.path, failure);
+      const auto policy = given_.replace   ? wandb::cache_policy::replace()
+                          : given_.refresh ? wandb::cache_policy::refresh()
+                                           : wandb::cache_policy::keep();
       auto verdict = policy(local, nullptr);
       if (verdict == wandb::cache_policy::verdict::ask) verdict = policy(local, &file);
-      if (verdict == wandb::cache_policy::verdict::keep) return true;
+      if (verdict == wandb::cache_policy::verdict::keep) return status_done;
     }
-    ++count;
-    bytes += file.size.value_or(0);
-    const std::string path = utf8_text(local.path);
-    if (!given.as_json) return print((file.size ? std::to_string(*file.size) : "-") + '\t' + path, out);
-    return print(text_of({{"name", file.name},
-                          {"path", path},
-                          {"size", file.size ? json(*file.size) : json(nullptr)},
-                          {"md5", unless_empty(file.md5)}}),
-                 out);
-  };
+    ++count_;
+    bytes_ += file.size.value_or(0);
+    const std::string line = given_.as_json ? text_of({{"name", file.name},
+                                                       {"path", path},
+                                                       {"size", file.size ? json(*file.size) : json(nullptr)},
+                                                       {"md5", unless_empty(file.md5)}})
+                                            : (file.size ? std::to_string(*file.size) : "-") + '\t' + path;
+    return print(line, out_) ? status_done : status_disk;
+  }
 
+ private:
+  const arguments& given_;
+  console& out_;
+  std::size_t count_ = 0;
+  std::uint64_t bytes_ = 0;
+};
+
+/// Prints the sizes and paths of the files that a restore would download. Returns the exit status.
+int show_downloads(wandb::client<>& client, const arguments& given, console& out) {
+  std::error_code unknown;
+  const auto root = std::filesystem::status(given.directory, unknown);
+  if (std::filesystem::exists(root) && !std::filesystem::is_directory(root)) {
+    out.error("--root \"" + utf8_text(given.directory) + "\" is not a directory");
+    return status_usage;
+  }
+  const auto files = client.try_list_files(options_of(given, out));
+  if (!files) return report(files.error(), given, out);
+
+  plan downloads(given, out);
   int status = status_done;
+  const auto add = [&](const wandb::file_info& file) {
+    const int failure = downloads.add(file);
+    if (status == status_done) status = failure;
+  };
   for (const std::string& name : given.names) {
     const wandb::file_info* newest = nullptr;
-    bool is_there = false;
+    std::size_t matches = 0, excluded = 0;
     for (const wandb::file_info& file : *files) {
-      const bool has_many = is_pattern(name) || given.newest;
-      if (!wandb::matches_pattern(file.name, name) || (has_many && is_excluded(file.name, given))) continue;
-      is_there = true;
-      if (given.newest) {
-        if (newest == nullptr || newest->updated_at <= file.updated_at) newest = &file;
-      } else if (!show(file)) {
-        return status_disk;
+      if (!wandb::matches_pattern(file.name, name)) continue;
+      ++matches;
+      if ((is_pattern(name) || given.newest) && is_excluded(file.name, given)) {
+        ++excluded;
+      } else if (!given.newest) {
+        add(file);
+      } else if (newest == nullptr || newest->updated_at <= file.updated_at) {
+        newest = &file;
       }
     }
-    if (newest != nullptr && !show(*newest)) return status_disk;
-    if (is_there) continue;
-    out.error("no file of the run matches \"" + name + '"');
-    if (status == status_done) status = status_not_found;
+    if (newest != nullptr) add(*newest);
+    if (matches > excluded) continue;
+    const int failure = report_no_match(name, excluded, given, out);
+    if (status == status_done) status = failure;
   }
-  if (given.as_json && has_totals(given) &&
-      !print(text_of({{"totals", {{"files", count}, {"bytes", bytes}}}}), out)) {
-    return status_disk;
+  if (given.as_json && has_totals(given)) {
+    const bool is_printed =
+        print(text_of({{"totals", {{"files", downloads.count()}, {"bytes", downloads.bytes()}}}}), out);
+    if (!is_printed && status == status_done) status = status_disk;
   }
-  out.note(std::to_string(count) + (count == 1 ? " file, " : " files, ") +
-           amount(static_cast<double>(bytes)) + " would be downloaded");
+  out.note(std::to_string(downloads.count()) + (downloads.count() == 1 ? " file, " : " files, ") +
+           amount(static_cast<double>(downloads.bytes())) + " would be downloaded");
   return status;
 }
 
@@ -761,8 +806,7 @@ int list_files(wandb::client<>& client, const arguments& given, console& out) {
   int status = status_done;
   for (std::size_t i = 0; i < used.size(); ++i) {
     if (used[i]) continue;
-    out.error("no file of the run matches \"" + given.names[i] + '"');
-    status = status_not_found;
+    status = report_no_match(given.names[i], 0, given, out);
   }
   return status;
 }
@@ -786,6 +830,9 @@ int run(int argc, char** argv) {
   arguments given;
   CLI::App app{"Restores files of Weights & Biases runs: verified, resumable.", "wandb-restore"};
   app.footer(help_footer);
+  app.failure_message([](const CLI::App*, const CLI::Error& failure) {
+    return "wandb-restore: " + printable(failure.what()) + "\nwandb-restore: see wandb-restore --help\n";
+  });
   app.set_version_flag("--version", "wandb-restore " WANDB_RESTORE_VERSION);
   app.add_option("NAME", given.names, "Files of the run")->type_name("");
   app.add_option("--run-path", given.run_path,
@@ -810,7 +857,9 @@ int run(int argc, char** argv) {
   app.add_option("--connections", given.connections, "Most connections")
       ->capture_default_str()
       ->type_name("N");
-  app.add_option("--timeout", given.timeout, "End a connection after this time without data; default: 30")
+  app.add_option("--timeout", given.timeout,
+                 "End a connection that is slower than 1 KiB/s for this time, and retries after ten times as "
+                 "long without progress; default: 30")
       ->type_name("SECONDS");
   app.add_flag("--show-settings", given.show_settings,
                "Print each setting, its value without secrets, and the source of the value");

@@ -330,6 +330,10 @@ TEST_SUITE("command line") {
     const outcome nothing = f.start(program, with_run(f, {"*.pt", "--exclude", "*"}));
     CHECK(nothing.status == 3);
     check_messages(nothing.err);
+    CHECK(contains(nothing.err, "(3) are all excluded"));
+    const outcome planned = f.start(program, with_run(f, {"*.pt", "--exclude", "*", "--dry-run"}));
+    CHECK(planned.status == 3);
+    CHECK(contains(planned.err, "(3) are all excluded"));
   }
 
   TEST_CASE("--show-settings prints values and sources, no secrets, and makes no request") {
@@ -420,6 +424,31 @@ TEST_SUITE("command line") {
     REQUIRE(objects.size() == 1);
     CHECK(objects[0]["name"] == "c.txt");
     CHECK(objects[0]["size"] == 1);
+  }
+
+  TEST_CASE(
+      "--dry-run refuses what a restore would refuse: a directory in a file's place, a root that is a file") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", "1");
+    f.server.add_file(f.run, "b.txt", "22");
+    fs::create_directories(f.work() / "here/a.txt");
+    write_file(f.work() / "file", "no directory");
+    for (const bool is_dry : {false, true}) {
+      CAPTURE(is_dry);
+      std::vector<std::string> taken = {"*", "--root", "here"}, rootless = {"b.txt", "--root", "file"};
+      for (auto* arguments : {&taken, &rootless})
+        if (is_dry) arguments->push_back("--dry-run");
+      const outcome directory = f.start(program, with_run(f, taken));
+      CHECK(directory.status == 7);
+      CHECK(contains(directory.err, "here/a.txt"));
+      CHECK(contains(directory.err, "is a directory"));
+      CHECK(contains(directory.out, "here/b.txt"));
+      const outcome file = f.start(program, with_run(f, rootless));
+      CHECK(file.status == 2);
+      CHECK(contains(file.err, "is not a directory"));
+      CHECK(file.out == "");
+      fs::remove(f.work() / "here/b.txt");
+    }
   }
 
   TEST_CASE("--list prints size, time and name, separated by tabs, in the service's order") {
@@ -543,6 +572,7 @@ TEST_SUITE("command line") {
       const outcome result = f.start(program, words);
       CHECK(result.status == 2);
       CHECK(result.out == "");
+      for (const std::string& line : lines_of(result.err)) CHECK(line.rfind("wandb-restore: ", 0) == 0);
       CHECK(result.err != "");
     }
     CHECK(f.server.requests(stand_in::request_kind::files).empty());

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <thread>
+#include <sys/wait.h>
 #include <unistd.h>
 #include <utility>
 
@@ -654,6 +655,52 @@ TEST_SUITE("credentials: identity tokens") {
     const auto failure = f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::connection_failed);
     CHECK(std::chrono::steady_clock::now() - begin < 10s);
     check_names(failure, {"a.txt", f.path, "127.0.0.1", "/oidc/token"});
+  }
+
+  TEST_CASE("a child uses the client of its parent, a thread of which exchanged the token during the fork") {
+    struct gated_transport {
+      pid_t parent;
+      int inside, open;  // pipes
+      wandb::result<wandb::http_response> send(const wandb::http_request&, wandb::body_sink&) const {
+        char byte = 0;
+        if (::getpid() == parent && (::write(inside, &byte, 1) != 1 || ::read(open, &byte, 1) != 0))
+          return wandb::error(errc::cancelled, "the pipes are broken");
+        return wandb::error::permanent(errc::permission_denied, "answered");
+      }
+    };
+    const temporary_directory directory;
+    wandb::settings s;
+    s.base_url = "http://127.0.0.1:1";
+    s.identity_token_file = write_file(directory / "identity", jwt).string();
+    s.on_warning = [](std::string_view) {};
+    int inside[2], open[2];
+    REQUIRE(::pipe(inside) == 0);
+    REQUIRE(::pipe(open) == 0);
+    wandb::client<gated_transport> client(s, gated_transport{::getpid(), inside[1], open[0]});
+    wandb::restore_options options;
+    options.run_path = "e/p/r";
+    const auto is_answered = [&] {
+      const auto listed = client.try_list_files(options);
+      return !listed && listed.error().code() == errc::permission_denied;
+    };
+    bool is_right = false;
+    std::thread exchanging([&] { is_right = is_answered(); });
+    char byte = 0;
+    REQUIRE(::read(inside[0], &byte, 1) == 1);
+    const pid_t child = ::fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      ::alarm(60);
+      ::_exit(is_answered() ? 7 : 8);
+    }
+    int status = 0;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 7);
+    ::close(open[1]);
+    exchanging.join();
+    CHECK(is_right);
+    for (const int end : {inside[0], inside[1], open[0]}) ::close(end);
   }
 
   TEST_CASE("a missing or empty identity file is reported with its name, without a request") {

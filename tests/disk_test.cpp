@@ -164,6 +164,12 @@ bool as_another_user(const std::function<void()>& body) {
   return true;
 }
 
+/// Returns the receipt of a file; an empty one if there is none or it cannot be read.
+wandb::detail::receipt receipt_for(const fs::path& cache, const fs::path& target,
+                                   const wandb::detail::file_facts& now) {
+  return wandb::detail::read_receipt(cache, target, now).value_or(wandb::detail::receipt());
+}
+
 }  // namespace
 
 TEST_SUITE("partial files") {
@@ -347,6 +353,37 @@ TEST_SUITE("partial files") {
     const auto mine = must(partial_file::open(at, md5, size));
     CHECK(mine->has(0));
     CHECK(content_at(*mine, 0) == block_text(0));
+    CHECK(find_partials(at).size() == 1);
+  }
+
+  TEST_CASE("a place whose directory cannot be read is not clean") {
+    const temporary_directory directory;
+    const place at(directory / "shared" / "model.h5");
+    fs::create_directory(at.directory);
+    CHECK(clean_up(at, 0));
+    REQUIRE(chmod(at.directory.c_str(), 0333) == 0);
+    fs::permissions(directory.path(), fs::perms(0777));
+    bool is_clean = true;
+    if (as_another_user([&] { is_clean = clean_up(at, 0); })) CHECK_FALSE(is_clean);
+  }
+
+  TEST_CASE("a partial file whose blocks were not all copied is not removed") {
+    const temporary_directory directory;
+    const place at(directory / "model.h5");
+    const auto larger = leave_killed(at, md5, 0, 2);
+    const auto smaller = leave_killed(at, md5, 3, 4);
+    {
+      const auto mine = must(partial_file::open(at, md5, size, [](std::uint64_t) { return false; }));
+      CHECK(mine->has(0));
+      CHECK_FALSE(mine->has(3));
+      CHECK_FALSE(fs::exists(larger));  // taken over
+      CHECK(fs::exists(smaller));
+      mine->release(at, md5);
+    }
+    const auto mine = must(partial_file::open(at, md5, size));
+    CHECK(mine->has(0));
+    CHECK(mine->has(3));
+    CHECK(content_at(*mine, 3) == block_text(3));
     CHECK(find_partials(at).size() == 1);
   }
 
@@ -1034,6 +1071,31 @@ TEST_SUITE("locks") {
     CHECK(WEXITSTATUS(status) == 0);
   }
 
+  TEST_CASE("a child has an object of its own, also if its parent's is locked during the fork") {
+    struct object {
+      std::mutex mutex = {};
+      int value = 0;
+      bool clear() { return wandb::detail::is_free(mutex); }
+    };
+    wandb::detail::per_process<object> all;
+    all.get().value = 1;
+    std::unique_lock<std::mutex> held(all.get().mutex);
+    const pid_t id = fork();
+    REQUIRE(id >= 0);
+    if (id == 0) {
+      ::alarm(60);
+      object& own = all.get();
+      const std::lock_guard<std::mutex> guard(own.mutex);
+      _exit(own.value == 0 && &own == &all.get() ? 7 : 8);
+    }
+    held.unlock();
+    int status = -1;
+    REQUIRE(waitpid(id, &status, 0) == id);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 7);
+    CHECK(all.get().value == 1);
+  }
+
   TEST_CASE("without a lock file the lock is unavailable, but still excludes other threads") {
     const temporary_directory directory;
     const place at(directory / "missing" / "model.h5");
@@ -1055,7 +1117,7 @@ TEST_SUITE("receipts") {
     REQUIRE(
         wandb::detail::write_receipt(cache, target, {run, "model \n.h5", facts->size, facts->modified, md5})
             .has_value());
-    const auto found = wandb::detail::read_receipt(cache, target, *facts);
+    const auto found = receipt_for(cache, target, *facts);
     REQUIRE(found);
     CHECK(found.run == run);
     CHECK(found.name == "model \n.h5");
@@ -1064,13 +1126,13 @@ TEST_SUITE("receipts") {
 
     auto changed = *facts;
     changed.size = 6;
-    CHECK_FALSE(wandb::detail::read_receipt(cache, target, changed));
+    CHECK_FALSE(receipt_for(cache, target, changed));
     changed = *facts;
     changed.modified += 1;
-    CHECK_FALSE(wandb::detail::read_receipt(cache, target, changed));
-    CHECK_FALSE(wandb::detail::read_receipt(cache, directory / "other", *facts));
-    CHECK_FALSE(wandb::detail::read_receipt({}, target, *facts));
-    CHECK_FALSE(wandb::detail::read_receipt(directory / "no cache", target, *facts));
+    CHECK_FALSE(receipt_for(cache, target, changed));
+    CHECK_FALSE(receipt_for(cache, directory / "other", *facts));
+    CHECK_FALSE(receipt_for({}, target, *facts));
+    CHECK_FALSE(receipt_for(directory / "no cache", target, *facts));
   }
 
   TEST_CASE("a receipt belongs to the path in any spelling") {
@@ -1084,8 +1146,8 @@ TEST_SUITE("receipts") {
     REQUIRE(wandb::detail::write_receipt(cache, "model.h5",
                                          {{"e", "p", "r"}, "model.h5", facts->size, facts->modified, md5})
                 .has_value());
-    CHECK(wandb::detail::read_receipt(cache, directory / "model.h5", *facts));
-    CHECK(wandb::detail::read_receipt(cache, "./x/../model.h5", *facts));
+    CHECK(receipt_for(cache, directory / "model.h5", *facts));
+    CHECK(receipt_for(cache, "./x/../model.h5", *facts));
   }
 
   TEST_CASE("a torn or forged receipt is ignored") {
@@ -1099,21 +1161,21 @@ TEST_SUITE("receipts") {
                 .has_value());
     const fs::path where = wandb::detail::receipt_path(cache, target);
     const std::string good = read_file(where);
-    REQUIRE(wandb::detail::read_receipt(cache, target, facts));
+    REQUIRE(receipt_for(cache, target, facts));
     for (std::size_t length = 0; length + 3 < good.size(); ++length) {
       write_file(where, good.substr(0, length));
-      REQUIRE_FALSE(wandb::detail::read_receipt(cache, target, facts));
+      REQUIRE_FALSE(receipt_for(cache, target, facts));
     }
     for (const char* text :
          {"null", "[]", "\"x\"", "{}", "{\"path\":1,\"size\":\"5\",\"modified_ns\":null}", "\x00\xff"}) {
       write_file(where, text);
-      CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts));
+      CHECK_FALSE(receipt_for(cache, target, facts));
     }
     write_file(where, good + std::string(100000, ' '));
-    CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts));
+    CHECK_FALSE(receipt_for(cache, target, facts));
     fs::remove(where);
     fs::create_directory(where);
-    CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts));
+    CHECK_FALSE(receipt_for(cache, target, facts));
   }
 
   TEST_CASE("the md5 of a file that changed a moment ago is not recorded") {
@@ -1123,7 +1185,7 @@ TEST_SUITE("receipts") {
     const auto facts = *facts_of(target);
     const wandb::detail::receipt known{{"e", "p", "r"}, "model.h5", facts.size, facts.modified, md5};
     REQUIRE(wandb::detail::write_receipt(cache, target, known).has_value());
-    const auto found = wandb::detail::read_receipt(cache, target, facts);
+    const auto found = receipt_for(cache, target, facts);
     REQUIRE(found);
     CHECK(found.run == known.run);
     CHECK(found.md5.empty());
@@ -1138,7 +1200,7 @@ TEST_SUITE("receipts") {
     const wandb::detail::receipt known{{"e", "p", "r"}, "model.h5", facts.size, facts.modified, md5};
     REQUIRE(wandb::detail::write_receipt(cache, target, known).has_value());
     const fs::path where = wandb::detail::receipt_path(cache, target);
-    REQUIRE(wandb::detail::read_receipt(cache, target, facts));
+    REQUIRE(receipt_for(cache, target, facts));
     SUBCASE("a link") {
       fs::rename(where, directory / "elsewhere");
       fs::create_symlink(directory / "elsewhere", where);
@@ -1154,9 +1216,9 @@ TEST_SUITE("receipts") {
       }
       REQUIRE(chown(where.c_str(), 65534, 65534) == 0);
     }
-    CHECK_FALSE(wandb::detail::read_receipt(cache, target, facts));
+    CHECK_FALSE(receipt_for(cache, target, facts));
     REQUIRE(wandb::detail::write_receipt(cache, target, known).has_value());
-    CHECK(wandb::detail::read_receipt(cache, target, facts));
+    CHECK(receipt_for(cache, target, facts));
     CHECK(facts_of(where)->user == geteuid());
   }
 
@@ -1338,7 +1400,7 @@ TEST_SUITE("publishing") {
                   directory / "cache", at.target,
                   {{"e", "p", "r"}, "model.h5", size, facts_of(at.target)->modified, md5})
                   .has_value());
-      CHECK(wandb::detail::read_receipt(directory / "cache", at.target, *facts_of(at.target)));
+      CHECK(receipt_for(directory / "cache", at.target, *facts_of(at.target)));
     }
   }
 }

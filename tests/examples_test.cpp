@@ -56,6 +56,12 @@ TEST_SUITE("examples") {
     f.environment["WANDB_API_KEY"] = key;
 
     f.server.add_file(f.run, "checkpoint.txt", "7 0.5\n");
+    const std::string key = std::exchange(f.environment["WANDB_API_KEY"], "");
+    result = f.start("resume_training", {});  // without a key the service hides the run
+    CHECK(result.status == 1);
+    CHECK(result.out == "");
+    CHECK(contains(result.err, "no API key"));
+    f.environment["WANDB_API_KEY"] = key;
     result = f.start("resume_training", {});
     CHECK(result.status == 0);
     CHECK(result.out == "resuming after epoch 7, loss 0.5\nepoch 8, loss 0.25\nepoch 9, loss 0.125\n");

@@ -593,13 +593,13 @@ TEST_SUITE("file location") {
                                ++asked;
                                return address(at_service);
                              });
-      for (int i = 0; i <= file_location::most_renewals; ++i) {
+      for (int i = 0; i <= file_location::max_renewals; ++i) {
         const auto lease = location.acquire(one.call);
         REQUIRE(lease.has_value());
         if (is_served) location.served(*lease);
-        CHECK(location.renew(*lease) == (is_served || i < file_location::most_renewals));
+        CHECK(location.renew(*lease) == (is_served || i < file_location::max_renewals));
       }
-      CHECK(asked == file_location::most_renewals);
+      CHECK(asked == file_location::max_renewals);
       CHECK(location.was_served() == is_served);
     }
   }
@@ -811,7 +811,8 @@ TEST_SUITE("backoff") {
     }
   }
 
-  TEST_CASE("after a reset the upper bound is the shortest again") {
+  TEST_CASE(
+      "after a try that brought a block there is no wait, and the next upper bound is the shortest again") {
     call_of_a_test one;
     one.call.reached = true;
     one.configuration.retry_timeout = 1h;
@@ -823,7 +824,11 @@ TEST_SUITE("backoff") {
       REQUIRE(wait.has_value());
       REQUIRE(wait->count() <= 500);
       CHECK(tries.failures() == 1);
-      tries.reset();
+      CHECK_FALSE(tries.retries_at_once(failure, wandb::detail::partial_file::block - 1));
+      CHECK_FALSE(
+          tries.retries_at_once(error(errc::protocol_violation, "x"), wandb::detail::partial_file::block));
+      CHECK(tries.failures() == 1);
+      CHECK(tries.retries_at_once(failure, wandb::detail::partial_file::block));
       CHECK(tries.failures() == 0);
     }
   }

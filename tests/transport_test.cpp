@@ -1034,7 +1034,7 @@ TEST_SUITE("http_transport") {
   }
 
   TEST_CASE("a child leaves its parent's pool alone if another thread held a lock of it during the fork") {
-    wandb::detail::connection_pool pool(nullptr);
+    wandb::detail::connection_pool pool;
     CHECK(pool.clear());
     for (std::mutex* const held : {&pool.tls_mutex, &pool.memory.mutex}) {
       std::thread([&] { held->lock(); }).join();  // as the child sees it: its owner does not exist there
