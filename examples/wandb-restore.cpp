@@ -182,6 +182,14 @@ std::string utf8_text(const std::filesystem::path& path) {
   return text;
 }
 
+/// Returns the name without "." parts and doubled slashes.
+std::string plain_name(const std::string& name) {
+  std::string text;
+  for (const auto unit : utf8_path(name).lexically_normal().generic_u8string())
+    text += static_cast<char>(unit);
+  return text;
+}
+
 // ---- text -------------------------------------------------------------------------------------------------
 
 /// Replaces control characters by '?': names and messages may come from a server and must not control the terminal.
@@ -804,7 +812,7 @@ class dry_run {
     if (place.copy && keeps()) return status_done;  // as in a restore, the service is not asked
     const auto* const all = files();
     if (all == nullptr) return *listing_failure_;
-    const std::string plain = utf8_text(utf8_path(name).lexically_normal());
+    const std::string plain = plain_name(name);
     const wandb::file_info* found = nullptr;
     for (const wandb::file_info& file : *all) {
       if (file.name == name || (file.name == plain && found == nullptr)) found = &file;
@@ -830,7 +838,7 @@ class dry_run {
       } else if (given_.newest) {
         if (newest == nullptr || newest->updated_at <= file.updated_at) newest = &file;
       } else {
-        const auto [other, is_new] = names.emplace(lower(file.name), file.name);
+        const auto [other, is_new] = names.emplace(lower(plain_name(file.name)), file.name);
         const int failure =
             is_new ? add(file, look_at(file.name)) : report_namesake(file.name, other->second);
         if (status == status_done) status = failure;
