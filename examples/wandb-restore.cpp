@@ -401,7 +401,9 @@ class console {
     const std::size_t width = terminal_width() - 1;  // the last column may wrap
     const std::size_t room = width - std::min(width, echo);
     const std::string line = is_idle(now) ? idle_line(now, room) : status_line(now, room);
-    const std::size_t before = std::min(drawn_ + echo, width);  // the terminal may have shrunk
+    // Spaces move the cursor, and the echo is to begin where the line ends: they cover it only once it may be there.
+    const std::size_t before =
+        std::min(drawn_ + (interrupted ? echo : 0), width);  // the terminal may have shrunk
     write('\r' + line + std::string(before - std::min(before, columns(line)), ' '));
     drawn_ = columns(line);
   }

@@ -1072,7 +1072,9 @@ TEST_SUITE("command line") {
       how.tty = &tty;
       child running(example(program),
                     with_run(f, {"checkpoints/a-directory/another-directory/model-best.h5"}), how);
-      REQUIRE(running.read_until([](const std::string& err) { return contains(err, "%"); }));
+      REQUIRE(running.read_until([](const std::string& err) {  // drawn again several times
+        return contains(err, "%") && std::count(err.begin(), err.end(), '\r') >= 5;
+      }));
       REQUIRE(::write(tty.master().get(), "\x03", 1) == 1);  // its signal goes to nobody here
       REQUIRE(running.read_until([](const std::string& err) { return contains(err, "^C"); }));
       running.signal(SIGINT);
