@@ -664,10 +664,14 @@ int restore_matches(wandb::client<>& client, const std::string& pattern, const a
     if (status == status_done || failure == status_interrupted) status = failure;
   }
   const std::string files =
-      std::to_string(here.files - here.failed) + " of " + std::to_string(here.files) + " files";
-  const std::string bytes = amount(static_cast<double>(here.bytes)), seconds = duration(time.seconds());
-  out.finish(pattern, files + ", " + bytes + " downloaded in " + seconds,
-             files + ", " + bytes + " in " + seconds);
+      std::to_string(here.files - here.failed) + " of " + std::to_string(here.files) + " files, ";
+  if (here.downloaded == 0 && here.failed == 0) {
+    out.finish(pattern, files + "local copies kept", files + "local copies kept");
+  } else {
+    const std::string bytes = files + amount(static_cast<double>(here.bytes));
+    const std::string seconds = " in " + duration(time.seconds());
+    out.finish(pattern, bytes + " downloaded" + seconds, bytes + seconds);
+  }
   return status;
 }
 
@@ -988,7 +992,10 @@ int run(int argc, char** argv) {
     std::vector<std::string> words = utf8_arguments(argc, argv);
     std::reverse(words.begin(), words.end());  // CLI11 takes the arguments in reverse order
     app.parse(std::move(words));
-    if (given.names.empty() && !given.list && !given.show_settings) throw CLI::RequiredError("NAME");
+    if (given.names.empty() && !given.list && !given.show_settings) {
+      throw CLI::ValidationError(
+          "a NAME is needed, for example: wandb-restore model-best.h5 --run-path entity/project/run_id");
+    }
     if (given.replace && given.refresh) throw CLI::ExcludesError("--replace", "--refresh");
     if (given.list && (given.newest || given.dry_run || given.wait != 0)) {
       throw CLI::ExcludesError("--list", given.newest ? "--newest" : given.dry_run ? "--dry-run" : "--wait");

@@ -642,6 +642,19 @@ TEST_SUITE("command line") {
     CHECK(f.server.requests(stand_in::request_kind::storage).empty());
   }
 
+  TEST_CASE("messages about arguments name the option or an example, and --help") {
+    fixture f;
+    const auto err = [&](const std::vector<std::string>& arguments) {
+      const outcome result = f.start(program, arguments);
+      CHECK(result.status == 2);
+      CHECK(contains(result.err, "--help"));
+      return result.err;
+    };
+    CHECK(contains(err({}), "wandb-restore model-best.h5 --run-path entity/project/run_id"));
+    CHECK(contains(err({"a.txt", "--timeout", "soon"}), "--timeout"));
+    CHECK(contains(err({"a.txt", "--no-such-option"}), "--no-such-option"));
+  }
+
   TEST_CASE("a run path in place of a name: the message names --run-path") {
     fixture f;
     const outcome both = f.start(program, {"a.txt", "team/project/run1"});
@@ -923,6 +936,13 @@ TEST_SUITE("command line") {
       CHECK(is_whole);
       CHECK(contains(seen.last, "12 of 12 files"));
       CHECK(seen.last.size() < width);
+
+      terminal next(width);
+      how.tty = &next;
+      child keeping(example(program), with_run(f, {"checkpoints/"}), how);
+      const screen kept = watch(keeping.wait().err);
+      CHECK(kept.last.substr(kept.last.find("  ")) == "  12 of 12 files, local copies kept");
+      CHECK(kept.last.size() < width);
     }
   }
 
