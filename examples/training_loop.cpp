@@ -5,6 +5,9 @@
 // The run is the current one: WANDB_ENTITY, WANDB_PROJECT and WANDB_RUN_ID. The checkpoints, checkpoints/epoch-1.txt and so on, are
 // uploaded by the program that started this one, for example with wandb.save("checkpoints/*") in Python.
 //
+// The first start finds no checkpoint: file_not_found. Every other failure ends the program, run_not_found, too: without a valid
+// API key the service hides private runs, and a run with checkpoints would begin again.
+//
 // SPDX-License-Identifier: MIT
 #include "wandb_restore.hpp"
 

@@ -26,6 +26,7 @@
 #include <exception>
 #include <filesystem>
 #include <iterator>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -181,6 +182,14 @@ std::string utf8_text(const std::filesystem::path& path) {
   return text;
 }
 
+/// Returns the name without "." parts and doubled slashes.
+std::string plain_name(const std::string& name) {
+  std::string text;
+  for (const auto unit : utf8_path(name).lexically_normal().generic_u8string())
+    text += static_cast<char>(unit);
+  return text;
+}
+
 // ---- text -------------------------------------------------------------------------------------------------
 
 /// Replaces control characters by '?': names and messages may come from a server and must not control the terminal.
@@ -264,6 +273,13 @@ std::string duration(double seconds) {
   if (seconds >= 60) return clock_time(seconds);
   char text[32];
   (void)std::snprintf(text, sizeof text, "%.1f s", seconds);
+  return text;
+}
+
+/// Returns the text with the ASCII letters in lower case.
+std::string lower(std::string text) {
+  for (char& c : text)
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
   return text;
 }
 
@@ -383,17 +399,32 @@ class console {
     if (!progress_) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     const std::size_t width = terminal_width() - 1;  // the last column may wrap
-    const std::string line = is_idle(now) ? idle_line(now, width) : status_line(now, width);
-    const std::size_t before = std::min(drawn_, width);  // the terminal may have shrunk
+    const std::size_t room = width - std::min(width, echo);
+    const std::string line = is_idle(now) ? idle_line(now, room) : status_line(now, room);
+    // Spaces move the cursor, and the echo is to begin where the line ends: they cover it only once it may be there.
+    const std::size_t before =
+        std::min(drawn_ + (interrupted ? echo : 0), width);  // the terminal may have shrunk
     write('\r' + line + std::string(before - std::min(before, columns(line)), ' '));
     drawn_ = columns(line);
   }
 
-  /// Replaces the progress line by a final line. An empty text clears the line.
-  void finish(std::string_view text) {
+  /// Clears the progress line.
+  void clear() {
     if (!progress_) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    write(erased() + (text.empty() ? "" : printable(text) + '\n'));
+    write(erased());
+  }
+  /// Replaces the progress line by a final line. On a narrow terminal the facts take their short form, and then the name is
+  /// shortened.
+  void finish(const std::string& name, std::string facts, const std::string& short_facts) {
+    if (!progress_) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::size_t width = terminal_width() - 1;
+    std::string shown = printable(name);
+    if (columns(shown) + 2 + facts.size() > width) facts = short_facts;
+    const std::size_t room = width - std::min(width, facts.size() + 2);
+    shown = room == 0 ? "" : shortened(std::move(shown), room) + "  ";
+    write(erased() + shown + facts + '\n');
   }
 
  private:
@@ -402,8 +433,9 @@ class console {
     write(erased() + "wandb-restore: " + printable(text, true) + '\n');
   }
   std::string erased() {
-    const std::size_t count = std::min(std::exchange(drawn_, 0), terminal_width() - 1);
-    return count == 0 ? "" : '\r' + std::string(count, ' ') + '\r';
+    if (drawn_ == 0) return {};
+    const std::size_t count = std::min(std::exchange(drawn_, 0) + echo, terminal_width() - 1);
+    return '\r' + std::string(count, ' ') + '\r';
   }
   /// Whether no file has been found yet, or the file may be still to come.
   bool is_idle(const wandb::progress& now) {
@@ -425,6 +457,8 @@ class console {
     return shortened(std::move(name), width - tail.size() - 2) + "  " + tail;
   }
   static void write(const std::string& text) { (void)std::fwrite(text.data(), 1, text.size(), stderr); }
+
+  static constexpr std::size_t echo = 2;  // columns behind the line, for the ^C that a terminal echoes
 
   std::mutex mutex_;  // guards the members: warnings may come from other threads than progress
   std::size_t drawn_ = 0;
@@ -589,10 +623,11 @@ int restore_file(wandb::client<>& client, const std::string& name, const argumen
   if (entry.source == wandb::source::downloaded) {
     sum.downloaded = 1;
     sum.bytes = entry.size;
-    out.finish(entry.name + "  " + amount(static_cast<double>(entry.size)) + " in " +
-               duration(time.seconds()) + verified);
+    const std::string facts =
+        amount(static_cast<double>(entry.size)) + " in " + duration(time.seconds()) + verified;
+    out.finish(entry.name, facts, facts);
   } else {
-    out.finish(entry.name + "  local copy kept" + verified);
+    out.finish(entry.name, "local copy kept" + verified, "kept" + verified);
   }
   return print(entry, given, out) ? status_done : status_disk;
 }
@@ -604,7 +639,7 @@ int restore_matches(wandb::client<>& client, const std::string& pattern, const a
   const auto restored = client.try_restore_all(pattern, options_of(given, out));
   if (!restored) return report(restored.error(), given, out);
 
-  out.finish("");  // before lines on standard output, which may be the same terminal
+  out.clear();  // before lines on standard output, which may be the same terminal
   int status = status_done;
   totals here;
   here.files = restored->files.size();
@@ -628,9 +663,15 @@ int restore_matches(wandb::client<>& client, const std::string& pattern, const a
     const int failure = is_interrupted ? status_interrupted : report(*restored->failure, given, out);
     if (status == status_done || failure == status_interrupted) status = failure;
   }
-  out.finish(pattern + "  " + std::to_string(here.files - here.failed) + " of " + std::to_string(here.files) +
-             " files, " + amount(static_cast<double>(here.bytes)) + " downloaded in " +
-             duration(time.seconds()));
+  const std::string files =
+      std::to_string(here.files - here.failed) + " of " + std::to_string(here.files) + " files, ";
+  if (here.downloaded == 0 && here.failed == 0) {
+    out.finish(pattern, files + "local copies kept", files + "local copies kept");
+  } else {
+    const std::string bytes = files + amount(static_cast<double>(here.bytes));
+    const std::string seconds = " in " + duration(time.seconds());
+    out.finish(pattern, bytes + " downloaded" + seconds, bytes + seconds);
+  }
   return status;
 }
 
@@ -683,36 +724,153 @@ int report_no_match(const std::string& name, std::size_t excluded, const argumen
   return status_not_found;
 }
 
-/// What a restore would download.
-class plan {
+/// A restore without its downloads: prints a line for each file that would be downloaded, and reports the failures that can be
+/// known without a download.
+class dry_run {
  public:
-  plan(const arguments& given, console& out) : given_(given), out_(out) {}
+  dry_run(const wandb::settings& settings, const arguments& given, console& out)
+      : settings_(settings), client_(settings), offline_(without_requests(settings)), given_(given),
+        out_(out) {}
 
-  std::size_t count() const { return count_; }
-  std::uint64_t bytes() const { return bytes_; }
-
-  /// Prints a line for the file, if it would be downloaded. Returns an exit status: whether the restore would fail, or the line
-  /// cannot be printed.
-  int add(const wandb::file_info& file) {
-    wandb::local_copy local;
-    local.path = given_.directory / utf8_path(file.name);
-    const std::string path = utf8_text(local.path);
-    std::error_code failure;
-    if (std::filesystem::is_directory(local.path, failure)) {
-      out_.error("cannot restore \"" + file.name + "\": \"" + path + "\" is a directory; set another --root");
-      return status_disk;
+  /// Returns the exit status.
+  int operator()() {
+    int status = status_done;
+    for (const std::string& name : given_.names) {
+      const int failure = is_pattern(name) || given_.newest ? add_matches(name) : add_file(name);
+      if (status == status_done || failure == status_interrupted) status = failure;
+      if (failure == status_interrupted || listing_failure_) break;
     }
-    if (std::filesystem::exists(local.path, failure)) {
-      local.size = std::filesystem::file_size(local.path, failure);
-      const auto policy = given_.replace   ? wandb::cache_policy::replace()
-                          : given_.refresh ? wandb::cache_policy::refresh()
-                                           : wandb::cache_policy::keep();
-      auto verdict = policy(local, nullptr);
-      if (verdict == wandb::cache_policy::verdict::ask) verdict = policy(local, &file);
-      if (verdict == wandb::cache_policy::verdict::keep) return status_done;
+    if (given_.as_json && has_totals(given_)) {
+      const bool is_printed = print(text_of({{"totals", {{"files", count_}, {"bytes", bytes_}}}}), out_);
+      if (!is_printed && status == status_done) status = status_disk;
+    }
+    out_.note(std::to_string(count_) + (count_ == 1 ? " file, " : " files, ") +
+              amount(static_cast<double>(bytes_)) + " would be downloaded");
+    return status;
+  }
+
+ private:
+  static wandb::settings without_requests(wandb::settings settings) {
+    settings.offline = true;
+    return settings;
+  }
+
+  /// The state of a file's place on this machine.
+  struct local_state {
+    std::optional<wandb::error> failure;    // of a restore
+    std::optional<wandb::local_copy> copy;  // if there is one
+  };
+
+  wandb::restore_options options() const {
+    wandb::restore_options options = options_of(given_, out_);
+    options.on_progress = nullptr;
+    return options;
+  }
+  bool keeps() const { return !given_.replace && !given_.refresh; }
+
+  /// Returns the failure of a restore that makes no request, unless it is the lack of a request.
+  template <class Restored>
+  static std::optional<wandb::error> failure_of(const Restored& restored) {
+    if (restored || restored.error().code() == wandb::errc::offline) return std::nullopt;
+    return restored.error();
+  }
+
+  /// Looks at the place of a file. Changes nothing: the policy never keeps a copy, because a restore that does may remove old
+  /// hidden files beside it.
+  local_state look_at(const std::string& name) {
+    local_state seen;
+    wandb::restore_options without_keeping = options();
+    without_keeping.replace = false;
+    without_keeping.cache =
+        wandb::cache_policy([&seen](const wandb::local_copy& copy, const wandb::file_info*) {
+          seen.copy = copy;
+          return wandb::cache_policy::verdict::fetch;
+        });
+    seen.failure = failure_of(offline_.try_restore(name, without_keeping));
+    // The library tells whether a copy that was restored from elsewhere is a local_conflict.
+    if (!seen.failure && seen.copy && keeps() && is_from_elsewhere(name, *seen.copy))
+      seen.failure = failure_of(offline_.try_restore(name, options()));
+    return seen;
+  }
+  bool is_from_elsewhere(const std::string& name, const wandb::local_copy& copy) const {
+    if (!copy.restored_from) return false;
+    const std::string current = given_.run_path.empty() ? settings_.run_id : std::string();
+    const auto run = wandb::run_path::parse(given_.run_path, {settings_.entity, settings_.project, current});
+    return !run || *run != *copy.restored_from || name != copy.restored_name;
+  }
+
+  /// Returns the run's files. Asks the service once; reports its failure. Null after a failure.
+  const std::vector<wandb::file_info>* files() {
+    if (!files_) {
+      auto listed = client_.try_list_files(options());
+      if (listed) {
+        files_ = *std::move(listed);
+      } else {
+        listing_failure_ = report(listed.error(), given_, out_);
+      }
+    }
+    return files_ ? &*files_ : nullptr;
+  }
+
+  int add_file(const std::string& name) {
+    const local_state place = look_at(name);
+    if (place.failure) return report(*place.failure, given_, out_);
+    if (place.copy && keeps()) return status_done;  // as in a restore, the service is not asked
+    const auto* const all = files();
+    if (all == nullptr) return *listing_failure_;
+    const std::string plain = plain_name(name);
+    const wandb::file_info* found = nullptr;
+    for (const wandb::file_info& file : *all) {
+      if (file.name == name || (file.name == plain && found == nullptr)) found = &file;
+    }
+    return found != nullptr ? add(*found, place) : report_no_match(name, 0, given_, out_);
+  }
+
+  int add_matches(const std::string& pattern) {
+    const auto refused = given_.newest ? failure_of(offline_.try_restore_newest(pattern, options()))
+                                       : failure_of(offline_.try_restore_all(pattern, options()));
+    if (refused) return report(*refused, given_, out_);
+    const auto* const all = files();
+    if (all == nullptr) return *listing_failure_;
+    int status = status_done;
+    const wandb::file_info* newest = nullptr;
+    std::size_t matches = 0, excluded = 0;
+    std::map<std::string, std::string> names;  // without regard to case
+    for (const wandb::file_info& file : *all) {
+      if (!wandb::matches_pattern(file.name, pattern)) continue;
+      ++matches;
+      if (is_excluded(file.name, given_)) {
+        ++excluded;
+      } else if (given_.newest) {
+        if (newest == nullptr || newest->updated_at <= file.updated_at) newest = &file;
+      } else {
+        const auto [other, is_new] = names.emplace(lower(plain_name(file.name)), file.name);
+        const int failure =
+            is_new ? add(file, look_at(file.name)) : report_namesake(file.name, other->second);
+        if (status == status_done) status = failure;
+      }
+    }
+    if (newest != nullptr) return add(*newest, look_at(newest->name));
+    return matches > excluded ? status : report_no_match(pattern, excluded, given_, out_);
+  }
+  int report_namesake(const std::string& name, const std::string& other) {
+    if (name == other) return status_done;  // a list that changes between two pages may have a file twice
+    out_.error("cannot restore \"" + name + "\": some file systems do not distinguish its name from \"" +
+               other + "\", another file of the run; restore it by its own name");
+    return status_usage;
+  }
+
+  /// Prints a line for the file, if it would be downloaded. Returns the exit status of the file.
+  int add(const wandb::file_info& file, const local_state& place) {
+    if (place.failure) return report(*place.failure, given_, out_);
+    if (place.copy && keeps()) return status_done;
+    if (place.copy && given_.refresh &&
+        wandb::cache_policy::refresh()(*place.copy, &file) == wandb::cache_policy::verdict::keep) {
+      return status_done;
     }
     ++count_;
     bytes_ += file.size.value_or(0);
+    const std::string path = utf8_text(given_.directory / utf8_path(file.name));
     const std::string line = given_.as_json ? text_of({{"name", file.name},
                                                        {"path", path},
                                                        {"size", file.size ? json(*file.size) : json(nullptr)},
@@ -721,58 +879,17 @@ class plan {
     return print(line, out_) ? status_done : status_disk;
   }
 
- private:
+  const wandb::settings& settings_;
+  wandb::client<> client_;
+  wandb::client<>
+      offline_;  // makes no request: the library checks names, roots and local files before it needs one
   const arguments& given_;
   console& out_;
+  std::optional<std::vector<wandb::file_info>> files_;
+  std::optional<int> listing_failure_;  // an exit status
   std::size_t count_ = 0;
   std::uint64_t bytes_ = 0;
 };
-
-/// Prints the sizes and paths of the files that a restore would download. Returns the exit status.
-int show_downloads(wandb::client<>& client, const arguments& given, console& out) {
-  std::error_code unknown;
-  const auto root = std::filesystem::status(given.directory, unknown);
-  if (std::filesystem::exists(root) && !std::filesystem::is_directory(root)) {
-    out.error("--root \"" + utf8_text(given.directory) + "\" is not a directory");
-    return status_usage;
-  }
-  const auto files = client.try_list_files(options_of(given, out));
-  if (!files) return report(files.error(), given, out);
-
-  plan downloads(given, out);
-  int status = status_done;
-  const auto add = [&](const wandb::file_info& file) {
-    const int failure = downloads.add(file);
-    if (status == status_done) status = failure;
-  };
-  for (const std::string& name : given.names) {
-    const wandb::file_info* newest = nullptr;
-    std::size_t matches = 0, excluded = 0;
-    for (const wandb::file_info& file : *files) {
-      if (!wandb::matches_pattern(file.name, name)) continue;
-      ++matches;
-      if ((is_pattern(name) || given.newest) && is_excluded(file.name, given)) {
-        ++excluded;
-      } else if (!given.newest) {
-        add(file);
-      } else if (newest == nullptr || newest->updated_at <= file.updated_at) {
-        newest = &file;
-      }
-    }
-    if (newest != nullptr) add(*newest);
-    if (matches > excluded) continue;
-    const int failure = report_no_match(name, excluded, given, out);
-    if (status == status_done) status = failure;
-  }
-  if (given.as_json && has_totals(given)) {
-    const bool is_printed =
-        print(text_of({{"totals", {{"files", downloads.count()}, {"bytes", downloads.bytes()}}}}), out);
-    if (!is_printed && status == status_done) status = status_disk;
-  }
-  out.note(std::to_string(downloads.count()) + (downloads.count() == 1 ? " file, " : " files, ") +
-           amount(static_cast<double>(downloads.bytes())) + " would be downloaded");
-  return status;
-}
 
 /// Lists the files that match any pattern. A pattern without a match is reported as file_not_found.
 int list_files(wandb::client<>& client, const arguments& given, console& out) {
@@ -782,13 +899,19 @@ int list_files(wandb::client<>& client, const arguments& given, console& out) {
   const auto files = client.try_list_files(options);
   if (!files) return report(files.error(), given, out);
 
-  std::vector<bool> used(given.names.size(), false);
+  struct uses {
+    std::size_t listed = 0, excluded = 0;  // files that match
+  };
+  std::vector<uses> used(given.names.size());
   for (const wandb::file_info& file : *files) {
+    const bool excluded = is_excluded(file.name, given);
     bool wanted = given.names.empty();
     for (std::size_t i = 0; i < given.names.size(); ++i) {
-      if (wandb::matches_pattern(file.name, given.names[i])) wanted = used[i] = true;
+      if (!wandb::matches_pattern(file.name, given.names[i])) continue;
+      wanted = true;
+      ++(excluded ? used[i].excluded : used[i].listed);
     }
-    if (!wanted || is_excluded(file.name, given)) continue;
+    if (!wanted || excluded) continue;
     std::string line;
     if (given.as_json) {
       line = text_of({{"name", file.name},
@@ -805,8 +928,7 @@ int list_files(wandb::client<>& client, const arguments& given, console& out) {
 
   int status = status_done;
   for (std::size_t i = 0; i < used.size(); ++i) {
-    if (used[i]) continue;
-    status = report_no_match(given.names[i], 0, given, out);
+    if (used[i].listed == 0) status = report_no_match(given.names[i], used[i].excluded, given, out);
   }
   return status;
 }
@@ -870,7 +992,10 @@ int run(int argc, char** argv) {
     std::vector<std::string> words = utf8_arguments(argc, argv);
     std::reverse(words.begin(), words.end());  // CLI11 takes the arguments in reverse order
     app.parse(std::move(words));
-    if (given.names.empty() && !given.list && !given.show_settings) throw CLI::RequiredError("NAME");
+    if (given.names.empty() && !given.list && !given.show_settings) {
+      throw CLI::ValidationError(
+          "a NAME is needed, for example: wandb-restore model-best.h5 --run-path entity/project/run_id");
+    }
     if (given.replace && given.refresh) throw CLI::ExcludesError("--replace", "--refresh");
     if (given.list && (given.newest || given.dry_run || given.wait != 0)) {
       throw CLI::ExcludesError("--list", given.newest ? "--newest" : given.dry_run ? "--dry-run" : "--wait");
@@ -899,8 +1024,8 @@ int run(int argc, char** argv) {
 
   if (given.show_settings) return show_settings(settings, given, out);
   given.directory = given.root.empty() ? settings.run_dir : utf8_path(given.root);
+  if (given.dry_run) return dry_run(settings, given, out)();
   wandb::client<> client(std::move(settings));
-  if (given.dry_run) return show_downloads(client, given, out);
   return given.list ? list_files(client, given, out) : restore_files(client, given, out);
 }
 

@@ -7,6 +7,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include <sys/stat.h>
+
 #include <optional>
 #include <sstream>
 
@@ -451,6 +453,59 @@ TEST_SUITE("command line") {
     }
   }
 
+  TEST_CASE("--dry-run ends with the status of a restore, wherever that needs no download") {
+    fixture f;
+    f.server.add_file(f.run, "a.txt", "1");
+    f.server.add_file(f.run, "d/Model.h5", "22");
+    f.server.add_file(f.run, "d/model.h5", "333");
+    f.server.add_file({"vanpelt", "my-project", "other"}, "a.txt", "two");
+    write_file(f.work() / "file", "no directory");
+    write_file(f.work() / "mine/gone.txt", "a file that the run does not have");
+    fs::create_directories(f.work() / "pipe");
+    REQUIRE(mkfifo((f.work() / "pipe/a.txt").c_str(), 0600) == 0);
+    REQUIRE(f.start(program, {"a.txt", "--run-path", "vanpelt/my-project/other", "--root", "other"}).status ==
+            0);
+    struct row {
+      std::vector<std::string> arguments;
+      int status;
+      const char* text;
+    };
+    const std::vector<row> table = {
+        {{"d/", "--root", "new"}, 2, "d/Model.h5"},
+        {{"d/model.h5", "--root", "new2"}, 0, ""},
+        {{"../a.txt"}, 2, "leaves the directory"},
+        {{"d/.."}, 2, "leaves the directory"},
+        {{"a.txt", "--root", "file/below"}, 2, "is not a directory"},
+        {{"*.txt", "--root", "file/below"}, 2, "is not a directory"},
+        {{"*.txt", "--newest", "--root", "file"}, 2, "is not a directory"},
+        {{"a.txt", "--root", "pipe"}, 7, "is not a regular file"},
+        {{"a.txt", "--root", "pipe", "--replace"}, 7, "is not a regular file"},
+        {{"a.txt", "--root", "other"}, 8, "--replace"},
+        {{"*.txt", "--root", "other"}, 8, "--replace"},
+        {{"gone.txt", "--root", "mine"}, 0, ""},
+        {{"gone.txt", "--root", "mine", "--refresh"}, 3, "gone.txt"},
+        {{"./a.txt", "--root", "new3"}, 0, ""},
+        {{"a.txt", "nothing.txt", "../a.txt", "--root", "new4"}, 3, "nothing.txt"},
+        {{"a.txt", "--root", "other", "--refresh"}, 0, ""},
+    };
+    for (const row& r : table) {
+      std::vector<std::string> dry = with_run(f, r.arguments);
+      dry.push_back("--dry-run");
+      CAPTURE(r.arguments[0]);
+      CAPTURE(r.arguments.back());
+      const outcome planned = f.start(program, dry), real = f.start(program, with_run(f, r.arguments));
+      CHECK(planned.status == r.status);
+      CHECK(real.status == r.status);
+      CHECK(contains(planned.err, r.text));
+      CHECK(contains(real.err, r.text));
+    }
+    f.server.clear_log();
+    const outcome kept = f.start(program, with_run(f, {"gone.txt", "--root", "mine", "--dry-run"}));
+    CHECK(kept.out == "");
+    CHECK(contains(kept.err, "0 files"));
+    CHECK(f.requests() == 0);  // as in a restore
+  }
+
   TEST_CASE("--list prints size, time and name, separated by tabs, in the service's order") {
     fixture f;
     f.server.add_file(f.run, "a/best.ckpt", "0123456789");
@@ -482,6 +537,14 @@ TEST_SUITE("command line") {
       check_messages(result.err);
       CHECK(contains(result.err, "*.h5"));
       CHECK_FALSE(contains(result.err, "*.yaml"));
+    }
+    SUBCASE("--exclude that leaves out every match is file_not_found") {
+      result = f.start(program, with_run(f, {"--list", "*.ckpt", "*.yaml", "--exclude", "*.ckpt"}));
+      CHECK(result.status == 3);
+      CHECK(lines_of(result.out).size() == 1);
+      check_messages(result.err);
+      CHECK(contains(result.err, "*.ckpt"));
+      CHECK(contains(result.err, "(2) are all excluded"));
     }
     SUBCASE("--json") {
       const auto objects = objects_of(f.start(program, with_run(f, {"--list", "--json"})).out);
@@ -577,6 +640,19 @@ TEST_SUITE("command line") {
     }
     CHECK(f.server.requests(stand_in::request_kind::files).empty());
     CHECK(f.server.requests(stand_in::request_kind::storage).empty());
+  }
+
+  TEST_CASE("messages about arguments name the option or an example, and --help") {
+    fixture f;
+    const auto err = [&](const std::vector<std::string>& arguments) {
+      const outcome result = f.start(program, arguments);
+      CHECK(result.status == 2);
+      CHECK(contains(result.err, "--help"));
+      return result.err;
+    };
+    CHECK(contains(err({}), "wandb-restore model-best.h5 --run-path entity/project/run_id"));
+    CHECK(contains(err({"a.txt", "--timeout", "soon"}), "--timeout"));
+    CHECK(contains(err({"a.txt", "--no-such-option"}), "--no-such-option"));
   }
 
   TEST_CASE("a run path in place of a name: the message names --run-path") {
@@ -823,6 +899,10 @@ TEST_SUITE("command line") {
         CHECK(rate);
       }
       CHECK(contains(seen.last, "verified"));
+      if (width >= 40) {
+        CHECK(seen.last.size() < width);
+        CHECK(contains(seen.last, "best.h5  1.9 MiB in "));
+      }
       CHECK(result.err.substr(result.err.size() - 2) == "\r\n");
     }
   }
@@ -855,6 +935,14 @@ TEST_SUITE("command line") {
       }
       CHECK(is_whole);
       CHECK(contains(seen.last, "12 of 12 files"));
+      CHECK(seen.last.size() < width);
+
+      terminal next(width);
+      how.tty = &next;
+      child keeping(example(program), with_run(f, {"checkpoints/"}), how);
+      const screen kept = watch(keeping.wait().err);
+      CHECK(kept.last.substr(kept.last.find("  ")) == "  12 of 12 files, local copies kept");
+      CHECK(kept.last.size() < width);
     }
   }
 
@@ -966,6 +1054,55 @@ TEST_SUITE("command line") {
       const outcome result = running.wait();
       CHECK(result.status == 0);
       CHECK(result.err == "");
+    }
+  }
+
+  /// Returns the rows that a terminal of `width` columns shows after this output.
+  std::vector<std::string> rows_of(const std::string& output, std::size_t width) {
+    std::vector<std::string> rows(1);
+    std::size_t column = 0;
+    for (const char c : output) {
+      if (c == '\r') {
+        column = 0;
+      } else if (c == '\n') {
+        rows.emplace_back();
+      } else {
+        if (column == width) {
+          rows.emplace_back();
+          column = 0;
+        }
+        if (rows.back().size() <= column) rows.back().resize(column + 1, ' ');
+        rows.back()[column++] = c;
+      }
+    }
+    for (std::string& row : rows) row.erase(row.find_last_not_of(' ') + 1);
+    return rows;
+  }
+
+  TEST_CASE("the ^C that a terminal echoes does not spoil the progress line") {
+    if (!has_terminals()) return;
+    for (const unsigned short width : {static_cast<unsigned short>(80), static_cast<unsigned short>(40)}) {
+      CAPTURE(width);
+      fixture f;
+      f.server.add_file(f.run, "checkpoints/a-directory/another-directory/model-best.h5",
+                        stand_in::generated(3'000'000));
+      f.server.add_fault(stand_in::place::storage, stand_in::act::stall(1'000'000));
+      terminal tty(width);
+      setup how = f.how();
+      how.tty = &tty;
+      child running(example(program),
+                    with_run(f, {"checkpoints/a-directory/another-directory/model-best.h5"}), how);
+      REQUIRE(running.read_until([](const std::string& err) {  // drawn again several times
+        return contains(err, "%") && std::count(err.begin(), err.end(), '\r') >= 5;
+      }));
+      REQUIRE(::write(tty.master().get(), "\x03", 1) == 1);  // its signal goes to nobody here
+      REQUIRE(running.read_until([](const std::string& err) { return contains(err, "^C"); }));
+      running.signal(SIGINT);
+      const outcome result = running.wait();
+      CHECK(result.status == 130);
+      const auto rows = rows_of(result.err, width);
+      CHECK(rows[0].rfind("wandb-restore: ", 0) == 0);
+      for (const std::string& row : rows) CHECK_FALSE(contains(row, "^C"));
     }
   }
 

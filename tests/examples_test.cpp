@@ -52,6 +52,7 @@ TEST_SUITE("examples") {
     result = f.start("resume_training", {});  // without a key the service hides the run
     CHECK(result.status == 1);
     CHECK(result.out == "");
+    CHECK(contains(result.err, "not starting: "));
     CHECK(contains(result.err, "no API key"));
     f.environment["WANDB_API_KEY"] = key;
     result = f.start("resume_training", {});
@@ -92,6 +93,11 @@ TEST_SUITE("examples") {
     CHECK(read_file(f.work() / "checkpoints/epoch-12.txt") == "12 0.125\n");
     f.server.add_fault(stand_in::place::graphql, stand_in::act::status(403));
     CHECK(f.start("training_loop", {"12"}).status == 1);
+    f.server.clear_faults();
+    f.environment.erase("WANDB_API_KEY");  // without a key the service hides the run
+    const outcome hidden = f.start("training_loop", {"12"});
+    CHECK(hidden.status == 1);
+    CHECK(hidden.out == "");
   }
 
   TEST_CASE("progress_and_cancel: stops in time, and a second call resumes") {
