@@ -9,7 +9,7 @@
 #   --only    cases to run, from: capped far slow-peer link loopback small memory keep refresh kills herd
 #   --kills   number of processes that the case `kills` kills (default: 100)
 #   --store   one object of SIZE (default: 512M) from an object store (versitygw), against s5cmd, the client of AWS's CRT, the Python SDK,
-#             curl and aria2c; then 1,000 small objects. Cases for --only: store expiring many. Installs them and the store into ~/.cache/wandb_restore-tests. Writes store.md, store.svg and store.json
+#             curl and aria2c; then 1,000 small objects, and 40 of 24 MiB. Cases for --only: store expiring many shards. Installs them and the store into ~/.cache/wandb_restore-tests. Writes store.md, store.svg and store.json
 #   --before  folder with the programs of another version (its build-bench), which run in turn with these
 #   --out     folder for results.md, results.svg and results.json (default: build-bench)
 #   --work    folder for served and restored files (default: /dev/shm); needs about six times SIZE

@@ -139,21 +139,33 @@ class StoreBench(bench.Bench):
                           "`store-far`: what the store sends arrives 50 ms later, on each connection at 20 MB/s (relay.cpp).")
 
     def many(self):
-        """Many small files, from a service and a store that are 20 ms away."""
-        count, size, delay, run_ = 1000, 20 * 1024, 20, "entity/project/many"
+        """Many small files."""
+        times = self.files_of_a_run("many", 1000, 20 * 1024, True)
+        peak = max(one["peak_kib"] for one in self.raw["store-many"]["ours"]) / 1024
+        self.row("store-many", "1000 files of 20 KiB: memory of ours", "%.1f MiB" % peak, "≤ 64 MiB", peak <= 64)
+        ratio = round(times["one after another"] / times["ours"], 2)
+        self.row("store-many", "1000 files of 20 KiB: ours, against one after another", "%.2f" % ratio, "≥ 15 times as fast", ratio >= 15)
+
+    def shards(self):
+        """The parts of a model, at 20 MB/s a connection."""
+        self.files_of_a_run("shards", 40, 24 * MIB, False, bench.RATE)
+
+    def files_of_a_run(self, case, count, size, with_slow_ones, rate=0):
+        """All files of a run, from a service and a store that are 20 ms away. `with_slow_ones`: also those that take one file after another."""
+        delay, run_ = 20, "entity/project/" + case
         folder, peers = self.files.folder, Path(self.arguments.peers)
-        names = ["many/%04d.bin" % number for number in range(count)]
-        (folder / "many").mkdir()
+        names = ["%s/%04d.bin" % (case, number) for number in range(count)]
+        (folder / case).mkdir()
         far_service, service_port = stores.free_port(), stores.free_port()
         url = "https://127.0.0.1:%d" % far_service
         service = stores.Service(Path(self.arguments.stand_in), True, ["--port", str(service_port), "--service-url", url])
-        authorities = self.work / "many.pem"
+        authorities = self.work / (case + ".pem")
         authorities.write_text(self.ca.read_text() + Path(service.says["ca"]).read_text())
         service.addresses[run_] = lambda name: self.gateway.address(name, 3600, self.far)
         for name in names:
             content = os.urandom(size)
             (folder / name).write_bytes(content)
-            self.gateway.put(name, content, parts=False)
+            self.gateway.put(name, content, parts=size > 8 * MIB)
             service.add(run_, name, md5=base64.b64encode(hashlib.md5(content).digest()).decode(), sizeBytes=size,
                         directUrl=self.gateway.address(name, 3600, self.far))
         environment = dict(self.environment(), WANDB_BASE_URL=url, WANDB_API_KEY=service.says["key"], SSL_CERT_FILE=str(authorities),
@@ -169,25 +181,24 @@ class StoreBench(bench.Bench):
 
         try:
             with Relay(self.programs / "relay", far_service, service_port, delay), \
-                    Relay(self.programs / "relay", self.far, self.gateway.port, delay):
-                times = self.rounds("store-many", {
-                    "ours": lambda: timed(*ours, "many/"),
-                    "one after another": lambda: timed(*ours, *names),
+                    Relay(self.programs / "relay", self.far, self.gateway.port, delay, rate):
+                contenders = {
+                    "ours": lambda: timed(*ours, case + "/"),
                     "s5cmd": lambda: timed(s5cmd_in(peers), "--endpoint-url", "https://127.0.0.1:%d" % self.far, "--log", "error",
-                                           "cp", "s3://%s/many/*" % stores.BUCKET, str(self.out / "many") + "/"),
-                    "SDK, files()": lambda: timed(self.arguments.sdk + "/bin/python", "-c", SDK_MANY, run_, self.out),
-                })
+                                           "cp", "s3://%s/%s/*" % (stores.BUCKET, case), str(self.out / case) + "/"),
+                }
+                if with_slow_ones:
+                    contenders["one after another"] = lambda: timed(*ours, *names)
+                    contenders["SDK, files()"] = lambda: timed(self.arguments.sdk + "/bin/python", "-c", SDK_MANY, run_, self.out)
+                times = self.rounds("store-" + case, contenders)
         finally:
             service.stop()
-        peak = max(one["peak_kib"] for one in self.raw["store-many"]["ours"]) / 1024
-        note = "%d files of 20 KiB, %d ms: ours " % (count, delay) + report.seconds(times["ours"]) + ", "
+        title = "%d files of %s, %d ms" % (count, bench.amount(size), delay) + (", 20 MB/s a connection" if rate else "")
         for name in list(times)[1:]:
-            ratio = round(times[name] / times["ours"], 2)
-            wanted = name == "one after another"
-            self.row("store-many", note + name + " " + report.seconds(times[name]), "%.2f" % ratio,
-                     "≥ 15 times as fast as one after another" if wanted else "(for information)", ratio >= 15 if wanted else None)
-        self.row("store-many", note + "memory", "%.1f MiB" % peak, "≤ 64 MiB", peak <= 64)
-        self.group("%d files of 20 KiB over TLS, %d ms" % (count, delay), "ours verifies", times)
+            self.row("store-" + case, "%s: ours %s, %s %s" % (title, report.seconds(times["ours"]), name, report.seconds(times[name])),
+                     "%.2f" % (times[name] / times["ours"]), "(for information)", None)
+        self.group(title + ", over TLS", "ours verifies", times)
+        return times
 
     def expiring(self):
         """An address that expires every two seconds, against the time that eight connections at their limit take."""
@@ -203,7 +214,7 @@ class StoreBench(bench.Bench):
             "≤ 1.15 times the time that the rate allows", round(taken / least, 2) <= 1.15)
 
 
-CASES = ["store", "expiring", "many"]
+CASES = ["store", "expiring", "many", "shards"]
 
 
 def main():
