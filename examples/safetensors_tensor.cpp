@@ -63,6 +63,10 @@ int main(int argc, char** argv) try {
       std::cout << name << ' ' << tensor.at("dtype").get<std::string>() << ' ' << tensor.at("shape") << '\n';
     return 0;
   }
+  if (!header.contains(argv[3])) {
+    std::cerr << argv[1] << " has no tensor \"" << argv[3] << "\"; without TENSOR all are listed\n";
+    return 1;
+  }
   const json& tensor = header.at(argv[3]);
   const auto bytes = read_tensor(file, data_begins, tensor);
   std::cout << argv[3] << ": " << bytes.size() << " of " << file.size() << " bytes";
