@@ -170,8 +170,8 @@ class WANDB_RESTORE_PRIVATE_VISIBLE error : public std::runtime_error {
   /// Returns the kind of the failure.
   [[nodiscard]] errc code() const noexcept { return code_; }
   /// Returns true for run_not_found and file_not_found: there is no such run or file (yet), or the service hides the run because
-  /// the API key is missing or has no access. A program that starts anew if a file is missing should test for
-  /// errc::file_not_found: with a wrong key it would start anew, too.
+  /// the API key is missing or has no access. To start from scratch if a checkpoint is missing, test
+  /// `code() == errc::file_not_found`: with a wrong key the service reports run_not_found.
   [[nodiscard]] bool is_not_found() const noexcept {
     return code_ == errc::run_not_found || code_ == errc::file_not_found;
   }
@@ -615,10 +615,9 @@ class remote_file {
 /// A seekable binary input stream on a remote_file, which it may outlive. Movable, not copyable. An object may be used by one
 /// thread at a time. Seeking beyond the end of the file fails.
 ///
-/// After a failed read `bad()` is true and `failure()` tells the reason. The stream buffer throws the wandb::error, which the
-/// functions of std::istream pass on only if `exceptions()` has badbit. Without exceptions it sets badbit, and the function that
-/// reads adds eofbit and failbit: test `bad()` before `eof()`. After `clear()` the next read tries again, from the position before
-/// the failed one.
+/// After a failed read `bad()` is true and `failure()` tells the reason. std::istream rethrows the wandb::error only if
+/// `exceptions()` has badbit. If the program is compiled without exceptions, the stream has badbit, eofbit and failbit after a
+/// failed read: test `bad()` before `eof()`. After `clear()` the next read tries again, from the position before the failed one.
 class remote_stream : public std::istream {
  public:
   /// Makes a stream at offset 0. Makes no request.
@@ -782,9 +781,9 @@ struct settings {
   static settings from_environment();
 
   std::vector<shown_setting> sources = {};  ///< what from_environment found, and where; for `shown`
-  /// Returns every setting with its value and the source of the value, without secrets: of keys and of the values of
-  /// headers only whether they are set, of proxies no user name. If there is no other key, the netrc file is read. A value
-  /// that the program set has the source "program"; of a secret that it replaced, `sources` keeps the former source.
+  /// Returns every setting with its value and the source of the value, without secrets. Keys and the values of headers appear
+  /// as "(set)", proxies without user name and password. If there is no other key, the netrc file is read. A value that the
+  /// program set has the source "program"; a secret that the program replaced keeps the source of the former value.
   [[nodiscard]] std::vector<shown_setting> shown() const;
 };
 
@@ -801,7 +800,8 @@ struct restore_options {
   /// restore, and the next call resumes from the bytes that had arrived.
   std::function<bool(const progress&)> on_progress = {};
   /// A flag that the caller sets to cancel, or null; must exist until the call returns. Once it is true, the call returns
-  /// errc::cancelled within a second, except while a host name is resolved or the system writes the file to stable storage.
+  /// errc::cancelled within a second, except while a host name is resolved, the system writes the file to stable storage, or a
+  /// disk does not answer.
   const std::atomic<bool>* cancel = nullptr;
   /// The most connections that download at once, for one large file or for the files of restore_all; at least 1. More than
   /// 64 count as 64.
