@@ -965,7 +965,9 @@ int run(int argc, char** argv) {
   app.add_option("--root", given.root,
                  "Directory to store files under; default: the run's directory, else the current one")
       ->type_name("DIR");
-  app.add_option("--exclude", given.exclude, "Leave out files that match; may be given several times")
+  app.add_option(
+         "--exclude", given.exclude,
+         "Of the files that match a pattern, leave out those that match this one; may be given several times")
       ->type_name("PATTERN")
       ->expected(1)
       ->take_all();
