@@ -1642,7 +1642,9 @@ inline bool is_jwt(std::string_view text) { return starts_with(trim(text), "eyJ"
 /// not be well-formed; a user name may contain '@', and a password '?' and '/'.
 inline std::string redacted_address(std::string_view text) {
   const auto scheme_end = text.find("://");
-  const auto authority = scheme_end == text.npos ? 0 : scheme_end + 3;
+  const bool has_scheme =
+      scheme_end != text.npos && text.find_first_of(":/?#") == scheme_end;  // not one in the query
+  const auto authority = has_scheme ? scheme_end + 3 : 0;
   const std::string scheme(text.substr(0, authority));
   const auto query = (std::min)(text.find_first_of("?#", authority), text.size());
   const auto last_at = text.rfind('@');
@@ -1651,6 +1653,18 @@ inline std::string redacted_address(std::string_view text) {
   // The '@' is in the query, or follows a password with '?'.
   const auto before_path = text.substr(authority, text.find_first_of("/?#", authority) - authority);
   return before_path.find_first_of(":@") == text.npos ? std::string(text.substr(0, query)) : scheme + "...";
+}
+
+/// Cuts off the query and fragment of each address in a text, for messages: a query may be a signature.
+inline std::string without_queries(std::string_view text) {
+  std::string shown;
+  for (auto scheme = text.find("://"); scheme != text.npos; scheme = text.find("://")) {
+    const auto end = (std::min)(text.find_first_of(" \t\r\n\"'<>", scheme), text.size());
+    const auto query = (std::min)(text.find_first_of("?#", scheme), end);
+    shown.append(text.substr(0, query)).append(query < end ? "?***" : "");
+    text.remove_prefix(end);
+  }
+  return shown.append(text);
 }
 
 /// Removes tags, and the content of the elements "script" and "style", from a text in HTML or XML.
@@ -4598,10 +4612,16 @@ inline std::string proxy_for(const settings& configuration, const url& target) {
 
 /// Parses the URL of an HTTP proxy; the scheme may be left out. errc::invalid_argument for other texts.
 inline result<url> parse_proxy(std::string_view text) {
-  auto parsed = url::parse(text.find("://") == text.npos ? "http://" + std::string(text) : std::string(text));
-  if (parsed && parsed->scheme == "http") return parsed;
+  const std::string address = (text.find("://") == text.npos ? "http://" : "") + std::string(text);
+  auto parsed = url::parse(address);
+  // An '@' behind the authority follows a password with an unescaped '/', '?' or '#', which would be taken for host and port.
+  const auto authority_end =
+      (std::min)(address.find_first_of("/?#", address.find("://") + 3), address.size());
+  const bool is_whole = address.find('@', authority_end) == address.npos;
+  if (parsed && parsed->scheme == "http" && is_whole) return parsed;
+  // Do not show the text: it may hold a password.
   return error(errc::invalid_argument,
-               "expected http://[user:password@]host:port");  // the text is not shown: it may hold a password
+               "expected http://[user:password@]host:port, with /, ? and # in the password percent-encoded");
 }
 
 // --------------------------------------------------------------------------------------------------- netrc
@@ -5971,7 +5991,7 @@ inline std::string session::without_secrets(std::string said, const std::string&
     hide(text_after(user, ':'));
     hide(base64_encode(user));
   }
-  return said;
+  return without_queries(said);
 }
 
 inline std::string session::description(const http_response& head, std::string_view body,
@@ -9983,7 +10003,8 @@ class remote_buffer final : public std::streambuf {
     const std::uint64_t base = from == std::ios_base::beg   ? 0
                                : from == std::ios_base::cur ? position()
                                                             : size_;
-    const auto back = static_cast<std::uint64_t>(-(offset + 1)) + 1;  // -offset, also of the smallest number
+    const auto back =
+        offset < 0 ? static_cast<std::uint64_t>(-(offset + 1)) + 1 : 0;  // -offset, also of the smallest
     const bool is_inside = offset < 0 ? back <= base : static_cast<std::uint64_t>(offset) <= size_ - base;
     if ((which & std::ios_base::in) == 0 || !is_inside) return pos_type(off_type(-1));
     move_to(offset < 0 ? base - back : base + static_cast<std::uint64_t>(offset));
@@ -10152,6 +10173,11 @@ struct request_route {
     return route;
   }
 };
+
+/// Returns the end of a time limit that begins now. A year is long enough, and does not overflow the clock.
+inline clock::time_point deadline_after(milliseconds limit) {
+  return clock::now() + (std::min<milliseconds>)(limit, std::chrono::seconds(365 * 86400));
+}
 
 /// One exchange: the request, the sink for its response, and the state so far.
 struct exchange {
@@ -10511,7 +10537,7 @@ class channel {
     if (const int code = resolve_host(peer.host, peer.port, addresses)) {
       return fail("the name " + in_quotes(peer.host) + " cannot be resolved: " + resolver_text(code));
     }
-    enter("connecting", clock::now() + exchange_->request.connect_timeout);
+    enter("connecting", deadline_after(exchange_->request.connect_timeout));
     const std::string host = request_route::authority(peer);
     const auto connected = connect_to_host(host, addresses, deadline_, exchange_->request, memory);
     if (connected.socket == no_socket) {
@@ -10673,7 +10699,7 @@ class channel {
   /// Waits until the socket is ready. Returns false after a timeout, a cancellation or a failure.
   bool wait(short events) {
     const auto deadline =
-        deadline_ != no_deadline ? deadline_ : clock::now() + exchange_->request.idle_timeout;
+        deadline_ != no_deadline ? deadline_ : deadline_after(exchange_->request.idle_timeout);
     for (;;) {
       if (exchange_->is_cancelled()) return false;
       pollfd entry{};
@@ -10943,10 +10969,13 @@ class head_reader {
     return true;
   }
   bool fail_malformed(const char* part) {
-    // Of a header field, show only the name: the value may be a signed URL or a cookie.
-    const std::string_view shown = std::string_view(line_).substr(0, line_.find_first_of(":?="));
+    // Show only the name of a field, or the beginning of a status line: a value, and the continuation of a folded line, may be
+    // a signed URL or a cookie.
+    const std::string_view name = std::string_view(line_).substr(0, line_.find(':'));
+    const bool is_shown = (name.size() < line_.size() && is_token(name)) || starts_with(line_, "HTTP/");
+    const std::string shown = is_shown ? ": " + in_quotes(name.substr(0, name.find_first_of("?="))) : "";
     return exchange_.fail(errc::protocol_violation,
-                          std::string(part) + " of the response is malformed: " + in_quotes(shown) +
+                          std::string(part) + " of the response is malformed" + shown +
                               "; is that an HTTP server, or does a proxy change its answers?");
   }
 
@@ -11189,7 +11218,7 @@ class connection {
   bool transfer(exchange& current, const std::string& message) {
     channel_.enter("sending the request");
     if (!channel_.write(message)) return false;
-    channel_.enter("waiting for the response", clock::now() + current.request.idle_timeout);
+    channel_.enter("waiting for the response", deadline_after(current.request.idle_timeout));
     head_reader heads(channel_, current);
     const http_response& head = current.head;
     if (!heads.read(current.head)) return false;

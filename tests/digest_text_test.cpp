@@ -162,6 +162,15 @@ TEST_SUITE("text") {
     CHECK(detail::readable_bytes(std::uint64_t{5} << 40) == "5.0 TiB");
   }
 
+  TEST_CASE("a text that quotes addresses is shown without their queries") {
+    CHECK(detail::without_queries(
+              "Get \"https://s.test/a?X-Goog-Signature=SECRET\": timeout, see http://h/b#c d?e") ==
+          "Get \"https://s.test/a?***\": timeout, see http://h/b?*** d?e");
+    CHECK(detail::without_queries("https://h/a?b") == "https://h/a?***");
+    CHECK(detail::without_queries("no address?") == "no address?");
+    CHECK(detail::without_queries("") == "");
+  }
+
   TEST_CASE("addresses for people: without a password, without a query, without a fragment") {
     const struct {
       const char *text, *shown;
@@ -177,6 +186,7 @@ TEST_SUITE("text") {
         {"user:secret@host:80", "...@host:80"},
         {"entity/project/run?token=secret", "entity/project/run"},
         {"https://host/a?b=c@d", "https://host/a"},
+        {"a/b?X-Amz-Signature=SECRET&next=https://h/p", "a/b"},
         {"https://host:443/a?b=c@d", "https://..."},  // perhaps a password: "443/a?b=c"
         {"https://user:sec/r?et@host/a", "https://..."},
         {"user:sec/r?et@host:80", "..."},
