@@ -11149,6 +11149,13 @@ class idle_connections {
     if (idle_.size() == max_idle) idle_.erase(idle_.begin());
     idle_.push_back(std::move(used));
   }
+  /// Closes the connections of a route.
+  void drop(const std::string& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto index = idle_.size(); index-- > 0;) {
+      if (idle_[index]->key() == key) idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(index));
+    }
+  }
   /// Closes the connections. Returns false if the lock is held, and does nothing.
   bool try_clear() {
     if (!mutex_.try_lock()) return false;
@@ -11376,7 +11383,11 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
     // If the peer closed the idle connection, send an idempotent request again, over a new connection (RFC 9112, section
     // 9.3.1). After a timeout do not: the caller would wait twice as long as it asked for.
     const bool is_idempotent = request.method == "GET" || request.method == "HEAD";
+    const bool was_dropped = !is_fresh && !current.was_answered;
+    // The other idle connections of the route may be as dead: a router may have forgotten all of them.
+    if (was_dropped) pool.idle.drop(route->key());
     if (is_fresh || current.was_answered || !is_idempotent || !current.was_closed) {
+      if (was_dropped) sink.connected();  // it had been established: the failure is worth more tries
       return *std::move(current.failure);
     }
     connection = nullptr;

@@ -162,6 +162,18 @@ TEST_SUITE("text") {
     CHECK(detail::readable_bytes(std::uint64_t{5} << 40) == "5.0 TiB");
   }
 
+  TEST_CASE("a proxy whose password has an unescaped / ? or # is refused, and not shown") {
+    for (const char* text :
+         {"http://user:12/34secret@proxy:3128", "user:1?secret@proxy", "http://u:1#secret@proxy:1"}) {
+      CAPTURE(std::string(text));
+      const auto proxy = detail::parse_proxy(text);
+      REQUIRE_FALSE(proxy.has_value());
+      CHECK(std::string(proxy.error().what()).find("secret") == std::string::npos);
+    }
+    CHECK(detail::parse_proxy("http://user:12%2F34@proxy:3128")->host == "proxy");
+    CHECK(detail::parse_proxy("proxy:3128/")->port == 3128);
+  }
+
   TEST_CASE("a text that quotes addresses is shown without their queries") {
     CHECK(detail::without_queries(
               "Get \"https://s.test/a?X-Goog-Signature=SECRET\": timeout, see http://h/b#c d?e") ==

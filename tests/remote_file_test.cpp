@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstring>
 #include <istream>
+#include <limits>
 #include <memory>
 #include <set>
 #include <thread>
@@ -767,6 +768,13 @@ TEST_SUITE("remote_file") {
     CHECK(in.tellg() == static_cast<std::streamoff>(wanted.size()));
     in.seekg(1, std::ios::end);
     CHECK(in.fail());
+    in.clear();
+    for (const auto far :
+         {(std::numeric_limits<std::streamoff>::max)(), (std::numeric_limits<std::streamoff>::min)()}) {
+      in.clear();
+      in.seekg(far, std::ios::beg);
+      CHECK(in.fail());
+    }
     in.clear();
     in.seekg(-1);
     CHECK(in.fail());

@@ -469,6 +469,74 @@ TEST_SUITE("http_transport") {
     CHECK(server.connections() == 1);
   }
 
+  TEST_CASE(
+      "a silently dropped idle connection counts as established, and the others of its route are not used") {
+    raw_server server([](peer& client) {
+      client.read_head();
+      client.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+      if (client.read_head().empty()) return;
+      client.wait_for_close(30s);
+    });
+    struct counting final : wandb::body_sink {
+      int established = 0;
+      void connected() override { ++established; }
+      bool start(const wandb::http_response&) override { return true; }
+      bool write(std::string_view) override { return true; }
+    };
+    wandb::http_request request;
+    request.url = server.url();
+    request.idle_timeout = 10s;
+    wandb::http_transport transport;
+    std::vector<std::thread> threads;
+    struct meeting final : wandb::body_sink {  // two exchanges at once make two connections
+      std::atomic<int>& present;
+      explicit meeting(std::atomic<int>& all) : present(all) {}
+      bool start(const wandb::http_response&) override {
+        for (++present; present < 2;) std::this_thread::yield();
+        return true;
+      }
+      bool write(std::string_view) override { return true; }
+    };
+    std::atomic<int> present{0}, right{0};
+    for (int i = 0; i < 2; ++i) {
+      threads.emplace_back([&] {
+        meeting sink(present);
+        if (transport.send(request, sink)) ++right;
+      });
+    }
+    for (auto& each : threads) each.join();
+    REQUIRE(right == 2);
+    REQUIRE(server.connections() == 2);
+    request.idle_timeout = 100ms;
+    counting dropped, fresh;
+    check_failed(transport.send(request, dropped), wandb::errc::connection_failed, "timed out");
+    CHECK(dropped.established == 1);
+    request.idle_timeout = 10s;
+    REQUIRE(transport.send(request, fresh).has_value());
+    CHECK(fresh.established == 1);
+    CHECK(server.connections() == 3);
+  }
+
+  TEST_CASE("the longest time limits do not overflow") {
+    bench b;
+    b.add(1000);
+    auto request = b.get();
+    request.connect_timeout = request.idle_timeout = (std::chrono::milliseconds::max)();
+    collector sink;
+    CHECK(wandb::http_transport(b.trusting).send(request, sink).has_value());
+  }
+
+  TEST_CASE("the continuation of a folded header line is not shown") {
+    const raw_server server(
+        blurting("HTTP/1.1 302 F\r\nLocation: https://h/p?X-Amz-Signature=\r\n SECRET\r\n\r\n"));
+    collector sink;
+    wandb::http_request request;
+    request.url = server.url();
+    const auto outcome = wandb::http_transport().send(request, sink);
+    check_failed(outcome, wandb::errc::protocol_violation, "a header line of the response is malformed");
+    CHECK(std::string(outcome.error().what()).find("SECRET") == std::string::npos);
+  }
+
   TEST_CASE("the sink can stop at the head or in the body") {
     bench b;
     b.add(5'000'000);
