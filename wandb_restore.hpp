@@ -1077,7 +1077,8 @@ result<restored_file> try_restore(std::string_view name, const Run& run, bool re
 /// The service is asked for one page of the list after the other (500 files). Meanwhile the files of earlier pages are
 /// downloaded side by side: a file of less than 8 MiB over one connection, a larger one over one for each 8 MiB, as far as they are
 /// free. `options.connections` limits the connections of the whole call, besides the one that fetches the list. Each file is
-/// restored as try_restore restores it: policy, receipts, verification and resuming are the same. With cache_policy::refresh the list replaces the request for each file.
+/// restored as try_restore restores it: policy, receipts, verification and resuming are the same. With cache_policy::refresh the
+/// list replaces the request for each file.
 ///
 /// The failure of one file does not stop the others, but not_authenticated, a full disk, offline mode and a cancellation do.
 /// Such a failure is restore_report::failure, and the failure of each file that was listed but not tried. Of two names that
