@@ -9527,11 +9527,17 @@ class block_cache {
   static constexpr std::uint64_t block = 64 * 1024;  // bytes
   static constexpr std::size_t max_blocks = 64, max_at_once = 16;
 
+  /// The state of a claim, which the threads that wait for its blocks share.
+  struct transit {
+    bool is_over = false;
+    std::optional<error> failure = {};  // why blocks have not arrived; empty if another thread may try
+  };
   /// Consecutive blocks that one thread fetches. Until finish(), no other thread reads or evicts them.
   struct claim {
     std::uint64_t first = 0;
     std::vector<char*> blocks = {};
-    bool is_awaited = false;  // the first block is present or in transit: call wait(), then copy() again
+    bool is_awaited = false;  // the first block is present, or in transit: then wait(); copy() again
+    std::shared_ptr<transit> state = {};  // null if the first block is present
 
     [[nodiscard]] std::uint64_t begin() const { return first * block; }
     [[nodiscard]] std::uint64_t end() const { return (first + blocks.size()) * block; }
@@ -9553,7 +9559,7 @@ class block_cache {
     std::size_t copied = 0;
     while (copied < length) {
       slot* present = find((offset + copied) / block);
-      if (present == nullptr || present->is_in_transit) break;
+      if (present == nullptr || present->state) break;
       present->used = ++time_;
       const auto within = static_cast<std::size_t>((offset + copied) % block);
       const auto count = (std::min)(length - copied, static_cast<std::size_t>(block) - within);
@@ -9569,8 +9575,12 @@ class block_cache {
     const std::lock_guard<std::mutex> guard(mutex_);
     claim made;
     made.first = first;
-    made.is_awaited = find(first) != nullptr;
-    if (made.is_awaited) return made;
+    if (const slot* const found = find(first)) {
+      made.is_awaited = true;
+      made.state = found->state;
+      return made;
+    }
+    made.state = std::make_shared<transit>();
     sequence& reader = sequence_at(first);
     if (first == 0 && reader.blocks == 0) reader.blocks = 2;  // many files begin with a header
     const std::uint64_t ahead = (std::min)(first + 2 * reader.blocks, last_of_file + 1) - first;
@@ -9586,35 +9596,37 @@ class block_cache {
       made.blocks.push_back(free->bytes.get());
       free->index = first + made.blocks.size() - 1;
       free->is_present = false;
-      free->is_in_transit = true;
+      free->state = made.state;
       free->used = ++time_;
     }
     reader = {first + made.blocks.size(), made.blocks.size(), ++time_};
     return made;
   }
-  /// Gives claimed blocks back. Those that end at `end` in the file or before it have arrived.
-  void finish(const claim& claimed, std::uint64_t end) {
+  /// Gives claimed blocks back. Those that end at `end` in the file or before it have arrived. `failure`: why others have not, for
+  /// the threads that wait for them: each would have to find out anew, one after another.
+  void finish(const claim& claimed, std::uint64_t end, std::optional<error> failure = {}) {
     const std::lock_guard<std::mutex> guard(mutex_);
     for (slot& each : slots_) {
-      if (!each.is_in_transit || each.index < claimed.first ||
-          each.index >= claimed.first + claimed.blocks.size())
-        continue;
-      each.is_in_transit = false;
+      if (each.state != claimed.state) continue;
       each.is_present = (each.index + 1) * block <= end;
+      each.state.reset();
     }
+    claimed.state->failure = std::move(failure);
+    claimed.state->is_over = true;
     changed_.notify_all();
   }
-  /// Blocks while another thread fetches this block, but no longer than 20 ms.
-  void wait(std::uint64_t index) {
+  /// Blocks while another thread fetches blocks, but no longer than 20 ms. Returns true if that thread has ended.
+  bool wait(const transit& other) {
     std::unique_lock<std::mutex> held(mutex_);
-    const slot* found = find(index);
-    if (found != nullptr && found->is_in_transit) changed_.wait_for(held, milliseconds(20));
+    if (!other.is_over) changed_.wait_for(held, milliseconds(20));
+    return other.is_over;
   }
 
  private:
   struct slot {
     std::uint64_t index = 0;  // of the block
-    bool is_present = false, is_in_transit = false;
+    bool is_present = false;
+    std::shared_ptr<transit> state = {};  // not null: a thread fetches the block
     std::uint64_t used = 0;
     std::unique_ptr<char[]> bytes = {};
   };
@@ -9627,14 +9639,14 @@ class block_cache {
 
   slot* find(std::uint64_t index) {
     for (slot& each : slots_) {
-      if ((each.is_present || each.is_in_transit) && each.index == index) return &each;
+      if ((each.is_present || each.state) && each.index == index) return &each;
     }
     return nullptr;
   }
   slot* free_slot() {
     slot* oldest = nullptr;
     for (slot& each : slots_) {
-      if (each.is_in_transit) continue;
+      if (each.state) continue;
       if (!each.is_present) return &each;
       if (oldest == nullptr || each.used < oldest->used) oldest = &each;
     }
@@ -9810,6 +9822,8 @@ inline result<std::size_t> remote_reader::read(call& read_call, std::uint64_t of
   const std::uint64_t size = size_.value_or(0);
   if (offset >= size) return std::size_t{0};
   length = static_cast<std::size_t>((std::min<std::uint64_t>)(length, size - offset));
+  std::shared_ptr<const block_cache::transit>
+      awaited;  // another thread's claim of the next block, which has ended
   for (std::size_t done = 0; done < length;) {
     if (read_call.cancelled()) return read_call.why_cancelled();
     const std::uint64_t position = offset + done;
@@ -9817,12 +9831,18 @@ inline result<std::size_t> remote_reader::read(call& read_call, std::uint64_t of
     char* const here = destination + done;
     if (const auto copied = cache_.copy(position, here, rest); copied > 0) {
       done += copied;
+      awaited.reset();
       continue;
     }
+    if (awaited && awaited->failure) return *awaited->failure;
+    awaited.reset();
     if (rest < direct) {
       const auto claimed = cache_.begin(position / block, (position + rest - 1) / block, (size - 1) / block);
       if (claimed.is_awaited) {
-        cache_.wait(claimed.first);
+        while (claimed.state && !cache_.wait(*claimed.state)) {
+          if (read_call.cancelled()) return read_call.why_cancelled();
+        }
+        awaited = claimed.state;
         continue;
       }
       if (!claimed.blocks.empty()) {
@@ -9858,12 +9878,18 @@ inline result<void> remote_reader::fetch_blocks(call& user_call, const block_cac
     remote_reader& reader;
     const block_cache::claim& claimed;
     std::uint64_t arrived = claimed.begin();
-    ~giver() { reader.cache_.finish(claimed, arrived == reader.size_ ? UINT64_MAX : arrived); }
+    std::optional<error> failure = {};
+    ~giver() {
+      reader.cache_.finish(claimed, arrived == reader.size_ ? UINT64_MAX : arrived, std::move(failure));
+    }
   } at_exit{*this, claimed};
   const std::uint64_t end = (std::min)(claimed.end(), size_.value_or(UINT64_MAX));
   const std::uint64_t whole_blocks = (needed_end + block - 1) / block * block;
-  return fetch(user_call, {claimed.begin(), end}, (std::min)(whole_blocks, end), at_exit.arrived,
-               [&](std::uint64_t offset, std::string_view bytes) { claimed.put(offset, bytes); });
+  auto fetched = fetch(user_call, {claimed.begin(), end}, (std::min)(whole_blocks, end), at_exit.arrived,
+                       [&](std::uint64_t offset, std::string_view bytes) { claimed.put(offset, bytes); });
+  if (!fetched && !user_call.cancelled())
+    at_exit.failure = fetched.error();  // a cancellation is this call's alone
+  return fetched;
 }
 
 /// Fetches a range with as many requests as necessary. `position`: the offset of the next byte to arrive. Bytes from

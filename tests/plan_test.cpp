@@ -847,6 +847,35 @@ TEST_SUITE("backoff") {
   }
 }
 
+TEST_SUITE("block cache") {
+  using wandb::detail::block_cache;
+
+  TEST_CASE("a failure is that of every thread that waits for a block of the claim") {
+    block_cache cache;
+    const auto mine = cache.begin(0, 1, 10);
+    REQUIRE(mine.blocks.size() >= 2);
+    CHECK_FALSE(mine.is_awaited);
+    const auto other = cache.begin(1, 1, 10);
+    REQUIRE(other.is_awaited);
+    REQUIRE(other.state == mine.state);
+    CHECK_FALSE(cache.wait(*other.state));
+    mine.put(0, std::string(block_cache::block, 'x'));
+    cache.finish(mine, block_cache::block, error(errc::connection_failed, "cut"));
+    CHECK(cache.wait(*other.state));
+    REQUIRE(other.state->failure.has_value());
+    CHECK(other.state->failure->code() == errc::connection_failed);
+    char byte = 0;
+    CHECK(cache.copy(5, &byte, 1) == 1);  // the first block has arrived
+    CHECK(byte == 'x');
+    CHECK(cache.copy(block_cache::block, &byte, 1) == 0);
+    const auto again = cache.begin(1, 1, 10);  // a later call tries again
+    CHECK_FALSE(again.is_awaited);
+    cache.finish(again, 2 * block_cache::block);
+    CHECK_FALSE(again.state->failure.has_value());
+    CHECK(cache.begin(1, 1, 10).state == nullptr);  // present
+  }
+}
+
 TEST_SUITE("pace") {
   using wandb::detail::guarded_sink;
 
