@@ -5,8 +5,11 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstdlib>
 #include <iterator>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <random>
 #include <string>
@@ -221,6 +224,51 @@ TEST_CASE("process: restores one file" * doctest::skip()) {
   _exit(status_of(got.error().code()));
 }
 
+/// A content whose last byte the server cannot send before release(). A process cannot finish before it is killed.
+class held_content : public stand_in::content {
+ public:
+  explicit held_content(stand_in::content_ptr base) : base_(std::move(base)) {}
+  ~held_content() override { release(); }
+
+  std::uint64_t size() const override { return base_->size(); }
+  std::string fingerprint() const override { return base_->fingerprint(); }
+  void read(std::uint64_t offset, char* out, std::size_t count) const override {
+    if (offset + count == size()) {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [this] { return released_; });
+    }
+    base_->read(offset, out, count);
+  }
+  void release() {
+    const std::lock_guard lock(mutex_);
+    released_ = true;
+    changed_.notify_all();
+  }
+
+ private:
+  stand_in::content_ptr base_;
+  mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  bool released_ = false;
+};
+
+/// Replaces a file of the server by one with the same content that is held.
+class held_file {
+ public:
+  held_file(world& of, const std::string& name, const stand_in::content_ptr& what)
+      : content_(std::make_shared<held_content>(what)) {
+    stand_in::file_attributes attributes;
+    attributes.md5 = stand_in::md5_base64(*what);  // otherwise the server computes it from the held content
+    of.server.add_file(of.run, name, content_, attributes);
+  }
+  held_file(const held_file&) = delete;
+  held_file& operator=(const held_file&) = delete;
+  ~held_file() { content_->release(); }
+
+ private:
+  std::shared_ptr<held_content> content_;
+};
+
 /// Returns the number of bytes in hidden files that equal the content, by pages. File sizes include reserved space.
 std::uint64_t bytes_in_partials(const fs::path& folder, const stand_in::content& right) {
   std::uint64_t sum = 0;
@@ -248,8 +296,9 @@ TEST_SUITE("processes: killed") {
       const std::uint64_t moment = random() % (large_size * 9 / 10);
       CAPTURE(moment);
       {
+        const held_file held(it, "model.h5", what);
         child first(it, "model.h5");
-        first.wait_for_bytes(moment);
+        REQUIRE(first.wait_for_bytes(moment) > 0);
         first.kill_now();
       }
       CHECK_FALSE(fs::exists(it.at("model.h5")));
@@ -275,14 +324,15 @@ TEST_SUITE("processes: killed") {
     const auto what = it.add("model.h5", large_size);
     it.server.set_rate(0, 32 * MiB);
     for (std::uint64_t moment = 2 * MiB; moment < large_size; moment += 3 * MiB) {
+      const held_file held(it, "model.h5", what);
       child one(it, "model.h5");
-      if (one.wait_for_bytes(moment) == 0) break;
+      REQUIRE(one.wait_for_bytes(moment) > 0);
       one.kill_now();
       CHECK_FALSE(fs::exists(it.at("model.h5")));
       CHECK(it.hidden() <= 3);  // the partial file, the lock, and one file of a kill between two steps
     }
     it.server.set_rate(0, 0);
-    CHECK(it.restore("model.h5").has_value());  // the last process may have finished before it was killed
+    CHECK(it.restore("model.h5").has_value());
     CHECK(holds(it.at("model.h5"), *what));
     CHECK(it.hidden() == 0);
   }
