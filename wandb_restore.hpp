@@ -9768,6 +9768,8 @@ class remote_reader::read_request final : public file_request {
   }
 
  private:
+  static constexpr std::uint64_t max_outside = 1024 * 1024;  // bytes of a response that are outside the range
+
   [[nodiscard]] bool is_same_entity(const http_response& head) override { return reader_.has_tag(head); }
   fetch_failure begin_part(const http_response& head, const content_range& part) override {
     auto& size = reader_.size_;
@@ -9775,14 +9777,15 @@ class remote_reader::read_request final : public file_request {
     if (size && part.size && *part.size != *size) return of_other_size(*part.size);
     if (part.size && part.bytes.end > *part.size) return violation("sends a part beyond the end of the file");
     if (!size) size = part.size;
+    next_ = part.bytes.begin;
     promised_end_ = part.bytes.end;
     return check(head);
   }
-  /// A server may ignore Range (RFC 9110, section 14.2). A whole file is accepted only if the requested range covers it.
+  /// A server may ignore Range (RFC 9110, section 14.2). A whole file is accepted if few of its bytes are outside the range.
   fetch_failure begin_whole(const http_response& head, std::optional<std::uint64_t> length) override {
     const auto size = reader_.size_ ? reader_.size_ : length;
     if (length && *length != *size) return of_other_size(*length);
-    if (wanted_.begin > 0 || !size || *size > wanted_.end) {
+    if (!size || *size > max_outside + ((std::min)(wanted_.end, *size) - wanted_.begin)) {
       const fetch_failure whole =
           failure(retry_mode::retry, errc::http_failure,
                   "answers with the whole file: this server does not send parts of files; "
@@ -9794,9 +9797,14 @@ class remote_reader::read_request final : public file_request {
     return check(head);
   }
   bool take(std::string_view bytes) override {
-    if (bytes.size() > promised_end_ - position_) return refuse_surplus();
-    take_(position_, bytes);
-    position_ += bytes.size();
+    if (bytes.size() > promised_end_ - next_) return refuse_surplus();
+    const std::uint64_t begin = std::exchange(next_, next_ + bytes.size());
+    const std::uint64_t end = (std::min)(next_, wanted_.end);
+    if (end > position_) {
+      take_(position_, bytes.substr(static_cast<std::size_t>(position_ - begin),
+                                    static_cast<std::size_t>(end - position_)));
+      position_ = end;
+    }
     return true;
   }
   [[nodiscard]] fetch_failure of_other_size(std::uint64_t size) const {
@@ -9813,6 +9821,7 @@ class remote_reader::read_request final : public file_request {
   remote_reader& reader_;
   const byte_range wanted_;
   std::uint64_t& position_;
+  std::uint64_t next_ = 0;          // the offset of the next byte of the response
   std::uint64_t promised_end_ = 0;  // of the range that the response announces
   taker take_;
 };
@@ -11159,28 +11168,29 @@ class body_reader {
 template <class Connection>
 class idle_connections {
  public:
-  /// Removes and returns a reusable connection; null if there is none.
-  std::unique_ptr<Connection> take(const std::string& key) {
+  /// Removes and returns a reusable connection; null if there is none. Closes connections that have been idle for max_age.
+  std::unique_ptr<Connection> take(const std::string& key, clock::time_point now = clock::now()) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto index = idle_.size(); index-- > 0;) {
-      if (idle_[index]->key() != key) continue;
-      auto taken = std::move(idle_[index]);
+      const bool is_old = now - idle_[index].since >= max_age;
+      if (idle_[index].kept->key() != key && !is_old) continue;
+      auto taken = std::move(idle_[index].kept);
       idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(index));
-      if (taken->is_reusable()) return taken;
+      if (!is_old && taken->is_reusable()) return taken;
     }
     return nullptr;
   }
   /// Keeps a connection. Beyond max_idle, closes the one that has been idle longest.
-  void give_back(std::unique_ptr<Connection> used) {
+  void give_back(std::unique_ptr<Connection> used, clock::time_point now = clock::now()) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (idle_.size() == max_idle) idle_.erase(idle_.begin());
-    idle_.push_back(std::move(used));
+    idle_.push_back({std::move(used), now});
   }
   /// Closes the connections of a route.
   void drop(const std::string& key) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto index = idle_.size(); index-- > 0;) {
-      if (idle_[index]->key() == key) idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(index));
+      if (idle_[index].kept->key() == key) idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(index));
     }
   }
   /// Closes the connections. Returns false if the lock is held, and does nothing.
@@ -11192,9 +11202,15 @@ class idle_connections {
   }
 
  private:
+  struct entry {
+    std::unique_ptr<Connection> kept;
+    clock::time_point since;
+  };
   static constexpr std::size_t max_idle = 64;
+  // Routers and servers forget idle connections, some without a word: a request on one would wait for its time limit.
+  static constexpr std::chrono::seconds max_age{90};
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Connection>> idle_;  // the last used one at the end
+  std::vector<entry> idle_;  // the last used one at the end
 };
 
 #ifndef WANDB_RESTORE_NO_OPENSSL

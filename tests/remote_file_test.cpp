@@ -533,6 +533,27 @@ TEST_SUITE("remote_file") {
     CHECK_FALSE(in.bad());
   }
 
+  TEST_CASE("a server that ignores ranges and cuts the file: the next answer is the whole file again") {
+    for (const std::uint64_t cut : {100'000U, 65'536U, 1U}) {
+      CAPTURE(cut);
+      remote_fixture f(300'000);
+      const auto file = f.open();
+      f.server.add_fault(place::storage, act::ignore_range());
+      f.server.add_fault(stand_in::target(place::storage).nth(1), act::cut(cut));
+      f.check_read(file, 0, 300'000);
+      CHECK(f.storage().requests == 2);
+    }
+  }
+
+  TEST_CASE("a server that ignores ranges: a part of a file of 1 MiB and its last byte can be read") {
+    remote_fixture f(MiB);
+    const auto file = f.open();
+    f.server.add_fault(place::storage, act::ignore_range());
+    f.check_read(file, 70'000, 10);
+    f.check_read(file, MiB - 1, 1);
+    f.check_read(file, 200'000, 400'000);
+  }
+
   TEST_CASE("answers that break the protocol") {
     struct wrong {
       const char* what;

@@ -469,6 +469,34 @@ TEST_SUITE("http_transport") {
     CHECK(server.connections() == 1);
   }
 
+  TEST_CASE("a connection that has been idle for 90 s is closed, also if another route is asked for") {
+    struct counted {
+      std::string route;
+      int& open;
+      counted(std::string to, int& count) : route(std::move(to)), open(count) { ++open; }
+      counted(const counted&) = delete;
+      counted& operator=(const counted&) = delete;
+      ~counted() { --open; }
+      const std::string& key() const { return route; }
+      bool is_reusable() const { return true; }
+    };
+    const auto start = wandb::detail::clock::now();
+    int open = 0;
+    wandb::detail::idle_connections<counted> idle;
+    idle.give_back(std::make_unique<counted>("a", open), start);
+    idle.give_back(std::make_unique<counted>("a", open), start + 10s);
+    idle.give_back(std::make_unique<counted>("b", open), start + 20s);
+    auto taken = idle.take("a", start + 89s);
+    REQUIRE(taken != nullptr);
+    idle.give_back(std::move(taken), start + 89s);
+    CHECK(idle.take("c", start + 109s) == nullptr);
+    CHECK(open == 2);  // not the first connection of a
+    CHECK(idle.take("b", start + 110s) == nullptr);
+    CHECK(open == 1);
+    CHECK(idle.take("a", start + 178s) != nullptr);
+    CHECK(open == 0);
+  }
+
   TEST_CASE(
       "a silently dropped idle connection counts as established, and the others of its route are not used") {
     raw_server server([](peer& client) {
