@@ -39,13 +39,14 @@
 #define WANDB_RESTORE_VERSION_PATCH 0
 #define WANDB_RESTORE_VERSION "0.2.0"
 
-// Macros a program may define. The first three must be the same in every file of one program. Each is part of the
-// inline namespace's name: files that disagree have different types, and fail to link where they exchange them.
-//   WANDB_RESTORE_SPLIT           the header only declares; one source file defines WANDB_RESTORE_IMPLEMENTATION, too
+// Macros a program may define. The first three must be the same in every file of one program. The name of the inline
+// namespace contains their values: if two files define them differently, one does not link with the types of the other.
+//   WANDB_RESTORE_SPLIT           the header only declares; see WANDB_RESTORE_IMPLEMENTATION
 //   WANDB_RESTORE_NO_OPENSSL      plain HTTP only
 //   WANDB_RESTORE_EXCEPTIONS      0 or 1; default: 1 if the compiler's flags allow exceptions
-//   WANDB_RESTORE_IMPLEMENTATION  in split mode, in exactly one source file: the header also defines
-//   WANDB_RESTORE_HTTPLIB         adds httplib_transport, over cpp-httplib; in split mode, define it in that file, too
+//   WANDB_RESTORE_IMPLEMENTATION  in split mode, for exactly one source file, which then has the definitions
+//   WANDB_RESTORE_HTTPLIB         adds httplib_transport, over cpp-httplib; in split mode, the source file with the
+//                                 definitions needs it, too
 
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
 #error "wandb_restore.hpp needs C++17: compile with -std=c++17 (or /std:c++17) or later"
@@ -446,18 +447,18 @@ struct file_info {
 
 /// The activity that a progress report is about.
 enum class phase {
-  downloading,  ///< this call fetches bytes, or waits: for another process that fetches the file, or for its upload
-  verifying,  ///< this call computes the md5 of a complete file
+  downloading,  ///< the call downloads, or waits for another process that downloads the file, or for the run to upload the file
+  verifying,    ///< this call computes the md5 of a complete file
 };
 
 /// A progress report of one restore, or of restore_all.
 struct progress {
-  /// The file's name in the run; of several files, one that is being downloaded. Valid during the callback only.
+  /// The file's name in the run; in restore_all, the name of one of the files in progress. Valid during the callback only.
   std::string_view name;
   wandb::phase phase = wandb::phase::downloading;  ///< what `bytes_done` counts
   /// While downloading: bytes present, including those of earlier tries. While verifying: bytes hashed.
   std::uint64_t bytes_done = 0;
-  /// The file's size; of several files, the sum over those found so far. Empty if unknown.
+  /// The file's size; in restore_all, the sum over the files found so far. Empty if unknown.
   std::optional<std::uint64_t> bytes_total;
   double bytes_per_second = 0;  ///< recent rate of the network; 0 if unknown
   std::size_t files_done = 0;   ///< files that restore_all has finished, successfully or not
@@ -509,8 +510,8 @@ class restored_file : public std::ifstream {
   [[nodiscard]] const std::string& md5() const noexcept { return facts_.md5; }
   /// Returns where the bytes came from.
   [[nodiscard]] wandb::source source() const noexcept { return facts_.source; }
-  /// Returns true if the content has the service's md5. This call has checked that, or an earlier call has, and the file
-  /// still has the size and the time of modification that are in its receipt.
+  /// Returns true if the content was compared with the service's md5: by this restore, or by an earlier one whose receipt
+  /// has the file's present size and time of modification.
   [[nodiscard]] bool verified() const noexcept { return facts_.verified; }
 
  private:
@@ -560,13 +561,13 @@ class remote_stream;
 ///
 /// Reads of less than 256 KiB go through a cache of 64 blocks of 64 KiB: a missing block is requested once, also if several
 /// threads want it, and the least recently used blocks make room. While a file is read in order, requests grow to 1 MiB, so
-/// that few are needed; at the beginning of a file they have 256 KiB; other reads request only the blocks that they touch. A
-/// longer read is one request for exactly its bytes, which go straight into the caller's buffer. Memory: up to 4 MiB for the
-/// cache, and 64 KiB for each stream.
+/// that few are needed; at the beginning of a file they have 256 KiB; other reads request only the blocks that they touch.
+/// A read of 256 KiB or more is one request for exactly its bytes, which go straight into the caller's buffer. Memory: up
+/// to 4 MiB for the cache, and 64 KiB for each stream.
 ///
-/// Every byte is of one version of the file. The first response determines it: by its entity tag if that is strong (RFC 9110,
-/// section 8.8.3); otherwise by entity tag and Last-Modified, as far as the storage sends them; and always by the size. A
-/// response that differs is errc::protocol_violation. The md5 cannot be checked: that would take the whole file.
+/// All bytes are of one version of the file, that of the first response. A version is known by a strong entity tag (RFC
+/// 9110, section 8.8.3); otherwise by entity tag and Last-Modified, as far as the storage sends them; and always by the
+/// size. A response of another version is errc::protocol_violation. The md5 is not checked: that would take the whole file.
 class remote_file {
  public:
   /// Makes an object without a file, as a target for a move.
@@ -626,7 +627,7 @@ class remote_stream : public std::istream {
   remote_stream(remote_stream&& other) noexcept;
   /// Moves position, state and formatting.
   remote_stream& operator=(remote_stream&& other) noexcept;
-  /// Needs no close: nothing is buffered for writing.
+  /// Releases the buffer. Makes no request.
   ~remote_stream() override;
 
   /// Returns the last failure, or null if no read has failed. The pointer is valid until the next read.
@@ -643,7 +644,7 @@ class restoring;
 class opened_copy;
 }  // namespace detail
 
-/// Describes an existing local copy to a cache policy. Filling it in makes no request.
+/// Describes an existing local copy to a cache policy. All members are found without a request.
 class local_copy {
  public:
   std::filesystem::path path;                        ///< root / name
@@ -696,7 +697,7 @@ class cache_policy {
   static cache_policy keep();
   /// Always downloads (the SDK's `replace=True`).
   static cache_policy replace();
-  /// Asks the service, and downloads if its md5 is unknown or differs from the local copy's.
+  /// Asks the service for the md5. Downloads if the service has none, or if the local copy's differs.
   static cache_policy refresh();
 
   /// Calls the rule.
@@ -731,7 +732,7 @@ struct shown_setting {
 /// invalid setting reports it.
 struct settings {
   /// The address of the service's API; it may have a path prefix and trailing slashes. The public service has two names,
-  /// api.forge.coreweave.com and api.wandb.ai: credentials stored under either count for both.
+  /// api.forge.coreweave.com and api.wandb.ai: credentials that are stored for one are used for the other, too.
   std::string base_url = "https://api.forge.coreweave.com";
 
   std::string api_key = {};                     ///< 40 characters or more, or a JWT
@@ -774,16 +775,18 @@ struct settings {
   std::function<void(std::string_view)> on_warning = {};
   /// Warnings of from_environment; the first request passes them to on_warning.
   std::vector<std::string> warnings = {};
-  std::optional<wandb::error> problem = {};  ///< an error of from_environment; requests return it
+  std::optional<wandb::error> problem =
+      {};  ///< an error of from_environment; each call that needs a request returns it
 
   /// Reads environment variables, then settings files (local, then global), then wandb-resume.json (if WANDB_RESUME is
   /// auto), as README.md lists them; the first source of a value counts. Makes no request. Never fails: see `problem`.
   static settings from_environment();
 
   std::vector<shown_setting> sources = {};  ///< what from_environment found, and where; for `shown`
-  /// Returns every setting with its value and the source of the value, without secrets. Keys and the values of headers appear
-  /// as "(set)", proxies without user name and password. If there is no other key, the netrc file is read. A value that the
-  /// program set has the source "program"; a secret that the program replaced keeps the source of the former value.
+  /// Returns every setting with its value and the source of the value, without secrets. Keys and the values of headers
+  /// appear as "(set)", proxies without user name and password. Reads the netrc file if there is no other key. A value that
+  /// the program set has the source "program". The source of a secret is where from_environment found one, even if the
+  /// program has replaced that secret.
   [[nodiscard]] std::vector<shown_setting> shown() const;
 };
 
@@ -803,8 +806,8 @@ struct restore_options {
   /// errc::cancelled within a second, except while a host name is resolved, the system writes the file to stable storage, or a
   /// disk does not answer.
   const std::atomic<bool>* cancel = nullptr;
-  /// The most connections that download at once, for one large file or for the files of restore_all; at least 1. More than
-  /// 64 count as 64.
+  /// The most connections that download at once, for one large file or for the files of restore_all; at least 1. A value
+  /// above 64 is treated as 64.
   int connections = 8;
   bool verify = true;  ///< false: do not check the md5, use one connection, resume nothing
   /// How long to wait for a file that the run has not uploaded yet, or for the first match of a pattern. The service is
@@ -898,7 +901,8 @@ result<remote_file> open_remote(const std::shared_ptr<session>& current, std::st
 result<std::vector<file_info>> list_files(session& current, const restore_options& options);
 result<std::vector<file_info>> list_files(session& current, const run_argument& run);
 
-/// Whether T names a run: a text, or a run_path. Braces match no template, so `{...}` makes a restore_options.
+/// Whether T names a run: a text, or a run_path. No template parameter is deduced from a braced list, so `{...}` is a
+/// restore_options.
 template <class T>
 inline constexpr bool names_run =
     std::is_convertible_v<T, std::string_view> || std::is_convertible_v<T, run_path>;
@@ -1059,8 +1063,9 @@ class client {
 /// @param options  see restore_options.
 /// @return         the open stream, or an error with any errc. After a failure the file at the local path is unchanged; a
 ///                 hidden file beside it keeps the bytes that arrived, and the next call resumes from them.
-/// @throws         std::bad_alloc if memory runs out, in whichever of the call's threads, and any exception of on_progress or of
-///                 the transport: the state is as after a failure. (Without exceptions, a lack of memory ends the program.)
+/// @throws         std::bad_alloc if an allocation fails in any thread of the call, and any exception of on_progress or of
+///                 the transport: the state is as after a failure. (Without exceptions, a failed allocation ends the
+///                 program.)
 /// Source: wandb.restore of the Python SDK (wandb/sdk/wandb_run.py).
 inline result<restored_file> try_restore(std::string_view name, const restore_options& options = {}) {
   return client<>().try_restore(name, options);
@@ -1074,16 +1079,16 @@ result<restored_file> try_restore(std::string_view name, const Run& run, bool re
 
 /// Downloads every file of a run that matches a pattern. Blocks; thread-safe as try_restore.
 ///
-/// The service is asked for one page of the list after the other (500 files). Meanwhile the files of earlier pages are
-/// downloaded side by side: a file of less than 8 MiB over one connection, a larger one over one for each 8 MiB, as far as they are
-/// free. `options.connections` limits the connections of the whole call, besides the one that fetches the list. Each file is
-/// restored as try_restore restores it: policy, receipts, verification and resuming are the same. With cache_policy::refresh the
-/// list replaces the request for each file.
+/// The list is fetched page by page (500 files). Meanwhile the files of earlier pages are downloaded side by side. A file
+/// gets one connection, and one more for each further 8 MiB while connections are free. `options.connections` limits the
+/// connections of the whole call, except the one that fetches the list. Each file is restored as try_restore restores it:
+/// policy, receipts, verification and resuming are the same. cache_policy::refresh takes the md5 from the list, without a
+/// request for each file.
 ///
-/// The failure of one file does not stop the others, but not_authenticated, a full disk, offline mode and a cancellation do.
-/// Such a failure is restore_report::failure, and the failure of each file that was listed but not tried. Of two names that
-/// differ only in the case of ASCII letters, the second is refused with invalid_argument: some file systems would store both
-/// as one file.
+/// The failure of one file does not stop the others. not_authenticated, a full disk, offline mode and a cancellation stop
+/// the call: such a failure is restore_report::failure, and the failure of each file that was listed but not tried. Of two
+/// names that differ only in the case of ASCII letters, the second is refused with invalid_argument: some file systems
+/// would store both as one file.
 ///
 /// @param pattern  as matches_pattern says; files that match one of `options.exclude` are left out.
 /// @param options  see restore_options; on_progress gets sums over all files, `wait` waits for the first match.
@@ -1112,8 +1117,8 @@ result<restored_file> try_restore_newest(std::string_view pattern, const Run& ru
 }
 
 /// Opens a file of a run for reading over the network: one tensor of a checkpoint, the directory of an archive. Nothing is
-/// written to disk. Asks the service for the file; the first read asks the storage, or this call does if the service does not
-/// tell the size. Blocks. May be called from several threads at once.
+/// written to disk. Asks the service for the file. The first read contacts the storage; this call contacts it if the
+/// service does not tell the size. Blocks. May be called from several threads at once.
 ///
 /// @param name     as for try_restore.
 /// @param options  run_path, cancel and wait are used, on_progress during the wait. `cancel` must exist until the remote_file
@@ -1572,7 +1577,8 @@ inline std::string normalised_md5(std::string_view text) {
   return bytes && bytes->size() == 16 ? hex_encode(*bytes) : std::string();
 }
 
-/// Returns the days from 1970-01-01 to a Gregorian date. Its years begin in March, which makes a leap day the last day.
+/// Returns the days from 1970-01-01 to a Gregorian date. Counts years from March, so that a leap day is the last day of a
+/// year.
 inline std::int64_t days_from_civil(int year, int month, int day) {
   const std::int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, year_of_era = y - era * 400;
   const std::int64_t day_of_year = (153 * (month > 2 ? month - 3 : month + 9) + 2) / 5 + day - 1;
@@ -2026,8 +2032,8 @@ inline result<text_map> parse_netrc(std::string_view text) {
 
 // ----------------------------------------------------------------------------------------------------- JSON
 
-// nlohmann/json parses here, and nothing more: to build, copy or write its values takes long to compile. A function that
-// reads a value accepts any: if the value has another type, it returns an empty result.
+// nlohmann/json is used for parsing only: code that builds, copies or writes its values takes long to compile. The
+// functions that read a value accept every type, and return an empty result for a type that they do not expect.
 
 using json = nlohmann::json;
 
@@ -2071,11 +2077,11 @@ class json_document {
   const json* value_ = &null();
 };
 
-/// Builds a value from the events of nlohmann's parser, whose own builder ends the program where it has no memory to destroy a
-/// half-built value. Refuses texts that take too much: more than 64 levels of brackets, more than 131,072 values, or a string
-/// of more than 64 KiB. The service's answers have less than ten levels, about 7,000 values for a page of files, and addresses
-/// of about 2 KiB. Thousands of levels could overflow the stack when the value is destroyed; a value of two bytes of text takes
-/// up to 160 bytes of memory; and each copy of a long string takes its length.
+/// Builds a value from the events of nlohmann's parser. (Its own builder ends the program if it needs memory to destroy an
+/// incomplete value, and there is none.) Refuses texts that need too much memory: more than 64 levels of brackets, more
+/// than 131,072 values, or a string of more than 64 KiB. The service's answers have less than ten levels, about 7,000
+/// values for a page of files, and addresses of about 2 KiB. Thousands of levels could overflow the stack when the value is
+/// destroyed. Two bytes of text can become a value of 160 bytes. Strings are copied several times.
 class json_builder {
  public:
   explicit json_builder(json& root) : root_(root) {}
@@ -2367,8 +2373,8 @@ inline bool names_sweep(std::string_view path, bool has_scheme) {
   return kind + 1 < segments.size() && segments[kind] == "sweeps";
 }
 
-/// Parses a run path, and leaves missing parts empty; all are missing in an empty text. Returns errc::invalid_run_path for
-/// other texts, and for a sweep's path, which the SDK would take for a run's.
+/// Parses a run path, and leaves missing parts empty. Returns three empty parts for an empty text, and
+/// errc::invalid_run_path for a malformed text and for a sweep's path, which the SDK would take for a run's.
 inline result<run_path> split_run_path(std::string_view text) {
   if (text.empty()) return run_path{};
   const auto fail = [&](std::string_view why) {
@@ -2497,8 +2503,8 @@ struct file_facts {
   }
 };
 
-/// The outcome of examining a path or file: found, absent, or a failure that leaves both possible. A failure must not count
-/// as absent: the file would be replaced.
+/// The outcome of examining a path or file: found, absent, or unknown because the system call failed. Unknown must not
+/// count as absent: the file would be replaced.
 class look_result {
  public:
   look_result(const file_facts& facts) : facts_(facts) {}  // NOLINT: implicit, as in result
@@ -2522,7 +2528,7 @@ class look_result {
   int code_ = 0;
 };
 
-/// How to open a file. Only the first two modes follow symbolic links; only the first may block, on a pipe.
+/// How to open a file. Only `read` and `keep_name` follow symbolic links. Only `read` may block, on a pipe.
 enum class file_mode {
   read,       //
   keep_name,  // read; on Windows, nobody can rename or replace the file while it is open
@@ -3114,7 +3120,7 @@ class file {
   [[nodiscard]] int sync() const { return sync_file(handle_); }
   [[nodiscard]] int reserve(std::uint64_t size) const { return reserve_room(handle_, size); }
   [[nodiscard]] look_result facts() const { return facts_of(handle_); }
-  /// Whether the directory entry `where` is certainly missing or another file. A failed look leaves that open.
+  /// Whether the directory entry `where` is certainly missing or another file. Returns false if the examination fails.
   [[nodiscard]] bool is_surely_not(const path& where) const {
     const auto own = facts(), named = facts_of_entry(where);
     return named.absent() || (own.found() && named.found() && !named->is_same_file(*own));
@@ -3124,8 +3130,8 @@ class file {
     const auto own = facts(), named = facts_of_entry(where);
     return own.found() && named.found() && named->is_same_file(*own);
   }
-  /// Renames this file. A remote disk that lost its first answer may report a failure although the file was renamed: the new
-  /// name then decides. On Windows no other file may have the new name.
+  /// Renames this file. A network file system may report a failure after the rename, if its first response was lost: then
+  /// succeeds if this file has the new name. On Windows no other file may have the new name.
   [[nodiscard]] int rename(const path& source, const path& destination) const {
     const int code = rename_over(source, destination);
     return code != 0 && is_named(destination) ? 0 : code;
@@ -3211,7 +3217,7 @@ inline result<std::string> read_small_file(const path& where, std::size_t limit)
 
 /// Returns a number that differs between calls and processes, for file names and for the jitter of retries, not for secrets.
 /// Does not use std::random_device, which throws if the system has no source of randomness.
-inline std::uint64_t some_number() {
+inline std::uint64_t unique_number() {
   static std::atomic<std::uint64_t> calls{0};
   const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
   std::string text;
@@ -3223,7 +3229,7 @@ inline std::uint64_t some_number() {
   return name_hash(text);
 }
 
-/// Whether a small file is synced before it replaces the old one. Without that, a power failure may leave it empty.
+/// Whether a small file is synced before it replaces the old one. Without the sync, a power failure may leave an empty file.
 enum class durability { lasting, best_effort };
 
 /// Replaces a small file atomically: readers see the old content or the new. Replaces a symbolic link, does not follow it.
@@ -3231,7 +3237,7 @@ inline result<void> replace_small_file(const path& where, std::string_view text,
                                        durability wanted = durability::lasting) {
   if (auto made = make_directories(where.parent_path()); !made) return made;
   path beside = where;
-  beside += ".new-" + hex64(some_number());
+  beside += ".new-" + hex64(unique_number());
   file out;
   int code = out.open(beside, file::mode::create, permissions);
   if (code == 0) code = out.write_at(0, text);
@@ -3325,9 +3331,9 @@ inline bool is_free(std::mutex& lock) {
   return held.owns_lock();
 }
 
-/// Holds one T for each process. After a fork, the child's first get() makes a new T and leaves its parent's alone. T::try_close()
-/// closes what an abandoned object need not keep open; it returns false if a thread of the parent held a lock at the fork: such an
-/// object is never destroyed.
+/// Holds one T for each process. In a forked child, the first get() makes a new T, and the parent's T is not used any more.
+/// T::try_close() closes its descriptors. It returns false if a thread of the parent held a lock at the fork: such a T is
+/// never destroyed.
 template <class T>
 class per_process {
  public:
@@ -3376,7 +3382,7 @@ struct owner {
     const auto salt = name_hash(std::to_string(reinterpret_cast<std::uintptr_t>(&next))) & 0xffff;
     return {process_realm(), own_process(), process_start(own_process()).value_or(0), (salt << 24) + next++};
   }
-  /// Names a process that has ended: a file with its name is abandoned.
+  /// Returns an owner that counts as ended: a file that is named after it is abandoned.
   static owner ended() {
     owner made = self();
     if (made.start != 0) ++made.start;  // another process with this process's id
@@ -3425,8 +3431,8 @@ struct place {
     tag = std::string(hidden_prefix) + hex64(name_hash(utf8(target.filename())));
   }
   [[nodiscard]] path lock() const { return directory / (tag + ".lock"); }
-  /// A partial file that its writer has given up, for this user's next writer: in a directory with the sticky bit, users cannot
-  /// replace each other's files. Its record holds the md5 of its content.
+  /// The partial file that this user's last writer has released. Each user has a name of his own, because in a directory
+  /// with the sticky bit users cannot replace each other's files. Its record holds the md5 of its content.
   [[nodiscard]] path released() const {
     return directory / (tag + '-' + std::to_string(own_user()) + ".part");
   }
@@ -3460,7 +3466,7 @@ inline result<void> check_replaceable(const place& destination) {
 // ---- locks: they avoid duplicate work; correctness does not depend on them
 
 /// Excludes other threads and, if the file system's locks work, other processes from a place. Never blocks. The holder
-/// writes its name into the lock file: a forked child inherits the lock, which then outlives the holder.
+/// writes its name into the lock file: a forked child inherits the lock, and may keep it after the holder has ended.
 class place_lock {
  public:
   enum class outcome { held, busy, unavailable };
@@ -3470,7 +3476,8 @@ class place_lock {
   place_lock(const place_lock&) = delete;
   place_lock& operator=(const place_lock&) = delete;
   ~place_lock() {
-    // Remove the file before unlocking: see try_file(). Another process may have taken this lock, and the name is its file's.
+    // Remove the file before unlocking: see try_file(). If another process has removed this lock file, the name may be that
+    // of its own one.
     if (outcome_ == outcome::held && !leave_ && out_.is_named(where_)) remove_quietly(where_);
     out_.close();
     if (outcome_ != outcome::busy) forget();
@@ -3489,7 +3496,7 @@ class place_lock {
     if (outcome_ == outcome::busy) forget();
     return outcome_;
   }
-  /// Whether the lock is held and its file is new: then no earlier holder was killed or left its file.
+  /// Whether the lock is held, and its file was made by this object: no earlier holder was killed or left hidden files.
   [[nodiscard]] bool is_first() const { return outcome_ == outcome::held && !existed_ && !took_; }
   /// Whether the lock is held and certainly excludes the other processes of this machine.
   [[nodiscard]] bool is_effective() const {
@@ -3498,8 +3505,8 @@ class place_lock {
   /// Makes the destructor keep the lock file, so that the next holder looks for hidden files to clean up.
   void leave_file() { leave_ = true; }
   void remove_file() { leave_ = false; }
-  /// Removes the lock file if its holder has certainly ended: a forked child may still have the lock. Returns true if it
-  /// did; try_acquire then makes a new file.
+  /// Removes the lock file if its holder has certainly ended: a forked child may still have the lock. Returns true if the
+  /// file was removed; try_acquire then makes a new one.
   bool take_from_dead() {
     file held;
     if (held.open(where_, file::mode::neighbour) != 0) return false;
@@ -3588,9 +3595,14 @@ struct found_partial {
   }
 };
 
-/// Finds the partial files of a place. Clears `is_whole` if there may be more of them.
-inline std::vector<found_partial> find_partials(const place& destination, bool* is_whole = nullptr) {
-  std::vector<found_partial> found;
+/// The partial files of a place.
+struct partial_listing {
+  std::vector<found_partial> found = {};
+  bool is_complete = true;  // false: the directory or a file in it could not be examined
+};
+
+inline partial_listing find_partials(const place& destination) {
+  partial_listing listing;
   const bool is_read = for_each_name(or_dot(destination.directory), [&](const path& file_name) {
     const std::string name = utf8(file_name);
     constexpr std::string_view suffix = ".part";
@@ -3611,13 +3623,13 @@ inline std::vector<found_partial> find_partials(const place& destination, bool* 
       partial.writer = owner::parse(middle.substr(dash + 1));
     }
     const auto facts = facts_of_entry(partial.where);
-    if (facts.failure() != 0 && is_whole != nullptr) *is_whole = false;
+    if (facts.failure() != 0) listing.is_complete = false;
     if (!facts.found()) return;
     partial.facts = *facts;
-    found.push_back(std::move(partial));
+    listing.found.push_back(std::move(partial));
   });
-  if (!is_read && is_whole != nullptr) *is_whole = false;
-  return found;
+  if (!is_read) listing.is_complete = false;
+  return listing;
 }
 
 /// A long operation calls this now and then with the number of bytes done, and stops if it returns false.
@@ -3640,7 +3652,7 @@ class partial_file {
   static result<std::unique_ptr<partial_file>> open(const place& destination, const std::string& md5,
                                                     std::uint64_t size, watcher go_on = {},
                                                     const place_lock* lock = nullptr);
-  /// Starts a new file without reusing any. Others get no more permissions than for the file that it will replace.
+  /// Starts a new file without reusing any. The new file has at most the permissions of the file that it will replace.
   static result<std::unique_ptr<partial_file>> create(const place& destination, const std::string& md5,
                                                       std::uint64_t size);
   partial_file(const partial_file&) = delete;
@@ -3659,8 +3671,8 @@ class partial_file {
     return byte_of(index) < bits_.size() && (bits_[byte_of(index)] >> (index % 8) & 1) != 0;
   }
   [[nodiscard]] std::uint64_t blocks() const { return (size_ + block - 1) / block; }
-  /// The number of blocks that the record covers in memory. It has no later ones: a server may claim any size, and the record
-  /// of a large file grows with the blocks that arrive.
+  /// The number of blocks that `bits_` covers; later ones are absent. `bits_` grows with the blocks that arrive, because a
+  /// server may claim any size.
   [[nodiscard]] std::uint64_t covered() const {
     return (std::min<std::uint64_t>)(blocks(), bits_.size() * 8);
   }
@@ -3695,9 +3707,9 @@ class partial_file {
   [[nodiscard]] bool is_worth_keeping(const std::string& md5) const {
     return !md5.empty() && !is_unreliable_ && bits_.find_first_not_of('\0') != std::string::npos;
   }
-  /// Sets the name that the destructor gives the file; "": it removes the file. A file that open() took over has its former
-  /// name as the fallback, so that an exception does not lose the bytes that had arrived.
-  void fallback(path name) { fallback_ = std::move(name); }
+  /// Sets the name that the destructor gives the file; if the name is empty, the destructor removes the file. A file that
+  /// open() took over has its former name as the fallback, so that an exception does not lose the bytes that had arrived.
+  void set_fallback(path name) { fallback_ = std::move(name); }
   /// Closes the file, and keeps it for the next restore of this content, unless a better one is there. Returns false if it did not
   /// get the released name: then the next restore finds it only by reading the directory. Has no effect on a published file.
   bool release(const place& destination, const std::string& md5) {
@@ -3720,8 +3732,8 @@ class partial_file {
 
   /// Cuts the record off and brings the content to stable storage. May take long; cannot be cancelled.
   result<void> finish();
-  /// Calls finish() if nobody has, replaces the target with this file, and returns a stream on it. Calls `announce` just
-  /// before the replacement, with the facts that the published file will have.
+  /// Calls finish() if it was not called before, replaces the target with this file, and returns a stream on it. Calls
+  /// `announce` just before the replacement, with the facts that the published file will have.
   result<std::ifstream> publish(const place& destination,
                                 function_ref<void(const file_facts&)> announce = {});
 
@@ -3764,9 +3776,9 @@ class partial_file {
     for (std::uint64_t i = 0; i < covered(); ++i) count += has(i) ? 1u : 0u;
     return count;
   }
-  /// Opens a candidate and reads its record. Returns null if it has no record of this content, and an error if that cannot be
-  /// told. Sets is_own_ if the file belongs to this user and has one name: others could change another file after it was
-  /// published.
+  /// Opens a candidate and reads its record. Returns null if it has no record of this content, and an error if the record
+  /// cannot be read. Sets is_own_ if the file belongs to this user and has one hard link: through another one, others could
+  /// change the file after it was published.
   static result<std::unique_ptr<partial_file>> inspect(const found_partial& candidate, const std::string& md5,
                                                        std::uint64_t size);
   /// Renames an abandoned candidate so that no other process claims it. Returns false if another process was faster.
@@ -3878,7 +3890,8 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& des
                                                                 watcher go_on, const place_lock* lock) {
   if (md5.empty() || size == 0) return create(destination, md5, size);
   std::vector<found_partial> sources;  // with content to reuse; most recorded blocks first
-  for (auto& candidate : find_partials(destination)) {
+  auto listing = find_partials(destination);
+  for (auto& candidate : listing.found) {
     const auto content = inspect(candidate, md5, size);
     if (!content) continue;  // a later call may be able to read it
     if (!*content) {
@@ -3920,7 +3933,8 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& des
     if (&source == claimed) continue;
     const auto& writer = source.writer;
     const bool is_abandoned = source.abandoned();
-    // A live writer of this machine holds the lock, unless it was silent and lost it. It may resume: copy, do not claim.
+    // This call holds the lock, so a live writer of this machine has lost it by being silent. The writer may continue: copy
+    // the file, do not claim it.
     const bool is_locked_out =
         lock != nullptr && !writer.is_here() && writer.is_of_this_boot() && lock->is_effective();
     const bool is_silent =
@@ -4003,7 +4017,8 @@ inline result<void> partial_file::finish() {
 inline result<std::ifstream> partial_file::publish(const place& destination,
                                                    function_ref<void(const file_facts&)> announce) {
   const auto old = facts_of(destination.target);
-  // Restore the record, so that release() can keep the file. Without its name it may be the published file.
+  // Restore the record, so that release() can keep the file. Do not if another name leads to the file: it may be the
+  // published one.
   const auto failed = [&](const error& failure) {
     const bool is_open = out_.is_open() || out_.open(where_, file::mode::update) == 0;
     if (is_open && out_.is_named(where_)) write_record();
@@ -4058,9 +4073,11 @@ inline result<std::ifstream> partial_file::publish(const place& destination,
 /// Removes abandoned partial files that were not written for `age`, and files whose writer cannot be examined (on another
 /// host, for example) and that were not written for an hour. `now` is the file system's clock in nanoseconds since 1970.
 /// Returns true if no partial file is left, except for a released one, whose name is known without reading the directory.
-inline bool clean_up(const place& destination, std::int64_t now, std::chrono::nanoseconds age = {}) {
-  bool is_clean = true;
-  for (const auto& partial : find_partials(destination, &is_clean)) {
+inline bool remove_abandoned_partials(const place& destination, std::int64_t now,
+                                      std::chrono::nanoseconds age = {}) {
+  const auto listing = find_partials(destination);
+  bool is_clean = listing.is_complete;
+  for (const auto& partial : listing.found) {
     const bool is_old = age.count() == 0 || partial.is_silent(now, age);
     const bool is_lost = !partial.writer.is_here() && partial.is_silent(now, std::chrono::seconds(3600));
     const bool is_removed = ((partial.abandoned() && is_old) || is_lost) && remove_quietly(partial.where);
@@ -4092,7 +4109,7 @@ inline result<path> real_path(const path& where) {
 inline path receipt_path(const path& cache, const path& real_target) {
   return cache / "receipts" / hex64(name_hash(utf8(real_target)));
 }
-/// Whether another change now could leave a file's time of modification as it is: some file systems' clocks tick every 2
+/// Whether a change that is made now could get the same time of modification: some file systems' clocks tick every 2
 /// seconds. A receipt must not record the md5 of such a file.
 inline bool is_too_fresh(std::int64_t modified) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
@@ -4101,7 +4118,7 @@ inline bool is_too_fresh(std::int64_t modified) {
 
 /// Removes unfinished receipts, older than a day, of killed processes. Does not look at the files that receipts are about:
 /// their file systems may not answer.
-inline void sweep_receipts(const path& directory) {
+inline void remove_unfinished_receipts(const path& directory) {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   const auto old =
       std::chrono::duration_cast<std::chrono::nanoseconds>(now - std::chrono::seconds(86400)).count();
@@ -4127,8 +4144,8 @@ inline result<std::string> receipts_at(const path& where) {
 inline constexpr std::string_view end_of_receipt = "end=yes\n";
 
 /// Writes the receipt of a file just before its publication. Appends the receipt of the file that it replaces, so that a
-/// call at that moment recognises either file. Does nothing without a cache directory: then later calls take the file for
-/// the user's own.
+/// call at that moment recognises either file. Does nothing if `cache` is empty: later calls then do not know that the file
+/// was restored.
 inline result<void> write_receipt(const path& cache, const path& target, const receipt& facts) {
   if (cache.empty()) return {};
   const auto real = real_path(target);
@@ -4144,7 +4161,7 @@ inline result<void> write_receipt(const path& cache, const path& target, const r
   const std::string previous = receipts_at(where).value_or(std::string());
   if (const auto end = previous.find(end_of_receipt); end != previous.npos)
     record += previous.substr(0, end + end_of_receipt.size());
-  if (some_number() % 64 == 0) sweep_receipts(where.parent_path());
+  if (unique_number() % 64 == 0) remove_unfinished_receipts(where.parent_path());
   return replace_small_file(where, record, 0666, durability::best_effort);
 }
 
@@ -4170,8 +4187,8 @@ inline result<receipt> receipt_of(const path& cache, const path& real, const fil
   return receipt();
 }
 
-/// Reads the receipt of a file. Returns an empty one if there is none or the file has changed since. A failure leaves both
-/// possible.
+/// Reads the receipt of a file. Returns an empty one if there is none or the file has changed since. An error means that
+/// the receipt could not be read.
 inline result<receipt> read_receipt(const path& cache, const path& target, const file_facts& now) {
   if (cache.empty()) return receipt();
   const path plain = absolute_path(target);
@@ -5387,7 +5404,7 @@ class backoff {
 
  private:
   static milliseconds jitter(milliseconds ceiling) {
-    return milliseconds(some_number() % static_cast<std::uint64_t>(ceiling.count() + 1));
+    return milliseconds(unique_number() % static_cast<std::uint64_t>(ceiling.count() + 1));
   }
   const call& call_;
   retry_clock& clock_;
@@ -8638,20 +8655,20 @@ class restoring {
   result<restored_file> open_local(const std::string& md5) const {
     auto stream = opened_->stream();
     if (!stream) return stream.error();
-    remove_orphans();
+    remove_after_kill();
     return restored_file(*std::move(stream), {place_.target, copy_.size, md5, source::local, !md5.empty()});
   }
 
   /// Removes hidden files of processes that were killed an hour ago or earlier. A killed process also leaves its lock file:
   /// without one there is no need to read the directory, which may be large.
-  void remove_orphans() const {
+  void remove_after_kill() const {
     if (!facts_of_entry(place_.lock()).found()) return;
     place_lock lock(place_);
-    if (lock.try_acquire() == place_lock::outcome::held) tidy(lock, std::chrono::seconds(3600));
+    if (lock.try_acquire() == place_lock::outcome::held) remove_abandoned(lock, std::chrono::seconds(3600));
   }
   /// Removes abandoned hidden files that are older than `age`. Keeps the lock file if any hidden file remains.
-  void tidy(place_lock& lock, std::chrono::nanoseconds age) const {
-    if (clean_up(place_, lock.now(), age)) {
+  void remove_abandoned(place_lock& lock, std::chrono::nanoseconds age) const {
+    if (remove_abandoned_partials(place_, lock.now(), age)) {
       lock.remove_file();
     } else {
       lock.leave_file();
@@ -8671,14 +8688,15 @@ class restoring {
     if (auto good = check_replaceable(place_); !good) return good.error();
     place_lock lock(place_);
     if (!wait_for_turn(lock, remote.info)) return call_.why_cancelled();
-    if (!lock.is_first()) lock.leave_file();  // until tidy() has found that no hidden file remains
+    if (!lock.is_first())
+      lock.leave_file();  // until remove_abandoned() has found that no hidden file remains
     const auto is_another = reopen_copy();
     if (!is_another) return is_another.error();
     if (*is_another && is_usable(remote.info)) {
       if (first_verdict_ == cache_policy::verdict::keep) {  // a call that started now would check this, too
         if (auto good = check_origin(); !good) return good.error();
       }
-      if (!lock.is_first()) tidy(lock, std::chrono::seconds(3600));
+      if (!lock.is_first()) remove_abandoned(lock, std::chrono::seconds(3600));
       return use_local(&remote.info);
     }
     if (call_.cancelled()) return call_.why_cancelled();
@@ -8716,7 +8734,7 @@ class restoring {
       if (!opened) return opened.error();
       partial_file& partial = **opened;
       releaser on_exit{partial, lock, place_, md5, place_.released()};
-      partial.fallback({});
+      partial.set_fallback({});
       if (auto room = partial.reserve(); !room) return room.error();
 
       const fetch_failure end = download(job, partial);
@@ -8755,7 +8773,7 @@ class restoring {
         if (!partial.release(destination, md5))
           lock.leave_file();  // so that the next call reads the directory
       };
-      if (!ending.run(release) && partial.is_worth_keeping(md5)) partial.fallback(std::move(released));
+      if (!ending.run(release) && partial.is_worth_keeping(md5)) partial.set_fallback(std::move(released));
     }
   };
 
@@ -8768,7 +8786,7 @@ class restoring {
     auto stream = partial.publish(place_, [&](const file_facts& facts) { remember(md5, facts); });
     if (!stream) return stream.error();
     remove_quietly(place_.released());
-    if (may_find_partials(lock, partial.size())) tidy(lock, {});
+    if (may_find_partials(lock, partial.size())) remove_abandoned(lock, {});
     return restored_file(*std::move(stream),
                          {place_.target, partial.size(), md5, source::downloaded, !md5.empty()});
   }
@@ -8814,7 +8832,8 @@ class restoring {
     if (lock.is_first() || !options_.verify || remote.md5.empty() || remote.size.value_or(0) < large)
       return false;
     const auto now = lock.now();
-    for (const auto& found : find_partials(place_)) {
+    const auto listing = find_partials(place_);
+    for (const auto& found : listing.found) {
       const bool is_remote = found.key == place::key(remote.md5) && found.writer.process != 0 &&
                              !found.writer.is_here() && found.facts.is_file && found.facts.user == own_user();
       if (!is_remote || found.is_silent(now, std::chrono::seconds(partial_file::quiet))) continue;
@@ -8826,7 +8845,8 @@ class restoring {
   /// The sum of the modification times of this user's partial files. It changes when a writer shows a sign of life.
   [[nodiscard]] std::uint64_t signs_of_life() const {
     std::uint64_t times = 0;
-    for (const auto& found : find_partials(place_))
+    const auto listing = find_partials(place_);
+    for (const auto& found : listing.found)
       if (found.facts.user == own_user()) times += static_cast<std::uint64_t>(found.facts.modified);
     return times;
   }

@@ -217,9 +217,8 @@ TEST_SUITE("command line") {
     }
     SUBCASE("the failure of one file is told, and the others are restored") {
       f.server.add_fault(stand_in::target(stand_in::place::storage).matching("deep"),
-                         stand_in::act::status(404));
-      const outcome result =
-          f.start(program, with_run(f, {"*.pt", "--root", "t", "--json", "--timeout", "0.2"}));
+                         stand_in::act::status(405));
+      const outcome result = f.start(program, with_run(f, {"*.pt", "--root", "t", "--json"}));
       CHECK(result.status == 5);
       const auto objects = objects_of(result.out);
       REQUIRE(objects.size() == 3);

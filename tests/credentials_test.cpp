@@ -979,7 +979,7 @@ TEST_SUITE("credentials: proxies") {
       put("WANDB_API_KEY", f.server.key());
       put("SSL_CERT_FILE", f.ca().string());
       auto s = wandb::settings::from_environment();
-      s.connect_timeout = s.retry_timeout = 300ms;
+      s.connect_timeout = s.retry_timeout = r.service && r.storage ? 20s : 300ms;
       auto outcome = wandb::client<>(s).try_restore("a.txt", f.path, false, f.root());
       // Only the proxy can resolve the host: a failure shows that the proxy was not used.
       if (r.service && r.storage) {
@@ -1003,7 +1003,8 @@ TEST_SUITE("credentials: proxies") {
     f.secrets.push_back("secretword");
     f.server.add_fault(place::proxy, act::status(403));
     auto s = f.settings();
-    s.connect_timeout = s.retry_timeout = 300ms;
+    s.connect_timeout = 20s;
+    s.retry_timeout = 300ms;
     s.https_proxy.url = "http://me:secretword@" + proxy_host(f);
     check_names(f.failure(wandb::client<>(s).try_restore("a.txt", f.path)),
                 {"a.txt", f.path, "proxy", "403"});

@@ -47,14 +47,17 @@ using support::read_file;
 using support::temporary_directory;
 using support::write_file;
 using wandb::detail::check_replaceable;
-using wandb::detail::clean_up;
 using wandb::detail::facts_of;
-using wandb::detail::find_partials;
 using wandb::detail::owner;
 using wandb::detail::partial_file;
 using wandb::detail::place;
 using wandb::detail::place_lock;
+using wandb::detail::remove_abandoned_partials;
 using wandb::detail::stream_on;
+
+std::vector<wandb::detail::found_partial> partials_of(const place& destination) {
+  return wandb::detail::find_partials(destination).found;
+}
 
 const std::string md5 = "900150983cd24fb0d6963f7d28e17f72";
 const std::string other_md5 = "0123456789abcdef0123456789abcdef";
@@ -135,7 +138,7 @@ class process {
 /// Leaves a partial file with some blocks, as a killed process does.
 fs::path leave_killed(const place& at, const std::string& what, std::uint64_t first, std::uint64_t last) {
   std::vector<fs::path> before;
-  for (const auto& one : find_partials(at)) before.push_back(one.where);
+  for (const auto& one : partials_of(at)) before.push_back(one.where);
   {
     process other([&] {
       auto made = partial_file::create(at, what, size);
@@ -145,7 +148,7 @@ fs::path leave_killed(const place& at, const std::string& what, std::uint64_t fi
       (void)made->release();
     });
   }
-  for (const auto& one : find_partials(at)) {
+  for (const auto& one : partials_of(at)) {
     if (std::find(before.begin(), before.end(), one.where) == before.end()) return one.where;
   }
   FAIL("no partial file was left");
@@ -182,8 +185,8 @@ TEST_SUITE("partial files") {
       for (std::uint64_t i = 0; i < 4; ++i) CHECK_FALSE(made->has(i));
       CHECK(made->where().filename().string().front() == '.');
       CHECK(made->where().parent_path() == directory.path());
-      CHECK(find_partials(at).size() == 1);
-      CHECK_FALSE(find_partials(at).front().abandoned());
+      CHECK(partials_of(at).size() == 1);
+      CHECK_FALSE(partials_of(at).front().abandoned());
     }
     CHECK(files_in(directory.path()) == 0);
   }
@@ -197,8 +200,8 @@ TEST_SUITE("partial files") {
     const auto inode = first->content().facts()->inode;
     first->release(at, md5);
     first.reset();
-    REQUIRE(find_partials(at).size() == 1);
-    CHECK(find_partials(at).front().released);
+    REQUIRE(partials_of(at).size() == 1);
+    CHECK(partials_of(at).front().released);
 
     const auto second = must(partial_file::open(at, md5, size));
     CHECK(second->content().facts()->inode == inode);
@@ -208,7 +211,7 @@ TEST_SUITE("partial files") {
     CHECK(second->has(3));
     CHECK(content_at(*second, 1) == block_text(1));
     CHECK(content_at(*second, 3) == block_text(3));
-    CHECK(find_partials(at).size() == 1);
+    CHECK(partials_of(at).size() == 1);
   }
 
   TEST_CASE("release removes a partial file without blocks or without an md5") {
@@ -236,7 +239,7 @@ TEST_SUITE("partial files") {
     const auto check_nothing = [&](std::size_t partials) {
       const auto mine = must(partial_file::open(at, md5, size));
       for (std::uint64_t i = 0; i < 4; ++i) CHECK_FALSE(mine->has(i));
-      CHECK(find_partials(at).size() == partials);
+      CHECK(partials_of(at).size() == partials);
     };
     leave(place(directory / "other.h5"), md5, size);
     check_nothing(1);
@@ -246,7 +249,7 @@ TEST_SUITE("partial files") {
       leave(at, md5, another);
       check_nothing(2);
     }
-    CHECK(find_partials(place(directory / "other.h5")).size() == 1);
+    CHECK(partials_of(place(directory / "other.h5")).size() == 1);
   }
 
   TEST_CASE("of two released partial files the one with more blocks stays") {
@@ -258,7 +261,7 @@ TEST_SUITE("partial files") {
     more->release(at, md5);
     less->release(at, md5);
     less.reset();
-    REQUIRE(find_partials(at).size() == 1);
+    REQUIRE(partials_of(at).size() == 1);
     const auto mine = must(partial_file::open(at, md5, size));
     CHECK(mine->has(2));
     CHECK_FALSE(mine->has(3));
@@ -279,7 +282,7 @@ TEST_SUITE("partial files") {
       REQUIRE(mine->has(i));
       CHECK((content_at(*mine, i) == block_text(i)));
     }
-    CHECK(find_partials(at).size() == 1);
+    CHECK(partials_of(at).size() == 1);
   }
 
   TEST_CASE("a torn, foreign or missing record is ignored") {
@@ -290,11 +293,11 @@ TEST_SUITE("partial files") {
       fill(*left, 0, 4);
       left->release(at, md5);
       left.reset();
-      REQUIRE(find_partials(at).size() == 1);
-      how(find_partials(at).front().where);
+      REQUIRE(partials_of(at).size() == 1);
+      how(partials_of(at).front().where);
       const auto mine = must(partial_file::open(at, md5, size));
-      CHECK(find_partials(at).size() <= 2);  // the content of a torn record is unknown
-      clean_up(at, 0);
+      CHECK(partials_of(at).size() <= 2);  // the content of a torn record is unknown
+      remove_abandoned_partials(at, 0);
       return mine->has(0) || mine->has(1) || mine->has(2) || mine->has(3);
     };
     CHECK(spoil([](const fs::path&) {}));  // without damage the blocks are found
@@ -333,14 +336,14 @@ TEST_SUITE("partial files") {
       (void)(*made)->record(0, 1);
       (void)made->release();  // skip the destructor, as a kill does
     });
-    REQUIRE(find_partials(at).size() == 1);
-    CHECK_FALSE(find_partials(at).front().abandoned());
+    REQUIRE(partials_of(at).size() == 1);
+    CHECK_FALSE(partials_of(at).front().abandoned());
     {
       const auto mine = must(partial_file::open(at, md5, size));
       CHECK_FALSE(mine->has(0));
-      CHECK(find_partials(at).size() == 2);
-      clean_up(at, 0);
-      CHECK(find_partials(at).size() == 2);
+      CHECK(partials_of(at).size() == 2);
+      remove_abandoned_partials(at, 0);
+      CHECK(partials_of(at).size() == 2);
     }
     bool buried = false;
     SUBCASE("the owner is a zombie") { other.kill_only(); }
@@ -349,11 +352,11 @@ TEST_SUITE("partial files") {
       buried = true;
     }
     CAPTURE(buried);
-    CHECK(find_partials(at).front().abandoned());
+    CHECK(partials_of(at).front().abandoned());
     const auto mine = must(partial_file::open(at, md5, size));
     CHECK(mine->has(0));
     CHECK(content_at(*mine, 0) == block_text(0));
-    CHECK(find_partials(at).size() == 1);
+    CHECK(partials_of(at).size() == 1);
   }
 
   TEST_CASE("a cancelled download is kept, whatever has the released name") {
@@ -370,7 +373,7 @@ TEST_SUITE("partial files") {
     SUBCASE("another user's part, in a directory with the sticky bit") {
       leave(1);
       if (!as_another_user([&] { leave(2); })) return;
-      CHECK(find_partials(at).size() == 2);
+      CHECK(partials_of(at).size() == 2);
     }
     SUBCASE("a directory") {
       fs::create_directories(at.released() / "x");
@@ -387,7 +390,7 @@ TEST_SUITE("partial files") {
       });
       if (!done) return;
       CHECK(is_kept);
-      CHECK(find_partials(at).size() == 2);
+      CHECK(partials_of(at).size() == 2);
     }
     const auto mine = must(partial_file::open(at, md5, size));
     CHECK(mine->has(1));
@@ -398,11 +401,11 @@ TEST_SUITE("partial files") {
     const temporary_directory directory;
     const place at(directory / "shared" / "model.h5");
     fs::create_directory(at.directory);
-    CHECK(clean_up(at, 0));
+    CHECK(remove_abandoned_partials(at, 0));
     REQUIRE(chmod(at.directory.c_str(), 0333) == 0);
     fs::permissions(directory.path(), fs::perms(0777));
     bool is_clean = true;
-    if (as_another_user([&] { is_clean = clean_up(at, 0); })) CHECK_FALSE(is_clean);
+    if (as_another_user([&] { is_clean = remove_abandoned_partials(at, 0); })) CHECK_FALSE(is_clean);
   }
 
   TEST_CASE("a partial file whose blocks were not all copied is not removed") {
@@ -422,7 +425,7 @@ TEST_SUITE("partial files") {
     CHECK(mine->has(0));
     CHECK(mine->has(3));
     CHECK(content_at(*mine, 3) == block_text(3));
-    CHECK(find_partials(at).size() == 1);
+    CHECK(partials_of(at).size() == 1);
   }
 
   TEST_CASE("clean-up removes released partial files and those of dead owners, of any content") {
@@ -440,10 +443,10 @@ TEST_SUITE("partial files") {
     released.reset();
     const auto alive = must(partial_file::create(at, other_md5, size));
     write_file(directory / ".wandb-restore-notes", "the user's own");
-    REQUIRE(find_partials(at).size() == 4);
-    clean_up(at, 0);
-    REQUIRE(find_partials(at).size() == 1);
-    CHECK(find_partials(at).front().where == alive->where());
+    REQUIRE(partials_of(at).size() == 4);
+    remove_abandoned_partials(at, 0);
+    REQUIRE(partials_of(at).size() == 1);
+    CHECK(partials_of(at).front().where == alive->where());
     CHECK(fs::exists(directory / ".wandb-restore-notes"));
   }
 
@@ -518,7 +521,7 @@ TEST_SUITE("partial files") {
     CHECK(content_at(*mine, 3) == block_text(3));
     CHECK(mine->content().facts()->inode != facts_of(theirs)->inode);
     const auto now = mine->content().facts()->modified;
-    clean_up(at, now);
+    remove_abandoned_partials(at, now);
     CHECK(fs::exists(theirs));  // its owner may still write to it
 
     // Later writes of the other owner do not change the copy.
@@ -547,7 +550,7 @@ TEST_SUITE("partial files") {
       CHECK(mine->has(1));
       CHECK_FALSE(mine->has(2));
       CHECK((content_at(*mine, 1) == block_text(1)));
-      CHECK(find_partials(at).size() == 1);
+      CHECK(partials_of(at).size() == 1);
     }
   }
 
@@ -733,11 +736,11 @@ TEST_SUITE("partial files") {
     const fs::path theirs = at.partial(md5, owner{"0000000000000000", 1, 2, 3}.str());
     fs::copy_file(left->where(), theirs);
     set_age(theirs, 3500);
-    clean_up(at, now);
+    remove_abandoned_partials(at, now);
     CHECK(fs::exists(theirs));
     set_age(theirs, 3700);
     set_age(left->where(), 3700);
-    clean_up(at, now);
+    remove_abandoned_partials(at, now);
     CHECK_FALSE(fs::exists(theirs));
     CHECK(fs::exists(left->where()));  // its owner is this live process
   }
@@ -747,10 +750,10 @@ TEST_SUITE("partial files") {
     const place at(directory / "model.h5");
     const fs::path left = leave_killed(at, md5, 0, 1);
     const auto now = facts_of(left)->modified;
-    CHECK_FALSE(clean_up(at, now, std::chrono::hours(1)));
+    CHECK_FALSE(remove_abandoned_partials(at, now, std::chrono::hours(1)));
     CHECK(fs::exists(left));
     set_age(left, 3700);
-    CHECK(clean_up(at, now, std::chrono::hours(1)));
+    CHECK(remove_abandoned_partials(at, now, std::chrono::hours(1)));
     CHECK_FALSE(fs::exists(left));
   }
 
@@ -776,11 +779,11 @@ TEST_SUITE("partial files") {
           tag + "-" + md5 + "-1.2.3.4.part.txt", tag + ".lock", "x" + tag + ".part"}) {
       write_file(directory / name, "text");
     }
-    CHECK(find_partials(at).empty());
+    CHECK(partials_of(at).empty());
     write_file(directory / (tag + "-" + md5.substr(0, 16) + "-nonsense.part"),
                "text");  // no owner is known to be dead
-    REQUIRE(find_partials(at).size() == 1);
-    CHECK_FALSE(find_partials(at).front().abandoned());
+    REQUIRE(partials_of(at).size() == 1);
+    CHECK_FALSE(partials_of(at).front().abandoned());
     CHECK(must(partial_file::open(at, md5, size)) != nullptr);
   }
 
@@ -1297,7 +1300,7 @@ TEST_SUITE("receipts") {
     write_file(abandoned, "path=");
     write_file(fresh, "path=");
     for (const fs::path& old : {receipt, abandoned}) set_age(old, 90000);
-    wandb::detail::sweep_receipts(receipts);
+    wandb::detail::remove_unfinished_receipts(receipts);
     CHECK(fs::exists(receipt));
     CHECK_FALSE(fs::exists(abandoned));
     CHECK(fs::exists(fresh));
@@ -1523,8 +1526,8 @@ TEST_SUITE("publishing") {
         (void)made->release();
       });
     }
-    REQUIRE(find_partials(at).size() == 1);
-    set_age(find_partials(at).front().where, 90'000);
+    REQUIRE(partials_of(at).size() == 1);
+    set_age(partials_of(at).front().where, 90'000);
     const auto sent = std::make_shared<std::atomic<std::uint64_t>>(0);
     wandb::settings settings;
     settings.base_url = "http://service";

@@ -105,7 +105,7 @@ TEST_SUITE("examples") {
     const auto content = stand_in::generated(3'000'000);
     f.server.add_file(f.run, "model.h5", content);
     f.server.add_fault(stand_in::target(stand_in::place::storage), stand_in::act::stall(1'000'000));
-    outcome result = f.start("progress_and_cancel", {"model.h5", f.run_path(), "1"});
+    outcome result = f.start("progress_and_cancel", {"model.h5", f.run_path(), "4"});
     CHECK(result.status == 130);
     CHECK(contains(result.out, "stopped after "));
     CHECK_FALSE(fs::exists(f.work() / "model.h5"));

@@ -273,7 +273,9 @@ TEST_SUITE("remote_file") {
 
   TEST_CASE("more threads fetch than the cache has room for") {
     remote_fixture f(30 * MiB);
-    const auto file = f.open();
+    auto patient = f.settings();
+    patient.idle_timeout = 60s;
+    const auto file = f.success(wandb::client<>(patient).try_open("model.bin", f.options()));
     constexpr unsigned threads_at_once = cache_blocks + 8;
     f.server.add_fault(place::storage, act::stall(100));
     std::vector<std::thread> threads;

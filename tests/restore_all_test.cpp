@@ -365,6 +365,7 @@ TEST_SUITE("restore_all") {
       w.server.add_fault(stand_in::target(place::graphql).nth(2), act::hang());
       std::atomic<bool> cancel{false};
       w.options.cancel = &cancel;
+      w.settings.idle_timeout = 60s;
       const std::string how = end;
       if (how == "total_timeout") w.settings.total_timeout = 3s;
       bool has_refused = false;
@@ -489,7 +490,7 @@ TEST_SUITE("wait") {
       CAPTURE(std::string(kind));
       world w;
       w.server.set_run_state(w.run, "running");
-      w.options.wait = 150ms;  // the last question comes at its end
+      w.options.wait = 1500ms;  // the last question comes at its end
       stand_in::content_ptr content;
       int questions = 0;
       w.server.on_request([&](const stand_in::request_record& request) {

@@ -1996,10 +1996,11 @@ class server::implementation {
       if (one.status != 0) ++kind.answered;
     });
   }
-  void count_sent(std::size_t number, std::size_t count) {
+  /// Adds to the number of sent bytes. A negative `count` takes back an earlier one.
+  void count_sent(std::size_t number, std::int64_t count) {
     update(number, [count](request_record& one, kind_counters& kind) {
-      one.body_sent += count;
-      kind.body_bytes += count;
+      one.body_sent += static_cast<std::uint64_t>(count);
+      kind.body_bytes += static_cast<std::uint64_t>(count);
     });
   }
 
@@ -2451,9 +2452,14 @@ class server::implementation {
       if (answer.drip_interval && sent > 0) when = std::max(when, clock_type::now() + *answer.drip_interval);
       if (when > clock_type::now() && !stop_.wait_until(when)) return false;
       if (is_chunked && !peer.send(chunk_head(piece.size()))) return false;
-      if (!peer.send(piece) || (is_chunked && !peer.send("\r\n"))) return false;
+      // Counted first: a client that has the last byte may look at the counts at once.
+      if (number) count_sent(*number, static_cast<std::int64_t>(piece.size()));
+      if (!peer.send(piece)) {
+        if (number) count_sent(*number, -static_cast<std::int64_t>(piece.size()));
+        return false;
+      }
+      if (is_chunked && !peer.send("\r\n")) return false;
       sent += count;
-      if (number) count_sent(*number, piece.size());
     }
     return !is_chunked || peer.send("0\r\n\r\n");
   }
@@ -2547,7 +2553,7 @@ class server::implementation {
         if (all[side].revents == 0) continue;
         const std::size_t got = receive_some(all[side].fd, room.data(), room.size(), stop_);
         if (got == 0 || !send_all(all[1 - side].fd, room.data(), got, stop_)) return;
-        if (side == 1) count_sent(number, got);
+        if (side == 1) count_sent(number, static_cast<std::int64_t>(got));
       }
     }
   }
