@@ -680,8 +680,8 @@ class cache_policy {
     ask,    ///< request the file's properties from the service, then call the rule again with them
   };
   /// A rule. The first call has `remote` null. If it returns `ask`, a second call has the service's description of the
-  /// file; then `ask` means `fetch`. Both calls come from the restore's thread: threads that share a client may call the
-  /// rule concurrently.
+  /// file; then `ask` means `fetch`. If another process has restored the file meanwhile, the rule is called again for the
+  /// new copy. Threads that share a client call the rule concurrently, and so does one restore_all.
   using rule = std::function<verdict(const local_copy& local, const file_info* remote)>;
 
   /// Makes a policy of a rule. `decide` must not be empty.
@@ -3895,7 +3895,8 @@ inline result<std::unique_ptr<partial_file>> partial_file::open(const place& des
     const auto content = inspect(candidate, md5, size);
     if (!content) continue;  // a later call may be able to read it
     if (!*content) {
-      // Remove an abandoned file if its record is damaged or has another size. Keep other content for its own restore.
+      // Remove an abandoned file of this md5 whose record is damaged or has another size. A restore of another md5 may be
+      // able to use its file.
       if (candidate.abandoned() && candidate.key == place::key(md5)) remove_quietly(candidate.where);
       continue;
     }
@@ -4461,9 +4462,9 @@ inline std::string key_page(url base) {
   return without_final_slash(base) + "/authorize";
 }
 
-/// Whether credentials for the base URL may be sent to an address: its origin is the base URL's, under any name of the
-/// service, and its path is the base URL's or extends it by whole segments. False for a path with a segment "..", plain or
-/// percent-encoded: the server may resolve it to a path outside.
+/// Whether credentials for the base URL may be sent to an address. It must have the base URL's scheme and port, one of the
+/// names of the service's host, and the base URL's path as a prefix of whole segments. False for a path with a segment
+/// "..", plain or percent-encoded: the server may resolve it to a path outside.
 inline bool under_base(const url& base, const url& candidate) {
   if (!contains(hosts_of(base), candidate.host) ||
       with_host(base, candidate.host).origin() != candidate.origin())
@@ -4481,7 +4482,7 @@ inline bool under_base(const url& base, const url& candidate) {
 }
 
 /// Parses a base URL. Removes trailing slashes, and replaces https://forge.coreweave.com/api/wandb by the API's own host.
-/// Source: wandb/sdk/lib/wbauth/host_url.py, sdk/lib/urls.py. Beyond the source, it refuses URLs that could not be sent
+/// Source: wandb/sdk/lib/wbauth/host_url.py, sdk/lib/urls.py. Unlike the source, refuses URLs that could not be sent
 /// unchanged, and http for every host of the public service.
 inline result<url> parse_base_url(std::string_view text) {
   const auto fail = [&](std::string_view why) {
@@ -4646,7 +4647,7 @@ inline result<url> parse_proxy(std::string_view text) {
 
 /// The machine names to look up in a netrc file, by priority. `base_text`: the base URL as the user wrote it.
 /// Source: wandb/sdk/lib/wbauth/wbnetrc.py, which looks up the host as written, then "default", then the service's wandb.ai
-/// host. Beyond the source, other spellings and the service's other hosts are looked up, too.
+/// host. Unlike the source, also looks up other spellings and the service's other hosts.
 inline std::vector<std::string> netrc_machines(std::string_view base_text, const url& base) {
   const auto authority = [](std::string_view address) {
     const auto start = address.find("://");
@@ -4845,7 +4846,7 @@ class settings_sources {
     return {*value, "the setting " + std::string(key) + " of a settings file", true,
             std::string(key) + " in " + (file ? *file : std::string())};
   }
-  /// As find, for the entity and the project: a variable that is set but empty hides the settings files.
+  /// As find, for the entity and the project. A variable that is set to an empty value counts as found.
   found_setting find_name(const char* name, const char* key) const {
     if (auto value = variable(name)) return {*std::move(value), name, false};
     return find({}, key);
@@ -5058,9 +5059,10 @@ inline path system_bundle() {
   return {};
 }
 
-/// Finds the CA certificates. SSL_CERT_FILE and SSL_CERT_DIR are those of OpenSSL and of the SDK's core; if only one is set,
-/// the system's directory is added, and to SSL_CERT_DIR the system's bundle, too. If neither is set, REQUESTS_CA_BUNDLE or
-/// CURL_CA_BUNDLE names a file or a directory that replaces the system's certificates.
+/// Finds the CA certificates. SSL_CERT_FILE and SSL_CERT_DIR are those of OpenSSL and of the SDK's core; if only
+/// SSL_CERT_FILE is set, the system's directory is used, too; if only SSL_CERT_DIR is set, the system's directory and
+/// bundle are. If neither is set, REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names a file or a directory that replaces the
+/// system's certificates.
 inline void find_certificates(settings& s, const settings_sources& sources) {
   s.ca_file = from_utf8(first_of_environment({"SSL_CERT_FILE"}));
   s.ca_directory = from_utf8(first_of_environment({"SSL_CERT_DIR"}));
@@ -5085,8 +5087,8 @@ inline void find_certificates(settings& s, const settings_sources& sources) {
   }
 }
 
-/// Finds the proxy for one scheme: WANDB__PROXIES, then WANDB_<SCHEME>_PROXY, which both ignore NO_PROXY; then <SCHEME>_PROXY,
-/// which is never used for loopback addresses.
+/// Finds the proxy for one scheme: WANDB__PROXIES, then WANDB_<SCHEME>_PROXY, then <SCHEME>_PROXY. NO_PROXY and the
+/// exemption of loopback addresses apply to the last alone.
 inline proxy_settings find_proxy(settings& s, const settings_sources& sources, bool tls) {
   found_setting chosen =
       sources.find({tls ? "WANDB_HTTPS_PROXY" : "WANDB_HTTP_PROXY"}, tls ? "https_proxy" : "http_proxy");
@@ -5101,13 +5103,12 @@ inline proxy_settings find_proxy(settings& s, const settings_sources& sources, b
   }
   std::string bypass;
   if (!chosen) {
-    const char* name = tls ? "HTTPS_PROXY" : "HTTP_PROXY";
-    chosen = {tls ? first_of_environment({"HTTPS_PROXY", "https_proxy"})
-                  : first_of_environment({"HTTP_PROXY", "http_proxy"}),
-              name, false};
+    for (const char* name : {tls ? "HTTPS_PROXY" : "HTTP_PROXY", tls ? "https_proxy" : "http_proxy"})
+      if (!chosen) chosen = {first_of_environment({name}), name, false};
     if (!tls && chosen && !first_of_environment({"REQUEST_METHOD"}).empty()) {
-      // In a CGI program this variable holds the Proxy header of the client's request: https://httpoxy.org
-      s.warnings.push_back("HTTP_PROXY is not used in a CGI program");
+      // In a CGI program HTTP_PROXY holds the Proxy header of the client's request: https://httpoxy.org. Go refuses both
+      // spellings, and so does the SDK.
+      s.warnings.push_back(chosen.source + " is not used in a CGI program");
       return {};
     }
     bypass = first_of_environment({"NO_PROXY", "no_proxy"}) + ",localhost,127.0.0.0/8,::1";
@@ -5265,12 +5266,15 @@ class call {
       : config(configuration), cancel_(cancel), began_(clock::now()) {}
   /// Makes a part of another call. It is cancelled with that call, or by a flag of its own.
   call(const call& outer, const std::atomic<bool>& cancel)
-      : config(outer.config), reached(outer.reached.load()), outer_(&outer), cancel_(&cancel),
-        began_(outer.began_) {}
+      : config(outer.config), outer_(&outer), cancel_(&cancel), began_(outer.began_) {}
 
   const settings& config;
-  std::atomic<bool> reached{false};  // a server has accepted a connection or answered
 
+  /// Reports that a server has accepted a connection or answered, also to the call that this one is a part of.
+  void set_reached() const {
+    for (const call* each = this; each != nullptr; each = each->outer_) each->reached_ = true;
+  }
+  [[nodiscard]] bool has_reached() const { return reached_ || (outer_ != nullptr && outer_->has_reached()); }
   [[nodiscard]] bool cancelled() const {
     return stopped_ || (cancel_ != nullptr && cancel_->load(std::memory_order_relaxed)) || out_of_time() ||
            (outer_ != nullptr && outer_->cancelled());
@@ -5301,17 +5305,18 @@ class call {
   const call* outer_ = nullptr;
   const std::atomic<bool>* cancel_;
   std::atomic<bool> stopped_{false};
+  mutable std::atomic<bool> reached_{false};
   clock::time_point began_;
 };
 
-/// Measures the time without progress. The limit is settings::retry_timeout, or connect_timeout if no server was reached;
-/// then retries end. A transfer has one clock for all of its connections. Thread-safe.
+/// Measures the time since the last progress. Retries end if it exceeds the limit: settings::retry_timeout, or
+/// connect_timeout while no server was reached. A transfer has one clock for all of its connections. Thread-safe.
 class retry_clock {
  public:
   explicit retry_clock(const call& user_call) : call_(user_call) {}
 
-  /// Counts bytes that arrived. Restarts the clock if `low_speed` bytes a second have arrived since it started: with only a
-  /// few bytes for each try a transfer would never end.
+  /// Counts bytes that arrived. Restarts the clock if `low_speed` bytes a second have arrived since it started. Otherwise a
+  /// transfer that gains a few bytes with each try would be tried for ever.
   void progressed(std::uint64_t bytes) {
     const std::lock_guard<std::mutex> guard(mutex_);
     arrived_ += bytes;
@@ -5332,7 +5337,7 @@ class retry_clock {
     if (failure.retry_after() < left) return left;
     return gave_up(failure);
   }
-  /// Whether the time is used up.
+  /// Whether the limit is exceeded.
   [[nodiscard]] bool is_over() const {
     const std::lock_guard<std::mutex> guard(mutex_);
     return spent() >= limit();
@@ -5346,7 +5351,7 @@ class retry_clock {
 
  private:
   [[nodiscard]] milliseconds limit() const {
-    return call_.reached ? call_.config.retry_timeout : call_.config.connect_timeout;
+    return call_.has_reached() ? call_.config.retry_timeout : call_.config.connect_timeout;
   }
   [[nodiscard]] milliseconds spent() const {
     return std::chrono::duration_cast<milliseconds>(clock::now() - since_);
@@ -5376,8 +5381,8 @@ class backoff {
   /// Several connections may share the clock.
   backoff(const call& user_call, retry_clock& time) : call_(user_call), clock_(time) {}
 
-  /// Returns true if the next try needs no wait: the failure is transient, this try brought at least one block (`gained` bytes), and
-  /// the time without progress is not used up. Then the next wait is the shortest one.
+  /// Returns true if the next try needs no wait: the failure is transient, this try received at least one block (`gained`
+  /// bytes), and the limit of the clock is not exceeded. If true, the next wait will be the shortest one.
   bool retries_at_once(const error& failure, std::uint64_t gained) {
     if (!failure.is_transient() || gained < partial_file::block || clock_.is_over()) return false;
     tries_ = 0;
@@ -5440,10 +5445,10 @@ inline std::string unwanted_coding(const http_response& head) {
          ", although the request accepts identity only: a proxy may be compressing";
 }
 
-/// The number of a body's first bytes that a message may describe.
+/// How many bytes of a body a message may describe.
 inline constexpr std::size_t max_described = 2048;
 
-/// Stands between a transport and the destination of the bytes. Bounds the head, ends a transfer that is too slow, and
+/// Checks a response before its body reaches the destination. Bounds the head, ends a transfer that is too slow, and
 /// streams only bodies of status 200 and 206 to the destination; keeps the beginning of other bodies.
 class guarded_sink final : public body_sink {
  public:
@@ -5453,10 +5458,10 @@ class guarded_sink final : public body_sink {
   guarded_sink(call& user_call, body_sink& destination, std::string label)
       : call_(user_call), destination_(destination), label_(std::move(label)), since_(clock::now()) {}
 
-  void connected() override { call_.reached = true; }
+  void connected() override { call_.set_reached(); }
   bool start(const http_response& head) override { return go_on_ = begin(head); }
   bool write(std::string_view bytes) override { return go_on_ = go_on_ && take(bytes); }
-  /// Whether the transport was told to stop. If it then reports success, the body is incomplete nevertheless.
+  /// Whether the transport was told to stop. The body is then incomplete, even if the transport reports success.
   [[nodiscard]] bool said_stop() const { return !go_on_; }
 
   /// For http_request::is_cancelled. Returns true if the call is cancelled or the peer is too slow.
@@ -5476,8 +5481,8 @@ class guarded_sink final : public body_sink {
     return slow_;
   }
 
-  /// Returns the cause of a transport's failure, or nothing if the head suffices: the body of an error or a redirect need
-  /// not be complete.
+  /// Returns the cause of a transport's failure. Returns nothing if the response is usable without the rest of its body: an
+  /// error or a redirect.
   [[nodiscard]] std::optional<error> verdict(const error& failure) const {
     if (refused_) return refused_;
     if (call_.cancelled()) return call_.why_cancelled();
@@ -5570,7 +5575,7 @@ class collecting_sink final : public body_sink {
   std::size_t limit_;
 };
 
-/// Whether a name ends with `suffix`, or is it without the dot that it begins with.
+/// Whether a name is the domain `suffix`, which begins with a dot, or is below that domain.
 inline bool is_below(std::string_view name, std::string_view suffix) {
   if (name == suffix.substr(1)) return true;
   return name.size() > suffix.size() && name.substr(name.size() - suffix.size()) == suffix;
@@ -5586,7 +5591,7 @@ inline std::string_view plain_host(std::string_view host) {
 }
 
 /// Whether a host is certainly this machine (loopback), or on its network link (link-local; the metadata services of clouds
-/// are there). So are addresses in a form that resolvers understand but nobody needs: "127.1", "0x7f000001".
+/// are there). Addresses in forms that only resolvers understand count, too: "127.1", "0x7f000001".
 inline bool is_this_machine_or_link(std::string_view host) {
   host = plain_host(host);
   if (is_below(host, ".localhost")) return true;
@@ -5648,14 +5653,14 @@ class session {
   const result<url> base;  // the base URL, or the reason why it cannot be used
   /// Whether an address is the service's own: see under_base.
   [[nodiscard]] bool is_own(const url& address) const { return base && under_base(*base, address); }
-  /// Whether a server on the internet refers this client to the machine or network link that it runs on. Nobody stores files
-  /// for others there: an attacker wants a request to another program's server. A server behind a proxy may be anywhere.
+  /// Whether a server on the internet redirects this client to the client's own machine or network link (server-side
+  /// request forgery). False if a proxy is used: the server may be anywhere then.
   [[nodiscard]] bool leads_inward(const url& server, const url& target) const {
     return is_public(server.host) && is_this_machine_or_link(target.host) &&
            proxy_for(config, server).empty();
   }
 
-  /// Checks that the settings allow a request. The first call reports their warnings.
+  /// Checks that the settings allow a request. The first call reports the warnings of from_environment.
   result<void> ready();
 
   /// Sends a request to `address` and follows redirects (RFC 9110, section 15.4; at most 10, never from https to http, and
@@ -5797,14 +5802,14 @@ inline result<answer> session::send(call& user_call, http_request request, const
                        (next ? next->redacted() : std::string("an address that cannot be used")) +
                        (inward      ? ", which is this machine or its network link: refused"
                         : downgrade ? ", from https to http: refused"
-                                    : ": refused; is the base URL right?"),
+                                    : ": refused; check the base URL"),
                    got->status);
     }
     address = *std::move(next);
     if (redirected) redirected(address);
   }
   return error(errc::protocol_violation, "more than 10 redirects from " + first_address +
-                                             ": is the base URL right, or does a proxy ask for a login?");
+                                             ": check the base URL, and whether a proxy asks for a login");
 }
 
 /// Adds the Authorization value and the extra headers to a request to an address under the base URL; the
@@ -5907,8 +5912,8 @@ inline result<access_token> session::exchange_identity(call& user_call) {
     collecting_sink body(64 * 1024);
     url address = join_path(*base, "/oidc/token");
     auto got = send(user_call, request, {}, body, address);
-    error failure(errc::protocol_violation, task + ": the answer has no access token; is " + config.base_url +
-                                                " the base URL of a W&B server?");
+    error failure(errc::protocol_violation, task + ": the answer has no access token; check that " +
+                                                config.base_url + " is the base URL of a W&B server");
     if (!body.problem.empty())
       return error(errc::protocol_violation, task + ": cannot use the answer: " + body.problem);
     if (!got) {
@@ -5916,15 +5921,14 @@ inline result<access_token> session::exchange_identity(call& user_call) {
     } else if (got->head.status != 200) {
       const int status = got->head.status;
       const bool refused = status >= 400 && status < 500 && status != 408 && status != 429;
-      failure = error(
-          status == 401   ? errc::not_authenticated
-          : status == 403 ? errc::permission_denied
-                          : errc::http_failure,
-          task + ": " + status_text(*got, address, "Bearer " + std::string(trim(*identity))) +
-              (refused
-                   ? "; is the identity token (WANDB_IDENTITY_TOKEN_FILE) current, and made for this server?"
-                   : ""),
-          status);
+      failure = error(status == 401   ? errc::not_authenticated
+                      : status == 403 ? errc::permission_denied
+                                      : errc::http_failure,
+                      task + ": " + status_text(*got, address, "Bearer " + std::string(trim(*identity))) +
+                          (refused ? "; check that the identity token (WANDB_IDENTITY_TOKEN_FILE) is "
+                                     "current, and made for this server"
+                                   : ""),
+                      status);
       failure.retry_after(parse_retry_after(got->head));
     } else {
       const auto answered = parse_json(body.text);
@@ -6143,7 +6147,7 @@ inline std::vector<std::string> nearest_names(std::string_view name, const std::
 struct found_file {
   file_info info;
   std::string address;  // absolute; keep it out of messages: its query may be a signature
-  // A signed address at the storage, which spares the redirect of `address`; empty if it is not known or not to be used.
+  // A signed address at the storage, which saves the redirect from `address`. Empty: unknown, or not to be used.
   std::string direct_address = {};
   std::atomic<bool>* direct_is_refused = nullptr;  // to set if the storage refuses the direct address
 };
@@ -6151,8 +6155,8 @@ struct found_file {
 /// What the service says of a file that was asked for.
 struct lookup {
   std::optional<found_file> file = {};  // empty: there is no such file, or it was never uploaded
-  std::string direct_address = {};      // see found_file: callers that want to use it put it there
-  bool is_never_uploaded = false;       // the service gives this answer for every unknown name
+  std::string direct_address = {};      // a caller that wants to use it copies it into `file`
+  bool is_never_uploaded = false;       // its md5 is "0": also the answer for an unknown name
   bool has_run_ended = false;           // the run uploads nothing more
 };
 
@@ -6253,8 +6257,8 @@ inline result<json_document> service::ask_once(const std::string& task, const st
     const error failure = session_.status_error(task + " at " + host(), *response, address, authorization);
     if (failure.http_status() != 404 || failure.code() != errc::http_failure) return failure;
     return error(failure.code(),
-                 std::string(failure.what()) + "; is " + session_.config.base_url +
-                     " the base URL of a W&B server?",
+                 std::string(failure.what()) + "; check that " + session_.config.base_url +
+                     " is the base URL of a W&B server",
                  404);
   }
   const auto parsed = parse_json(collected.text);
@@ -6262,8 +6266,8 @@ inline result<json_document> service::ask_once(const std::string& task, const st
     return error(errc::protocol_violation,
                  task + ": the answer of " + host() +
                      " is not a JSON object, is nested too deeply, or has too many or too long values; " +
-                     session_.description(response->head, collected.text, authorization) + "; is " +
-                     session_.config.base_url + " the base URL of a W&B server?",
+                     session_.description(response->head, collected.text, authorization) + "; check that " +
+                     session_.config.base_url + " is the base URL of a W&B server",
                  200);
   }
   const auto message = backend_message(*parsed);
@@ -6647,7 +6651,8 @@ class thread {
 
 /// Returns the error for a thread that did not start.
 inline error no_thread(const std::string& task) {
-  return error(errc::disk_failure, task + ": the system starts no thread (a limit on processes?)");
+  return error(errc::disk_failure,
+               task + ": the system cannot start a thread; check the limit on processes (ulimit -u)");
 }
 
 // ---- the end of a transfer
@@ -6819,7 +6824,7 @@ class range_plan {
     }
     return take_over(asking, now);
   }
-  /// Call when the final address is known: restarts the delay, which is that of the file's server only.
+  /// Call when the final address is known. Restarts the measurement of the delay, which excludes redirects.
   void address_found(std::size_t connection, clock::time_point now) {
     const std::lock_guard<std::mutex> guard(mutex_);
     slots_[connection].asked = now;
@@ -6868,7 +6873,7 @@ class range_plan {
     releasing.is_busy = false;
   }
   /// Call when a request for a range has shown that ranges do not work: from now on one connection fetches the whole file.
-  /// Returns false if `connection` was that connection already: then the whole file cannot be fetched either.
+  /// Returns false if `connection` has already requested the whole file: then the file cannot be fetched.
   bool use_whole(std::size_t connection) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (whole_) return !slots_[connection].is_busy;
@@ -6968,7 +6973,7 @@ class range_plan {
     whole_ = true;
     gaps_.clear();
     for (slot& each : slots_) {
-      if (&each == &connection) continue;  // its exchange goes on
+      if (&each == &connection) continue;  // continues with the whole file
       revoke(each, each.range.position);
       each.is_busy = false;
     }
@@ -7047,8 +7052,8 @@ class range_plan {
       const std::uint64_t rest = each.range.end - each.range.position;
       double left = static_cast<double>(rest) / (std::max)(each.pace, 1.0);
       if (each.is_waiting) {
-        // A connection that waits for a response counts as stalled after twice the longest delay, and 0.25 s; four times as
-        // late after each takeover of its range, so that a store that has become slower gets to answer.
+        // A connection that waits for a response counts as stalled after twice the longest delay, and 0.25 s; the time is
+        // four times as long after each takeover of the range, so that a server that has become slower can respond.
         const double waited = std::chrono::duration<double>(now - each.asked).count();
         double patience = 2 * longest_delay() + 0.25;
         for (int i = 0; i < each.takeovers; ++i) patience *= 4;
@@ -7284,7 +7289,7 @@ class file_location {
   };
   /// Asks the service for the file again. Returns the new address at the service.
   using renewal = std::function<result<url>(call& asking_call)>;
-  static constexpr int max_renewals = 3;  // without a response between them
+  static constexpr int max_renewals = 3;  // in a row, without a successful response
 
   /// `direct_address`: the final address, if the service has told it; else an empty one.
   file_location(url service_address, url direct_address, renewal renew)
@@ -7454,7 +7459,7 @@ struct transfer_job {
   [[nodiscard]] std::string label() const { return task + (' ' + in_quotes(name)) + " of " + run.str(); }
   /// Whether the transfer checks the md5: the caller wants it, and the service has told it.
   [[nodiscard]] bool is_verified() const { return options.verify && !remote.info.md5.empty(); }
-  /// Whether the service tells enough to notice bytes that are not the file's.
+  /// Whether the size or the md5 is known, so that other content would be noticed.
   [[nodiscard]] bool is_checked() const { return remote.info.size || is_verified(); }
 };
 
@@ -7467,7 +7472,7 @@ enum class retry_mode {
   restart,  // the file has changed, or its bytes are wrong: start a new download
 };
 
-/// Why a request or a download did not bring all of its bytes.
+/// Why a request or a download is incomplete.
 struct fetch_failure {
   retry_mode mode = retry_mode::none;
   std::optional<error> failure = {};
@@ -7523,7 +7528,7 @@ class response_sample {
   bool is_html_ = false, is_other_text_ = false;
 };
 
-/// What the requests for one file share: its address, its entity tag, and whether to stop. Thread-safe.
+/// The state that the requests for one file share: its address, its entity tag, and whether to stop. Thread-safe.
 class file_access {
  public:
   file_access(const file_access&) = delete;
@@ -7619,7 +7624,8 @@ class transfer : public file_access {
 /// One request for a file or a range of it: checks the response, and takes its body.
 class file_request : public body_sink {
  public:
-  /// Makes the request. A result without failure does not imply has_ended(): the cause of a failure may have been remedied.
+  /// Makes the request. Without a failure, either has_ended() is true, or the caller must request again at once, for
+  /// example from a new address.
   fetch_failure fetch();
 
   /// Whether the transport delivered a response of status 200 or 206 to its end.
@@ -7630,7 +7636,8 @@ class file_request : public body_sink {
   [[nodiscard]] fetch_failure failure(retry_mode mode, errc code, const std::string& problem) const {
     return {mode, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
   }
-  /// Makes the failure for a response that lacks bytes. A complete response that is not the file is no transient failure.
+  /// Makes the failure for a response that lacks bytes. The failure is permanent if the response is complete and is not the
+  /// file.
   [[nodiscard]] fetch_failure ended_early(std::uint64_t missing) const {
     const bool is_foreign = !remark_.empty() && sample_.is_whole();
     return failure(retry_mode::retry, is_foreign ? errc::protocol_violation : errc::connection_failed,
@@ -7669,7 +7676,7 @@ class file_request : public body_sink {
   }
 
  private:
-  /// Reports that redirects have led away from the service. Returns whether other connections wait for the address.
+  /// Called when redirects have led away from the service. Returns whether other connections wait for the address.
   virtual bool address_found() { return false; }
   /// Whether a response of status 200 or 206 has the same entity tag as those before it.
   [[nodiscard]] virtual bool is_same_entity(const http_response& head) {
@@ -7684,7 +7691,7 @@ class file_request : public body_sink {
   /// Takes a piece of the body. Returns false to stop.
   virtual bool take(std::string_view bytes) = 0;
 
-  /// Whether to read on although the size is wrong, so that the error can describe the answer.
+  /// Whether to continue to read a response of the wrong size, so that the error can quote its beginning.
   [[nodiscard]] bool is_sampled() const {
     return problem_.failure->code() == errc::checksum_mismatch && !sample_.is_coded() && !sample_.is_full();
   }
@@ -7789,9 +7796,9 @@ inline fetch_failure file_request::begin(const http_response& head) {
     const std::string* length = head.header("Content-Length");
     return begin_whole(head, length != nullptr ? to_number(trim(*length)) : std::nullopt);
   }
-  if (!is_range() || part.bytes.end == 0) return violation("answers 206 without a range that was asked for");
+  if (!is_range() || part.bytes.end == 0) return violation("answers 206 without a requested range");
   if (part.bytes.begin != asked_.begin || (asked_.end != 0 && part.bytes.end > asked_.end))
-    return violation("sends another range than it was asked for (" + in_quotes(*field) + ")");
+    return violation("sends a range that was not requested (" + in_quotes(*field) + ")");
   return begin_part(head, part);
 }
 
@@ -7820,8 +7827,8 @@ inline fetch_failure file_request::refused(const answer& got, const std::string&
   return {refusal.is_transient() ? retry_mode::fewer : retry_mode::retry, refusal};
 }
 
-/// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If not, servers of
-/// the same content have different tags: ignores tags if there is an md5; otherwise parts cannot be combined.
+/// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If it has not, the
+/// servers of the storage use different tags. Then ignores tags if there is an md5; otherwise parts cannot be combined.
 inline fetch_failure file_request::other_entity(call& asking_call) {
   const auto same = requester_.ask_again(asking_call);
   if (!same) return {retry_mode::retry, same.error()};
@@ -8017,7 +8024,7 @@ inline bool ranged_transfer::flush(std::size_t connection, std::string& buffer) 
     state_.fail(stored.error());
     return false;
   }
-  advance(table_.present());  // although the caller's thread does it too: its on_progress may block
+  advance(table_.present());  // here, too: the caller's thread may be blocked in on_progress
   plan_.stored(connection, begin + buffer.size());
   buffer.clear();
   return true;
@@ -8066,7 +8073,7 @@ inline bool ranged_transfer::wait_for_range(std::size_t connection) {
 }
 
 /// Fetches the connection's range with as many requests as necessary. Returns early if another connection takes the range
-/// over. If the server seems to want fewer connections, returns the range, waits for `park_time` and doubles that.
+/// over. If the server seems to want fewer connections, returns the range, waits for `park_time`, and doubles `park_time`.
 inline void ranged_transfer::fetch_range(std::size_t connection, std::string& buffer,
                                          milliseconds& park_time) {
   const auto& cursor = plan_[connection];
@@ -8159,7 +8166,7 @@ class stream_transfer::stream_request final : public file_request {
       : file_request(transfer, transfer.job_.user_call, {transfer.position_, 0}, retry_mode::retry),
         transfer_(transfer) {}
 
-  /// Whether the response ended before the end of the bytes that were present already.
+  /// Whether the response has fewer bytes than were present already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
   [[nodiscard]] fetch_failure shorter() const {
     return failure(retry_mode::restart, errc::protocol_violation, "became shorter during the download");
@@ -8203,7 +8210,9 @@ class stream_transfer::stream_request final : public file_request {
     const std::uint64_t position = transfer_.position_;
     if (!is_wanted()) return false;
     if (transfer_.total_ && bytes.size() > *transfer_.total_ - position) return refuse_surplus();
-    if (auto written = transfer_.file_.write(position, bytes); !written) {
+    auto written = partial_file::check_limit(position + bytes.size());  // the size may be unknown
+    if (written) written = transfer_.file_.write(position, bytes);
+    if (!written) {
       transfer_.state_.fail(written.error());
       return false;
     }
@@ -8281,7 +8290,8 @@ inline fetch_failure stream_transfer::fetch() {
 }
 
 /// Downloads the blocks that are missing in a partial file, and verifies the whole file. Blocks; calls on_progress in this
-/// thread. The mode is `restart` if the bytes are worthless: the run has replaced the file, or the md5 is wrong.
+/// thread. The mode is `restart` if the downloaded bytes must be discarded: the run has replaced the file, or the md5 is
+/// wrong.
 inline fetch_failure download(const transfer_job& job, partial_file& destination) {
   const auto address = url::parse(job.remote.address);
   if (!address) return {retry_mode::retry, address.error()};
@@ -8431,7 +8441,8 @@ class opened_copy {
   /// Opens a regular file without blocking. Null if there is none; errc::disk_failure for a directory, device or pipe.
   static result<std::shared_ptr<opened_copy>> open(const path& location, std::string_view name) {
     std::shared_ptr<opened_copy> copy;
-    const auto named = facts_of(location);  // before opening it: to open a device or a pipe can have effects
+    const auto named =
+        facts_of(location);  // before the open: opening a device or a pipe can have side effects
     if (named.absent()) return copy;
     if (!named.found()) return disk_error("look at the local copy", location, named.failure());
     copy = std::make_shared<opened_copy>(location);
@@ -8497,8 +8508,8 @@ class upload_wait {
  public:
   upload_wait(const call& user_call, milliseconds limit) : call_(user_call), limit_(limit) {}
 
-  /// Blocks until the service may be asked again. Returns false if it shall not: the time is over, the run has ended, or the
-  /// call is cancelled. Calls `report` meanwhile, and stops when that returns false.
+  /// Blocks until the next query is due. Returns false if no query may follow: the time is over, the run has ended, the
+  /// call is cancelled, or `report`, which is called meanwhile, has returned false.
   bool may_ask_again(bool has_run_ended, function_ref<bool()> report) {
     constexpr milliseconds interval(10000);
     has_run_ended_ = has_run_ended;
@@ -8509,7 +8520,7 @@ class upload_wait {
     }
     return true;
   }
-  /// Adds to the error for a missing file how long it was waited for.
+  /// Adds the waiting time to the error for a missing file.
   [[nodiscard]] error with_time(const error& missing) const {
     if (limit_.count() == 0) return missing;
     const auto waited = std::chrono::duration_cast<milliseconds>(clock::now() - began_);
@@ -8525,7 +8536,8 @@ class upload_wait {
   bool has_run_ended_ = false;
 };
 
-/// Asks the service for a file; if the run has not uploaded it yet, again until `limit` is over. See upload_wait for `report`.
+/// Asks the service for a file. While the run has not uploaded it, asks again until `limit` is over. See upload_wait for
+/// `report`.
 inline result<lookup> find_awaited(service& api, const call& user_call, milliseconds limit,
                                    const run_path& run, const std::string& name,
                                    function_ref<bool()> report) {
@@ -8643,7 +8655,8 @@ class restoring {
     if (remote != nullptr && !remote->md5.empty() && copy_.md5() == remote->md5) {
       remember(remote->md5, opened_->facts());
       auto restored = open_local(remote->md5);
-      if (restored) remove_quietly(place_.released());  // a part of this or of other content
+      if (restored)
+        remove_quietly(place_.released());  // it may be a part of other content: the file is complete
       return restored;
     }
     if (call_.cancelled()) return call_.why_cancelled();
@@ -8659,8 +8672,8 @@ class restoring {
     return restored_file(*std::move(stream), {place_.target, copy_.size, md5, source::local, !md5.empty()});
   }
 
-  /// Removes hidden files of processes that were killed an hour ago or earlier. A killed process also leaves its lock file:
-  /// without one there is no need to read the directory, which may be large.
+  /// Removes hidden files of processes that were killed an hour ago or earlier. A killed process also leaves its lock file.
+  /// Without a lock file the directory, which may be large, is not read.
   void remove_after_kill() const {
     if (!facts_of_entry(place_.lock()).found()) return;
     place_lock lock(place_);
@@ -8693,7 +8706,7 @@ class restoring {
     const auto is_another = reopen_copy();
     if (!is_another) return is_another.error();
     if (*is_another && is_usable(remote.info)) {
-      if (first_verdict_ == cache_policy::verdict::keep) {  // a call that started now would check this, too
+      if (first_verdict_ == cache_policy::verdict::keep) {  // as a call that started now would do
         if (auto good = check_origin(); !good) return good.error();
       }
       if (!lock.is_first()) remove_abandoned(lock, std::chrono::seconds(3600));
@@ -8710,7 +8723,7 @@ class restoring {
     return !remote.md5.empty() && remote.size.value_or(copy_.size) == copy_.size && copy_.md5() == remote.md5;
   }
 
-  /// Opens the local copy again. Returns true if there is a copy now that was not there, or had other content, when the call began.
+  /// Opens the local copy again. Returns true if the copy is new or has other content than when the call began.
   result<bool> reopen_copy() {
     const auto before = std::move(opened_);  // closed on return: see publish()
     if (auto opened = open_copy(); !opened) return opened.error();
@@ -8768,7 +8781,7 @@ class restoring {
     bool keep = true;
     ~releaser() {
       if (!keep) return;
-      transfer_state ending;  // takes an exception, which must not leave a destructor
+      transfer_state ending;  // catches exceptions, which must not leave a destructor
       const auto release = [this] {
         if (!partial.release(destination, md5))
           lock.leave_file();  // so that the next call reads the directory
@@ -8826,7 +8839,7 @@ class restoring {
   }
 
   /// Whether a process on another host or in another container seems to download the same large file: it wrote within
-  /// partial_file::quiet. To wait for its next sign of life is cheaper than to download everything again.
+  /// partial_file::quiet. Waiting for its next sign of life is cheaper than another download of the file.
   [[nodiscard]] bool is_another_at_work(const place_lock& lock, const file_info& remote) const {
     constexpr std::uint64_t large = 16 * 1024 * 1024;  // bytes
     if (lock.is_first() || !options_.verify || remote.md5.empty() || remote.size.value_or(0) < large)
@@ -9098,7 +9111,7 @@ class restoring_all {
 
   void start_workers() {
     for (worker& each : workers_) {
-      if (each.owner != nullptr) continue;  // the second listing: they run already
+      if (each.owner != nullptr) continue;  // they run since the first listing
       each.owner = this;
       if (!each.handle.start<&worker::run>(&each) && &each == workers_.data())
         stop_for(no_thread("restoring " + in_quotes(pattern_)));
@@ -9191,7 +9204,7 @@ class restoring_all {
 
   // ---- the threads that restore
 
-  /// Takes the next file. A large one waits until no other file is in work, because it uses all connections.
+  /// Takes the next file, once enough connections for it are free: see share_of.
   std::optional<task> take() {
     std::unique_lock<std::mutex> held(mutex_);
     for (;;) {
@@ -9215,8 +9228,8 @@ class restoring_all {
       changed_.wait_for(held, milliseconds(100));
     }
   }
-  /// Returns the number of connections for the next file: one for each 8 MiB, or more if the list is whole and few files wait. Returns
-  /// 0 while so few connections are free that one of them would have to fetch more than 16 MiB. Needs the lock.
+  /// Returns the number of connections for the next file: one for each 8 MiB, or more if the list is complete and few files
+  /// wait. Returns 0, to wait, if one of the free connections would have to fetch more than 16 MiB. Needs the lock.
   [[nodiscard]] int share_of(const found_file& file) const {
     constexpr std::uint64_t most_for_one = 2 * range_plan::worth_splitting;  // bytes
     const int limit = static_cast<int>(workers_.size()), free = limit - used_;
@@ -9430,7 +9443,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore_newest(session& curre
   if (!checked) return checked.error();
   run_path run = checked->run;
   call user_call(current.config, options.cancel);
-  // ISO 8601 in UTC sorts as text, with and without a fraction of a second, once the Z is gone.
+  // Times in UTC sort as text, also with fractions of a second, if the final Z is removed.
   const auto time_of = [](const file_info& info) {
     const std::string_view time = info.updated_at;
     return time.substr(0, time.find('Z'));
@@ -9588,9 +9601,9 @@ class block_cache {
     }
     return copied;
   }
-  /// Claims missing blocks for the calling thread: those from `first` up to `last`, and if the file is read in order, more up
-  /// to `last_of_file`. The claim stops before a block that is present or in transit. It is empty if every slot is in transit:
-  /// then read without the cache.
+  /// Claims missing blocks for the calling thread: those from `first` up to `last`, and if the file is read in order, more
+  /// up to `last_of_file`. The claim stops before a block that is present or in transit. The claim is empty if every slot
+  /// is in transit: then read without the cache.
   claim begin(std::uint64_t first, std::uint64_t last, std::uint64_t last_of_file) {
     const std::lock_guard<std::mutex> guard(mutex_);
     claim made;
@@ -9622,8 +9635,8 @@ class block_cache {
     reader = {first + made.blocks.size(), made.blocks.size(), ++time_};
     return made;
   }
-  /// Gives claimed blocks back. Those that end at `end` in the file or before it have arrived. `failure`: why others have not, for
-  /// the threads that wait for them: each would have to find out anew, one after another.
+  /// Ends a claim. Blocks that end at or before the offset `end` become readable; the others are dropped. `failure`: the
+  /// error for the threads that wait for dropped blocks. Without it, each of them repeats the request.
   void finish(const claim& claimed, std::uint64_t end, std::optional<error> failure = {}) {
     const std::lock_guard<std::mutex> guard(mutex_);
     for (slot& each : slots_) {
@@ -9650,10 +9663,10 @@ class block_cache {
     std::uint64_t used = 0;
     std::unique_ptr<char[]> bytes = {};
   };
-  /// Somebody who may be reading the file in order.
+  /// A reader that may be reading the file in order.
   struct sequence {
     std::uint64_t next = UINT64_MAX;  // the block after those that were fetched last
-    std::size_t blocks = 0;           // how many they were; 0 if this is no sequence yet
+    std::size_t blocks = 0;           // the number of blocks that were fetched last; 0: none
     std::uint64_t used = 0;
   };
 
@@ -9720,7 +9733,7 @@ class remote_reader {
   /// See remote_file::try_read_at.
   result<std::size_t> read_at(std::uint64_t offset, char* destination, std::size_t length) {
     call read_call(session_->config, options_.cancel);
-    read_call.reached = true;  // the service was, to open the file
+    read_call.set_reached();  // the service was, to open the file
     auto count = read(read_call, offset, destination, length);
     if (count) return count;
     return in_context(count.error(), job_.label(), {in_quotes(name_), run_.project + '/' + run_.run_id});
@@ -9852,7 +9865,7 @@ inline result<std::size_t> remote_reader::read(call& read_call, std::uint64_t of
   if (offset >= size) return std::size_t{0};
   length = static_cast<std::size_t>((std::min<std::uint64_t>)(length, size - offset));
   std::shared_ptr<const block_cache::transit>
-      awaited;  // another thread's claim of the next block, which has ended
+      awaited;  // the ended claim of another thread for the next block
   for (std::size_t done = 0; done < length;) {
     if (read_call.cancelled()) return read_call.why_cancelled();
     const std::uint64_t position = offset + done;
@@ -9921,8 +9934,8 @@ inline result<void> remote_reader::fetch_blocks(call& user_call, const block_cac
   return fetched;
 }
 
-/// Fetches a range with as many requests as necessary. `position`: the offset of the next byte to arrive. Bytes from
-/// `needed_end` on are not worth another try: if a connection or a server fails there, this is a success.
+/// Fetches a range with as many requests as necessary. `position`: the offset of the next byte to arrive. If a connection
+/// or a server fails at `needed_end` or later, where bytes are read ahead, this is a success.
 inline result<void> remote_reader::fetch(call& user_call, byte_range range, std::uint64_t needed_end,
                                          std::uint64_t& position, taker take) {
   retry_clock time(user_call);
@@ -10413,7 +10426,7 @@ class connection_race {
  public:
   connection_race(const socket_addresses& addresses, clock::time_point deadline, const http_request& request)
       : addresses_(addresses), deadline_(deadline), request_(request) {
-    pending_.reserve(addresses.size());  // a socket must not be lost for want of memory
+    pending_.reserve(addresses.size());  // so that std::bad_alloc cannot leak a socket
     indices_.reserve(addresses.size());
   }
   connection_race(const connection_race&) = delete;
@@ -10551,7 +10564,7 @@ inline connect_outcome connect_to_host(const std::string& host, const socket_add
   auto addresses = interleave_families(resolved);
   memory.prefer_remembered(host, addresses);
   connection_race race(addresses, deadline, request);
-  struct socket_owner {  // a lack of memory must not lose the socket
+  struct socket_owner {  // std::bad_alloc must not leak the socket
     socket_handle socket;
     ~socket_owner() {
       if (socket != no_socket) close_socket(socket);
@@ -10581,7 +10594,8 @@ class channel {
   void detach() { exchange_ = nullptr; }
 
   static constexpr clock::time_point no_deadline = (clock::time_point::max)();
-  /// Sets the stage, for messages. It must end by the deadline; without one, each wait may take the request's idle timeout.
+  /// Begins a stage, which messages name. The stage must end by the deadline. Without a deadline, each wait may take the
+  /// request's idle timeout.
   void enter(const char* stage, clock::time_point deadline = no_deadline) {
     stage_ = stage;
     deadline_ = deadline;
@@ -10702,7 +10716,7 @@ class channel {
   }
 
 #ifndef WANDB_RESTORE_NO_OPENSSL
-  /// Makes the TLS handshake. Fails with protocol_violation if bytes were received before it: later, they would be taken for
+  /// Makes the TLS handshake. Fails with protocol_violation if bytes were received before it: they would be taken for
   /// decrypted ones.
   bool start_tls(SSL_CTX* context, const std::string& host) {
     if (!unread().empty()) {
@@ -10745,7 +10759,7 @@ class channel {
     exchange_->was_closed = exchange_->was_closed || !exchange_->failure;
     return fail(text);
   }
-  /// Records that a system call failed, or that the peer closed the connection at a wrong point. Returns -1.
+  /// Records that a system call failed, or that the peer closed the connection unexpectedly. Returns -1.
   long fail_lost() {
     fail_closed(std::string("the connection was lost while ") + stage_ +
                 (code_ != 0 ? ": " + system_text(code_) : ""));
@@ -10940,8 +10954,8 @@ inline bool fail_expects_tls(exchange& current, int status = 0) {
                                       : "the server expects TLS: use https://",
                                   status);
 }
-/// Passes a response on to the sink of an exchange. Holds the beginning of a 400's body back until it is known whether it says
-/// that the server expects TLS, in the words of nginx, Apache, Go or Tomcat.
+/// Passes a response on to the sink of an exchange. Buffers the beginning of the body of a 400 response, and searches it
+/// for the texts by which nginx, Apache, Go and Tomcat say that the server expects TLS.
 class tls_hint_filter final : public body_sink {
  public:
   explicit tls_hint_filter(exchange& current) : exchange_(current) {}
@@ -11032,7 +11046,7 @@ class head_reader {
     const std::string shown = is_shown ? ": " + in_quotes(name.substr(0, name.find_first_of("?="))) : "";
     return exchange_.fail(errc::protocol_violation,
                           std::string(part) + " of the response is malformed" + shown +
-                              "; is that an HTTP server, or does a proxy change its answers?");
+                              "; check that this is an HTTP server, and that no proxy changes its responses");
   }
 
   channel& peer_;
@@ -11447,10 +11461,10 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> http_transport::send(const ht
     // 9.3.1). After a timeout do not: the caller would wait twice as long as it asked for.
     const bool is_idempotent = request.method == "GET" || request.method == "HEAD";
     const bool was_dropped = !is_fresh && !current.was_answered;
-    // The other idle connections of the route may be as dead: a router may have forgotten all of them.
+    // The other idle connections of the route are probably lost, too: a router may have forgotten all of them.
     if (was_dropped) pool.idle.drop(route->key());
     if (is_fresh || current.was_answered || !is_idempotent || !current.was_closed) {
-      if (was_dropped) sink.connected();  // it had been established: the failure is worth more tries
+      if (was_dropped) sink.connected();  // the server was reached before: retry_timeout applies
       return *std::move(current.failure);
     }
     connection = nullptr;
@@ -11518,8 +11532,8 @@ inline bool is_added_field(std::string_view name) {
                      [&](const char* added) { return equal_ignoring_case(name, added); });
 }
 
-/// Makes the client leave out those of added_fields that are empty; an empty field thus keeps the client from adding it.
-/// Returns false if the client has no such hook (before 0.15).
+/// Makes the client omit the fields in added_fields whose values are empty. Setting such a field to "" thus prevents the
+/// client from adding the field. Returns false if the client has no such hook (before 0.15).
 template <class Client>
 auto leave_out_empty_fields(Client& client, int) -> decltype(client.set_header_writer(nullptr), true) {
   client.set_header_writer([](httplib::Stream& stream, httplib::Headers& fields) {
@@ -11571,8 +11585,8 @@ class sigpipe_guard {
 #endif
 };
 
-/// A thread that checks ten times a second whether a request is cancelled, and then interrupts the exchange. Interrupts it at
-/// every check, because cpp-httplib may open another socket.
+/// A thread that checks ten times a second whether a request is cancelled, and then interrupts the exchange at every check,
+/// because cpp-httplib may open another socket.
 class cancellation_watcher {
  public:
   cancellation_watcher(const http_request& request, std::function<void()> interrupt)
@@ -11822,7 +11836,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<http_response> httplib_transport::send(const
       if (connection->is_reusable()) state_->idle.give_back(std::move(connection));
       return std::move(current.head);
     }
-    // The server may have closed the connection while it was idle: see http_transport::send. After a time-out it did not.
+    // The server may have closed the connection while it was idle: see http_transport::send. A time-out has another cause.
     const bool may_be_repeated = request.method == "GET" || request.method == "HEAD";
     if (is_fresh || current.has_head || !may_be_repeated ||
         current.failure->code() != errc::connection_failed ||

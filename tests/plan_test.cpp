@@ -674,7 +674,7 @@ TEST_SUITE("retry clock") {
 
   TEST_CASE("the clock expires only after a failed try") {
     call_of_a_test one;
-    one.call.reached = true;
+    one.call.set_reached();
     one.configuration.retry_timeout = 0ms;
     retry_clock clock(one.call);
     CHECK_FALSE(clock.expired().has_value());
@@ -689,7 +689,7 @@ TEST_SUITE("retry clock") {
 
   TEST_CASE("connections share the time of one clock") {
     call_of_a_test one;
-    one.call.reached = true;
+    one.call.set_reached();
     one.configuration.retry_timeout = 1h;
     retry_clock clock(one.call);
     backoff first(one.call, clock), second(one.call, clock);
@@ -704,7 +704,7 @@ TEST_SUITE("retry clock") {
 
   TEST_CASE("progress of low_speed since the last reset starts the time again") {
     call_of_a_test one;
-    one.call.reached = true;
+    one.call.set_reached();
     one.configuration.retry_timeout = 0ms;
     retry_clock clock(one.call);
     const error failure(errc::connection_failed, "x");
@@ -746,7 +746,7 @@ TEST_SUITE("backoff") {
 
   TEST_CASE("waits are random, with an upper bound that grows to half a minute") {
     call_of_a_test one;
-    one.call.reached = true;
+    one.call.set_reached();
     one.configuration.retry_timeout = 1h;
     for (const int status : {0, 408, 429, 500, 502, 503, 504, 599}) {
       CAPTURE(status);
@@ -770,7 +770,7 @@ TEST_SUITE("backoff") {
 
   TEST_CASE("Retry-After is honoured, unless it exceeds the remaining time") {
     call_of_a_test one;
-    one.call.reached = true;
+    one.call.set_reached();
     retry_clock time(one.call);
     backoff tries(one.call, time);
     error failure(errc::http_failure, "busy", 429);
@@ -794,14 +794,14 @@ TEST_SUITE("backoff") {
     error failure(errc::connection_failed, "refused");
     failure.retry_after(one.configuration.connect_timeout + 1s);
     CHECK_FALSE(tries.after(failure).has_value());
-    one.call.reached = true;
+    one.call.set_reached();
     CHECK(tries.after(failure).has_value());
   }
 
   TEST_CASE("a wait beyond the limit is shortened to the limit") {
     for (int round = 0; round < 200; ++round) {
       call_of_a_test one;
-      one.call.reached = true;
+      one.call.set_reached();
       one.configuration.retry_timeout = 10ms;
       retry_clock time(one.call);
       backoff tries(one.call, time);
@@ -814,7 +814,7 @@ TEST_SUITE("backoff") {
   TEST_CASE(
       "after a try that brought a block there is no wait, and the next upper bound is the shortest again") {
     call_of_a_test one;
-    one.call.reached = true;
+    one.call.set_reached();
     one.configuration.retry_timeout = 1h;
     retry_clock time(one.call);
     backoff tries(one.call, time);

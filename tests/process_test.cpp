@@ -532,7 +532,7 @@ TEST_SUITE("processes: many at once") {
     }
   }
 
-  TEST_CASE("where the system starts no thread the call fails; with fewer threads the file is restored") {
+  TEST_CASE("if no thread can be started the call fails; if some can, the file is restored") {
     const auto library = shim();
     if (!library) return;
     struct row {
@@ -551,7 +551,7 @@ TEST_SUITE("processes: many at once") {
           child(it, each.name, {{"LD_PRELOAD", *library}, {"FAULT_THREAD", each.threads}}).join();
       if (each.fails) {
         CHECK(status == status_of(errc::disk_failure));
-        CHECK(support::read_file(it.directory / "text").find("starts no thread") != std::string::npos);
+        CHECK(support::read_file(it.directory / "text").find("cannot start a thread") != std::string::npos);
         CHECK_FALSE(fs::exists(it.at("model.h5")));
       } else {
         CHECK(status == downloaded);
@@ -583,6 +583,28 @@ TEST_SUITE("processes: many at once") {
     CHECK(std::string(failure.what()).find("ulimit -f") != std::string::npos);
     CHECK(it.storage() == 0);
     CHECK(it.hidden() == 0);
+  }
+
+  TEST_CASE("a limit on file sizes is reported, not a signal, if the service does not tell the size") {
+    for (const bool is_proved : {true, false}) {
+      CAPTURE(is_proved);
+      world it;
+      stand_in::file_attributes attributes;
+      attributes.size_as = stand_in::size_form::absent;
+      if (!is_proved) attributes.md5_as = stand_in::md5_form::absent;
+      it.add("model.h5", 9 * MiB, attributes);
+      it.server.add_fault(place::storage, act::chunked());
+      rlimit before{};
+      REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
+      rlimit lower = before;
+      lower.rlim_cur = 5 * MiB;
+      REQUIRE(::setrlimit(RLIMIT_FSIZE, &lower) == 0);
+      auto outcome = it.restore("model.h5");
+      REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
+      const auto failure = it.check_failed(std::move(outcome), wandb::errc::disk_failure);
+      CHECK(std::string(failure.what()).find("ulimit -f") != std::string::npos);
+      CHECK(it.hidden() == 0);
+    }
   }
 
   TEST_CASE("the record of a file of 600 GiB, which grows with the blocks that arrive, is resumed from") {

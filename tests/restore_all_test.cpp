@@ -356,6 +356,38 @@ TEST_SUITE("restore_all") {
     CHECK_FALSE(fs::exists(w.directory / "evil"));
   }
 
+  TEST_CASE("a storage that cannot be reached is tried for retry_timeout, because the service was reached") {
+    struct late_storage {
+      std::optional<std::chrono::steady_clock::time_point> first = {};
+
+      wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
+        if (request.method == "GET") {
+          if (!first) first = std::chrono::steady_clock::now();
+          if (std::chrono::steady_clock::now() - *first < 600ms)
+            return wandb::error(errc::connection_failed, "no route");
+        }
+        const std::string body =
+            request.method == "GET"
+                ? "0123456789"
+                : R"({"data":{"project":{"run":{"files":{"edges":[{"node":{"name":"model.h5","url":)"
+                  R"("http://wandb.test/model.h5","sizeBytes":10,"md5":")" +
+                      stand_in::md5_hex(*stand_in::bytes("0123456789")) +
+                      R"("}}],"pageInfo":{"hasNextPage":false}}}}}})";
+        const wandb::http_response head{200, {{"Content-Length", std::to_string(body.size())}}};
+        if (!sink.start(head) || !sink.write(body)) return wandb::error(errc::cancelled, "cancelled");
+        return head;
+      }
+    };
+    world w;
+    w.settings.base_url = "http://wandb.test";
+    w.settings.connect_timeout = 100ms;
+    w.settings.retry_timeout = 60s;
+    const auto report =
+        wandb::client<late_storage>(w.settings, late_storage()).try_restore_all("*", w.options);
+    REQUIRE(report.has_value());
+    CHECK(report->complete());
+  }
+
   TEST_CASE("a call that ends while the list is read is never complete, although the files of the first page "
             "are there") {
     for (const char* const end : {"flag", "on_progress", "total_timeout"}) {
