@@ -120,13 +120,13 @@ enum class errc {
   run_not_found,         ///< the run does not exist, or this API key may not see it
   file_not_found,        ///< the run has no such file, or the file was never uploaded
   not_authenticated,     ///< the service answered 401
-  permission_denied,     ///< the service answered 403; or storage did, also for renewed URLs
+  permission_denied,     ///< the service answered 403; or the storage did, also to a renewed URL
   offline,               ///< WANDB_MODE forbids network access and there is no local copy to use
   connection_failed,  ///< no connection, certificate refused, peer slow or silent, connection cut, total_timeout is over
-  http_failure,        ///< any other error status, after the retries that it allows
+  http_failure,        ///< any other error status that remained after the retries
   protocol_violation,  ///< the answer violates HTTP or the service's API, or exceeds a limit of this library
   checksum_mismatch,   ///< the file was downloaded twice, and both times its size or md5 was wrong
-  local_conflict,      ///< the local copy was restored from a different run
+  local_conflict,      ///< the local copy was restored from a different run, or is another file of the run
   disk_failure,  ///< disk full, permission denied, a directory has the file's name; or no thread can be started
   cancelled,     ///< the caller cancelled; the next call resumes from the bytes that had arrived
 };
@@ -5696,14 +5696,14 @@ class session {
     }
   }
 
-  std::atomic<bool> told_of_receipts{false};  // has warned that receipts cannot be read or written
+  std::atomic<bool> has_warned_of_receipts{false};  // that receipts cannot be read or written
   /// Returns the account's default entity, once the service has told it; until then "".
   std::string default_entity() {
     memory& known = memory_.get();
     const std::lock_guard<std::mutex> guard(known.mutex);
     return known.default_entity;
   }
-  void default_entity(const std::string& entity) {
+  void set_default_entity(const std::string& entity) {
     memory& known = memory_.get();
     const std::lock_guard<std::mutex> guard(known.mutex);
     known.default_entity = entity;
@@ -6573,7 +6573,7 @@ inline result<std::string> service::default_entity() {
                      " reports none; set WANDB_ENTITY, or give entity/project/run_id as the run path" +
                      (anonymous_ ? "; " + session_.credentials_hint({}) : std::string()));
   }
-  session_.default_entity(entity);
+  session_.set_default_entity(entity);
   return entity;
 }
 
@@ -8614,10 +8614,12 @@ class restoring {
 
   /// Warns once for each client: a failure of the cache directory concerns every file.
   void warn_of_receipts(const std::string& action, const error& failure) const {
-    if (session_.told_of_receipts.exchange(true)) return;
-    const std::string text = failure.what();  // the part after ';' is a remedy for failures in root
+    if (session_.has_warned_of_receipts.exchange(true)) return;
+    const std::string text =
+        failure.what();  // after the quoted path and a ';' is a remedy for failures in root
     session_.warn("receipts cannot be " + action + ", so files of other runs will not be recognised: " +
-                  text.substr(0, text.find(';')) + "; set WANDB_CACHE_DIR to another directory");
+                  text.substr(0, text.find(';', text.rfind('"') + 1)) +
+                  "; set WANDB_CACHE_DIR to another directory");
   }
 
   /// Applies the policy to the opened copy. `remote` is null before the request to the service; after it, `ask` means
