@@ -1,4 +1,4 @@
-// A cache policy of a program's own, beside keep(), replace() and refresh():
+// A cache policy that a program defines:
 //
 //   ./cache_policy NAME RUN_PATH MAX_AGE_SECONDS
 //

@@ -1,6 +1,7 @@
 // Restores an HDF5 file, as Keras and h5py write it, and reads it with the HDF5 library: prints the name, shape and first
 // values of each data set.
 //
+//   h5c++ -std=c++17 -I.. hdf5_weights.cpp -o hdf5_weights -lssl -lcrypto -pthread
 //   ./hdf5_weights weights.h5 entity/project/run_id
 //
 // Needs the HDF5 library for C++ (Debian: libhdf5-dev).

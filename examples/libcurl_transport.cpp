@@ -1,10 +1,10 @@
 // A transport over libcurl.
 //
-//   c++ -std=c++17 -I.. libcurl_transport.cpp -lcurl -pthread
+//   c++ -std=c++17 -I.. libcurl_transport.cpp -o libcurl_transport -lcurl -pthread
 //   ./libcurl_transport NAME RUN_PATH
 //
-// A transport makes one exchange: no redirects, no retries, no credentials, no decompression. The library does the rest above
-// every transport: redirects, retries, credentials, ranges, resuming and verification.
+// A transport makes one exchange: no redirects, no retries, no credentials, no decompression. The library does these,
+// and ranges, resuming and verification, above every transport.
 //
 // SPDX-License-Identifier: MIT
 #ifndef WANDB_RESTORE_NO_OPENSSL

@@ -3,10 +3,10 @@
 // It answers the query for a file's properties, and the request for its bytes. Code that takes a wandb::client<Transport>
 // can be tested with it.
 //
-// It needs no OpenSSL and no libraries. All files of a program must agree on the macro, so a real program rather defines it
-// on the command line:
+// It needs nlohmann/json, but no OpenSSL: it defines WANDB_RESTORE_NO_OPENSSL. All files of a program must agree on this macro,
+// so that a larger program defines it on the command line:
 //
-//   c++ -std=c++17 -I.. -DWANDB_RESTORE_NO_OPENSSL memory_transport.cpp -pthread
+//   c++ -std=c++17 -I.. -DWANDB_RESTORE_NO_OPENSSL memory_transport.cpp -o memory_transport -pthread
 //
 // SPDX-License-Identifier: MIT
 #ifndef WANDB_RESTORE_NO_OPENSSL

@@ -1,6 +1,6 @@
 // Restores a file in a program that is built without exceptions and RTTI.
 //
-//   c++ -std=c++17 -fno-exceptions -fno-rtti -I.. no_exceptions.cpp -lssl -lcrypto -pthread
+//   c++ -std=c++17 -fno-exceptions -fno-rtti -I.. no_exceptions.cpp -o no_exceptions -lssl -lcrypto -pthread
 //   ./no_exceptions NAME RUN_PATH
 //
 // Without exceptions there is only try_restore. It returns failures as values, with a code for the program and a text for

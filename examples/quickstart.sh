@@ -2,7 +2,7 @@
 # Installs missing packages (Debian, Ubuntu, Fedora), builds wandb-restore, and restores a file with it.
 #
 #   examples/quickstart.sh
-#       restores from a local server in place of the service: needs no account and no network
+#       restores from a local server in place of the service: needs no account; it needs the network only to install missing packages
 #   WANDB_API_KEY=... examples/quickstart.sh model-best.h5 --run-path entity/project/run_id
 #       restores from the real service; the arguments are those of wandb-restore
 set -euo pipefail

@@ -78,11 +78,10 @@ int exit_status(wandb::errc code) {
 }
 
 constexpr const char* help_footer =
-    "NAMEs are paths inside the run. A NAME with * or ? is a pattern, and one that ends in / means all "
-    "files\n"
-    "below it: * matches any text, including /, and ? matches one character. Quote patterns, or the shell\n"
-    "replaces them. Every NAME is tried; the exit status is that of the first failure, or 130 after an\n"
-    "interrupt.\n"
+    "NAMEs are paths inside the run. A NAME that contains * or ?, or ends in /, is a pattern: * matches\n"
+    "any text, including /; ? matches one character; a final / matches all files below. Quote patterns,\n"
+    "or the shell replaces them. A failure of one NAME does not stop the others. The exit status is that\n"
+    "of the first failure, or 130 after an interrupt.\n"
     "\n"
     "The key and the default entity, project and run come from the same sources as in the Python SDK:\n"
     "WANDB_API_KEY, WANDB_BASE_URL, WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_ID, settings files, netrc.\n"
@@ -94,9 +93,10 @@ constexpr const char* help_footer =
     "  wandb-restore 'checkpoints/*.pt' --newest --wait 3600\n"
     "  wandb-restore '*'                             all files of the current run\n"
     "\n"
-    "Exit status: 0 done; 2 bad arguments or run path; 3 no such run or file; 4 not authenticated or\n"
-    "not permitted; 5 network, HTTP or offline; 6 checksum or protocol; 7 disk; 8 the local copy was\n"
-    "restored from another run; 130 interrupted: the next call resumes the download.";
+    "Exit status: 0 done; 1 none of the failures below, such as a lack of memory; 2 bad arguments or run\n"
+    "path; 3 no such run or file; 4 not authenticated or not permitted; 5 network, HTTP or offline;\n"
+    "6 checksum or protocol; 7 disk; 8 the local copy was restored from another run, or is another file\n"
+    "of the run; 130 interrupted: the next call resumes the download.";
 
 // ---- the platform -----------------------------------------------------------------------------------------
 
@@ -962,8 +962,7 @@ int run(int argc, char** argv) {
       ->type_name("PATH");
   app.add_flag("--replace", given.replace, "Download even if there is a local copy");
   app.add_flag("--refresh", given.refresh, "Download if the local copy differs from the run's file");
-  app.add_option("--root", given.root,
-                 "Directory to store files under; default: the run's directory, else the current one")
+  app.add_option("--root", given.root, "Directory to store files under; default: the current one")
       ->type_name("DIR");
   app.add_option(
          "--exclude", given.exclude,
@@ -978,7 +977,7 @@ int run(int argc, char** argv) {
                "Print sizes and paths of what would be downloaded; download nothing");
   app.add_flag("--list", given.list, "List the run's files: size, time of the last change, name");
   app.add_flag("--json", given.as_json, "Print one JSON object per line");
-  app.add_option("--connections", given.connections, "Most connections")
+  app.add_option("--connections", given.connections, "The maximum number of connections")
       ->capture_default_str()
       ->type_name("N");
   app.add_option("--timeout", given.timeout,
