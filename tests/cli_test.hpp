@@ -136,7 +136,7 @@ inline bool has_terminals() {
                                 ? ptsname(master.get())
                                 : nullptr;
   const bool usable = slave != nullptr && ::access(slave, R_OK | W_OK) == 0;
-  if (!usable) MESSAGE("skipped: no pseudo terminals here");
+  if (!usable) MESSAGE("left out: no pseudo terminals here");
   return usable;
 }
 

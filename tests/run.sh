@@ -52,4 +52,13 @@ fi
 mkdir -p build-all
 printf 'subdirs("%s")\n' "${folders[@]}" > build-all/CTestTestfile.cmake
 cd build-all
-exec ctest --output-on-failure --no-tests=error --no-label-summary --parallel "$jobs"
+status=0
+ctest --output-on-failure --no-tests=error --no-label-summary --parallel "$jobs" | tee output.txt || status=$?
+
+# ctest shows the output of failed tests alone. Passed ones may have left cases out, and say why.
+left_out=$(grep -hoE '(left out: .*|cannot keep this promise: .*)' Testing/Temporary/LastTest.log | sort | uniq -c || true)
+if [ -n "$left_out" ]; then
+  printf '\nLeft out (number of cases, reason):\n%s\n' "$left_out"
+  sed -n '/tests passed/,$p' output.txt
+fi
+exit "$status"
