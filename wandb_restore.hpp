@@ -7464,20 +7464,20 @@ struct transfer_job {
 };
 
 /// How a transfer reacts to a failed request.
-enum class retry_mode {
-  none,     // no failure, or already handled: continue
-  retry,    // try again if the error is transient
-  fewer,    // as retry; the server may accept fewer connections only
-  whole,    // the server does not support ranges: fetch the whole file
-  restart,  // the file has changed, or its bytes are wrong: start a new download
+enum class reaction {
+  none,       // no failure, or already handled: continue
+  retry,      // try again if the error is transient
+  use_fewer,  // as retry; the server may accept fewer connections only
+  use_whole,  // the server does not support ranges: fetch the whole file
+  restart,    // the file has changed, or its bytes are wrong: start a new download
 };
 
-/// Why a request or a download is incomplete.
-struct fetch_failure {
-  retry_mode mode = retry_mode::none;
-  std::optional<error> failure = {};
+/// The outcome of a request or a download.
+struct fetch_outcome {
+  reaction next = reaction::none;
+  std::optional<error> failure = {};  // why the request or download is incomplete
 
-  explicit operator bool() const { return failure.has_value(); }
+  [[nodiscard]] bool has_failed() const { return failure.has_value(); }
 };
 
 // ---- what the requests of a transfer share
@@ -7626,21 +7626,21 @@ class file_request : public body_sink {
  public:
   /// Makes the request. Without a failure, either has_ended() is true, or the caller must request again at once, for
   /// example from a new address.
-  fetch_failure fetch();
+  fetch_outcome fetch();
 
   /// Whether the transport delivered a response of status 200 or 206 to its end.
   [[nodiscard]] bool has_ended() const { return has_ended_; }
   /// Whether the response had another entity tag than an earlier one.
   [[nodiscard]] bool met_other_entity() const { return is_other_entity_; }
   /// Makes a failure with the text "<label of the job>: <address> <problem>".
-  [[nodiscard]] fetch_failure failure(retry_mode mode, errc code, const std::string& problem) const {
-    return {mode, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
+  [[nodiscard]] fetch_outcome failure(reaction next, errc code, const std::string& problem) const {
+    return {next, error(code, requester_.job_.label() + ": " + address_.redacted() + " " + problem)};
   }
   /// Makes the failure for a response that lacks bytes. The failure is permanent if the response is complete and is not the
   /// file.
-  [[nodiscard]] fetch_failure ended_early(std::uint64_t missing) const {
+  [[nodiscard]] fetch_outcome ended_early(std::uint64_t missing) const {
     const bool is_foreign = !remark_.empty() && sample_.is_whole();
-    return failure(retry_mode::retry, is_foreign ? errc::protocol_violation : errc::connection_failed,
+    return failure(reaction::retry, is_foreign ? errc::protocol_violation : errc::connection_failed,
                    "ended " + std::to_string(missing) + " bytes early" + remark_);
   }
   /// Whether the transfer still needs the bytes. The transport may ask from another thread.
@@ -7650,23 +7650,23 @@ class file_request : public body_sink {
   bool write(std::string_view bytes) final {
     has_body_ = true;
     sample_.write(bytes);
-    return problem_ ? is_sampled() : take(bytes);
+    return problem_.has_failed() ? is_sampled() : take(bytes);
   }
 
  protected:
   /// An `asked.end` of 0 stands for the end of the file; {0, 0} is the whole file, requested without a Range field.
   /// `on_violation`: how to react to a response that breaks the protocol.
-  file_request(file_access& requester, call& user_call, byte_range asked, retry_mode on_violation)
+  file_request(file_access& requester, call& user_call, byte_range asked, reaction on_violation)
       : requester_(requester), call_(user_call), asked_(asked), on_violation_(on_violation) {}
   ~file_request() = default;
 
   [[nodiscard]] bool is_range() const { return asked_.begin > 0 || asked_.end > 0; }
-  [[nodiscard]] fetch_failure wrong_size(retry_mode mode, std::uint64_t size) const {
-    return failure(mode, errc::checksum_mismatch,
+  [[nodiscard]] fetch_outcome wrong_size(reaction next, std::uint64_t size) const {
+    return failure(next, errc::checksum_mismatch,
                    "has " + std::to_string(size) + " bytes, the service says " +
                        std::to_string(*requester_.job_.remote.info.size));
   }
-  [[nodiscard]] fetch_failure violation(const std::string& problem) const {
+  [[nodiscard]] fetch_outcome violation(const std::string& problem) const {
     return failure(on_violation_, errc::protocol_violation, problem);
   }
   /// For take(): refuses bytes beyond the end of the response or the file.
@@ -7685,9 +7685,9 @@ class file_request : public body_sink {
   /// Reports the head of a response of status 200 or 206.
   virtual void responded() {}
   /// Checks a response with the requested range or the beginning of it.
-  virtual fetch_failure begin_part(const http_response& head, const content_range& part) = 0;
+  virtual fetch_outcome begin_part(const http_response& head, const content_range& part) = 0;
   /// Checks a response with the whole file. `length` is empty if the response does not tell it.
-  virtual fetch_failure begin_whole(const http_response& head, std::optional<std::uint64_t> length) = 0;
+  virtual fetch_outcome begin_whole(const http_response& head, std::optional<std::uint64_t> length) = 0;
   /// Takes a piece of the body. Returns false to stop.
   virtual bool take(std::string_view bytes) = 0;
 
@@ -7695,28 +7695,28 @@ class file_request : public body_sink {
   [[nodiscard]] bool is_sampled() const {
     return problem_.failure->code() == errc::checksum_mismatch && !sample_.is_coded() && !sample_.is_full();
   }
-  [[nodiscard]] fetch_failure begin(const http_response& head);
-  [[nodiscard]] fetch_failure refused(const answer& got, const std::string& authorization);
-  [[nodiscard]] fetch_failure other_entity(call& asking_call);
+  [[nodiscard]] fetch_outcome begin(const http_response& head);
+  [[nodiscard]] fetch_outcome refused(const answer& got, const std::string& authorization);
+  [[nodiscard]] fetch_outcome other_entity(call& asking_call);
 
   file_access& requester_;
   call& call_;
   const byte_range asked_;
-  const retry_mode on_violation_;
+  const reaction on_violation_;
   file_location::lease lease_;
   url address_;            // of the request; after redirects, of the response
-  fetch_failure problem_;  // the reason for which the response was refused
+  fetch_outcome problem_;  // the reason for which the response was refused
   response_sample sample_;
   std::string remark_;  // text to append to a failure
   bool is_other_entity_ = false, has_body_ = false, has_ended_ = false;
 };
 
-inline fetch_failure file_request::fetch() {
+inline fetch_outcome file_request::fetch() {
   const transfer_job& job = requester_.job_;
   file_location& location = requester_.location_;
   call asking_call(call_, requester_.state_.stop_flag());
   auto lease = location.acquire(asking_call);
-  if (!lease) return {retry_mode::retry, lease.error()};
+  if (!lease) return {reaction::retry, lease.error()};
   lease_ = *std::move(lease);
   const struct releaser {  // the transport may throw
     file_location& location;
@@ -7728,7 +7728,7 @@ inline fetch_failure file_request::fetch() {
   if (job.service_session.is_own(address_)) authorization = job.service_session.authorization(asking_call);
   if (!authorization) {
     const error& refusal = authorization.error();
-    return {retry_mode::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
+    return {reaction::retry, error::permanent(refusal.code(), refusal.what(), refusal.http_status())};
   }
   http_request request;
   if (is_range()) {
@@ -7748,28 +7748,28 @@ inline fetch_failure file_request::fetch() {
     const std::lock_guard<std::mutex> guard(requester_.remark_mutex_);
     requester_.remark_ = remark_;
   }
-  fetch_failure now;
+  fetch_outcome outcome;
   const bool is_served = got && (got->head.status == 200 || got->head.status == 206);
   if (is_other_entity_) {
-    now = other_entity(asking_call);
-  } else if (lease_.is_direct && !problem_ && !has_body_ && !is_served &&
+    outcome = other_entity(asking_call);
+  } else if (lease_.is_direct && !problem_.has_failed() && !has_body_ && !is_served &&
              (got || got.error().code() != errc::cancelled)) {
     location.forget(lease_);  // the next request uses the service's own address
     if (job.remote.direct_is_refused != nullptr) *job.remote.direct_is_refused = true;
-  } else if (problem_) {
-    now = problem_;
-    const bool is_compressed = sample_.is_coded() && now.failure->code() == errc::checksum_mismatch;
-    const auto code = is_compressed ? errc::protocol_violation : now.failure->code();
-    if (!remark_.empty()) now.failure = error(code, now.failure->what() + remark_);
+  } else if (problem_.has_failed()) {
+    outcome = problem_;
+    const bool is_compressed = sample_.is_coded() && outcome.failure->code() == errc::checksum_mismatch;
+    const auto code = is_compressed ? errc::protocol_violation : outcome.failure->code();
+    if (!remark_.empty()) outcome.failure = error(code, outcome.failure->what() + remark_);
   } else if (!got) {
-    now = {retry_mode::fewer, got.error()};
+    outcome = {reaction::use_fewer, got.error()};
     if (!has_body_ && got.error().code() != errc::cancelled) location.forget(lease_);
   } else if (!is_served) {
-    now = refused(*got, *authorization);
+    outcome = refused(*got, *authorization);
   } else {
     has_ended_ = true;
   }
-  return now;
+  return outcome;
 }
 
 inline bool file_request::start(const http_response& head) {
@@ -7779,16 +7779,16 @@ inline bool file_request::start(const http_response& head) {
   responded();
   if (!is_wanted()) return false;
   problem_ = begin(head);
-  if (!problem_ && sample_.is_coded() && !requester_.job_.is_checked())
-    problem_ = failure(retry_mode::retry, errc::protocol_violation, "sends bytes that cannot be checked");
-  if (problem_) return is_sampled();
+  if (!problem_.has_failed() && sample_.is_coded() && !requester_.job_.is_checked())
+    problem_ = failure(reaction::retry, errc::protocol_violation, "sends bytes that cannot be checked");
+  if (problem_.has_failed()) return is_sampled();
   requester_.location_.found(lease_, address_);
   requester_.location_.served(lease_);
   return true;
 }
 
 /// RFC 9110, section 15.3.7.
-inline fetch_failure file_request::begin(const http_response& head) {
+inline fetch_outcome file_request::begin(const http_response& head) {
   const std::string* field = head.header("Content-Range");
   const auto part = content_range::parse(field != nullptr ? *field : "");
   // Some stores answer a range with 200. A Content-Range then distinguishes the part from the whole file.
@@ -7803,7 +7803,7 @@ inline fetch_failure file_request::begin(const http_response& head) {
 }
 
 /// Interprets a status that is neither 200 nor 206.
-inline fetch_failure file_request::refused(const answer& got, const std::string& authorization) {
+inline fetch_outcome file_request::refused(const answer& got, const std::string& authorization) {
   const int status = got.head.status;
   const session& service_session = requester_.job_.service_session;
   error refusal = service_session.status_error(requester_.job_.label() + ": " + address_.redacted(), got,
@@ -7816,27 +7816,27 @@ inline fetch_failure file_request::refused(const answer& got, const std::string&
                            (status == 400 && contains_ignoring_case(got.body, "expired"));
   if (!is_own && has_expired) {
     if (requester_.location_.renew(lease_)) return {};
-    return {retry_mode::fewer,
+    return {reaction::use_fewer,
             error(status == 401 || status == 403 ? errc::permission_denied : errc::http_failure,
                   std::string(refusal.what()) + ", also with " + std::to_string(file_location::max_renewals) +
                       " new addresses",
                   status)};
   }
   if (is_range() && (status == 400 || status == 405 || status == 416 || status == 501))
-    return {retry_mode::whole, refusal};
-  return {refusal.is_transient() ? retry_mode::fewer : retry_mode::retry, refusal};
+    return {reaction::use_whole, refusal};
+  return {refusal.is_transient() ? reaction::use_fewer : reaction::retry, refusal};
 }
 
 /// Handles a response with another entity tag. Asks the service whether the run has replaced the file. If it has not, the
 /// servers of the storage use different tags. Then ignores tags if there is an md5; otherwise parts cannot be combined.
-inline fetch_failure file_request::other_entity(call& asking_call) {
+inline fetch_outcome file_request::other_entity(call& asking_call) {
   const auto same = requester_.ask_again(asking_call);
-  if (!same) return {retry_mode::retry, same.error()};
+  if (!same) return {reaction::retry, same.error()};
   if (requester_.job_.is_verified()) {
     requester_.entity_.ignore();
     return {};
   }
-  return failure(retry_mode::whole, errc::connection_failed, "has another entity tag than before");
+  return failure(reaction::use_whole, errc::connection_failed, "has another entity tag than before");
 }
 
 // ---- transfers
@@ -7867,7 +7867,7 @@ class ranged_transfer final : public transfer {
   void work(std::size_t connection);
   void fetch_range(std::size_t connection, std::string& buffer, milliseconds& park_time);
   bool wait_for_range(std::size_t connection);
-  fetch_failure fetch(std::size_t connection, std::string& buffer);
+  fetch_outcome fetch(std::size_t connection, std::string& buffer);
   bool flush(std::size_t connection, std::string& buffer);
   void flush_whole_blocks(std::size_t connection, std::string& buffer);
   void tick(phase now);
@@ -7893,7 +7893,7 @@ class ranged_transfer::range_request final : public file_request {
 
   range_request(ranged_transfer& transfer, std::size_t connection, byte_range asked, std::string& buffer)
       : file_request(transfer, transfer.job_.user_call,
-                     asked.size() < transfer.file_.size() ? asked : byte_range(), retry_mode::whole),
+                     asked.size() < transfer.file_.size() ? asked : byte_range(), reaction::use_whole),
         transfer_(transfer), connection_(connection), cursor_(transfer.plan_[connection]),
         begin_(asked.begin), promised_end_(asked.end), buffer_(buffer) {}
 
@@ -7911,15 +7911,15 @@ class ranged_transfer::range_request final : public file_request {
     return true;
   }
   void responded() override { transfer_.plan_.responded(connection_, clock::now()); }
-  fetch_failure begin_part(const http_response&, const content_range& part) override {
-    if (part.size && *part.size != transfer_.file_.size()) return wrong_size(retry_mode::whole, *part.size);
+  fetch_outcome begin_part(const http_response&, const content_range& part) override {
+    if (part.size && *part.size != transfer_.file_.size()) return wrong_size(reaction::use_whole, *part.size);
     promised_end_ = part.bytes.end;
     return {};
   }
   /// If the server has ignored Range, this connection becomes the only one.
-  fetch_failure begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
+  fetch_outcome begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
     const std::uint64_t size = transfer_.file_.size();
-    if (length && *length != size) return wrong_size(retry_mode::retry, *length);
+    if (length && *length != size) return wrong_size(reaction::retry, *length);
     if (is_range()) {
       transfer_.plan_.take_whole(connection_);
       buffer_.clear();
@@ -8080,26 +8080,26 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
   backoff tries(job_.user_call, retries_);
   while (cursor.is_wanted() && !state_.is_over()) {
     const std::uint64_t position = cursor.position, present = table_.present();
-    const fetch_failure now = fetch(connection, buffer);
-    if (!now || state_.is_over()) continue;
-    if (now.mode == retry_mode::whole && plan_.use_whole(connection)) continue;
-    if (now.mode == retry_mode::restart) is_replaced_ = true;
+    const fetch_outcome outcome = fetch(connection, buffer);
+    if (!outcome.has_failed() || state_.is_over()) continue;
+    if (outcome.next == reaction::use_whole && plan_.use_whole(connection)) continue;
+    if (outcome.next == reaction::restart) is_replaced_ = true;
     const std::uint64_t reached = cursor.position;
     const std::uint64_t gained =
         plan_.is_whole() ? table_.present() - present : reached - (std::min)(position, reached);
-    if (tries.retries_at_once(*now.failure, gained)) continue;
-    const bool is_hopeless = !now.failure->is_transient() || tries.failures() + 1 >= patience ||
-                             now.failure->retry_after() > std::chrono::seconds(1);
-    if (now.mode == retry_mode::fewer && is_hopeless && plan_.is_another_receiving(connection) &&
+    if (tries.retries_at_once(*outcome.failure, gained)) continue;
+    const bool is_hopeless = !outcome.failure->is_transient() || tries.failures() + 1 >= patience ||
+                             outcome.failure->retry_after() > std::chrono::seconds(1);
+    if (outcome.next == reaction::use_fewer && is_hopeless && plan_.is_another_receiving(connection) &&
         plan_.park(connection)) {
       // Another connection receives bytes: the server may limit their number. Try again later.
       flush_whole_blocks(connection, buffer);
       plan_.release(connection);
-      state_.wait((std::max)(park_time, now.failure->retry_after()));
+      state_.wait((std::max)(park_time, outcome.failure->retry_after()));
       park_time = (std::min)(park_time * 2, milliseconds(60000));
       return;
     }
-    const auto wait = tries.after(*now.failure);
+    const auto wait = tries.after(*outcome.failure);
     if (!wait) return state_.fail(wait.error());
     for (const auto until = clock::now() + *wait; cursor.is_wanted() && clock::now() < until;) {
       if (state_.wait((std::min)(std::chrono::ceil<milliseconds>(until - clock::now()), milliseconds(20))))
@@ -8109,16 +8109,17 @@ inline void ranged_transfer::fetch_range(std::size_t connection, std::string& bu
 }
 
 /// Makes one request for the rest of a connection's range.
-inline fetch_failure ranged_transfer::fetch(std::size_t connection, std::string& buffer) {
+inline fetch_outcome ranged_transfer::fetch(std::size_t connection, std::string& buffer) {
   const auto& cursor = plan_[connection];
   const byte_range asked = plan_.request(connection, clock::now());
   if (asked.size() == 0) return {};      // another connection has taken the range over
   if (asked.begin == 0) buffer.clear();  // the whole file: earlier bytes will arrive again
   range_request request(*this, connection, asked, buffer);
-  const fetch_failure now = request.fetch();
+  const fetch_outcome outcome = request.fetch();
   plan_.ended(connection);
   if (!request.is_wanted()) return {};
-  if (now || !request.has_ended() || !cursor.is_wanted() || request.is_short()) return now;
+  if (outcome.has_failed() || !request.has_ended() || !cursor.is_wanted() || request.is_short())
+    return outcome;
   return request.ended_early(cursor.end - cursor.position);
 }
 
@@ -8140,7 +8141,7 @@ class stream_transfer final : public transfer {
     state_.run([this] { work(); });
   }
   void work();
-  fetch_failure fetch();
+  fetch_outcome fetch();
   void start_over();
   /// Whether the md5 proves that all bytes have arrived.
   [[nodiscard]] bool is_proved() const {
@@ -8163,28 +8164,28 @@ class stream_transfer final : public transfer {
 class stream_transfer::stream_request final : public file_request {
  public:
   explicit stream_request(stream_transfer& transfer)
-      : file_request(transfer, transfer.job_.user_call, {transfer.position_, 0}, retry_mode::retry),
+      : file_request(transfer, transfer.job_.user_call, {transfer.position_, 0}, reaction::retry),
         transfer_(transfer) {}
 
   /// Whether the response has fewer bytes than were present already.
   [[nodiscard]] bool is_shorter() const { return skipped_ > 0; }
-  [[nodiscard]] fetch_failure shorter() const {
-    return failure(retry_mode::restart, errc::protocol_violation, "became shorter during the download");
+  [[nodiscard]] fetch_outcome shorter() const {
+    return failure(reaction::restart, errc::protocol_violation, "became shorter during the download");
   }
 
  private:
-  fetch_failure begin_part(const http_response& head, const content_range& part) override {
+  fetch_outcome begin_part(const http_response& head, const content_range& part) override {
     // Without an md5 only the entity tag proves that both parts are of one file (RFC 9110, section 15.3.7.3).
     const bool is_pinned = !transfer_.entity_.strong_tag().empty() && head.header("ETag") != nullptr;
     if (!transfer_.job_.is_verified() && !is_pinned)
-      return failure(retry_mode::whole, errc::connection_failed, "sends a part without the entity tag");
+      return failure(reaction::use_whole, errc::connection_failed, "sends a part without the entity tag");
     if (!part.size) return violation("does not tell the size of the file");
     if (transfer_.total_ && *part.size != *transfer_.total_) {
-      return failure(retry_mode::restart, errc::protocol_violation, "changed its size while it was fetched");
+      return failure(reaction::restart, errc::protocol_violation, "changed its size while it was fetched");
     }
     return check_total(part.size);
   }
-  fetch_failure begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
+  fetch_outcome begin_whole(const http_response&, std::optional<std::uint64_t> length) override {
     // With an md5, skip the bytes already present; without one, start over.
     if (transfer_.job_.is_verified()) {
       skipped_ = transfer_.position_;
@@ -8193,10 +8194,10 @@ class stream_transfer::stream_request final : public file_request {
     }
     return check_total(length);
   }
-  fetch_failure check_total(std::optional<std::uint64_t> size) {
+  fetch_outcome check_total(std::optional<std::uint64_t> size) {
     if (!size) return {};
     if (transfer_.job_.remote.info.size && *size != *transfer_.job_.remote.info.size)
-      return wrong_size(retry_mode::retry, *size);
+      return wrong_size(reaction::retry, *size);
     if (*size < transfer_.position_) return shorter();
     transfer_.total_ = size;
     return {};
@@ -8252,35 +8253,35 @@ inline void stream_transfer::work() {
   backoff tries(job_.user_call, retries_);
   std::uint64_t furthest = 0;  // the highest position of all tries
   while (!state_.is_over()) {
-    const fetch_failure now = fetch();
-    if (!now || state_.is_stopped()) continue;
-    if (now.mode == retry_mode::restart) is_replaced_ = true;
-    if (now.failure->is_transient()) {
+    const fetch_outcome outcome = fetch();
+    if (!outcome.has_failed() || state_.is_stopped()) continue;
+    if (outcome.next == reaction::restart) is_replaced_ = true;
+    if (outcome.failure->is_transient()) {
       // All bytes may have arrived although the response did not end properly. Only the md5 can tell.
       if (is_proved()) return state_.complete();
       const std::uint64_t reached = position_;
-      if (tries.retries_at_once(*now.failure, reached - (std::min)(reached, furthest))) {
+      if (tries.retries_at_once(*outcome.failure, reached - (std::min)(reached, furthest))) {
         furthest = reached;
         continue;
       }
     }
-    const auto wait = tries.after(*now.failure);
+    const auto wait = tries.after(*outcome.failure);
     if (!wait) return state_.fail(wait.error());
     state_.wait(*wait);
   }
 }
 
 /// Makes one request for the rest of the file. Completes the transfer if the response ended properly.
-inline fetch_failure stream_transfer::fetch() {
+inline fetch_outcome stream_transfer::fetch() {
   const bool is_combinable = job_.is_verified() || !entity_.strong_tag().empty();
   if (position_ > 0 && (!is_combinable || (total_ && position_ >= *total_))) start_over();
   stream_request request(*this);
-  const fetch_failure now = request.fetch();
-  if (now.mode == retry_mode::whole) {
+  const fetch_outcome outcome = request.fetch();
+  if (outcome.next == reaction::use_whole) {
     start_over();
-    if (!now.failure->is_transient()) return {};
+    if (!outcome.failure->is_transient()) return {};
   }
-  if (now || !request.has_ended()) return now;
+  if (outcome.has_failed() || !request.has_ended()) return outcome;
   if (request.is_shorter()) return request.shorter();
   if (total_ && position_ < *total_) {
     return request.ended_early(*total_ - position_);
@@ -8290,16 +8291,16 @@ inline fetch_failure stream_transfer::fetch() {
 }
 
 /// Downloads the blocks that are missing in a partial file, and verifies the whole file. Blocks; calls on_progress in this
-/// thread. The mode is `restart` if the downloaded bytes must be discarded: the run has replaced the file, or the md5 is
+/// thread. The reaction is `restart` if the downloaded bytes must be discarded: the run has replaced the file, or the md5 is
 /// wrong.
-inline fetch_failure download(const transfer_job& job, partial_file& destination) {
+inline fetch_outcome download(const transfer_job& job, partial_file& destination) {
   const auto address = url::parse(job.remote.address);
-  if (!address) return {retry_mode::retry, address.error()};
-  const auto run = [&](auto&& transfer) -> fetch_failure {
+  if (!address) return {reaction::retry, address.error()};
+  const auto run = [&](auto&& transfer) -> fetch_outcome {
     const result<std::string> digest = transfer.run();
-    if (!digest) return {transfer.is_replaced() ? retry_mode::restart : retry_mode::retry, digest.error()};
+    if (!digest) return {transfer.is_replaced() ? reaction::restart : reaction::retry, digest.error()};
     if (!job.is_verified() || *digest == job.remote.info.md5) return {};
-    return {retry_mode::restart,
+    return {reaction::restart,
             error(errc::checksum_mismatch,
                   job.label() + ": its md5 is " + (digest->empty() ? "unreadable" : *digest) + " after " +
                       std::to_string(destination.size()) + " bytes, the service says " + job.remote.info.md5 +
@@ -8752,11 +8753,11 @@ class restoring {
       partial.set_fallback({});
       if (auto room = partial.reserve(); !room) return room.error();
 
-      const fetch_failure end = download(job, partial);
-      if (!end) return publish(partial, md5, lock);
-      const error& failure = *end.failure;
+      const fetch_outcome outcome = download(job, partial);
+      if (!outcome.has_failed()) return publish(partial, md5, lock);
+      const error& failure = *outcome.failure;
       const bool is_wrong = failure.code() == errc::checksum_mismatch;
-      const bool is_worthless = end.mode == retry_mode::restart;
+      const bool is_worthless = outcome.next == reaction::restart;
       if (!is_wrong && !is_worthless) {
         if (!partial.is_worth_keeping(md5)) return failure;
         return with_text(failure,
@@ -9771,7 +9772,7 @@ class remote_reader {
   result<void> fetch_blocks(call& user_call, const block_cache::claim& claimed, std::uint64_t needed_end);
   result<void> fetch(call& user_call, byte_range range, std::uint64_t needed_end, std::uint64_t& position,
                      taker take);
-  [[nodiscard]] error judged(const read_request& request, const fetch_failure& now) const;
+  [[nodiscard]] error error_of(const read_request& request, const fetch_outcome& outcome) const;
   [[nodiscard]] bool has_tag(const http_response& head);
   [[nodiscard]] bool is_same_version(const http_response& head);
 
@@ -9795,7 +9796,7 @@ class remote_reader::read_request final : public file_request {
  public:
   /// `position`: the offset of the next byte to arrive, at first `asked.begin`.
   read_request(remote_reader& reader, call& user_call, byte_range asked, std::uint64_t& position, taker take)
-      : file_request(reader.access_, user_call, asked, retry_mode::retry), reader_(reader), wanted_(asked),
+      : file_request(reader.access_, user_call, asked, reaction::retry), reader_(reader), wanted_(asked),
         position_(position), take_(take) {}
 
   [[nodiscard]] error changed(const std::string& problem) const {
@@ -9806,7 +9807,7 @@ class remote_reader::read_request final : public file_request {
   static constexpr std::uint64_t max_outside = 1024 * 1024;  // bytes of a response that are outside the range
 
   [[nodiscard]] bool is_same_entity(const http_response& head) override { return reader_.has_tag(head); }
-  fetch_failure begin_part(const http_response& head, const content_range& part) override {
+  fetch_outcome begin_part(const http_response& head, const content_range& part) override {
     auto& size = reader_.size_;
     if (!size && !part.size) return violation("does not tell the size of the file");
     if (size && part.size && *part.size != *size) return of_other_size(*part.size);
@@ -9817,15 +9818,15 @@ class remote_reader::read_request final : public file_request {
     return check(head);
   }
   /// A server may ignore Range (RFC 9110, section 14.2). A whole file is accepted if few of its bytes are outside the range.
-  fetch_failure begin_whole(const http_response& head, std::optional<std::uint64_t> length) override {
+  fetch_outcome begin_whole(const http_response& head, std::optional<std::uint64_t> length) override {
     const auto size = reader_.size_ ? reader_.size_ : length;
     if (length && *length != *size) return of_other_size(*length);
     if (!size || *size > max_outside + ((std::min)(wanted_.end, *size) - wanted_.begin)) {
-      const fetch_failure whole =
-          failure(retry_mode::retry, errc::http_failure,
+      const fetch_outcome whole =
+          failure(reaction::retry, errc::http_failure,
                   "answers with the whole file: this server does not send parts of files; "
                   "restore the file instead");
-      return {retry_mode::retry, error(errc::http_failure, whole.failure->what(), 200)};
+      return {reaction::retry, error(errc::http_failure, whole.failure->what(), 200)};
     }
     if (!reader_.size_) reader_.size_ = size;
     promised_end_ = *size;
@@ -9842,14 +9843,14 @@ class remote_reader::read_request final : public file_request {
     }
     return true;
   }
-  [[nodiscard]] fetch_failure of_other_size(std::uint64_t size) const {
-    return {retry_mode::retry,
+  [[nodiscard]] fetch_outcome of_other_size(std::uint64_t size) const {
+    return {reaction::retry,
             changed("has " + std::to_string(size) + " bytes instead of " + std::to_string(*reader_.size_))};
   }
-  [[nodiscard]] fetch_failure check(const http_response& head) {
+  [[nodiscard]] fetch_outcome check(const http_response& head) {
     if (const auto coding = unwanted_coding(head); !coding.empty())
       return violation("sends a part that cannot be used: " + coding);
-    if (!reader_.is_same_version(head)) return {retry_mode::retry, changed("sends another version")};
+    if (!reader_.is_same_version(head)) return {reaction::retry, changed("sends another version")};
     return {};
   }
 
@@ -9945,14 +9946,14 @@ inline result<void> remote_reader::fetch(call& user_call, byte_range range, std:
   for (position = range.begin;;) {
     const std::uint64_t before = position;
     read_request request(*this, user_call, {position, range.end}, position, take);
-    fetch_failure now = request.fetch();
+    fetch_outcome outcome = request.fetch();
     time.progressed(position - before);
     const std::uint64_t end = (std::min)(range.end, size_.value_or(range.end));
-    const bool is_usable = !now || now.failure->is_transient();
+    const bool is_usable = !outcome.has_failed() || outcome.failure->is_transient();
     if (position == end && (request.has_ended() || position > before) && is_usable) return {};
-    if (!now && !request.has_ended()) continue;  // with a new address
-    if (!now) now = request.ended_early(end - position);
-    const error failure = judged(request, now);
+    if (!outcome.has_failed() && !request.has_ended()) continue;  // with a new address
+    if (!outcome.has_failed()) outcome = request.ended_early(end - position);
+    const error failure = error_of(request, outcome);
     const bool is_read_ahead = position >= needed_end && position > range.begin;
     if (is_read_ahead && (failure.code() == errc::connection_failed || failure.code() == errc::http_failure))
       return {};
@@ -9962,13 +9963,13 @@ inline result<void> remote_reader::fetch(call& user_call, byte_range range, std:
 }
 
 /// Returns the error for a failed request.
-inline error remote_reader::judged(const read_request& request, const fetch_failure& now) const {
-  const error& failure = *now.failure;
+inline error remote_reader::error_of(const read_request& request, const fetch_outcome& outcome) const {
+  const error& failure = *outcome.failure;
   if (failure.code() == errc::cancelled) return failure;
   if (access_.is_replaced()) return request.changed("is out of date");
   if (request.met_other_entity()) return request.changed("has another entity tag than before");
   if (failure.http_status() == 416 && size_) return request.changed("has no bytes at this position");
-  if (now.mode != retry_mode::whole) return failure;
+  if (outcome.next != reaction::use_whole) return failure;
   return error(errc::http_failure,
                failure.what() +
                    std::string("; this server may not send parts of files: restore the file instead"),
