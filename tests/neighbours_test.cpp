@@ -53,8 +53,7 @@ struct stat entry_of(const fs::path& where) {
 }
 
 TEST_SUITE("neighbours") {
-  TEST_CASE(
-      "nothing that another user puts in a restore's places becomes the file, is written to or waited for") {
+  TEST_CASE("what another user puts where a restore writes is not used, not written to and not waited for") {
     if (geteuid() != 0) {
       MESSAGE("left out: to act as other users needs root");
       return;

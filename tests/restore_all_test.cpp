@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <fstream>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -154,7 +155,7 @@ TEST_SUITE("restore_all") {
     CHECK(says(directory.error(), "is a directory of the run: restore_all with the pattern \"ckpt/\""));
   }
 
-  TEST_CASE("one question a page, and no redirect where the list has direct addresses") {
+  TEST_CASE("one query for each page, and no redirect where the list has direct addresses") {
     world w;
     for (int i = 0; i < 501; ++i) w.add("f" + std::to_string(i), 10);
     const auto report = all(w, "*");
@@ -195,18 +196,34 @@ TEST_SUITE("restore_all") {
     const auto large = w.add("b-large", 16 * engine::MiB + 7);
     for (int i = 0; i < 10; ++i) w.add("a" + std::to_string(i), 1000);
     for (int i = 0; i < 10; ++i) w.add("c" + std::to_string(i), 1000);
-    std::atomic<int> most{0};
-    w.server.on_request([&](const stand_in::request_record& request) {
-      if (request.kind != request_kind::storage) return;
-      const int open = static_cast<int>(w.server.counted().of(stand_in::origin::storage).open_connections);
-      int before = most;
-      while (before < open && !most.compare_exchange_weak(before, open)) {}
-    });
-    const auto report = all(w, "*");
+    struct counts {
+      std::atomic<int> now{0}, most{0};
+    };
+    struct counting_transport {
+      wandb::http_transport real;
+      std::shared_ptr<counts> of_storage;
+
+      wandb::result<wandb::http_response> send(const wandb::http_request& request, wandb::body_sink& sink) {
+        if (request.url.find("/bucket/") == std::string::npos) return real.send(request, sink);
+        const int now = ++of_storage->now;
+        int before = of_storage->most;
+        while (before < now && !of_storage->most.compare_exchange_weak(before, now)) {}
+        auto got = real.send(request, sink);
+        --of_storage->now;
+        return got;
+      }
+    };
+    const auto of_storage = std::make_shared<counts>();
+    wandb::client<counting_transport> client(
+        w.settings, counting_transport{wandb::http_transport(w.settings), of_storage});
+    const auto got = client.try_restore_all("*", w.options);
+    REQUIRE(got.has_value());
+    const auto& report = *got;
     CHECK(report.complete());
     CHECK(report.files.size() == 21);
     CHECK(holds(w.at("b-large"), *large));
-    CHECK(most <= 3);
+    CHECK(of_storage->most > 1);
+    CHECK(of_storage->most <= 3);
     std::set<std::string> ranges;
     for (const auto& request : w.server.requests(request_kind::storage))
       if (const auto range = request.range()) ranges.insert(*range);
@@ -397,7 +414,6 @@ TEST_SUITE("restore_all") {
       w.server.add_fault(stand_in::target(place::graphql).nth(2), act::hang());
       std::atomic<bool> cancel{false};
       w.options.cancel = &cancel;
-      w.settings.idle_timeout = 60s;
       const std::string how = end;
       if (how == "total_timeout") w.settings.total_timeout = 3s;
       bool has_refused = false;
@@ -523,12 +539,13 @@ TEST_SUITE("wait") {
       world w;
       w.server.set_run_state(w.run, "running");
       w.options.wait = 1500ms;  // the last question comes at its end
+      wandb::client<> client(w.settings);
+      REQUIRE(client.try_list_files(w.options).has_value());  // connects: the wait counts from the beginning
       stand_in::content_ptr content;
       int questions = 0;
       w.server.on_request([&](const stand_in::request_record& request) {
         if (request.kind == request_kind::graphql && ++questions == 2) content = w.add("later.h5", 1000);
       });
-      wandb::client<> client(w.settings);
       if (std::string(kind) == "pattern") {
         const auto report = client.try_restore_all("*.h5", w.options);
         REQUIRE(report.has_value());

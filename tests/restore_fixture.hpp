@@ -89,7 +89,7 @@ class fixture {
   fs::path root() const { return directory / "root"; }
   fs::path ca() const { return directory / "ca.pem"; }
 
-  /// Returns settings for the stand-in, with short timeouts. Warnings are collected.
+  /// Returns settings for the stand-in. Its timeouts are longer than any test holds a connection. Warnings are collected.
   wandb::settings settings() {
     wandb::settings s;
     s.base_url = server.base_url();
@@ -97,8 +97,7 @@ class fixture {
     s.run_dir = root();
     s.cache_dir = directory / "cache";
     s.ca_file = ca();
-    s.connect_timeout = 5s;
-    s.idle_timeout = 5s;
+    s.connect_timeout = s.idle_timeout = 60s;
     s.retry_timeout = 20s;
     s.on_warning = [this](std::string_view text) {
       const std::lock_guard<std::mutex> lock(mutex_);

@@ -277,7 +277,7 @@ TEST_SUITE("restore: overloads") {
     auto options = f.options();
     options.cancel = &cancel;
     std::thread other([&] {
-      (void)f.server.wait_for([](const auto& seen) { return seen.counts.stalled > 0; }, 10s);
+      CHECK(f.server.wait_for([](const auto& seen) { return seen.counts.stalled > 0; }, 20s));
       cancel = true;
     });
     auto client = f.client();
@@ -814,6 +814,8 @@ TEST_SUITE("restore: replace and refresh") {
     fixture f;
     f.server.add_file(f.run, "a.txt", new_text);
     write_file(f.root() / "a.txt", new_text);
+    const auto now = fs::last_write_time(f.root() / "a.txt");
+    fs::last_write_time(f.root() / "a.txt", now + 1h);
     auto client = f.client();
     const auto refresh = [&] {
       auto file = f.success(client.try_restore("a.txt", f.with(cache_policy::refresh())));
@@ -822,7 +824,7 @@ TEST_SUITE("restore: replace and refresh") {
     refresh();
     auto fresh = client.restore("a.txt", f.path);  // the file changed too recently for a receipt
     check_file(fresh, new_text, wandb::source::local, false);
-    fs::last_write_time(f.root() / "a.txt", fs::last_write_time(f.root() / "a.txt") - 10s);
+    fs::last_write_time(f.root() / "a.txt", now - 10s);
     refresh();
     CHECK(f.asked() == "graphql 2, files 0, storage 0");
     auto kept = client.restore("a.txt", f.path);
@@ -1452,8 +1454,8 @@ TEST_SUITE("restore: several at once") {
     constexpr int count = 6;
     f.server.on_request([&](const stand_in::request_record& one) {
       if (one.kind != request_kind::storage) return;
-      f.server.wait_for(
-          [](const auto& now) { return now.counts.of(request_kind::graphql).requests >= count; }, 20s);
+      CHECK(f.server.wait_for(
+          [](const auto& now) { return now.counts.of(request_kind::graphql).requests >= count; }, 20s));
     });
     auto client = f.client();
     std::vector<std::thread> threads;

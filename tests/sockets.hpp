@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -36,10 +37,15 @@ inline namespace WANDB_RESTORE_PRIVATE_ABI {
 using namespace std::chrono_literals;
 using clock_type = std::chrono::steady_clock;
 
-/// Forks. In the child, returns 0, and ends the process after a minute, so that a child that hangs fails the test.
+/// A cancelled exchange ends within a second, one whose time is up soon after that; on a machine under load both may take
+/// longer. The tests' other time limits are those of `patience`, so that an exchange that ends soon was ended by the
+/// cancellation, or by the time limit that the test is about.
+constexpr auto soon = 10s, patience = 60s;
+
+/// Forks. In the child, returns 0, and ends the process after five minutes, so that a child that hangs fails the test.
 inline pid_t fork_child() {
   const pid_t child = ::fork();
-  if (child == 0) ::alarm(60);
+  if (child == 0) ::alarm(300);
   return child;
 }
 
@@ -72,7 +78,7 @@ class collector final : public wandb::body_sink {
   /// Blocks a test's thread until `count` bytes of the body have arrived.
   void wait_for_bytes(std::size_t count) {
     std::unique_lock<std::mutex> lock(mutex_);
-    REQUIRE(arrived_.wait_for(lock, 10s, [&] { return body.size() >= count; }));
+    CHECK(arrived_.wait_for(lock, 20s, [&] { return body.size() >= count; }));
   }
 
  private:
@@ -96,8 +102,7 @@ struct bench {
     wandb::http_request request;
     request.url = address;
     request.headers = {{"User-Agent", "test"}, {"Accept", "*/*"}, {"Accept-Encoding", "identity"}};
-    request.connect_timeout = 10s;
-    request.idle_timeout = 10s;
+    request.connect_timeout = request.idle_timeout = patience;
     return request;
   }
   std::uint64_t connections() const { return server.counted().of(stand_in::origin::storage).connections; }
@@ -117,7 +122,8 @@ inline stand_in::options plain() {
   return options;
 }
 
-/// A listening socket on 127.0.0.1. Connections are accepted by the test alone.
+/// A listening socket on 127.0.0.1. Connections are accepted by the test alone. With a backlog below 0 the socket has an address
+/// and does not listen: connections are refused, and no other program gets the port.
 class listener {
  public:
   explicit listener(int backlog = 8) : handle_(::socket(AF_INET, SOCK_STREAM, 0)) {
@@ -126,7 +132,7 @@ class listener {
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     socklen_t size = sizeof address;
     REQUIRE(::bind(handle_, reinterpret_cast<sockaddr*>(&address), size) == 0);
-    REQUIRE(::listen(handle_, backlog) == 0);
+    if (backlog >= 0) REQUIRE(::listen(handle_, backlog) == 0);
     REQUIRE(::getsockname(handle_, reinterpret_cast<sockaddr*>(&address), &size) == 0);
     address_ = address;
   }
@@ -150,6 +156,30 @@ class listener {
  private:
   int handle_;
   sockaddr_in address_{};
+};
+
+/// An address that drops packets: the queue of its listening socket is full, so that a SYN is not answered.
+class silent_address {
+ public:
+  silent_address() {
+    std::array<pollfd, 4> connected{};
+    for (std::size_t i = 0; i < fillers_.size(); ++i) {
+      fillers_[i] = ::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+      (void)!::connect(fillers_[i], reinterpret_cast<const sockaddr*>(&full_.address()), sizeof(sockaddr_in));
+      connected[i] = {fillers_[i], POLLOUT, 0};
+    }
+    REQUIRE(::poll(connected.data(), connected.size(), 20'000) > 0);  // the queue is full
+  }
+  ~silent_address() {
+    for (const int filler : fillers_) ::close(filler);
+  }
+  silent_address(const silent_address&) = delete;
+  silent_address& operator=(const silent_address&) = delete;
+  const listener& socket() const { return full_; }
+
+ private:
+  listener full_{0};  // one connection fills the queue
+  std::array<int, 4> fillers_{};
 };
 
 /// A server that accepts one connection for each of its answers, one after the other: it reads and stores a request's head,

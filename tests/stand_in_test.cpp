@@ -75,7 +75,7 @@ TEST_SUITE("stand-in") {
           both);
   }
 
-  TEST_CASE("what is wrong with a question is said") {
+  TEST_CASE("the error names what is wrong with a question") {
     fixture f;
     const struct {
       const char *query, *says;

@@ -4,8 +4,8 @@
 //
 // A round (default: 1,000) starts four processes that restore the same file to the same place, and kills each with SIGKILL at a
 // random moment of its own. The span of these moments is random, too: up to three times as long as a lone process takes, so that
-// some finish before. By turns, no file is in the place before, or another content that is replaced or refreshed; the hidden files of the
-// rounds before remain. After each round:
+// some finish before. Before a round the place is empty, or has another content, which is replaced or refreshed. Hidden files of
+// earlier rounds stay. After each round:
 // - the visible file is the old one, or exactly the new one, or absent if there was none; nothing else is visible;
 // - a process that ended by itself has succeeded, and read exactly the new content; then the visible file is the new one.
 // After the last round, and after each 10th, one more restore succeeds, and no hidden file remains.
