@@ -1038,16 +1038,23 @@ TEST_SUITE("command line") {
 
   TEST_CASE("the progress line follows a change of the terminal's width") {
     if (!has_terminals()) return;
-    stand_in::options options;
-    options.global_rate = 2'000'000;
-    fixture f(options);
+    fixture f;
     f.server.add_file(f.run, "model-best.h5", stand_in::generated(4'000'000));
+    f.server.add_fault(stand_in::place::storage, stand_in::act::stall(1'000'000));
     terminal tty(120);
     setup how = f.how();
     how.tty = &tty;
     child running(example(program), with_run(f, {"model-best.h5"}), how);
     REQUIRE(running.read_until([](const std::string& err) { return contains(err, "%"); }));
     tty.resize(30);
+    REQUIRE(running.read_until([](const std::string& err) {  // a line was drawn that is narrow, and complete
+      for (std::size_t begin = err.find('\r'), end = 0; begin != err.npos; begin = end) {
+        end = err.find('\r', begin + 1);
+        if (end != err.npos && end - begin > 1 && end - begin <= 30) return true;
+      }
+      return false;
+    }));
+    f.server.release();
     const outcome result = running.wait();
     CHECK(result.status == 0);
     const screen seen = watch(result.err);

@@ -690,7 +690,7 @@ TEST_SUITE("credentials: identity tokens") {
     const pid_t child = ::fork();
     REQUIRE(child >= 0);
     if (child == 0) {
-      ::alarm(60);
+      ::alarm(300);
       ::_exit(is_answered() ? 7 : 8);
     }
     int status = 0;

@@ -1124,7 +1124,7 @@ TEST_SUITE("locks") {
     const pid_t id = fork();
     REQUIRE(id >= 0);
     if (id == 0) {
-      ::alarm(60);
+      ::alarm(300);
       object& own = all.get();
       const std::lock_guard<std::mutex> guard(own.mutex);
       _exit(own.value == 0 && &own == &all.get() ? 7 : 8);

@@ -842,8 +842,9 @@ TEST_SUITE("download: the content changes") {
     const auto last = target(place::storage).covering(large_size - 1).nth(1);
     it.server.add_fault(place::storage, act::without_header("ETag"));
     it.server.add_fault(last, act::ignore_range());
-    it.server.add_fault(last, act::flip_byte(0));
+    const auto number = it.server.add_fault(last, act::flip_byte(0));
     auto got = it.restore("model.h5");
+    CHECK(it.server.struck(number) == 1);
     if (got) CHECK(holds(it.at("model.h5"), *what));
     else CHECK(got.error().code() == errc::checksum_mismatch);
   }
@@ -1789,8 +1790,8 @@ TEST_SUITE("download: a store in memory") {
     memory_world world;
     std::mutex mutex;
     std::condition_variable changed;
-    bool receives = false;     // the body of response 5 is awaited
-    std::string refused;       // the range of request 6, without its end
+    bool receives = false;     // the body of response 2 is awaited
+    std::string refused;       // the range of request 3, without its end
     bool is_repeated = false;  // another connection requests it
     const auto got = world.restore(memory_store(
         world.facts(content), [&](int number, const wandb::http_request& request, wandb::body_sink& sink) {
@@ -1806,20 +1807,20 @@ TEST_SUITE("download: a store in memory") {
           std::string range;
           for (const auto& [name, value] : request.headers)
             if (name == "Range") range = value.substr(0, value.find('-') + 1);
-          if (number == 6) {
+          if (number == 3) {
             wait_for(receives);
             const std::lock_guard<std::mutex> guard(mutex);
             refused = range;
             return memory_store::answer(sink, 429, {{"Retry-After", "3600"}}, "");
           }
-          if (number == 5) {
+          if (number == 2) {
             pausing_sink pausing(sink, [&] {
               set(receives);
               wait_for(is_repeated);
             });
             return memory_store::part(request, pausing, content);
           }
-          if (number > 6) {
+          if (number > 3) {
             std::unique_lock<std::mutex> held(mutex);
             const bool is_refused = range == refused;
             held.unlock();
@@ -1864,7 +1865,7 @@ TEST_SUITE("download: a store in memory") {
     memory_store store(world.facts(content),
                        [&](int number, const wandb::http_request& request,
                            wandb::body_sink& sink) -> wandb::result<wandb::http_response> {
-                         if (number != 6) return memory_store::part(request, sink, content);
+                         if (number != 3) return memory_store::part(request, sink, content);
                          ++silent;
                          while (!request.cancelled()) std::this_thread::yield();
                          return wandb::error(errc::cancelled, "cancelled");

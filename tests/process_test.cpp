@@ -223,7 +223,7 @@ TEST_CASE("process: restores one file" * doctest::skip()) {
   };
   if (variable("CHILD_CLOSED") == "1") _exit(restore_without_standard_streams(settings, options));
   if (variable("CHILD_NAME").find('*') != std::string::npos) {
-    alarm(60);  // a call that never ends is a failure
+    alarm(300);  // a call that never ends is a failure
     const auto report = wandb::client<>(settings).try_restore_all(variable("CHILD_NAME"), options);
     if (report) _exit(downloaded);
     std::ofstream(variable("CHILD_TEXT")) << report.error().what();

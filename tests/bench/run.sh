@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Measures the library against curl and aria2c. nginx serves over TLS; servers and clients run on this machine.
 #
-#   tests/bench/run.sh [SIZE] [--rounds N] [--only CASE,...] [--out DIR] [--work DIR]
+#   tests/bench/run.sh [SIZE] [--rounds N] [--only CASE,...] [--before DIR] [--out DIR] [--work DIR]
 #   tests/bench/run.sh --store [SIZE] [--rounds N] [--only CASE,...] [--out DIR] [--work DIR]
 #
 #   SIZE      size of the file in the main case (default: 1G); the other sizes are multiples and fractions of it
 #   --rounds  number of runs of each contender (default: 3); the results are medians
 #   --only    cases to run, from: capped far slow-peer link loopback small memory keep refresh kills herd
 #   --kills   number of processes that the case `kills` kills (default: 100)
-#   --store   one object of SIZE (default: 512M) from an object store (versitygw), against s5cmd, the client of AWS's CRT, the Python SDK,
-#             curl and aria2c; then 1,000 small objects, and 40 of 24 MiB. Cases for --only: store expiring many shards. Installs them and the store into ~/.cache/wandb_restore-tests. Writes store.md, store.svg and store.json
+#   --store   one object of SIZE (default: 512M) from an object store (versitygw), against s5cmd, the client of AWS's CRT, the
+#             Python SDK, curl and aria2c; then 1,000 small objects, and 40 of 24 MiB
+#             cases for --only: store expiring many shards
+#             installs the clients and the store into ~/.cache/wandb_restore-tests
+#             writes store.md, store.svg and store.json
 #   --before  folder with the programs of another version (its build-bench), which run in turn with these
 #   --out     folder for results.md, results.svg and results.json (default: build-bench)
 #   --work    folder for served and restored files (default: /dev/shm); needs about six times SIZE

@@ -78,7 +78,7 @@ class failures {
   virtual bool lasts() const { return false; }
 };
 
-/// Ends the program with this message unless alarm(0) is called within a minute.
+/// Ends the program with this message unless alarm(0) is called within five minutes.
 inline void begin_deadline(const std::string& text) {
   static char message[256];
   std::snprintf(message, sizeof message, "%s: the call does not return\n", text.c_str());
@@ -86,7 +86,7 @@ inline void begin_deadline(const std::string& text) {
     (void)!write(2, message, std::strlen(message));
     _exit(1);
   });
-  alarm(60);
+  alarm(300);
 }
 
 // ------------------------------------------------------------------------------------------------------- the server
