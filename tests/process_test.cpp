@@ -318,7 +318,7 @@ TEST_SUITE("processes: killed") {
       // The server may still send bytes to the killed process.
       REQUIRE(it.server.wait_for(
           [](const auto& now) { return now.counts.of(stand_in::origin::storage).open_connections == 0; },
-          20s));
+          60s));
       it.server.clear_log();
       it.options.connections = 1;  // one connection requests no byte twice
       REQUIRE(child(it, "model.h5").join() == downloaded);
@@ -356,7 +356,7 @@ TEST_SUITE("processes: killed") {
     it.server.add_fault(target(place::storage).nth(1), act::stall(MiB));
     {
       child one(it, "model.h5");
-      REQUIRE(it.server.wait_for([](const auto& now) { return now.counts.stalled > 0; }, 20s));
+      REQUIRE(it.server.wait_for([](const auto& now) { return now.counts.stalled > 0; }, 60s));
       one.kill_now();
     }
     CHECK(support::read_file(it.at("model.h5")) == "old");
@@ -631,7 +631,7 @@ TEST_SUITE("processes: many at once") {
       child process(it, "model.h5", no_free_space);
       CHECK(process.wait_for_bytes(present == 0 ? 40 * MiB : 1) > 0);
       REQUIRE(it.server.wait_for(
-          [](const auto& now) { return now.counts.of(request_kind::storage).requests > 0; }, 20s));
+          [](const auto& now) { return now.counts.of(request_kind::storage).requests > 0; }, 60s));
       const auto range = it.server.requests(request_kind::storage).front().range();
       REQUIRE(range.has_value());
       CHECK((range->substr(0, 8) == "bytes=0-") == (present == 0));

@@ -172,7 +172,6 @@ TEST_SUITE("restore_all") {
       CAPTURE(std::string(direct));
       world w;
       w.options.connections = 1;
-      w.settings.connect_timeout = 2s;
       const std::string address = std::string(direct) == "refused"
                                       ? w.server.storage_url() + "/no/such/object?X=1"
                                       : "https://127.0.0.1:1/x";
