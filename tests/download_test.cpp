@@ -747,7 +747,12 @@ TEST_SUITE("download: the content changes") {
       CAPTURE(size);
       world it;
       const auto what = it.add("model.h5", size);
-      it.server.add_fault(target(place::storage).covering(size / 2).nth(1), act::flip_byte(size / 2));
+      // In every response before the second query: a slow connection's range may be fetched by another one, too.
+      it.server.add_fault(place::storage, act::flip_byte(size / 2));
+      std::atomic<int> queries{0};
+      it.server.on_request([&](const stand_in::request_record& one) {
+        if (one.kind == request_kind::graphql && ++queries == 2) it.server.clear_faults();
+      });
       it.check_restored(it.restore("model.h5"), "model.h5", *what);
       CHECK(it.graphql() == 2);
       CHECK(it.storage_bytes() >= 2 * size);
