@@ -52,9 +52,9 @@ class background {
 };
 
 using clock_type = std::chrono::steady_clock;
-// A cancelled call returns within a second, on a machine under load later. The tests' other time limits are far longer, so
-// that a call that returns by then was ended by the cancellation.
-constexpr auto soon = 10s;
+// A cancelled call returns within a second; on a machine under load it may take longer. The tests' other time limits are far
+// longer, so that a call that ends soon was ended by the cancellation.
+constexpr auto soon = 3s;
 
 /// A transport in memory with one file, which throws std::bad_alloc when it has sent a number of bytes.
 struct throwing_transport {
@@ -337,7 +337,7 @@ TEST_SUITE("download: requests and connections") {
     }
     CHECK(connections.size() > 1);
     CHECK(it.storage_bytes() >= 64 * MiB);
-    CHECK(it.storage_bytes() <= 64 * MiB + 32 * MiB);  // bytes in transit when a range was split
+    CHECK(it.storage_bytes() <= 64 * MiB + 16 * MiB);  // bytes in transit when a range was split
     // All requests have If-Range but those that were sent before the first response, at most one for each connection.
     const auto all = it.server.requests(request_kind::storage);
     CHECK(std::count_if(all.begin(), all.end(), [](const auto& one) {

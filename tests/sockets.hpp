@@ -40,7 +40,7 @@ using clock_type = std::chrono::steady_clock;
 /// A cancelled exchange ends within a second, one whose time is up soon after that; on a machine under load both may take
 /// longer. The tests' other time limits are those of `patience`, so that an exchange that ends soon was ended by the
 /// cancellation, or by the time limit that the test is about.
-constexpr auto soon = 10s, patience = 60s;
+constexpr auto soon = 3s, patience = 60s;
 
 /// Forks. In the child, returns 0, and ends the process after five minutes, so that a child that hangs fails the test.
 inline pid_t fork_child() {
