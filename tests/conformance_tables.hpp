@@ -35,9 +35,12 @@ inline limits limits_of_httplib() {
        "0.11 bounds no line, and an endless status line crashes it; the others do not bound trailers"},
       {"an endless head, chunk size line or trailer is a protocol_violation",
        "every unreadable response is connection_failed"},
-      {"an answer that is not HTTP is a protocol_violation", "likewise"},
-      {"a malformed framing is a protocol_violation", "likewise; a length `3x` is taken for 3"},
-      {"a size that does not fit 64 bits is a protocol_violation", "likewise, some after idle_timeout"},
+      {"an answer that is not HTTP is a protocol_violation",
+       "every unreadable response is connection_failed"},
+      {"a malformed framing is a protocol_violation",
+       "every unreadable response is connection_failed; a length `3x` is taken for 3"},
+      {"a size that does not fit 64 bits is a protocol_violation",
+       "every unreadable response is connection_failed, some after idle_timeout"},
   };
 }
 

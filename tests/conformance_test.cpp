@@ -54,7 +54,7 @@ struct libcurl {
 
 TEST_SUITE("conformance") {
   TEST_CASE("README.md lists the promises that transports cannot keep") {
-    std::string expected = "| transport | promise | why not |\n| --- | --- | --- |\n";
+    std::string expected = "| transport | broken promise | what happens |\n| --- | --- | --- |\n";
     for (const auto& [name, limits] : {std::pair("`httplib_transport`", conformance::limits_of_httplib()),
                                        std::pair("libcurl", conformance::limits_of_libcurl())}) {
       for (const auto& [promise, reason] : limits)
