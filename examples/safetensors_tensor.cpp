@@ -25,10 +25,11 @@ constexpr std::uint64_t largest_header = 100'000'000;  // bytes; the format's ow
 json read_header(const wandb::remote_file& file, std::uint64_t& data_begins) {
   unsigned char size_bytes[8];
   if (file.read_at(0, size_bytes, sizeof size_bytes) < sizeof size_bytes)
-    throw std::runtime_error("the file is too short");
+    throw std::runtime_error(file.name() + " is not a safetensors file: it is too short");
   std::uint64_t size = 0;
   for (unsigned i = 0; i < 8; ++i) size |= std::uint64_t{size_bytes[i]} << (8 * i);
-  if (size > largest_header || size > file.size() - 8) throw std::runtime_error("not a safetensors file");
+  if (size > largest_header || size > file.size() - 8)
+    throw std::runtime_error(file.name() + " is not a safetensors file");
   std::string text(static_cast<std::size_t>(size), '\0');
   file.read_at(8, text.data(), text.size());
   data_begins = 8 + size;

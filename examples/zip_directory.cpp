@@ -24,7 +24,7 @@ struct entry {
   std::uint64_t size = 0, stored_size = 0, header_begins = 0;
 };
 
-[[noreturn]] void fail(const char* why) { throw std::runtime_error(why); }
+[[noreturn]] void fail(const std::string& why) { throw std::runtime_error(why); }
 
 /// Returns an unsigned number of `bytes` bytes, little-endian.
 std::uint64_t number(const std::string& text, std::size_t offset, std::size_t bytes) {
@@ -61,7 +61,7 @@ std::vector<entry> read_directory(const wandb::remote_file& file) {
   const std::uint64_t tail_size = (std::min<std::uint64_t>)(file.size(), 20 + 22 + 65535);
   const std::string tail = read(file, file.size() - tail_size, tail_size);
   const auto end = tail.rfind("PK\5\6");
-  if (end == std::string::npos) fail("not a zip archive");
+  if (end == std::string::npos) fail(file.name() + " is not a zip archive");
   std::uint64_t size = number(tail, end + 12, 4), begins = number(tail, end + 16, 4);
   if (end >= 20 && tail.compare(end - 20, 4, "PK\6\7") == 0) {
     const std::string end64 = read(file, number(tail, end - 20 + 8, 8), 56);
