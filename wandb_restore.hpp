@@ -2394,7 +2394,8 @@ inline result<run_path> split_run_path(std::string_view text) {
   if (found) return *std::move(found);
   return fail(has_scheme
                   ? "this is not the address of a run, expected https://host/entity/project/runs/run_id"
-                  : "expected entity/project/run_id, project/run_id or run_id, with no empty part");
+                  : "expected entity/project/run_id, project/run_id or run_id: at most three parts, none of "
+                    "them empty");
 }
 
 /// Parses a run path, and takes missing parts from `defaults`.
@@ -5660,8 +5661,10 @@ class session {
            proxy_for(config, server).empty();
   }
 
-  /// Checks that the settings allow a request. The first call reports the warnings of from_environment.
+  /// Checks that the settings allow a request. Calls warn_of_settings.
   result<void> ready();
+  /// Reports the warnings of from_environment, once: they may explain a failure.
+  void warn_of_settings();
 
   /// Sends a request to `address` and follows redirects (RFC 9110, section 15.4; at most 10, never from https to http, and
   /// never where leads_inward says so).
@@ -5735,6 +5738,7 @@ inline result<void> session::ready() {
                                     (base ? base->redacted() : "the service") +
                                     ". Restore the file in online mode first, or unset WANDB_MODE");
   }
+  warn_of_settings();
   if (config.problem) return *config.problem;
   auto fields = config.extra_headers;
   add_header(fields, "User-Agent", config.user_agent);
@@ -5748,14 +5752,16 @@ inline result<void> session::ready() {
     }
   }
   if (!base) return base.error();
-  if (!warned_.exchange(true)) {
-    for (const auto& text : config.warnings) warn(text);
-    if (!config.verify_tls && base->scheme == "https") {
-      warn("certificates are not checked (WANDB_INSECURE_DISABLE_SSL): "
-           "anyone between here and the server can read the API key and change the files");
-    }
-  }
   return {};
+}
+
+inline void session::warn_of_settings() {
+  if (warned_.exchange(true)) return;
+  for (const auto& text : config.warnings) warn(text);
+  if (!config.verify_tls && base && base->scheme == "https") {
+    warn("certificates are not checked (WANDB_INSECURE_DISABLE_SSL): "
+         "anyone between here and the server can read the API key and change the files");
+  }
 }
 
 inline result<answer> session::send(call& user_call, http_request request, const std::string& authorization,
@@ -5953,14 +5959,16 @@ inline std::string session::credentials_hint(const std::string& authorization) c
            ", or run `wandb login` (searched: settings, environment" +
            (config.netrc_file.empty() ? std::string() : ", " + in_quotes(config.netrc_file)) + ")";
   }
+  const std::string key =
+      config.api_key.empty() && !config.netrc_file.empty()
+          ? "the key in " + in_quotes(config.netrc_file) +
+                ": run `wandb login --relogin`, or set WANDB_API_KEY, with a key from "
+          : "WANDB_API_KEY (it has precedence over the key that `wandb login` stores); keys are on ";
   return starts_with(authorization, "Bearer")
              ? "the access token for " + host +
                    " was refused: is the identity token (WANDB_IDENTITY_TOKEN_FILE) current? " +
                    in_quotes(config.credentials_file) + " may hold a revoked access token: remove it"
-             : "the API key for " + host +
-                   " was refused: check WANDB_API_KEY, or run `wandb login --relogin` "
-                   "with a key from " +
-                   page;
+             : "the API key for " + host + " was refused: check " + key + page;
 }
 
 /// Joins the messages of an error body: {"error": "s"}, {"error": {"message": "s"}}, {"errors": ["s", {"message": "s"}]}.
@@ -8396,15 +8404,17 @@ inline result<void> check_name(std::string_view name, const char* verb = "restor
 }
 
 /// Completes a run path from the settings. The entity may remain empty: the service knows the default one.
-inline result<run_path> run_of(const settings& configuration, std::string_view text) {
-  const std::string current = text.empty() ? configuration.run_id : std::string();
-  auto run = completed_run_path(text, {configuration.entity, configuration.project, current});
+inline result<run_path> run_of(session& current, std::string_view text) {
+  const settings& configuration = current.config;
+  const std::string run_id = text.empty() ? configuration.run_id : std::string();
+  auto run = completed_run_path(text, {configuration.entity, configuration.project, run_id});
   if (!run) return run;
   auto good = check_parts(
       text, {{"project", "WANDB_PROJECT", run->project}, {"run id", "WANDB_RUN_ID", run->run_id}});
   if (good && !run->entity.empty()) good = check_parts(text, {{"entity", "WANDB_ENTITY", run->entity}});
-  if (!good) return good.error();
-  return run;
+  if (good) return run;
+  current.warn_of_settings();  // a settings file that is not used may have the missing part
+  return good.error();
 }
 
 inline result<void> check_times(const settings& configuration, const std::string& task) {
@@ -8977,7 +8987,7 @@ WANDB_RESTORE_PRIVATE_INLINE result<restored_file> restore(session& current, std
   if (auto good = check_name(name); !good) return good.error();
   const std::string quoted = in_quotes(name), task = "cannot restore " + quoted;
   if (auto good = check_options(current, options, task); !good) return good.error();
-  auto run = run_of(current.config, options.run_path);
+  auto run = run_of(current, options.run_path);
   if (!run) return in_context(run.error(), "restoring " + quoted, {quoted});
   const auto where = destination_root::find(current, options, task);
   if (!where) return where.error();
@@ -9418,7 +9428,7 @@ struct pattern_call {
     const std::string quoted = in_quotes(pattern), task = "cannot restore " + quoted;
     if (pattern.empty()) return error(errc::invalid_argument, task + ": the pattern is empty");
     if (auto good = check_options(current, options, task); !good) return good.error();
-    auto run = run_of(current.config, options.run_path);
+    auto run = run_of(current, options.run_path);
     if (!run) return in_context(run.error(), "restoring " + quoted, {quoted});
     auto where = destination_root::find(current, options, task);
     if (!where) return where.error();
@@ -9531,7 +9541,7 @@ restore_newest(session& current, std::string_view pattern, const run_argument& r
 WANDB_RESTORE_PRIVATE_INLINE result<std::vector<file_info>> list_files(session& current,
                                                                        const restore_options& options) {
   if (auto good = check_times(current.config, "cannot list the files of a run"); !good) return good.error();
-  auto run = run_of(current.config, options.run_path);
+  auto run = run_of(current, options.run_path);
   if (!run) return run.error();
   call user_call(current.config, options.cancel);
   auto listed = [&]() -> result<std::vector<file_info>> {
@@ -10128,7 +10138,7 @@ open_remote(const std::shared_ptr<session>& current, std::string_view name, cons
   if (auto good = check_name(name, "open"); !good) return good.error();
   const std::string quoted = in_quotes(name), task = "opening " + quoted;
   if (auto good = check_options(*current, options, "cannot open " + quoted); !good) return good.error();
-  auto run = run_of(current->config, options.run_path);
+  auto run = run_of(*current, options.run_path);
   if (!run) return in_context(run.error(), task, {quoted});
   call user_call(current->config, options.cancel);
   auto opened = [&]() -> result<remote_file> {

@@ -1142,6 +1142,35 @@ TEST_SUITE("credentials: certificates") {
     CHECK(f.warnings() == names{"first", "second"});
   }
 
+  TEST_CASE("the warnings of settings are reported if the run path is incomplete: they may explain that") {
+    fixture f;
+    auto s = f.settings();
+    s.entity = s.project = "";
+    s.warnings = {"the settings file is not used"};
+    wandb::client<> client(s);
+    for (int i = 0; i < 2; ++i) (void)f.failure(client.try_restore("a.txt", "run1"), errc::invalid_run_path);
+    (void)f.failure(client.try_restore_all("*", "run1"), errc::invalid_run_path);
+    CHECK(f.warnings() == names{"the settings file is not used"});
+    CHECK(f.asked() == "graphql 0, files 0, storage 0");
+  }
+
+  TEST_CASE("a refused key: the message names the place of the key") {
+    fixture f;
+    auto s = f.settings();
+    f.server.set_key("another0123456789012345678901234567890123");
+    const std::string set =
+        f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::not_authenticated).what();
+    CHECK(contains(set, "WANDB_API_KEY"));
+    CHECK(contains(set, "precedence"));
+    s.netrc_file = write_file(f.directory / "netrc",
+                              "default login user password " + std::exchange(s.api_key, {}) + '\n');
+    const std::string stored =
+        f.failure(wandb::client<>(s).try_restore("a.txt", f.path), errc::not_authenticated).what();
+    CHECK(contains(stored, s.netrc_file.string()));
+    CHECK(contains(stored, "wandb login --relogin"));
+    CHECK_FALSE(contains(stored, "precedence"));
+  }
+
   TEST_CASE("an unusable CA file is reported with its name, without a request") {
     fixture f;
     auto s = f.settings();
