@@ -138,6 +138,20 @@ bool is_first(const stand_in::request_record& one, request_kind kind) {
          (kind == request_kind::graphql || one.range().value_or("").rfind("bytes=0-", 0) == 0);
 }
 
+/// Checks that a restore of model.h5 fails under a limit on file sizes of 5 MiB, with the remedy, and leaves nothing.
+void check_exceeds_limit(const world& it) {
+  rlimit before{};
+  REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
+  rlimit lower = before;
+  lower.rlim_cur = 5 * MiB;
+  REQUIRE(::setrlimit(RLIMIT_FSIZE, &lower) == 0);
+  auto outcome = wandb::client<>(it.settings).try_restore("model.h5", it.options);
+  REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
+  const auto failure = it.check_failed(std::move(outcome), errc::disk_failure);
+  CHECK(std::string(failure.what()).find("ulimit -f") != std::string::npos);
+  CHECK(it.hidden() == 0);
+}
+
 /// Delays responses of storage until `processes` processes have sent their first request of this kind.
 void gather(world& it, std::ptrdiff_t processes, request_kind kind) {
   it.server.on_request([&it, processes, kind](const stand_in::request_record& one) {
@@ -582,17 +596,8 @@ TEST_SUITE("processes: many at once") {
   TEST_CASE("a limit on file sizes is reported with a remedy, before the download") {
     world it;
     it.add("model.h5", 9 * MiB);
-    rlimit before{};
-    REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
-    rlimit lower = before;
-    lower.rlim_cur = 5 * MiB;
-    REQUIRE(::setrlimit(RLIMIT_FSIZE, &lower) == 0);
-    auto outcome = it.restore("model.h5");
-    REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
-    const auto failure = it.check_failed(std::move(outcome), wandb::errc::disk_failure);
-    CHECK(std::string(failure.what()).find("ulimit -f") != std::string::npos);
+    check_exceeds_limit(it);
     CHECK(it.storage() == 0);
-    CHECK(it.hidden() == 0);
   }
 
   TEST_CASE("a limit on file sizes is reported, not a signal, if the service does not tell the size") {
@@ -604,16 +609,7 @@ TEST_SUITE("processes: many at once") {
       if (!is_proved) attributes.md5_as = stand_in::md5_form::absent;
       it.add("model.h5", 9 * MiB, attributes);
       it.server.add_fault(place::storage, act::chunked());
-      rlimit before{};
-      REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
-      rlimit lower = before;
-      lower.rlim_cur = 5 * MiB;
-      REQUIRE(::setrlimit(RLIMIT_FSIZE, &lower) == 0);
-      auto outcome = it.restore("model.h5");
-      REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
-      const auto failure = it.check_failed(std::move(outcome), wandb::errc::disk_failure);
-      CHECK(std::string(failure.what()).find("ulimit -f") != std::string::npos);
-      CHECK(it.hidden() == 0);
+      check_exceeds_limit(it);
     }
   }
 
